@@ -1,0 +1,66 @@
+"""From an image mask to tokens, and from tokens to pooling rows: the one tensor, ``[region, token]``, that says where.
+
+A row of pooling weights sums to 1. Whole image is one uniform row; RC-GRPO's masked metric is one two-area row;
+region credit is several rows.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+def token_mask(edit_mask: Bool[Tensor, "height width"], grid: tuple[int, int]) -> Bool[Tensor, " token"]:
+    """Edit region on the token grid: a token belongs to it if any of its pixels does. Row-major, as latents are packed.
+
+    Raises:
+        ValueError: when the canvas is not a whole number of tokens.
+    """
+    height, width = edit_mask.shape
+    rows, columns = grid
+    if height % rows or width % columns:
+        raise ValueError(f"mask of {height}x{width} px does not divide into a {rows}x{columns} token grid; fit the task to the canvas")
+    pooled = F.max_pool2d(edit_mask.float()[None, None], kernel_size=(height // rows, width // columns))
+    return pooled.flatten().bool()
+
+
+class UniformRows(BaseModel):
+    """Whole image: every token weighs the same. The plain metric of Neighbor GRPO (arXiv 2511.16955), mean-reduced."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["uniform"] = "uniform"
+
+    def __call__(self, mask: Bool[Tensor, " token"]) -> Float[Tensor, "1 token"]:
+        return torch.full((1, mask.numel()), 1.0 / mask.numel())
+
+
+class MaskedRows(BaseModel):
+    """Region-normalised masked metric with two bandwidths (RC-GRPO-Editing, arXiv 2604.09386, Appendix Eq. B.3).
+
+    ``d = d_in / h_in^2 + d_out / h_out^2`` with each part the mean over its own area, so that a large background does
+    not dominate; an area of zero tokens contributes nothing. The row is that metric divided by
+    ``1 / h_in^2 + 1 / h_out^2``, so that it sums to 1; the surrogate's temperature carries the constant (with both
+    bandwidths 1, temperature 0.5 here is temperature 1 there).
+
+    Attributes:
+        inside, outside: bandwidths ``h_in`` and ``h_out``; a smaller one weighs its area more. The paper does not state
+            its values; 1 and 1 weigh both areas equally. Its ablation moves their ratio either way.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["masked"] = "masked"
+    inside: float = Field(default=1.0, gt=0)
+    outside: float = Field(default=1.0, gt=0)
+
+    def __call__(self, mask: Bool[Tensor, " token"]) -> Float[Tensor, "1 token"]:
+        inside, outside = mask.float(), (~mask).float()
+        row = inside / inside.sum().clamp(min=1) / self.inside**2 + outside / outside.sum().clamp(min=1) / self.outside**2
+        return (row / row.sum())[None]
+
+
+Rows = Annotated[UniformRows | MaskedRows, Field(discriminator="kind")]

@@ -1,0 +1,248 @@
+"""The records that travel through rl-edit, and the legend of their shapes.
+
+One image's way from dataset row to weight update is a chain of these frozen records::
+
+    EditTask -> RolloutGroup -> RewardTable -> Advantages -> ReplayPoint -> LossOutput -> AdapterWeights
+
+Legend (used in every annotation of the package)
+
+=========  ===========================================================================================
+group      G, candidates of one task; index 0 is the unperturbed reference where the method keeps one
+step       K, kept (trainable) rollout steps; ``step_plus_1`` is a grid with both ends
+token      L, packed target-latent tokens (row-major over the token grid)
+channel    C, channels of one packed token
+reward     reward terms
+region     R, pooling regions
+batch      B, evaluated points
+=========  ===========================================================================================
+
+``sigma`` is the noise level: 1 is pure noise, 0 is clean; ``x = (1 - sigma) * clean + sigma * noise`` and
+``velocity = noise - clean``. Masks have one polarity everywhere: True where the instruction may change pixels.
+
+Frozen means nobody fills fields in later: a stage that knows more is another record. This file knows no editor,
+no Ray and no file format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditTask:
+    """One row of data: what to edit, how, and where pixels may change.
+
+    Attributes:
+        task_id: unique within a dataset; seeds and work ids derive from it.
+        task_type: the kind of edit ("add", "remove", ...), by which results are broken down; "edit" if unknown.
+        source: the image to edit, RGB 0..255.
+        instruction: what to do, in words.
+        edit_mask: True where the instruction may change pixels. Neither empty nor full.
+    """
+
+    task_id: str
+    task_type: str
+    source: UInt8[Tensor, "height width 3"]
+    instruction: str
+    edit_mask: Bool[Tensor, "height width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTask(EditTask):
+    """A task whose correct result is known.
+
+    Attributes:
+        target: the correct result, same size as ``source``.
+        caption: what the edited region should show (CompBench's ``caption``), for text-image scores; may be "".
+    """
+
+    target: UInt8[Tensor, "height width 3"]
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What an editor needs besides noise: text and source encodings of one task, and the token geometry.
+
+    Attributes:
+        prompt_embeds: text-encoder states (T5 for FLUX), padded.
+        pooled: pooled text vector (CLIP for FLUX).
+        text_rows: True for instruction tokens (no padding, no end marker); the rows attention is read from.
+        source_latents: clean packed latents of the source image, on the same grid as the target.
+        grid: (rows, columns) of the token grid; ``rows * columns == token``.
+    """
+
+    prompt_embeds: Float[Tensor, "text text_dim"]
+    pooled: Float[Tensor, " pooled_dim"]
+    text_rows: Bool[Tensor, " text"]
+    source_latents: Float[Tensor, "token channel"]
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, order=True)
+class AdapterId:
+    """The name of an adapter version: the update it came from and the hash of its bytes. Both must match."""
+
+    step: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.step}:{self.sha256[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWeights:
+    """LoRA tensors under their content name."""
+
+    id: AdapterId
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkItem:
+    """One group to roll out. Content-addressed: the same item under the same weights gives the same bytes.
+
+    Attributes:
+        work_id: keyed hash of (run seed, task id, draw); no clock, no uuid, no actor.
+        task: the task itself.
+        draw: how many times this task has been drawn before in this run.
+        update: the update this group is meant for; step-noise schedules read it.
+        num_candidates: group size G.
+        run_seed: root of every seed of the run.
+        adapter: the weights the actor must use; it reports the hash of what it loaded and a mismatch is refused.
+    """
+
+    work_id: str
+    task: EditTask
+    draw: int
+    update: int
+    num_candidates: int
+    run_seed: int
+    adapter: AdapterId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """What a reward sees: the finished edits of one task and where the editor looked while making them.
+
+    Attributes:
+        images: decoded results on the task's canvas.
+        attention: text-to-image attention mass per candidate and token, mean over captured layers and all steps;
+            rows sum to 1.
+        token_mask: True for tokens of the edit region.
+    """
+
+    task: EditTask
+    images: UInt8[Tensor, "group height width 3"]
+    attention: Float[Tensor, "group token"]
+    token_mask: Bool[Tensor, " token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """The group: the unit on the wire. Every candidate of one task, with what training needs of its trajectory.
+
+    Only the kept steps are stored. Velocities are stored rather than log-probabilities: every objective derives
+    what it needs from them, and the old policy is formed by the same train solver as the new one.
+
+    Attributes:
+        adapter: id computed from the tensors the actor really had loaded.
+        latents: state at the start of each kept step.
+        next_latents: state at the end of each kept step (the rollout solver's).
+        velocities: velocity under the behaviour weights at ``latents``.
+        sigmas, sigmas_next: noise level at the start and end of each kept step.
+        step_noise: SDE level of each kept step; 0 is the ODE.
+        candidates: the finished edits, with the task, the token mask and the attention.
+        seconds: actor-side time by phase.
+    """
+
+    work_id: str
+    adapter: AdapterId
+    candidates: Candidates
+    conditioning: Conditioning
+    latents: Float[Tensor, "group step token channel"]
+    next_latents: Float[Tensor, "group step token channel"]
+    velocities: Float[Tensor, "group step token channel"]
+    sigmas: Float[Tensor, " step"]
+    sigmas_next: Float[Tensor, " step"]
+    step_noise: Float[Tensor, " step"]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A reward for one candidate, or the reason why there is none. An invalid score has no number: never 0.
+
+    Attributes:
+        value: the score, in the unit and range its reward declares; None exactly when invalid.
+        reason: why it is invalid; "" when it is ok.
+        components: named parts, for the log and the report.
+    """
+
+    value: float | None
+    reason: str = ""
+    components: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.value is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTable:
+    """Every reward term of every candidate of one group: raw, unweighted, nothing dropped.
+
+    Attributes:
+        names, weights: one per reward term; weights are those of the run's config.
+        values: NaN exactly where ``valid`` is False.
+        reasons: why terms are invalid, in words, without repeats.
+        components: named parts per term, e.g. ``components["judge.instruction"]``, one value per candidate.
+    """
+
+    work_id: str
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    values: Float[Tensor, "group reward"]
+    valid: Bool[Tensor, "group reward"]
+    reasons: tuple[str, ...] = ()
+    components: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantages:
+    """Credit of one group.
+
+    Attributes:
+        values: advantage of each candidate in each region.
+        regions: pooling weights over tokens; each row sums to 1. Whole-image credit is one row.
+        weights: weight of each region in the objective; sums to 1.
+    """
+
+    values: Float[Tensor, "group region"]
+    regions: Float[Tensor, "region token"]
+    weights: Float[Tensor, " region"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A scalar loss and what to log about it (detached scalars)."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
+
+
+def moved(record: T, device: torch.device | str) -> T:
+    """The same record with every tensor on ``device``, through nested records."""
+    if isinstance(record, Tensor):
+        return record.to(device)  # type: ignore[return-value]
+    if is_dataclass(record) and not isinstance(record, type):
+        return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})  # type: ignore[return-value]
+    return record
