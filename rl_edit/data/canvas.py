@@ -1,0 +1,82 @@
+"""Bringing a task to the size an editor works at, so that source, result, mask and metrics share one pixel grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, UInt8
+from PIL import Image
+from torch import Tensor
+
+from rl_edit.data.shapes import ShapesTask
+from rl_edit.errors import InputError
+from rl_edit.types import EditTask, PairedTask
+
+
+def canvas_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
+    """(height, width) with an area of about ``resolution**2`` and the picture's aspect ratio, in steps of ``multiple``.
+
+    Each side is at least two steps. The aspect ratio gives way only when that floor binds: the area then decides the
+    other side, because memory must not depend on the oddest picture of a dataset.
+    """
+    if resolution < 2 * multiple:
+        raise InputError(
+            f"resolution({resolution}) is below two steps of {multiple} pixels, the smallest canvas of this editor. "
+            f"Set resolution to {2 * multiple} or more."
+        )
+    scale = resolution / math.sqrt(height * width)
+    sides = [max(round(side * scale / multiple), 2) * multiple for side in (height, width)]
+    for this, other in ((0, 1), (1, 0)):
+        if sides[this] == 2 * multiple:
+            sides[other] = min(sides[other], max(math.ceil(resolution**2 / sides[this] / multiple), 2) * multiple)
+    return sides[0], sides[1]
+
+
+def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
+    """The task on its canvas: same record class, same id. The very same object when the size is right already.
+
+    Pictures are resized with Lanczos. A pixel of the mask (and of each region) is set when it covers any set pixel of the
+    original, so thin strokes never vanish. A pair that agreed exactly outside its mask still does.
+    """
+    height, width = task.edit_mask.shape
+    size = canvas_size(height, width, resolution, multiple)
+    if size == (height, width):
+        return task
+    mask = _cover(task.edit_mask, size)
+    if bool(mask.all()):
+        raise InputError(
+            f"Task {task.task_id!r}: at {size[1]}x{size[0]} its mask covers every pixel, so nothing would be left to keep. "
+            f"Raise the resolution({resolution}) or draw a smaller region."
+        )
+    changes: dict[str, Any] = {"edit_mask": mask, "source": _resize(task.source, size)}
+    if isinstance(task, PairedTask):
+        target = _resize(task.target, size)
+        if torch.equal(task.source[~task.edit_mask], task.target[~task.edit_mask]):
+            # Lanczos carries the edit a few pixels across the mask's edge.
+            target = torch.where(mask[:, :, None], target, changes["source"])
+        changes["target"] = target
+    if isinstance(task, ShapesTask):
+        changes["regions"] = torch.stack([_cover(region, size) for region in task.regions])
+    return dataclasses.replace(task, **changes)
+
+
+def _resize(image: UInt8[Tensor, "height width 3"], size: tuple[int, int]) -> UInt8[Tensor, "new_height new_width 3"]:
+    height, width = size
+    resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized, dtype=np.uint8))
+
+
+def _cover(mask: Bool[Tensor, "height width"], size: tuple[int, int]) -> Bool[Tensor, "new_height new_width"]:
+    """True where a new pixel's square touches a set pixel's square with positive area."""
+    pixels = mask.numpy()
+    for axis, new in enumerate(size):
+        old = pixels.shape[axis]
+        start = np.arange(new) * old // new
+        stop = -(-(np.arange(1, new + 1) * old) // new)
+        sums = np.concatenate([np.zeros_like(pixels.take([0], axis), dtype=np.int64), np.cumsum(pixels, axis=axis)], axis=axis)
+        pixels = sums.take(stop, axis) > sums.take(start, axis)
+    return torch.from_numpy(np.ascontiguousarray(pixels))

@@ -1,0 +1,152 @@
+"""Pictures and masks from files of any common kind, as arrays of one kind.
+
+A picture becomes RGB 0..255 the way a viewer would show it: turned as its EXIF orientation says, palette, grey, CMYK and
+16-bit values converted, transparency composited on white. A mask becomes True where the instruction may change pixels.
+This is the only file that knows the polarity of stored masks; everything behind it has True = may change.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from rl_edit.errors import InputError
+
+MaskPolarity = Literal["edit_white", "edit_black"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""File endings taken for pictures when a folder is searched (any case). A named file may have any ending."""
+
+# What Pillow raises on files that are cut short, damaged, or no pictures at all.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """A mask as read from a file.
+
+    Attributes:
+        edit: [height, width], True where the instruction may change pixels.
+        zero_one: the file held the values 0 and 1 rather than black and white. Worth a warning: a viewer shows it black.
+    """
+
+    edit: NDArray[np.bool_]
+    zero_one: bool
+
+    @property
+    def usable(self) -> bool:
+        """Whether it leaves something to edit and something to keep."""
+        return bool(self.edit.any()) and not bool(self.edit.all())
+
+
+def read_rgb(path: Path, *, where: str) -> NDArray[np.uint8]:
+    """[height, width, 3] of a picture, upright. ``where`` names the row in errors."""
+    image = _open(path, where=where)
+    if image.mode in _SIXTEEN_BIT:
+        grey = np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def read_mask(path: Path, *, polarity: MaskPolarity, where: str) -> Mask:
+    """A mask of any mode, split at half brightness: soft, hand-drawn edges are fine.
+
+    Paint of any colour counts as white (the brightest channel decides) and transparency counts as "keep". Values 0 and 1
+    only, grey or palette, are recognised as such. The size is not checked here: the file does not know its picture.
+    """
+    image = _open(path, where=where)
+    marked: NDArray[np.bool_]
+    zero_one = False
+    if image.mode == "P" and not image.has_transparency_data:
+        labels = np.asarray(image)
+        marked = _brightness(image, polarity) >= 128
+        # Label images store 0 and 1 under palettes that make both dark.
+        if labels.max() == 1 and labels.min() == 0 and marked.all() == marked.any():
+            marked, zero_one = labels == 1, True
+    elif image.mode in _SIXTEEN_BIT:
+        levels = np.asarray(image, dtype=np.int64)
+        zero_one = bool(levels.max() == 1)
+        marked = levels >= (1 if zero_one else 128 if levels.max() <= 255 else 32768)
+    else:
+        values = _brightness(image, polarity)
+        zero_one = bool(values.max() == 1)
+        marked = values >= (1 if zero_one else 128)
+    return Mask(edit=np.ascontiguousarray(marked if polarity == "edit_white" else ~marked), zero_one=zero_one)
+
+
+def read_labels(path: Path, *, where: str) -> NDArray[np.uint8]:
+    """[height, width] of a label map: a one-channel 8-bit picture whose values are labels, not brightness."""
+    image = _open(path, where=where)
+    if image.mode not in ("L", "P"):
+        raise InputError(
+            f"{where}: {path} has mode {image.mode}, but a label map needs one 8-bit channel: its values number the regions. "
+            "Save it as an 8-bit grey PNG with 0 for background."
+        )
+    return np.array(image, dtype=np.uint8)
+
+
+def upright_size(path: Path, *, where: str) -> tuple[int, int]:
+    """(height, width) of a picture as ``read_rgb`` gives it. Damage is found as well; JPEG is decoded at an eighth of its size."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.format == "JPEG":
+                image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
+            image.load()
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except _DAMAGE as error:
+        raise _unreadable(path, where, error) from error
+    return (width, height) if turned else (height, width)
+
+
+def has_turn(path: Path) -> bool:
+    """Whether the file asks viewers to turn the picture by a quarter (EXIF): the usual cause of masks that do not fit."""
+    with Image.open(path) as image:
+        return image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _open(path: Path, *, where: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except _DAMAGE as error:
+        raise _unreadable(path, where, error) from error
+    if upright.mode == "F":
+        raise InputError(
+            f"{where}: {path} holds floating-point values, which have no fixed white, so its colours would be a guess. "
+            "Save it with 8 or 16 bits per channel."
+        )
+    return upright
+
+
+def _brightness(image: Image.Image, polarity: MaskPolarity) -> NDArray[np.uint8]:
+    """[height, width]: the brightest channel, with transparent pixels given the value that means "keep"."""
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        keep = 0 if polarity == "edit_white" else 255
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (keep, keep, keep, 255)), image)
+    return np.asarray(np.asarray(image.convert("RGB")).max(axis=2), dtype=np.uint8)
+
+
+def _unreadable(path: Path, where: str, error: BaseException) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{where}: {path} does not exist. Correct the path or remove the row.")
+    return InputError(
+        f"{where}: {path} cannot be read as a picture ({error}): it may be cut short or no picture at all. "
+        "Open it in a viewer and save it again as PNG or JPEG, or remove the row."
+    )
