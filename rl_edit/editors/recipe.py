@@ -1,0 +1,45 @@
+"""The recipe of the built-in editor, apart from its making: reading it loads no model library."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+VAE_WIDTHS = (16, 32, 48)
+PIXELS_PER_TOKEN = 2 ** (len(VAE_WIDTHS) - 1) * 2
+CHECKPOINT_DIR = ".pretrain"
+
+
+class PretrainConfig(BaseModel):
+    """A pretraining run. The defaults are the recipe of the shipped weights.
+
+    Attributes:
+        seed: root of initialisation, batches, noise and held-out measurements.
+        vae_steps, vae_batch, vae_lr: autoencoder stage; a batch holds sources and targets in equal parts.
+        transformer_steps, batch, lr: flow-matching stage; peak rates of AdamW, linear warm-up, cosine to zero.
+        resolution: side of the square training images in pixels; the shapes world's own.
+        num_tasks: pretraining tasks held in memory (about 10 kB each) and revisited with fresh noise.
+        edit_weight: loss weight of latents inside the edit mask, relative to 1 outside.
+        ema_decay: decay of the averaged weights that are saved.
+        num_eval_tasks: held-out tasks measured at the end.
+        checkpoint_every, log_every, sample_every: steps between checkpoints, log lines, and sample sheets (0: never).
+        snapshot_at: transformer steps at which a full pipeline is written to ``OUT-step-N``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0)
+    vae_steps: int = Field(2800, ge=1)
+    vae_batch: int = Field(16, ge=2, multiple_of=2)
+    vae_lr: float = Field(2e-3, gt=0)
+    transformer_steps: int = Field(4000, ge=1)
+    batch: int = Field(32, ge=1)
+    lr: float = Field(1.5e-3, gt=0)
+    resolution: int = Field(64, ge=16, multiple_of=PIXELS_PER_TOKEN)
+    num_tasks: int = Field(32_000, ge=2, le=60_000)
+    edit_weight: float = Field(4.0, ge=1)
+    ema_decay: float = Field(0.999, gt=0, lt=1)
+    num_eval_tasks: int = Field(256, ge=1)
+    checkpoint_every: int = Field(250, ge=1)
+    log_every: int = Field(50, ge=1)
+    sample_every: int = Field(1000, ge=0)
+    snapshot_at: tuple[int, ...] = ()
