@@ -1,0 +1,61 @@
+"""Attention concentration: whether the instruction's words looked at the region they may change."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from rl_edit.attention import concentration_density
+from rl_edit.rewards.term import RewardTerm
+from rl_edit.types import Candidates, Score
+
+
+class Concentration(RewardTerm):
+    """Attention concentration density of the trajectory (RC-GRPO-Editing, arXiv 2604.09386, Eq. 16-18).
+
+    With m(n) the text-to-image attention mass on target token n, M the edit region and N all tokens:
+    ``ACD = (1/|M|) sum_{n in M} m(n) / ((1/N) sum_n m(n))``; 1 is diffuse, N/|M| is all mass inside. Measured under
+    the behaviour weights during the rollout; no gradient passes through it.
+
+    Attributes:
+        normalisation: the range of ACD grows with N/|M|, so that under batch-wide normalisation tasks with small
+            masks set the scale. "paper" is ACD itself; "log" is log ACD; "unit" is (ACD - 1) / (N/|M| - 1), which is
+            0 for diffuse and 1 for all mass inside, whatever the mask.
+    """
+
+    kind: Literal["concentration"] = "concentration"
+    normalisation: Literal["paper", "log", "unit"] = "paper"
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    needs_attention: ClassVar[bool] = True
+
+    @property
+    def low(self) -> float:
+        """Attention may avoid the region: log and unit then fall below their diffuse value 0."""
+        return 0.0 if self.normalisation == "paper" else -math.inf
+
+    @property
+    def high(self) -> float:
+        return 1.0 if self.normalisation == "unit" else math.inf
+
+    def score(self, candidates: Candidates) -> tuple[Score, ...]:
+        """Components: ``acd`` (Eq. 16, unnormalised) and ``mass_inside`` (share of attention in the region)."""
+        inside = candidates.token_mask
+        num_tokens, num_inside = inside.numel(), int(inside.sum())
+        if not 0 < num_inside < num_tokens:
+            reason = f"the edit region covers {num_inside} of {num_tokens} tokens, where concentration is undefined"
+            return (Score(value=None, reason=reason),) * len(candidates.images)
+        limit = num_tokens / num_inside
+        return tuple(self._score(density, limit) for density in concentration_density(candidates.attention, inside).tolist())
+
+    def _score(self, density: float, limit: float) -> Score:
+        if self.normalisation == "unit":
+            # All mass inside may exceed the limit by a rounding error; the declared range is exact.
+            value = min((density - 1) / (limit - 1), 1.0)
+        elif self.normalisation == "log":
+            if density <= 0:
+                return Score(value=None, reason="no attention fell on the edit region, so log ACD is infinite")
+            value = math.log(density)
+        else:
+            value = density
+        return Score(value=value, components={"acd": density, "mass_inside": density / limit})

@@ -1,0 +1,82 @@
+"""A user's own Python function as a reward term."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from rl_edit.errors import InputError
+from rl_edit.rewards.term import RewardTerm
+from rl_edit.types import Candidates, Score
+
+
+class PythonReward(RewardTerm):
+    """``function(candidates)`` returns one number per candidate, or None for one it could not judge.
+
+    Attributes:
+        function: "package.module:name", importable by every process of the run.
+        low, high: range its values must lie in; a value outside is invalid, not clipped. ``.inf`` leaves a side open.
+        requires: optional dataset fields it reads.
+        needs_attention: whether it reads ``candidates.attention``.
+    """
+
+    kind: Literal["python"] = "python"
+    function: str
+    low: float
+    high: float
+    requires: frozenset[Literal["target", "caption", "regions"]] = frozenset()
+    needs_attention: bool = False
+
+    @field_validator("function")
+    @classmethod
+    def _can_be_called(cls, function: str) -> str:
+        _resolve(function)
+        return function
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> PythonReward:
+        if math.isnan(self.low) or math.isnan(self.high) or self.low >= self.high:
+            raise InputError(f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could be valid. Set low < high.")
+        return self
+
+    def score(self, candidates: Candidates) -> tuple[Score, ...]:
+        return tuple(_scored(self.function, value) for value in _resolve(self.function)(candidates))
+
+
+def _scored(function: str, value: object) -> Score:
+    """A number of any type (Python's, NumPy's, a tensor of one element) as a score; anything else is invalid."""
+    if value is not None and not isinstance(value, str | bytes):
+        try:
+            return Score(value=float(value))  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            pass
+    return Score(value=None, reason=f"{function} returned {_shown(value)}, which is not a number")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _resolve(function: str) -> Callable[[Candidates], Iterable[object]]:
+    module_name, colon, name = function.partition(":")
+    if not colon or not module_name or not name:
+        raise InputError(f"function({function!r}) does not say where to find the reward. Write it as 'package.module:name'.")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(
+            f"The module {module_name!r} of reward function {function!r} cannot be imported ({error}). "
+            "Install it, or put its folder on PYTHONPATH of every process."
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        what = "is not callable" if hasattr(module, name) else "does not exist"
+        raise InputError(
+            f"{name!r} {what} in {module_name!r} ({module.__file__}), so there is no reward to compute. Define it or correct 'function'."
+        )
+    return found  # type: ignore[no-any-return]
