@@ -1,0 +1,35 @@
+"""The reward actor: scores a group with every term, and measures inside and outside the mask. A plain class."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from rl_edit import wire
+from rl_edit.config import RunConfig
+from rl_edit.evaluation.diagnostics import diagnostics
+from rl_edit.rewards import available, score_candidates
+from rl_edit.types import Candidates, RewardTable, RolloutGroup
+
+
+class RewardActor:
+    """A pure function of a group: every term of the config that the data can feed."""
+
+    def __init__(self, config: RunConfig, fields: frozenset[str], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.terms, _ = available(tuple(config.rewards.values()), fields)
+
+    def score(self, blob: np.ndarray) -> np.ndarray:
+        """The reward table of a packed group, packed."""
+        group: RolloutGroup = wire.unpack(blob)
+        return wire.pack(self.table(group.candidates, work_id=group.work_id))
+
+    def table(self, candidates: Candidates, *, work_id: str) -> RewardTable:
+        """Terms plus the diagnostics every run reports: background PSNR and SSIM, change inside, concentration."""
+        start = time.perf_counter()
+        table = score_candidates(self.terms, candidates, work_id=work_id)
+        return replace(table, components={**table.components, **diagnostics(candidates)}, seconds=time.perf_counter() - start)
+

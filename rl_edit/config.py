@@ -1,0 +1,321 @@
+"""A run as one frozen value, read from YAML with dotted overrides. The validated object is what runs.
+
+Defaults live here or in the seam they belong to, once. An unknown key is an error that suggests the nearest one.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rl_edit.adapters import LoraConfig
+from rl_edit.algorithms import BUNDLES, Algorithm
+from rl_edit.data import DataConfig
+from rl_edit.editors import EditorConfig
+from rl_edit.errors import InputError
+from rl_edit.rewards import Reward
+
+
+class RolloutConfig(BaseModel):
+    """How a group is sampled.
+
+    Attributes:
+        group_size: candidates per task (G). 12 in Neighbor GRPO; the reference candidate counts as one.
+        num_steps: solver steps per trajectory (T). Neighbor GRPO rolls out 8.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    group_size: int = Field(default=8, ge=1)
+    num_steps: int = Field(default=6, ge=2)
+
+
+class TrainConfig(BaseModel):
+    """The learning schedule.
+
+    Attributes:
+        updates: optimizer updates of the whole run (times ``passes``).
+        groups_per_update: groups one update learns from.
+        learning_rate, weight_decay: AdamW; 3e-4 and 1e-4 are the LoRA values of flow_grpo and CoCoEdit.
+        max_grad_norm: 1.0 throughout the field.
+        passes: optimizer steps per batch of groups; from the second on the ratio leaves 1 and the clip acts.
+        max_lag: 0 is strictly on-policy; 1 is one-step-off: groups of update u are rolled out with the weights of u - 1,
+            while update u - 1 is learnt. Groups are assigned to versions by number, so timing never changes a result.
+        ratio_tolerance: largest |ratio - 1| accepted on-policy; exactly 0 is reached in fp32 with equal micro-batches.
+        max_dropped_groups: groups per update that may be dropped for invalid rewards before the run stops.
+        checkpoint_every, keep_checkpoints: in updates; the last one is always kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    updates: int = Field(default=50, ge=1)
+    groups_per_update: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    passes: int = Field(default=1, ge=1)
+    max_lag: int = Field(default=0, ge=0, le=1)
+    ratio_tolerance: float = Field(default=1e-6, ge=0)
+    max_dropped_groups: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=10, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+
+class ActorsConfig(BaseModel):
+    """Where processes run.
+
+    Attributes:
+        runtime: "ray" is the system; "inline" runs the same classes in this process, for debugging.
+        num_rollout, num_reward: actors of each kind; the learner is one more.
+        rollout_gpus, reward_gpus, learner_gpus: GPUs of each actor; fractions share one. 0 is CPU.
+        threads: CPU threads of each actor; None splits the cores so that actors that are busy together never
+            oversubscribe them.
+        deadline_s: longest wait for one call; past it the actor is killed, re-created, and the group run again.
+        max_attempts: tries per group before the run stops.
+        dashboard: start Ray's dashboard for a local cluster, on loopback.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    runtime: Literal["ray", "inline"] = "ray"
+    num_rollout: int = Field(default=1, ge=1)
+    num_reward: int = Field(default=1, ge=1)
+    rollout_gpus: float = Field(default=0, ge=0)
+    reward_gpus: float = Field(default=0, ge=0)
+    learner_gpus: float = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+    deadline_s: float = Field(default=600, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    dashboard: bool = False
+
+
+class EvaluationConfig(BaseModel):
+    """How base and adapter are compared: the same held-out tasks, the same noises.
+
+    Attributes:
+        num_tasks: held-out tasks; fewer if the data has fewer.
+        num_noises: noises per task; intervals cluster by task.
+        num_steps: solver steps; None takes the rollout's.
+        seed: root of the evaluation noises, apart from training's.
+        examples: tasks whose pictures are written, spread over task types.
+        batch_size: rows evaluated together; a multiple of ``editor.micro_batch`` wastes none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    num_tasks: int = Field(default=256, ge=1)
+    num_noises: int = Field(default=1, ge=1)
+    num_steps: int | None = Field(default=None, ge=2)
+    seed: int = 1_000_003
+    examples: int = Field(default=12, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+
+
+class RunConfig(BaseModel):
+    """One run. ``rewards`` maps a name of yours to a reward term; the name appears in metrics and reports."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = "run"
+    seed: int = 0
+    editor: EditorConfig = EditorConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    algorithm: Algorithm = Algorithm()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: dict[str, Reward]
+    train: TrainConfig = TrainConfig()
+    actors: ActorsConfig = ActorsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _bundle(cls, value: Any) -> Any:
+        """A known ``algorithm.name`` supplies every seam; the other keys adjust it."""
+        if isinstance(value, Mapping) and value.get("name", "custom") in BUNDLES:
+            return _merge(BUNDLES[value["name"]]().model_dump(mode="json"), value)
+        if isinstance(value, Mapping) and value.get("name", "custom") != "custom":
+            near = difflib.get_close_matches(str(value["name"]), [*BUNDLES, "custom"], n=1)
+            raise ValueError(f"unknown method {value['name']!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(BUNDLES)}, custom)")
+        return value
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _name_terms(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: {**term, "name": key} if isinstance(term, Mapping) else term for key, term in value.items() if term is not None}
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        """Impossible combinations, before anything is loaded."""
+        size, references = self.rollout.group_size, self.algorithm.initial_noise.num_references
+        if size < 2:
+            raise ValueError(
+                f"algorithm.objective {self.algorithm.objective.kind!r} needs at least 2 candidates, got rollout.group_size {size}: with one every "
+                "advantage is zero. Raise rollout.group_size."
+            )
+        if self.algorithm.objective.num_anchors > size - references:
+            raise ValueError(
+                f"algorithm.objective.num_anchors {self.algorithm.objective.num_anchors} exceeds the {size - references} perturbed candidates of "
+                f"rollout.group_size {size}{' (one is the unperturbed reference)' if references else ''}: lower the anchors or raise the group."
+            )
+        noise = self.algorithm.initial_noise
+        if noise.inside == 0 and noise.outside == 0:
+            raise ValueError("algorithm.initial_noise has no spread (inside 0, outside 0): all candidates would be one. Set inside above 0, e.g. 0.3.")
+        attention = [name for name, term in self.rewards.items() if term.needs_attention and term.weight > 0]
+        if attention and self.editor.attention_layers == 0:
+            raise ValueError(f"reward {attention[0]!r} reads attention but editor.attention_layers is 0: set it to 1 or more, or the weight to 0.")
+        if not any(term.weight > 0 for term in self.rewards.values()):
+            raise ValueError("no reward has a positive weight: nothing would be learnt. Raise a weight in rewards.")
+        return self
+
+    def sha256(self) -> str:
+        """Identity of everything that changes results: all but names and places of processes."""
+        content = self.model_dump(mode="json", exclude={"name", "actors", "evaluation"})
+        content["train"] = {k: v for k, v in content["train"].items() if k not in ("updates", "checkpoint_every", "keep_checkpoints")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def presets() -> dict[str, str]:
+    """Shipped presets by name, with their first comment line."""
+    found = {}
+    for entry in sorted(resources.files("rl_edit.presets").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".yaml"):
+            first = entry.read_text().splitlines()[0]
+            found[entry.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
+    return found
+
+
+def load_config(source: str | Path | None = None, *, preset: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a preset or YAML file, with ``dotted.key=value`` overrides applied.
+
+    Raises:
+        InputError: one line that names the key, the value and the remedy.
+    """
+    if (source is None) == (preset is None):
+        raise InputError("give either a YAML file or --preset NAME (see: rl-edit presets)")
+    if preset is not None:
+        known = presets()
+        if preset not in known:
+            near = difflib.get_close_matches(preset, known, n=1)
+            raise InputError(f"unknown preset {preset!r}{f', did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}.")
+        text = (resources.files("rl_edit.presets") / f"{preset}.yaml").read_text()
+        origin = f"preset {preset}"
+    else:
+        path = Path(str(source))
+        if not path.is_file():
+            raise InputError(f"no config file at {path}: give an existing YAML file or --preset NAME (see: rl-edit presets)")
+        try:
+            text, origin = path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read as UTF-8 text ({error}): give a YAML file") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{origin} must be a mapping of keys such as seed, editor, train; got {type(raw).__name__}")
+    for override in overrides:
+        raw = _override(raw, override)
+    return validated(raw, origin)
+
+
+def validated(raw: Mapping[str, Any], origin: str) -> RunConfig:
+    """The run of a raw mapping; every problem becomes one line."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(dict(item)) for item in error.errors(include_url=False)]
+        more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:3])})" if len(problems) > 1 else ""
+        raise InputError(f"{origin}: {problems[0]}{more}") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    key, separator, value = override.partition("=")
+    if not separator or not key or key.startswith("-"):
+        raise InputError(f"override {override!r} is not of the form dotted.key=value, e.g. train.updates=50")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from error
+    result = copy.deepcopy(raw)
+    node: Any = result
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    node[last] = parsed
+    return result
+
+
+def _merge(base: Any, change: Any) -> Any:
+    """Nested mappings merged; a changed ``kind`` replaces its mapping whole."""
+    if isinstance(base, dict) and isinstance(change, Mapping) and change.get("kind", base.get("kind")) == base.get("kind"):
+        return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
+    return change
+
+
+def _explain(error: dict[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    shown = _without_tags(location)
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
+        where = ".".join(shown[:-1])
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_known_keys(location[:-1])))}"
+        return f"unknown key {'.'.join(shown)!r}: {hint}" + (f" (in {where})" if where else "")
+    message = error["msg"].removeprefix("Value error, ")
+    plain = value if isinstance(value, str | int | float | bool | type(None)) else type(value).__name__
+    return f"{'.'.join(shown)}: {message}, got {plain!r}" if shown and error["type"] != "value_error" else ": ".join([*[".".join(shown)][: bool(shown)], message])
+
+
+def _without_tags(location: Sequence[str]) -> list[str]:
+    """A location without the union tags pydantic inserts after a discriminated field."""
+    current: Any = RunConfig
+    shown = []
+    for part in location:
+        members = _models(current)
+        if part in {_tag(m) for m in members if _tag(m)} and not any(part in m.model_fields for m in members):
+            current = next(m for m in members if _tag(m) == part)
+            continue
+        shown.append(part)
+        current = _child(current, part)
+    return shown
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    current: Any = RunConfig
+    for part in location:
+        tagged = [m for m in _models(current) if _tag(m) == part]
+        current = tagged[0] if tagged else _child(current, part)
+    return [key for model in _models(current) for key in model.model_fields]
+
+
+def _child(annotation: Any, part: str) -> Any:
+    for model in _models(annotation):
+        if part in model.model_fields:
+            return model.model_fields[part].annotation
+    return get_args(annotation)[1] if get_origin(annotation) is dict else None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models an annotation admits, through unions and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, Annotated) or type(annotation).__name__ == "UnionType":
+        return [model for part in get_args(annotation) for model in _models(part)]
+    return []
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    kind = model.model_fields.get("kind")
+    return None if kind is None else str(kind.default)
