@@ -1,0 +1,65 @@
+"""The command line: one small file a verb. Errors become one readable line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import typer
+
+from rl_edit.cli.dataset import dataset_app
+from rl_edit.cli.edit import edit_command
+from rl_edit.cli.evaluate import evaluate_command
+from rl_edit.cli.pretrain import pretrain_command
+from rl_edit.cli.report import report_command
+from rl_edit.cli.show import methods_command, presets_command, show_config_command
+from rl_edit.cli.train import train_command
+from rl_edit.errors import InputError
+from rl_edit.update import TrainingFailed
+
+BAD_INPUT, FAILED, INFEASIBLE, UNREACHABLE = 2, 3, 4, 5
+
+app = typer.Typer(
+    name="rl-edit",
+    help="Reinforcement-learning post-training for image editors that leaves the rest of the picture alone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train_command)
+app.command("evaluate")(evaluate_command)
+app.command("edit")(edit_command)
+app.command("report")(report_command)
+app.command("pretrain")(pretrain_command)
+app.command("presets")(presets_command)
+app.command("methods")(methods_command)
+app.command("show-config")(show_config_command)
+app.add_typer(dataset_app, name="dataset")
+
+
+def main() -> None:
+    """Entry point: runs the verb and turns known errors into exit codes."""
+    try:
+        app()
+    except InputError as error:
+        _leave(error, BAD_INPUT)
+    except TrainingFailed as error:
+        _leave(error, FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        code = {"ClusterUnreachable": UNREACHABLE, "ResourcesInfeasible": INFEASIBLE}.get(type(error).__name__)
+        if code is None:
+            raise
+        _leave(error, code)
+
+
+def _leave(error: Exception, code: int) -> None:
+    """One line on stderr; under Ray the cause is the last line of the remote trace."""
+    cause = getattr(error, "cause", None) or error
+    print(f"rl-edit: {' '.join(str(cause).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,96 @@
+"""``rl-edit evaluate``: base against adapter on held-out tasks, paired; a table, ``evaluation.json`` and pictures."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from rl_edit import adapters
+from rl_edit.config import RunConfig, load_config
+from rl_edit.data import open_dataset
+from rl_edit.editors import load_editor
+from rl_edit.errors import InputError
+from rl_edit.evaluation.evaluate import Evaluation, evaluate
+from rl_edit.rewards import available
+
+SHOWN = {
+    "reward": ("total reward", 3),
+    "instruction": ("instruction score", 3),
+    "background_psnr_masked": ("background PSNR, masked (dB)", 3),
+    "background_psnr_zero_filled": ("background PSNR, zero-filled (dB)", 3),
+    "background_ssim": ("background SSIM", 4),
+    "concentration": ("attention concentration", 4),
+}
+
+
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides: evaluation.num_tasks=512 data.heldout_path=DIR")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Another adapter than RUN/adapter.")] = None,
+) -> None:
+    """Compare base and trained editor on the same held-out tasks and noises."""
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"no run at {run}: expected {run / 'config.yaml'}, written by rl-edit train")
+    config = load_config(run / "config.yaml", overrides=list(overrides or []))
+    console = Console()
+    evaluation = evaluate_run(config, adapter or run / "adapter", run / "evaluation", console=console)
+    summary = evaluation.summary()
+    console.print(table(summary))
+    console.print(f"{run / 'evaluation' / 'evaluation.json'}; next: rl-edit report {run}")
+
+
+def evaluate_run(config: RunConfig, adapter: Path, directory: Path, *, console: Console) -> Evaluation:
+    """Evaluates an adapter of a run and writes the result; an earlier evaluation is replaced only when the new one is whole."""
+    dataset = open_dataset(config.data, "heldout")
+    terms, _ = available(tuple(config.rewards.values()), dataset.fields)
+    weights, lora = adapters.read(adapter)
+    editor = load_editor(config.editor)
+    adapters.attach(editor.transformer, lora, seed=0)
+    adapters.load(editor.transformer, weights)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("evaluating", total=None)
+        result = evaluate(
+            editor,
+            dataset,
+            terms,
+            config.evaluation,
+            num_steps=config.rollout.num_steps,
+            images=temporary / "images",
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    result.meta["adapter"] = str(weights.id)
+    result.write(temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+    return result
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """Headline metrics: base, trained, paired difference with its 95 % interval."""
+    n = next(iter(summary["base"].values()))["n"]
+    shown = Table(title=f"held-out tasks: {n}; difference paired, 95 % interval")
+    for column in ("metric", "base", "trained", "difference", "interval"):
+        shown.add_column(column, justify="left" if column == "metric" else "right")
+    for key, (label, digits) in SHOWN.items():
+        if key not in summary["delta"]:
+            continue
+        delta = summary["delta"][key]
+        interval = f"[{delta['low']:+.{digits}f}, {delta['high']:+.{digits}f}]" if delta["low"] is not None else "n = 1"
+        colour = "" if delta["low"] is None or delta["low"] <= 0 <= delta["high"] else ("green" if delta["low"] > 0 else "red")
+        shown.add_row(
+            label,
+            f"{summary['base'][key]['mean']:.{digits}f}",
+            f"{summary['trained'][key]['mean']:.{digits}f}",
+            f"{delta['mean']:+.{digits}f}",
+            interval,
+            style=colour,
+        )
+    return shown

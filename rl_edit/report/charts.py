@@ -1,0 +1,266 @@
+"""Charts as inline SVG, drawn here: lines over updates, stacked seconds, intervals around zero. No script, no outside font.
+
+Colours are CSS classes (``c0`` ... ``c7``), so that one drawing serves the light and the dark page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from rl_edit.report.run_files import Interval, Points
+
+WIDTH, HEIGHT = 440.0, 210.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 12.0, 38.0
+NUM_COLOURS = 8
+# A chart narrower than 440 px cannot be hovered more finely; this also bounds the size of the page for long runs.
+MAX_HOVER_STRIPS = 120
+MAX_POINTS = 600
+MAX_BARS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    label: str
+    points: Points
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegendEntry:
+    colour: str
+    label: str
+    last: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A drawing with its caption. ``legend`` has one entry per line; ``note`` says what is drawn where that is not plain."""
+
+    title: str
+    unit: str
+    legend: tuple[LegendEntry, ...]
+    svg: Markup
+    note: str = ""
+
+
+def plain(value: float, digits: int | None = None) -> str:
+    """``value`` for reading: ``digits`` decimals, or about four significant ones, and a real minus sign."""
+    if digits is not None:
+        text = f"{value:.{digits}f}"
+    elif value == 0.0 or 1e-3 <= abs(value) < 1e5:
+        text = f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    else:
+        text = f"{value:.2e}"
+    if float(text) == 0.0:
+        text = text.removeprefix("-")
+    return text.replace("-", "\u2212", 1) if text.startswith("-") else text
+
+
+def signed(value: float, digits: int) -> str:
+    """``value`` with its sign always shown; a value that rounds to zero has none."""
+    text = plain(value, digits)
+    return f"+{text}" if value > 0 and float(text) != 0.0 else text
+
+
+def moving_average(values: Sequence[float], span: int) -> list[float]:
+    """Exponential moving average with weight 2 / (span + 1), corrected for its empty start, so the first value is kept exactly."""
+    weight = 2.0 / (span + 1)
+    total = norm = 0.0
+    smooth = []
+    for value in values:
+        total = (1.0 - weight) * total + weight * value
+        norm = (1.0 - weight) * norm + weight
+        smooth.append(total / norm)
+    return smooth
+
+
+def smoothing_span(num_points: int) -> int:
+    """Updates the moving average looks back over: a tenth of the run, and at least three."""
+    return max(3, num_points // 10)
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About ``count`` round steps whose first and last tick enclose [low, high]."""
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+        pad = abs(low) * 0.05 or 0.5
+        low, high = low - pad, high + pad
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def line_chart(
+    *, title: str, unit: str, series: Sequence[Series], from_zero: bool = False, smooth: bool = True, note: str = ""
+) -> Chart | None:
+    """Lines over updates: faint raw points under a moving average. None when no series has a point.
+
+    Args:
+        unit: label of the vertical axis.
+        from_zero: the axis includes zero; for quantities whose size, not only whose change, is the message.
+        smooth: draw the moving average; off for counts.
+    """
+    drawn = [entry for entry in series if entry.points][:NUM_COLOURS]
+    if not drawn:
+        return None
+    values = [y for entry in drawn for _, y in entry.points] + ([0.0] if from_zero else [])
+    frame = _Frame.around(xs=[x for entry in drawn for x, _ in entry.points], ys=values)
+    parts = [frame.axes(unit)]
+    for index, entry in enumerate(drawn):
+        xs, ys = [x for x, _ in entry.points], [y for _, y in entry.points]
+        averaged = smooth and len(ys) > 3
+        average = moving_average(ys, smoothing_span(len(ys))) if averaged else ys
+        colour = f"c{index}"
+        if averaged:
+            parts.append(f'<path class="raw {colour}" d="{frame.path(_thin(list(zip(xs, ys, strict=True)), MAX_POINTS))}"/>')
+        if len(ys) <= MAX_HOVER_STRIPS:
+            parts.append(f'<g class="dots {"" if averaged else "solid "}{colour}">')
+            parts += [f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{1.6 if averaged else 2.2}"/>' for x, y in entry.points]
+            parts.append("</g>")
+        parts.append(f'<path class="line {colour}" d="{frame.path(_thin(list(zip(xs, average, strict=True)), MAX_POINTS))}"/>')
+    parts.append(_hover(frame, drawn, unit))
+    legend = tuple(LegendEntry(colour=f"c{index}", label=entry.label, last=plain(entry.points[-1][1])) for index, entry in enumerate(drawn))
+    return Chart(title=title, unit=unit, legend=legend, svg=_svg(title, parts), note=note)
+
+
+def stacked_chart(*, title: str, unit: str, phases: Mapping[str, Points], total: Points = (), note: str = "") -> Chart | None:
+    """Bars over updates, one layer a phase; many updates share a bar, which then shows their mean. ``total`` is drawn as a line."""
+    phases = {name: points for name, points in list(phases.items())[:NUM_COLOURS] if points}
+    if not phases:
+        return None
+    updates = sorted({x for points in phases.values() for x, _ in points})
+    size = math.ceil(len(updates) / MAX_BARS)
+    bins = [updates[start : start + size] for start in range(0, len(updates), size)]
+    lookup = {name: dict(points) for name, points in phases.items()}
+    whole = dict(total)
+
+    def mean(column: Mapping[float, float], keys: Sequence[float]) -> float:
+        present = [max(column[key], 0.0) for key in keys if key in column]
+        return sum(present) / len(present) if present else 0.0
+
+    layers = [{name: mean(column, keys) for name, column in lookup.items()} for keys in bins]
+    totals = [(keys[0] + keys[-1]) / 2 for keys in bins], [mean(whole, keys) for keys in bins]
+    tops = [sum(layer.values()) for layer in layers] + (totals[1] if whole else [])
+    half = (bins[1][0] - bins[0][0]) / 2 if len(bins) > 1 else 0.5
+    frame = _Frame.around(xs=[updates[0] - half, updates[-1] + half], ys=[0.0, *tops], ticks_at=(updates[0], updates[-1]))
+    parts = [frame.axes(unit)]
+    for keys, layer in zip(bins, layers, strict=True):
+        left, right = frame.x(keys[0] - half * 0.84 / size), frame.x(keys[-1] + half * 0.84 / size)
+        span = plain(keys[0]) if len(keys) == 1 else f"{plain(keys[0])} to {plain(keys[-1])} (mean)"
+        told = "\n".join([f"update {span}", *(f"{name}: {plain(value)} {unit}" for name, value in layer.items())])
+        base = 0.0
+        parts.append(f"<g><title>{escape(told)}</title>")
+        for index, value in enumerate(layer.values()):
+            low, high = frame.y(base), frame.y(base + value)
+            parts.append(
+                f'<rect class="bar c{index}" x="{left:.1f}" y="{high:.1f}" width="{max(right - left, 0.5):.1f}" height="{low - high:.1f}"/>'
+            )
+            base += value
+        parts.append("</g>")
+    legend = [LegendEntry(colour=f"c{index}", label=name, last=plain(points[-1][1])) for index, (name, points) in enumerate(phases.items())]
+    if whole:
+        parts.append(f'<path class="line total" d="{frame.path(list(zip(*totals, strict=True)))}"/>')
+        legend.append(LegendEntry(colour="total", label="whole update", last=plain(total[-1][1])))
+    return Chart(title=title, unit=unit, legend=tuple(legend), svg=_svg(title, parts), note=note)
+
+
+def interval_bar(interval: Interval, *, limit: float, verdict: str, width: int = 120) -> Markup:
+    """A mean and its interval on an axis from -limit to limit with zero in the middle, ``width`` drawing units wide and 16 high."""
+    middle = width / 2
+
+    def place(value: float) -> float:
+        return middle + (middle - 4.0) * max(-1.0, min(1.0, value / (limit or 1.0)))
+
+    low, high = (interval.mean if end is None else end for end in (interval.low, interval.high))
+    return Markup(
+        f'<svg class="interval {escape(verdict)}" viewBox="0 0 {width} 16" aria-hidden="true">'
+        f'<line class="zero" x1="{middle:.1f}" y1="1" x2="{middle:.1f}" y2="15"/>'
+        f'<line class="span" x1="{place(low):.1f}" y1="8" x2="{place(high):.1f}" y2="8"/>'
+        f'<circle cx="{place(interval.mean):.1f}" cy="8" r="3.6"/></svg>'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """The plotting area: data ranges, ticks, and the maps from data to drawing units."""
+
+    x_low: float
+    x_high: float
+    x_ticks: tuple[float, ...]
+    y_ticks: tuple[float, ...]
+
+    @classmethod
+    def around(cls, *, xs: Sequence[float], ys: Sequence[float], ticks_at: tuple[float, float] | None = None) -> _Frame:
+        low, high = min(xs), max(xs)
+        first, last = ticks_at or (low, high)
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        gap = (last - first) / 8  # a round tick this close to an end would collide with the end's label
+        inner = (
+            [tick for tick in nice_ticks(first, last, 5) if first + gap < tick < last - gap and tick == int(tick)] if last > first else []
+        )
+        return cls(x_low=low, x_high=high, x_ticks=tuple(dict.fromkeys((first, *inner, last))), y_ticks=tuple(nice_ticks(min(ys), max(ys))))
+
+    def x(self, value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x_low) / (self.x_high - self.x_low)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+
+    def axes(self, unit: str) -> str:
+        step = self.y_ticks[1] - self.y_ticks[0]
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        if round(step * 10**digits, 6) != round(step * 10**digits):
+            digits += 1  # steps of 2.5
+        parts = ['<g class="axes">']
+        for tick in self.y_ticks:
+            label = plain(tick, digits) if digits <= 4 and abs(tick) < 1e5 else plain(tick)
+            y = self.y(tick)
+            parts.append(f'<line x1="{LEFT:.0f}" y1="{y:.1f}" x2="{WIDTH - RIGHT:.0f}" y2="{y:.1f}"/>')
+            parts.append(f'<text class="end" x="{LEFT - 6:.0f}" y="{y + 3.8:.1f}">{label}</text>')
+        for tick in self.x_ticks:
+            parts.append(f'<text class="mid" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16:.1f}">{plain(tick)}</text>')
+        parts.append(f'<text class="mid name" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 5:.0f}">update</text>')
+        middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
+        parts.append(f'<text class="mid name" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(unit)}</text></g>')
+        return "".join(parts)
+
+
+def _svg(title: str, parts: Sequence[str]) -> Markup:
+    return Markup(
+        f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
+
+
+def _thin(points: list[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
+    """Every k-th point and always the last, so that a long run does not make a heavy page."""
+    stride = math.ceil(len(points) / limit)
+    kept = points[::stride]
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def _hover(frame: _Frame, series: Sequence[Series], unit: str) -> str:
+    """Invisible columns across the plot whose <title> tells the values of the nearest update."""
+    columns: dict[float, list[str]] = {}
+    for entry in series:
+        name = f"{entry.label}: " if len(series) > 1 else ""
+        for x, y in entry.points:
+            columns.setdefault(x, []).append(f"{name}{plain(y)} {unit}")
+    updates = [x for x, _ in _thin([(x, 0.0) for x in sorted(columns)], MAX_HOVER_STRIPS)]
+    parts = ['<g class="hover">']
+    for index, update in enumerate(updates):
+        left = LEFT if index == 0 else frame.x((updates[index - 1] + update) / 2)
+        right = WIDTH - RIGHT if index == len(updates) - 1 else frame.x((update + updates[index + 1]) / 2)
+        told = "\n".join([f"update {plain(update)}", *columns[update]])
+        size = f'width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM:.0f}"'
+        parts.append(f'<rect x="{left:.1f}" y="{TOP:.0f}" {size}><title>{escape(told)}</title></rect>')
+    parts.append("</g>")
+    return "".join(parts)

@@ -1,0 +1,446 @@
+"""One run as one HTML file: headline numbers, curves, before/after strips, settings. No script, no outside resource.
+
+This file decides what is shown, in which order and under which name; ``page.html.j2`` decides how it looks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rl_edit.errors import InputError
+from rl_edit.report.charts import Chart, Series, interval_bar, line_chart, plain, signed, smoothing_span, stacked_chart
+from rl_edit.report.run_files import Comparison, Evaluation, Interval, RunFiles, number, read_run
+from rl_edit.report.strips import DIFFERENCE_GAIN, Strip, read_strip
+
+OPEN_STRIPS = 16
+NUM_LAST_EVENTS = 40
+NOTABLE = re.compile(
+    r"warn|drop|declin|refus|reject|stale|invalid|error|fail|retr|restart|resum|timeout|interrupt|lost|died", re.IGNORECASE
+)
+# Terms that are measured outside the mask are recognised by these words in their name.
+OUTSIDE = re.compile(r"background|preserv|outside", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a measured quantity reads. ``better`` is +1 if more is better, -1 if less is, 0 if neither."""
+
+    name: str
+    label: str
+    unit: str
+    digits: int
+    better: int
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(name="reward", label="Total reward", unit="", digits=3, better=1),
+        Metric(name="instruction", label="Instruction score", unit="", digits=3, better=1),
+        Metric(name="background_psnr_masked", label="Background PSNR", unit="dB", digits=2, better=1),
+        Metric(name="background_psnr_zero_filled", label="Background PSNR, zero-filled", unit="dB", digits=2, better=1),
+        Metric(name="background_ssim", label="Background SSIM", unit="", digits=4, better=1),
+        Metric(name="background_lpips", label="Background LPIPS", unit="", digits=4, better=-1),
+        Metric(name="concentration", label="Attention concentration", unit="", digits=3, better=0),
+        Metric(name="inside_change", label="Change inside the mask", unit="", digits=3, better=0),
+    )
+}
+HEADLINES = ("reward", "instruction", "background_psnr_masked")
+STRIP_METRICS = ("instruction", "background_psnr_masked", "reward")
+VERDICTS = {"better": "better", "worse": "worse", "moved": "changed", "unclear": "no clear change"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a comparison table, as text. ``verdict`` is a CSS class and a key of ``VERDICTS``."""
+
+    label: str
+    unit: str
+    base: str
+    trained: str
+    delta: str
+    span: str
+    n: str
+    verdict: str
+    verdict_text: str
+    bar: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeTable:
+    metric: Metric
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChartGroup:
+    title: str
+    about: str
+    charts: tuple[Chart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    time: str
+    name: str
+    details: str
+
+
+def render_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` from the files in ``run_dir`` and return its path. The same files give the same bytes.
+
+    A part without data says so in its place; an example that cannot be drawn is named with the reason.
+
+    Raises:
+        InputError: no such directory, nothing in it to show, a broken JSON file, or the page cannot be written.
+    """
+    files = read_run(run_dir)
+    environment = Environment(
+        loader=PackageLoader("rl_edit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("page.html.j2").render(_context(files))
+    return _write_atomically(run_dir / "report.html", page)
+
+
+def _write_atomically(path: Path, text: str) -> Path:
+    """A reader sees the old page or the new one, never half of one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): the report goes beside the run's files. Make it writable.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _context(files: RunFiles) -> dict[str, Any]:
+    run, evaluation = files.run, files.evaluation
+    strips, undrawn = _strips(files.examples)
+    groups = _chart_groups(files)
+    counts, notable, num_notable = _events(files)
+    return {
+        "title": str(run.get("name") or files.directory.resolve().name),
+        "status": str(run.get("status") or "unknown"),
+        "facts": _facts(files),
+        "left_out": [_words(item) for item in _sequence(run.get("left_out_rewards"))],
+        "has_evaluation": evaluation is not None,
+        "headlines": _headlines(evaluation.overall) if evaluation else (),
+        "table": _table(evaluation.overall) if evaluation else (),
+        "type_tables": _type_tables(evaluation) if evaluation else (),
+        "protocol": _protocol(evaluation.meta) if evaluation else "",
+        "notes": [(_spaced(key), _words(value)) for key, value in evaluation.meta.items() if key not in _PROTOCOL] if evaluation else (),
+        "groups": groups,
+        "span": smoothing_span(len(files.metrics.rows)),
+        "num_updates": len(files.metrics.rows),
+        "unreadable_metrics": files.metrics.unreadable,
+        "strips": strips[:OPEN_STRIPS],
+        "more_strips": strips[OPEN_STRIPS:],
+        "undrawn": undrawn,
+        "gain": DIFFERENCE_GAIN,
+        "strip_numbers": _strip_numbers,
+        "config": files.config,
+        "environment": _environment(run),
+        "event_counts": counts,
+        "events": notable,
+        "num_notable": num_notable,
+        "has_events": bool(files.events.rows),
+        "unreadable_events": files.events.unreadable,
+    }
+
+
+def _facts(files: RunFiles) -> list[tuple[str, str]]:
+    run, rows = files.run, files.metrics.rows
+    planned = number(run.get("updates"))
+    facts = [(label, _words(run[key])) for label, key in (("Method", "method"), ("Editor", "editor"), ("Seed", "seed")) if key in run]
+    facts.append(("Updates", f"{len(rows)} of {'?' if planned is None else plain(planned)}"))
+    trained = _words(rows[-1].get("adapter")) if rows else ""
+    evaluated = _words(files.evaluation.meta.get("adapter")) if files.evaluation else ""
+    if trained and evaluated and trained != evaluated:
+        facts += [("Adapter, evaluated", evaluated), ("Adapter, last update", trained)]
+    elif trained or evaluated:
+        facts.append(("Adapter", evaluated or trained))
+    facts += [(label, _time(run[key])) for label, key in (("Started", "started"), ("Finished", "finished")) if run.get(key)]
+    return facts
+
+
+def _metric(name: str) -> Metric:
+    return METRICS.get(name) or Metric(name=name, label=_spaced(name), unit="", digits=3, better=0)
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Known metrics first, in the order they are declared; the rest as they come."""
+    present = list(names)
+    return [name for name in METRICS if name in present] + [name for name in present if name not in METRICS]
+
+
+def _row(label: str, metric: Metric, comparison: Comparison, limit: float, *, bar_width: int = 120) -> Row:
+    base, trained, delta = (side.get(metric.name) for side in (comparison.base, comparison.trained, comparison.delta))
+    verdict = _verdict(metric, delta)
+    span = ""
+    if delta is not None and delta.low is not None and delta.high is not None:
+        span = f"{signed(delta.low, metric.digits)} to {signed(delta.high, metric.digits)}"
+    sizes = [side.n for side in (delta, trained, base) if side is not None and side.n is not None]
+    return Row(
+        label=label,
+        unit=metric.unit,
+        base="\u2014" if base is None else plain(base.mean, metric.digits),
+        trained="\u2014" if trained is None else plain(trained.mean, metric.digits),
+        delta="\u2014" if delta is None else signed(delta.mean, metric.digits),
+        span=span,
+        n=str(sizes[0]) if sizes else "\u2014",
+        verdict=verdict,
+        verdict_text=VERDICTS[verdict] if span else "no interval",
+        bar=Markup("") if delta is None else interval_bar(delta, limit=limit, verdict=verdict, width=bar_width),
+    )
+
+
+def _verdict(metric: Metric, delta: Interval | None) -> str:
+    if delta is None or not delta.excludes_zero:
+        return "unclear"
+    direction = metric.better * (1 if delta.mean > 0 else -1)
+    return {1: "better", -1: "worse", 0: "moved"}[direction]
+
+
+def _reach(deltas: Iterable[Interval | None]) -> float:
+    """Half-width of an axis around zero on which every interval fits."""
+    ends = [abs(end) for delta in deltas if delta is not None for end in (delta.mean, delta.low, delta.high) if end is not None]
+    return max(ends, default=0.0) * 1.08
+
+
+def _headlines(overall: Comparison) -> list[Row]:
+    return [_row(METRICS[name].label, METRICS[name], overall, _reach([overall.delta.get(name)]), bar_width=300) for name in HEADLINES]
+
+
+def _table(overall: Comparison) -> list[Row]:
+    return [_row(_metric(name).label, _metric(name), overall, _reach([overall.delta.get(name)])) for name in _ordered(overall.names)]
+
+
+def _type_tables(evaluation: Evaluation) -> list[TypeTable]:
+    present = dict.fromkeys(name for comparison in evaluation.by_type.values() for name in comparison.names)
+    tables = []
+    for name in _ordered(present):
+        kinds = {kind: comparison for kind, comparison in sorted(evaluation.by_type.items()) if name in comparison.names}
+        limit = _reach(comparison.delta.get(name) for comparison in (*kinds.values(), evaluation.overall))
+        rows = [_row(kind, _metric(name), comparison, limit) for kind, comparison in kinds.items()]
+        if name in evaluation.overall.names:
+            rows.append(_row("all", _metric(name), evaluation.overall, limit))
+        tables.append(TypeTable(metric=_metric(name), rows=tuple(rows)))
+    return tables
+
+
+_PROTOCOL = {
+    "num_tasks": "{} tasks",
+    "num_noises": "{} noises a task",
+    "steps": "{} denoising steps",
+    "seed": "seed {}",
+    "adapter": "adapter {}",
+}
+
+
+def _protocol(meta: Mapping[str, Any]) -> str:
+    return ", ".join(form.format(_words(meta[key])) for key, form in _PROTOCOL.items() if key in meta)
+
+
+def _chart_groups(files: RunFiles) -> list[ChartGroup]:
+    """Every numeric key of metrics.jsonl in exactly one chart; keys this page has no place for come last, under their own name."""
+    names = files.metric_names()
+    used: set[str] = {"update"}
+
+    def line(key: str, title: str, unit: str, *, from_zero: bool = False, smooth: bool = True, note: str = "") -> Chart | None:
+        used.add(key)
+        series = [Series(label=title, points=files.column(key))]
+        return line_chart(title=title, unit=unit, series=series, from_zero=from_zero, smooth=smooth, note=note)
+
+    def matching(pattern: str) -> list[tuple[str, str]]:
+        return [(key, found.group(1)) for key in names if (found := re.fullmatch(pattern, key))]
+
+    terms = [(key, term) for key, term in matching(r"reward/(.+)/mean") if term != "total"]
+    components = sorted(matching(r"component/(.+)/mean"), key=lambda pair: "instruction" not in pair[1])
+    parts = [(key, f"Reward term: {_spaced(term)}", term, "reward") for key, term in terms]
+    parts += [(key, f"Part of a reward: {_spaced(term)}", term, "score") for key, term in components]
+    inside = [
+        line("reward/total/mean", "Total reward", "reward", note="mean over candidates; weighs every term, outside ones too"),
+        *(line(key, title, unit) for key, title, term, unit in parts if not OUTSIDE.search(term)),
+    ]
+    outside = [
+        line("background/psnr/mean", "Background PSNR", "dB", note="mean over candidates"),
+        line(
+            "background/psnr/spread",
+            "Background PSNR, spread within a group",
+            "dB",
+            from_zero=True,
+            note="how much the candidates of one task differ",
+        ),
+        *(line(key, f"Background {_spaced(rest)}", "") for key, rest in matching(r"background/(?!psnr/(?:mean|spread)$)(.+)")),
+        *(line(key, title, unit) for key, title, term, unit in parts if OUTSIDE.search(term)),
+    ]
+    attention = [
+        line(key, f"Concentration, {_spaced(rest)}", "concentration", from_zero=rest == "spread")
+        for key, rest in matching(r"concentration/(.+)")
+    ]
+    signal = [
+        line("reward/total/spread", "Spread of the total reward", "reward", from_zero=True),
+        *(
+            line(key, f"Spread of {_spaced(term)}", "reward", from_zero=True)
+            for key, term in matching(r"reward/(.+)/spread")
+            if term != "total"
+        ),
+        *(line(key, f"Spread of {_spaced(term)}", "score", from_zero=True) for key, term in matching(r"component/(.+)/spread")),
+    ]
+    optimisation = [
+        line("ratio/mean", "Probability ratio, mean", "ratio"),
+        line("ratio/max_deviation", "Probability ratio, largest |ratio \u2212 1|", "|ratio \u2212 1|", from_zero=True),
+        line("clip/share", "Share of ratios clipped", "share", from_zero=True),
+        line("gradient/norm", "Gradient norm", "norm", from_zero=True),
+        *(line(key, f"Loss: {_spaced(rest)}", "loss") for key, rest in matching(r"loss(?:/(.+))?") if rest is not None),
+    ]
+    group_keys = matching(r"groups/(.+)")
+    used.update(key for key, _ in group_keys)
+    bookkeeping = [
+        line_chart(
+            title="Groups used and dropped",
+            unit="groups an update",
+            series=[Series(label=_spaced(rest), points=files.column(key)) for key, rest in group_keys],
+            from_zero=True,
+            smooth=False,
+        ),
+        line(
+            "staleness",
+            "Staleness",
+            "updates",
+            from_zero=True,
+            smooth=False,
+            note="how many updates old the weights behind the groups were",
+        ),
+    ]
+    phases = {_spaced(rest): files.column(key) for key, rest in matching(r"seconds/(.+)") if rest != "update"}
+    used.update(key for key, _ in matching(r"seconds/(.+)"))
+    time = [
+        stacked_chart(
+            title="Seconds per phase",
+            unit="s",
+            phases=phases,
+            total=files.column("seconds/update"),
+            note="phases may run at the same time, so their sum can exceed the whole update",
+        )
+        if phases
+        else line("seconds/update", "Seconds per update", "s", from_zero=True)
+    ]
+    rest = [line(key, key, "") for key in names if key not in used]
+    planned = (
+        ("Inside the mask", "Does the edit do what the instruction says?", inside),
+        ("Outside the mask", "Does everything else stay as it was?", outside),
+        ("Where the editor looks", "How much of the text-to-image attention falls on the region to edit.", attention),
+        (
+            "Spread within a group",
+            "How much the candidates of one task differ: what the method learns from. Zero teaches nothing.",
+            signal,
+        ),
+        ("Optimisation", "Is the step small, and is it taken on fresh data?", [*optimisation, *bookkeeping]),
+        ("Time", "Where an update's seconds go.", time),
+        ("Other numbers", "Further keys of metrics.jsonl, as they are.", rest),
+    )
+    drawn = (ChartGroup(title=title, about=about, charts=tuple(c for c in charts if c is not None)) for title, about, charts in planned)
+    return [group for group in drawn if group.charts]
+
+
+def _strips(examples: Iterable[Path]) -> tuple[list[Strip], list[tuple[str, str]]]:
+    drawn: list[Strip] = []
+    undrawn: list[tuple[str, str]] = []
+    for directory in examples:
+        try:
+            drawn.append(read_strip(directory))
+        except InputError as error:
+            undrawn.append((directory.name, str(error)))
+    return drawn, undrawn
+
+
+def _strip_numbers(strip: Strip) -> list[tuple[str, str, str, str]]:
+    """(label, base, trained, difference) for the metrics a caption has room for."""
+    rows = []
+    for name in STRIP_METRICS:
+        if name in strip.base and name in strip.trained:
+            metric, base, trained = METRICS[name], strip.base[name], strip.trained[name]
+            unit = f" {metric.unit}" if metric.unit else ""
+            rows.append(
+                (metric.label, plain(base, metric.digits), plain(trained, metric.digits) + unit, signed(trained - base, metric.digits))
+            )
+    return rows
+
+
+def _environment(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    tables = []
+    for title, key in (("Versions", "versions"), ("Hardware", "hardware")):
+        value = run.get(key)
+        if isinstance(value, Mapping) and value:
+            tables.append((title, [(str(name), _words(entry)) for name, entry in value.items()]))
+        elif value:
+            tables.append((title, [("", _words(value))]))
+    if run.get("command"):
+        command = run["command"]
+        tables.append(("Command", [("", " ".join(map(str, command)) if isinstance(command, list) else str(command))]))
+    return tables
+
+
+def _events(files: RunFiles) -> tuple[list[tuple[str, int]], list[Event], int]:
+    """How often each event happened, and the last notable ones in full."""
+    named = [(str(row.get("event", "event")), row) for row in files.events.rows]
+    counts = Counter(name for name, _ in named).most_common()
+    notable = [(name, row) for name, row in named if NOTABLE.search(f"{name} {row.get('level', '')}")]
+    shown = [
+        Event(
+            time=_time(row.get("time")),
+            name=name,
+            details=", ".join(f"{key}: {_words(value)}" for key, value in row.items() if key not in ("time", "event")),
+        )
+        for name, row in notable[-NUM_LAST_EVENTS:]
+    ]
+    return counts, shown, len(notable)
+
+
+def _spaced(name: object) -> str:
+    return str(name).replace("_", " ").replace("/", ", ")
+
+
+def _sequence(value: object) -> list[object]:
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _words(value: object) -> str:
+    """Any JSON value as one line of text."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return plain(value) if number(value) is not None else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_words(entry)}" for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_words, value))
+    return str(value)
+
+
+def _time(value: object) -> str:
+    """Seconds since the epoch as UTC; text as it is."""
+    seconds = number(value)
+    if seconds is None:
+        return _words(value)
+    try:
+        return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, OSError, ValueError):
+        return plain(seconds)
