@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ class EditorFacts:
 
 
 def inspect_editor(config: EditorConfig) -> EditorFacts:
-    """Finds an editor and reads its configuration only (on the hub: two small files).
+    """Finds an editor and reads its configuration only (on the hub: three small files).
 
     Raises:
         InputError: when it cannot be found or reached, with what to do.
@@ -102,6 +103,23 @@ def inspect_editor(config: EditorConfig) -> EditorFacts:
     from rl_edit.editors.flux_kontext import inspect
 
     return inspect(config)
+
+
+def editor_identity(config: EditorConfig) -> str:
+    """What names the frozen base: a hash of its directory's files, or repository id and revision.
+
+    Files above 64 MiB enter with their size and first MiB, which holds a safetensors file's table of tensors.
+    """
+    where = BUILTIN_WEIGHTS if config.path == BUILTIN else Path(config.path)
+    if not where.is_dir():
+        return f"{config.path}@{config.revision or 'main'}"
+    sha = hashlib.sha256()
+    for file in sorted(path for path in where.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".model")):
+        size = file.stat().st_size
+        sha.update(f"{file.relative_to(where)}:{size};".encode())
+        with file.open("rb") as stream:
+            sha.update(stream.read() if size <= 64 << 20 else stream.read(1 << 20))
+    return sha.hexdigest()
 
 
 def load_editor(config: EditorConfig) -> Editor:

@@ -21,6 +21,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -44,8 +45,7 @@ class FluxKontextEditor:
         if config.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         joint = [*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks]
-        if config.attention_layers > len(joint):
-            raise InputError(f"editor.attention_layers is {config.attention_layers}, but {config.path} has {len(joint)} joint layers; use at most that")
+        _check_layers(config, len(joint))
         self._attention_modules = [block.attn for block in joint[len(joint) - config.attention_layers :]]
 
     @classmethod
@@ -81,7 +81,8 @@ class FluxKontextEditor:
         prompt_embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=task.instruction, prompt_2=None, device=self.device, max_sequence_length=self.config.max_text_tokens
         )
-        image = self.pipeline.image_processor.preprocess(task.source.permute(2, 0, 1)[None].float() / 255)
+        # As a picture, not as a tensor: the processor then lays memory out as in the stock pipeline, and convolutions round by layout.
+        image = self.pipeline.image_processor.preprocess(Image.fromarray(task.source.cpu().numpy()))
         clean = self.pipeline._encode_vae_image(image.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(clean, 1, clean.shape[1], clean.shape[2], clean.shape[3])
         return Conditioning(
@@ -139,7 +140,7 @@ class FluxKontextEditor:
             if mass is not None:
                 masses.append(mass[:kept])
         if tally is not None:
-            tally.add(torch.cat(masses) if masses else latents.new_full(latents.shape[:2], 1 / latents.shape[1]))
+            tally.add(torch.cat(masses) if masses else latents.new_full(latents.shape[:2], float("nan")))
         return torch.cat(outputs)
 
     def _forward(self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool) -> tuple[Tensor, Tensor | None]:
@@ -151,7 +152,7 @@ class FluxKontextEditor:
         with _attention(self._attention_modules if record else [], packed.text_rows, tokens) as masses:
             out = self.transformer(
                 hidden_states=hidden,
-                timestep=flow.model_time(sigma.to(self.device, self.dtype)),
+                timestep=flow.model_time(sigma.to(self.device), self.dtype),
                 guidance=guidance,
                 pooled_projections=packed.pooled,
                 encoder_hidden_states=packed.prompt_embeds,
@@ -245,19 +246,25 @@ def _attention(modules: list[nn.Module], text_rows: Tensor, tokens: int) -> Iter
 
 
 def inspect(config: EditorConfig) -> EditorFacts:
-    """Reads ``model_index.json`` and ``vae/config.json``, from the directory or the hub."""
+    """Reads the pipeline's, the VAE's and the transformer's configuration, from the directory or the hub."""
     where, local = _locate(config)
     try:
         files = [
             Path(where) / name if local else Path(hf_hub_download(where, name, revision=config.revision))
-            for name in ("model_index.json", "vae/config.json")
+            for name in ("model_index.json", "vae/config.json", "transformer/config.json")
         ]
-        index, vae = (json.loads(file.read_text()) for file in files)
+        index, vae, transformer = (json.loads(file.read_text()) for file in files)
     except Exception as error:
         raise _unreachable(where, local, error) from error
     if index.get("_class_name") != FluxKontextPipeline.__name__:
         raise InputError(f"{where} is a {index.get('_class_name')}, this version trains {FluxKontextPipeline.__name__}: give such an editor")
+    _check_layers(config, transformer["num_layers"] + transformer["num_single_layers"])
     return EditorFacts(pixels_per_token=2 * 2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def _check_layers(config: EditorConfig, joint: int) -> None:
+    if config.attention_layers > joint:
+        raise InputError(f"editor.attention_layers is {config.attention_layers}, but {config.path} has {joint} joint layers: use at most that")
 
 
 def _locate(config: EditorConfig) -> tuple[str, bool]:

@@ -414,7 +414,7 @@ class _Averaged:
 
     def __init__(self, module: nn.Module, *, decay: float) -> None:
         self.module = module
-        self.parameters = list(module.parameters())
+        self.parameters: list[Tensor] = list(module.parameters())
         # No weight decay on vectors (norms, biases): shrinking them helps nothing.
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": 0.01},
