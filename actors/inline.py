@@ -26,6 +26,9 @@ class InlineWorkers:
         self._next = 0
         self.pixels_per_token = self._rollouts[0].editor.pixels_per_token
 
+    async def start(self) -> None:
+        """Nothing to wait for: construction has loaded everything."""
+
     async def rollout(self, item: WorkItem) -> Any:
         actor = self._rollouts[self._next % len(self._rollouts)]
         self._next += 1

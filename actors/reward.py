@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 
@@ -22,6 +23,10 @@ class RewardActor:
         torch.set_num_threads(threads)
         self.terms, _ = available(tuple(config.rewards.values()), fields)
 
+    def ready(self) -> int:
+        """Answers once construction is over: the process id."""
+        return os.getpid()
+
     def score(self, blob: np.ndarray) -> np.ndarray:
         """The reward table of a packed group, packed."""
         group: RolloutGroup = wire.unpack(blob)
@@ -32,4 +37,3 @@ class RewardActor:
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, work_id=work_id)
         return replace(table, components={**table.components, **diagnostics(candidates)}, seconds=time.perf_counter() - start)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
@@ -33,6 +34,10 @@ class RolloutActor:
         adapters.attach(self.editor.transformer, config.lora, seed=config.seed)
         self._published: dict[AdapterId, AdapterWeights] = {}
         self._loaded: AdapterId | None = None
+
+    def ready(self) -> int:
+        """Answers once construction is over: the process id."""
+        return os.getpid()
 
     def load(self, blob: np.ndarray) -> None:
         """Takes a published adapter; keeps as many versions as the lag allows to be in use."""
@@ -66,7 +71,7 @@ class RolloutActor:
             self.editor.sigmas(settings.num_steps, conditioning),
             keep=algorithm.objective.trained_steps(settings.num_steps, source.generator("trained steps")),
             step_noise=algorithm.step_noise(item.update, settings.num_steps),
-            normal=lambda step: source.normal(f"step {step}", -1, tuple(initial.shape)),
+            normal=lambda step: torch.stack([source.normal(f"step {step}", i, tuple(noise.shape)) for i, noise in enumerate(initial)]),
         )
         integrated = time.perf_counter()
         images = self.editor.decode(trajectory.final, conditioning)

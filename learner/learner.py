@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,10 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
         self.updates_done = 0
 
+    def ready(self) -> int:
+        """Answers once construction is over: the process id."""
+        return os.getpid()
+
     def export(self) -> np.ndarray:
         """The adapter as it is now, packed."""
         return wire.pack(adapters.export(self.editor.transformer, step=self.updates_done))
@@ -58,7 +63,9 @@ class Learner:
         """One update from reward tables and their packed groups, in the order given (blobs last: Ray passes them by reference)."""
         start = time.perf_counter()
         if update != self.updates_done:
-            raise RuntimeError(f"asked for update {update}, but this learner has done {self.updates_done}: it would be applied twice or out of order")
+            raise RuntimeError(
+                f"asked for update {update}, but this learner has done {self.updates_done}: it would be applied twice or out of order"
+            )
         groups: list[RolloutGroup] = [wire.unpack(blob) for blob in blobs]
         rewards: list[RewardTable] = [wire.unpack(table) for table in tables]
         credits = self.config.algorithm.credit(rewards, [group.candidates.token_mask for group in groups])
@@ -109,7 +116,10 @@ class Learner:
         expected = {f"parameter/{name}" for name in names}
         found = {key for key in tensors if key.startswith("parameter/")}
         if expected != found:
-            raise ValueError(f"checkpoint parameters differ from this run's adapter: {sorted(expected ^ found)[:4]}; resume with the run's own lora settings")
+            raise ValueError(
+                f"checkpoint parameters differ from this run's adapter: {sorted(expected ^ found)[:4]}; "
+                "resume with the run's own lora settings"
+            )
         for name, parameter in zip(names, self.parameters, strict=True):
             parameter.data.copy_(tensors[f"parameter/{name}"])
             self.optimizer.state[parameter] = {

@@ -57,6 +57,7 @@ class Workers(Protocol):
 
     pixels_per_token: int
 
+    async def start(self) -> None: ...
     async def rollout(self, item: WorkItem) -> Rolled: ...
     async def score(self, rolled: Rolled) -> np.ndarray: ...
     async def publish(self, adapter: np.ndarray) -> None: ...
@@ -98,7 +99,12 @@ class TaskCursor:
 
 
 class TrainingLoop:
-    """Drives one run from its first or resumed update to its last."""
+    """Drives one run from its first or resumed update to its last.
+
+    Args:
+        identity: hash of everything that decides results (settings, data, editor); a checkpoint of another is refused.
+        should_stop: asked between updates; when it says so the run commits and ends.
+    """
 
     def __init__(
         self,
@@ -107,11 +113,13 @@ class TrainingLoop:
         workers: Workers,
         run_dir: Path,
         *,
+        identity: str,
         events: telemetry.Events,
         observer: Observer,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.workers, self.events, self.observer, self.should_stop = config, workers, events, observer, should_stop
+        self.identity = identity
         self.cursor = TaskCursor(dataset, seed=config.seed, groups_per_update=config.train.groups_per_update)
         self.metrics = telemetry.JsonlFile(run_dir / telemetry.METRICS)
         self.checkpoints = run_dir / "checkpoints"
@@ -125,6 +133,7 @@ class TrainingLoop:
             InputError: a checkpoint of other settings, or a reward that breaks its contract.
             TrainingFailed: too many groups were dropped, a ratio was not 1 on-policy, or a loss was not finite.
         """
+        await self.workers.start()
         start = await self._begin(resume)
         update = start
         try:
@@ -144,17 +153,23 @@ class TrainingLoop:
         """Restores the newest sound checkpoint, or starts from the base; either way actors hold what they may be asked for."""
         found = checkpoint.newest(self.checkpoints, on_corrupt=self.events) if resume else None
         if found is not None:
-            checkpoint.require_same_config(found, self.config.sha256(), self.checkpoints)
+            checkpoint.require_same_run(found, self.identity, self.checkpoints)
             await self.workers.restore_learner(found.learner, found.updates_done)
             self.acting = {weights.id.step: weights for weights in found.acting}
             start = found.updates_done
             self.events("resumed", updates_done=start, adapter=str(self.acting[start].id))
         else:
+            if resume and (lost := [path.name for path in self.checkpoints.glob(".corrupt-*")]):
+                raise InputError(
+                    f"no sound checkpoint is left in {self.checkpoints} ({', '.join(sorted(lost))} did not verify): "
+                    "starting over here would erase the run's curves. Restore a copy, or start a new --run-dir."
+                )
             weights = unpack_adapter(await self.workers.export())
             self.acting = {0: weights}
             start = 0
             self.events("started", adapter=str(weights.id))
         self.metrics.rewind(start)
+        self.events.rewind(start)
         for weights in self.acting.values():
             await self.workers.publish(wire.pack(weights))
         return start
@@ -228,8 +243,8 @@ class TrainingLoop:
         if rolled.adapter != item.adapter:
             self.events("stale_adapter", work_id=item.work_id, wanted=str(item.adapter), loaded=str(rolled.adapter))
             raise TrainingFailed(
-                f"group {item.work_id} was rolled out with adapter {rolled.adapter}, but {item.adapter} is published: a weight update did not reach "
-                "its actor. Refusing to train on it."
+                f"group {item.work_id} was rolled out with adapter {rolled.adapter}, but {item.adapter} is published: "
+                "a weight update did not reach its actor. Refusing to train on it."
             )
         return rolled, await self.workers.score(rolled)
 
@@ -239,10 +254,11 @@ class TrainingLoop:
         waiting = set(tasks)
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for failed in [task for task in done if task.exception() is not None]:
+            failures = [error for task in done if (error := task.exception()) is not None]
+            if failures:
                 for task in waiting:
                     task.cancel()
-                raise failed.exception()  # type: ignore[misc]
+                raise failures[0]
             self.observer.group_scored(update, len(tasks) - len(waiting), len(tasks))
         return [task.result() for task in tasks]
 
@@ -257,7 +273,7 @@ class TrainingLoop:
             f"{len(invalid)} of {len(tables)} groups of update {update} have an invalid reward, train.max_dropped_groups is "
             f"{self.config.train.max_dropped_groups}: {invalid[0]}"
         )
-        if any(word in invalid[0] for word in ("finite number", "declared range")):
+        if any(table.contract_broken for table in tables):
             raise InputError(f"{message}. Fix the reward function or its declared range.")
         raise TrainingFailed(f"{message}. Check the judge, or allow drops with train.max_dropped_groups.")
 
@@ -266,7 +282,7 @@ class TrainingLoop:
         acting = tuple(self.acting[step] for step in sorted(self.acting))
         path = checkpoint.write(
             self.checkpoints,
-            checkpoint.Checkpoint(updates_done=updates_done, config_sha256=self.config.sha256(), learner=state, acting=acting),
+            checkpoint.Checkpoint(updates_done=updates_done, identity=self.identity, learner=state, acting=acting),
         )
         checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints)
         self.events("checkpoint", path=path.name, adapter=str(self.acting[updates_done].id))

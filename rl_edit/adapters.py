@@ -47,14 +47,14 @@ class LoraConfig(BaseModel):
         from peft import LoraConfig as PeftLoraConfig
 
         alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
-        return PeftLoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.targets), init_lora_weights="gaussian")  # type: ignore[arg-type]
+        return PeftLoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.targets), init_lora_weights="gaussian")
 
 
 def attach(transformer: nn.Module, config: LoraConfig, *, seed: int) -> None:
     """Adds the policy adapter: A Gaussian from ``seed``, B zero, so that the edited model starts as the base, in fp32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(config.peft(), adapter_name=POLICY)  # type: ignore[operator]
+        transformer.add_adapter(config.peft(), adapter_name=POLICY)  # type: ignore[operator]  # diffusers mixes it in
     for name, parameter in transformer.named_parameters():
         if f".{POLICY}." in name:
             parameter.data = parameter.data.float()
@@ -80,7 +80,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        sha.update(value.numpy().tobytes())
+        sha.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -88,7 +88,13 @@ def load(transformer: nn.Module, weights: AdapterWeights) -> None:
     """Copies tensors into the attached adapter, exactly."""
     from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=POLICY)
+    try:
+        result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=POLICY)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(
+            f"adapter {weights.id} does not fit this editor's LoRA: {reason} Use the run's own editor and lora settings."
+        ) from error
     if result is not None and (result.unexpected_keys or any(f".{POLICY}." in key for key in result.missing_keys)):
         raise InputError(
             f"adapter {weights.id} does not fit this editor's LoRA: unexpected {result.unexpected_keys[:3]}, missing "
@@ -98,7 +104,7 @@ def load(transformer: nn.Module, weights: AdapterWeights) -> None:
 
 def set_active(transformer: nn.Module, active: bool) -> None:
     """Adapter on is the policy; adapter off is exactly the base."""
-    (transformer.enable_adapters if active else transformer.disable_adapters)()  # type: ignore[operator]
+    (transformer.enable_adapters if active else transformer.disable_adapters)()  # type: ignore[operator]  # diffusers mixes them in
 
 
 def save(directory: Path, weights: AdapterWeights, config: LoraConfig) -> None:
@@ -114,9 +120,19 @@ def save(directory: Path, weights: AdapterWeights, config: LoraConfig) -> None:
     FluxKontextPipeline.save_lora_weights(
         directory, transformer_lora_layers=dict(weights.tensors), transformer_lora_adapter_metadata=metadata, safe_serialization=True
     )
+    _sort_header(directory / WEIGHTS_FILE)
     (directory / "adapter.json").write_text(
         json.dumps({"step": weights.id.step, "sha256": weights.id.sha256, "lora": config.model_dump(mode="json")}, indent=2) + "\n"
     )
+
+
+def _sort_header(path: Path) -> None:
+    """Gives equal adapters equal files: safetensors writes several metadata keys in random order."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
 
 
 def read(directory: Path) -> tuple[AdapterWeights, LoraConfig]:
@@ -135,18 +151,25 @@ def read(directory: Path) -> tuple[AdapterWeights, LoraConfig]:
     except Exception as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}): copy the adapter again") from error
     tensors = {name.removeprefix("transformer."): value for name, value in raw.items() if name.startswith("transformer.")}
-    if not tensors:
+    rank = next((value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight")), None)
+    if rank is None:
         raise InputError(f"{path} holds no transformer LoRA (keys start with {next(iter(raw), '')!r}): train one with rl-edit train")
     stored = {k.removeprefix("transformer."): v for k, v in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
-    rank = next(value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight"))
     config = LoraConfig(
-        rank=stored.get("r", rank), alpha=stored.get("lora_alpha", rank), targets=tuple(sorted(stored.get("target_modules", ATTENTION_PROJECTIONS)))
+        rank=stored.get("r", rank),
+        alpha=stored.get("lora_alpha", rank),
+        targets=tuple(sorted(stored.get("target_modules", ATTENTION_PROJECTIONS))),
     )
     sha, step = digest(tensors), 0
     sidecar = path.parent / "adapter.json"
     if sidecar.is_file():
-        record = json.loads(sidecar.read_text())
-        step = int(record["step"])
-        if record["sha256"] != sha:
-            raise InputError(f"{path} has content {sha[:12]}, but {sidecar.name} names {record['sha256'][:12]}: the adapter was altered or half-copied")
+        try:
+            record = json.loads(sidecar.read_text())
+            step, named = int(record["step"]), str(record["sha256"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{sidecar} is not readable ({type(error).__name__}: {error}): copy the adapter again") from error
+        if named != sha:
+            raise InputError(
+                f"{path} has content {sha[:12]}, but {sidecar.name} names {named[:12]}: the adapter was altered or half-copied"
+            )
     return AdapterWeights(id=AdapterId(step, sha), tensors=tensors), config

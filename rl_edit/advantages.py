@@ -18,8 +18,8 @@ from torch import Tensor
 from rl_edit.regions import Rows, UniformRows
 from rl_edit.types import Advantages, RewardTable
 
-RELATIVE_EPS = 1e-4
-"""Added to a group's standard deviation, as in the released GRPO trainers (flow_grpo: 1e-4)."""
+NEGLIGIBLE = 1e-5
+"""Deviations below this fraction of a term's magnitude are rounding, not merit: they standardise to 0, never to 1."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,19 @@ class Declined:
     reason: str
 
 
-def standardise(values: Float[Tensor, "*batch group"], *, eps: float = RELATIVE_EPS) -> Float[Tensor, "*batch group"]:
-    """Zero mean and unit population deviation along the last axis (RC-GRPO-Editing Eq. 4); sums to 0."""
+def speaks(values: Float[Tensor, "*batch group"], *, fraction: float = NEGLIGIBLE) -> Bool[Tensor, "*batch"]:
+    """Whether values along the last axis differ by more than ``fraction`` of their magnitude."""
+    return values.std(dim=-1, correction=0) > fraction * values.abs().amax(dim=-1)
+
+
+def standardise(values: Float[Tensor, "*batch group"]) -> Float[Tensor, "*batch group"]:
+    """Zero mean and unit population deviation along the last axis (RC-GRPO-Editing Eq. 4); sums to 0; constants give 0.
+
+    No constant is added to the deviation: it would weigh terms by their unit. What is only rounding is 0 instead.
+    """
     centred = values - values.mean(dim=-1, keepdim=True)
-    return centred / (centred.square().mean(dim=-1, keepdim=True).sqrt() + eps)
+    deviation = centred.square().mean(dim=-1, keepdim=True).sqrt()
+    return torch.where(speaks(values)[..., None], centred / deviation.clamp(min=torch.finfo(values.dtype).tiny), 0.0)
 
 
 def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor, "*batch group"]:
@@ -56,7 +65,8 @@ class GroupCredit(BaseModel):
             update (RC-GRPO-Editing, section 3.3); "group": z-score in its own group, so that each term keeps its share
             in every group (GDPO); "none": raw.
         rows: which tokens the advantage speaks about, and hence the surrogate's metric.
-        min_spread: a group whose combined reward deviates less than this has nothing to teach and is declined.
+        min_spread: a term whose values in a group deviate by less than this fraction of their magnitude says nothing
+            there; a group in which no weighted term speaks is declined.
         quasi_norm: p of Neighbor GRPO's reweighting in place of the standard deviation (0.8 there); None is off.
     """
 
@@ -64,34 +74,47 @@ class GroupCredit(BaseModel):
     kind: Literal["group"] = "group"
     normalise: Literal["minibatch", "group", "none"] = "minibatch"
     rows: Rows = UniformRows()
-    min_spread: float = Field(default=1e-6, ge=0)
+    min_spread: float = Field(default=NEGLIGIBLE, ge=0)
     quasi_norm: float | None = Field(default=None, gt=0, le=2)
 
-    def __call__(self, tables: Sequence[RewardTable], masks: Sequence[Bool[Tensor, " token"]]) -> list[Advantages | Declined]:
-        trained = [bool(table.valid.all()) for table in tables]
-        scaled = self._scale([table.values for table, keep in zip(tables, trained, strict=True) if keep])
-        results: list[Advantages | Declined] = []
-        for table, mask, keep in zip(tables, masks, trained, strict=True):
-            results.append(self._credit(table, next(scaled), mask) if keep else Declined("invalid", "; ".join(table.reasons) or "invalid"))
-        return results
+    def __call__(self, tables: Sequence[RewardTable], masks: Sequence[Bool[Tensor, " _token"]]) -> list[Advantages | Declined]:
+        """One result per table, in order; canvases may differ. Only terms with a positive weight decide, the others are measured."""
+        terms = [self._terms(table) for table in tables]
+        usable = [t for t in terms if not isinstance(t, Declined)]
+        pooled = torch.cat(usable, dim=1) if usable else torch.empty(0, 0)
+        return [
+            t if isinstance(t, Declined) else self._credit(table, t, pooled, mask)
+            for table, t, mask in zip(tables, terms, masks, strict=True)
+        ]
 
-    def _scale(self, values: list[Float[Tensor, "group reward"]]):  # type: ignore[no-untyped-def]
-        """Iterates over the groups' terms, normalised; statistics come from groups whose rewards are all valid."""
-        if not values:
-            return iter(())
-        if self.normalise == "none":
-            return iter([v.double() for v in values])
+    def _terms(self, table: RewardTable) -> Float[Tensor, "reward group"] | Declined:
+        """The weighted terms of a group, or why it has none."""
+        decides = torch.tensor(table.weights) > 0
+        if not bool(table.valid[:, decides].all()):
+            return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
+        return table.values[:, decides].double().T
+
+    def _credit(
+        self,
+        table: RewardTable,
+        terms: Float[Tensor, "reward group"],
+        pooled: Float[Tensor, "reward all_candidates"],
+        mask: Bool[Tensor, " token"],
+    ) -> Advantages | Declined:
+        heard = speaks(terms, fraction=self.min_spread)
+        if not bool(heard.any()):
+            return Declined("spread", "no reward term differs between the candidates")
         if self.normalise == "group":
-            return iter([standardise(v.double().T).T for v in values])
-        pooled = torch.cat([v.double() for v in values])
-        mean, std = pooled.mean(dim=0), pooled.std(dim=0, correction=0)
-        return iter([(v.double() - mean) / (std + RELATIVE_EPS) for v in values])
-
-    def _credit(self, table: RewardTable, scaled: Float[Tensor, "group reward"], mask: Bool[Tensor, " token"]) -> Advantages | Declined:
-        combined = scaled @ torch.tensor(table.weights, dtype=scaled.dtype)
-        spread = float(combined.std(correction=0))
-        if not spread > self.min_spread:
-            return Declined("spread", f"combined reward deviates {spread:.2g} in the group, not above min_spread ({self.min_spread:g})")
-        values = standardise(combined, eps=0.0) if self.quasi_norm is None else quasi_norm(combined, self.quasi_norm)
+            scaled = standardise(terms)
+        elif self.normalise == "minibatch":
+            deviation = pooled.std(dim=1, correction=0, keepdim=True)
+            scaled = (terms - pooled.mean(dim=1, keepdim=True)) / deviation.clamp(min=torch.finfo(terms.dtype).tiny)
+        else:
+            scaled = terms
+        weights = torch.tensor([w for w in table.weights if w > 0], dtype=terms.dtype)
+        combined = (weights[:, None] * torch.where(heard[:, None], scaled, 0.0)).sum(dim=0)
+        values = standardise(combined) if self.quasi_norm is None else quasi_norm(combined, self.quasi_norm)
+        if not bool(values.any()):
+            return Declined("spread", "the reward terms cancel in every candidate")
         rows = self.rows(mask)
         return Advantages(values=values.float()[:, None].expand(-1, rows.shape[0]), regions=rows, weights=torch.ones(1))

@@ -10,12 +10,12 @@ Neighbor GRPO       one spread everywhere                          none        o
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from rl_edit.advantages import GroupCredit
-from rl_edit.exploration import ConstantStepNoise, NoStepNoise, Perturbation, StepNoise
+from rl_edit.exploration import NoStepNoise, Perturbation, StepNoise
 from rl_edit.objectives import NeighborSurrogate, Objective
 from rl_edit.regions import MaskedRows, UniformRows
 
@@ -25,9 +25,6 @@ class Latest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["latest"] = "latest"
-
-
-InitialNoiseConfig = Annotated[Perturbation, Field(discriminator=None)]
 
 
 class Algorithm(BaseModel):
@@ -43,20 +40,11 @@ class Algorithm(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = "custom"
-    initial_noise: InitialNoiseConfig = Perturbation()
+    initial_noise: Perturbation = Perturbation()
     step_noise: StepNoise = NoStepNoise()
     credit: GroupCredit = GroupCredit()
     objective: Objective = NeighborSurrogate()
     acting: Latest = Latest()
-
-    @model_validator(mode="after")
-    def _seams_fit(self) -> Algorithm:
-        if isinstance(self.step_noise, ConstantStepNoise):
-            raise ValueError(
-                f"algorithm.objective.kind {self.objective.kind!r} reads deterministic rollouts, got algorithm.step_noise.kind "
-                f"{self.step_noise.kind!r}: its ratio would not be 1 on-policy. Set algorithm.step_noise.kind=none."
-            )
-        return self
 
 
 def rc_grpo() -> Algorithm:
@@ -78,7 +66,7 @@ def neighbor_grpo() -> Algorithm:
         name="neighbor-grpo",
         initial_noise=Perturbation(inside=0.3, outside=0.3, keep_reference=False),
         credit=GroupCredit(normalise="group", rows=UniformRows(), quasi_norm=0.8),
-        objective=NeighborSurrogate(num_anchors=4),
+        objective=NeighborSurrogate(num_anchors=4, temperature=1.0),
     )
 
 

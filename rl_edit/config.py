@@ -22,7 +22,12 @@ from rl_edit.algorithms import BUNDLES, Algorithm
 from rl_edit.data import DataConfig
 from rl_edit.editors import EditorConfig
 from rl_edit.errors import InputError
+from rl_edit.evaluation import EvaluationConfig
 from rl_edit.rewards import Reward
+
+OPERATIONAL_TRAIN = ("updates", "checkpoint_every", "keep_checkpoints", "max_dropped_groups", "ratio_tolerance")
+OPERATIONAL_REWARD = ("base_url", "api_key_env", "timeout_s", "concurrency", "retries")
+"""Settings that say how and where work is done, not what it results in; they may change on resume."""
 
 
 class RolloutConfig(BaseModel):
@@ -78,6 +83,7 @@ class ActorsConfig(BaseModel):
         threads: CPU threads of each actor; None splits the cores so that actors that are busy together never
             oversubscribe them.
         deadline_s: longest wait for one call; past it the actor is killed, re-created, and the group run again.
+        start_timeout_s: longest wait for all actors to be placed and to have loaded (or downloaded) their models.
         max_attempts: tries per group before the run stops.
         dashboard: start Ray's dashboard for a local cluster, on loopback.
     """
@@ -91,29 +97,9 @@ class ActorsConfig(BaseModel):
     learner_gpus: float = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
     deadline_s: float = Field(default=600, gt=0)
+    start_timeout_s: float = Field(default=1800, gt=0)
     max_attempts: int = Field(default=3, ge=1)
     dashboard: bool = False
-
-
-class EvaluationConfig(BaseModel):
-    """How base and adapter are compared: the same held-out tasks, the same noises.
-
-    Attributes:
-        num_tasks: held-out tasks; fewer if the data has fewer.
-        num_noises: noises per task; intervals cluster by task.
-        num_steps: solver steps; None takes the rollout's.
-        seed: root of the evaluation noises, apart from training's.
-        examples: tasks whose pictures are written, spread over task types.
-        batch_size: rows evaluated together; a multiple of ``editor.micro_batch`` wastes none.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    num_tasks: int = Field(default=256, ge=1)
-    num_noises: int = Field(default=1, ge=1)
-    num_steps: int | None = Field(default=None, ge=2)
-    seed: int = 1_000_003
-    examples: int = Field(default=12, ge=0)
-    batch_size: int = Field(default=16, ge=1)
 
 
 class RunConfig(BaseModel):
@@ -140,7 +126,9 @@ class RunConfig(BaseModel):
             return _merge(BUNDLES[value["name"]]().model_dump(mode="json"), value)
         if isinstance(value, Mapping) and value.get("name", "custom") != "custom":
             near = difflib.get_close_matches(str(value["name"]), [*BUNDLES, "custom"], n=1)
-            raise ValueError(f"unknown method {value['name']!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(BUNDLES)}, custom)")
+            raise ValueError(
+                f"unknown method {value['name']!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(BUNDLES)}, custom)"
+            )
         return value
 
     @field_validator("rewards", mode="before")
@@ -156,28 +144,39 @@ class RunConfig(BaseModel):
         size, references = self.rollout.group_size, self.algorithm.initial_noise.num_references
         if size < 2:
             raise ValueError(
-                f"algorithm.objective {self.algorithm.objective.kind!r} needs at least 2 candidates, got rollout.group_size {size}: with one every "
-                "advantage is zero. Raise rollout.group_size."
+                f"algorithm.objective {self.algorithm.objective.kind!r} needs at least 2 candidates, got rollout.group_size {size}: "
+                "with one every advantage is zero. Raise rollout.group_size."
             )
-        if self.algorithm.objective.num_anchors > size - references:
+        anchors, perturbed = self.algorithm.objective.num_anchors, size - references
+        if anchors > perturbed:
+            reference = " (one is the unperturbed reference)" if references else ""
             raise ValueError(
-                f"algorithm.objective.num_anchors {self.algorithm.objective.num_anchors} exceeds the {size - references} perturbed candidates of "
-                f"rollout.group_size {size}{' (one is the unperturbed reference)' if references else ''}: lower the anchors or raise the group."
+                f"algorithm.objective.num_anchors {anchors} exceeds the {perturbed} perturbed candidates of "
+                f"rollout.group_size {size}{reference}: lower the anchors or raise the group."
             )
         noise = self.algorithm.initial_noise
         if noise.inside == 0 and noise.outside == 0:
-            raise ValueError("algorithm.initial_noise has no spread (inside 0, outside 0): all candidates would be one. Set inside above 0, e.g. 0.3.")
+            raise ValueError(
+                "algorithm.initial_noise has no spread (inside 0, outside 0): all candidates would be one. Set inside above 0, e.g. 0.3."
+            )
         attention = [name for name, term in self.rewards.items() if term.needs_attention and term.weight > 0]
         if attention and self.editor.attention_layers == 0:
-            raise ValueError(f"reward {attention[0]!r} reads attention but editor.attention_layers is 0: set it to 1 or more, or the weight to 0.")
+            raise ValueError(
+                f"reward {attention[0]!r} reads attention but editor.attention_layers is 0: set it to 1 or more, or the weight to 0."
+            )
         if not any(term.weight > 0 for term in self.rewards.values()):
             raise ValueError("no reward has a positive weight: nothing would be learnt. Raise a weight in rewards.")
         return self
 
     def sha256(self) -> str:
-        """Identity of everything that changes results: all but names and places of processes."""
+        """Identity of the settings that change results: not names, places of processes, paths (their content is hashed) or budgets."""
         content = self.model_dump(mode="json", exclude={"name", "actors", "evaluation"})
-        content["train"] = {k: v for k, v in content["train"].items() if k not in ("updates", "checkpoint_every", "keep_checkpoints")}
+        content["train"] = {k: v for k, v in content["train"].items() if k not in OPERATIONAL_TRAIN}
+        content["rewards"] = {
+            name: {k: v for k, v in term.items() if k not in OPERATIONAL_REWARD} for name, term in content["rewards"].items()
+        }
+        content["data"] = {k: v for k, v in content["data"].items() if k not in ("path", "heldout_path")}
+        content["editor"] = {k: v for k, v in content["editor"].items() if k not in ("path", "revision", "device")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -273,9 +272,21 @@ def _explain(error: dict[str, Any]) -> str:
         where = ".".join(shown[:-1])
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_known_keys(location[:-1])))}"
         return f"unknown key {'.'.join(shown)!r}: {hint}" + (f" (in {where})" if where else "")
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        near = difflib.get_close_matches(str(context["tag"]), tags, n=1)
+        key = ".".join([*shown, context["discriminator"].strip("'")])
+        return f"{key}: unknown value {context['tag']!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(tags)})"
     message = error["msg"].removeprefix("Value error, ")
+    if shown[:1] == ["rewards"]:  # a key pasted into the wrong field must not reach a terminal or a log
+        return f"{'.'.join(shown)}: {message}"
     plain = value if isinstance(value, str | int | float | bool | type(None)) else type(value).__name__
-    return f"{'.'.join(shown)}: {message}, got {plain!r}" if shown and error["type"] != "value_error" else ": ".join([*[".".join(shown)][: bool(shown)], message])
+    return (
+        f"{'.'.join(shown)}: {message}, got {plain!r}"
+        if shown and error["type"] != "value_error"
+        else ": ".join([*[".".join(shown)][: bool(shown)], message])
+    )
 
 
 def _without_tags(location: Sequence[str]) -> list[str]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 
@@ -91,23 +91,5 @@ class NoStepNoise(BaseModel):
         return torch.zeros(num_steps)
 
 
-class ConstantStepNoise(BaseModel):
-    """The same SDE level at every step but the last, whose density is degenerate (Flow-GRPO, arXiv 2505.05470)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Literal["constant"] = "constant"
-    level: float = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _finite(self) -> ConstantStepNoise:
-        if self.level > 10:
-            raise ValueError(f"step noise level {self.level} is far outside the published range 0.3..1.5; use a level below 10")
-        return self
-
-    def __call__(self, update: int, num_steps: int) -> Float[Tensor, " step"]:
-        levels = torch.full((num_steps,), self.level)
-        levels[-1] = 0.0
-        return levels
-
-
-StepNoise = Annotated[NoStepNoise | ConstantStepNoise, Field(discriminator="kind")]
+StepNoise = NoStepNoise
+"""Seam: SDE level of each rollout step, ``(update, num_steps) -> [step]``. Deterministic rollouts are the only law so far."""

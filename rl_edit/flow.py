@@ -19,13 +19,13 @@ def timestep_from_sigma(sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape
     return sigma * TIMESTEPS
 
 
-def model_time(sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """What a FLUX-family transformer is fed for a noise level.
+def model_time(sigma: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """What a FLUX-family transformer of ``dtype`` is fed for a noise level (fp32).
 
-    The round trip through the timestep is kept on purpose: in fp32 it is not the identity, and the stock pipeline
-    makes it, so leaving it out would break bitwise equality with it.
+    The timestep is formed in fp32, rounded to the model's dtype and divided there, as the stock pipeline does: leaving
+    the round trip out, or rounding sigma first, is another function (in bf16 by up to 4 of 1000).
     """
-    return timestep_from_sigma(sigma) / TIMESTEPS
+    return timestep_from_sigma(sigma.float()).to(dtype) / TIMESTEPS
 
 
 def interpolate(

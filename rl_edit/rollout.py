@@ -68,7 +68,9 @@ def denoise(
             kept.append((latents, following, rate))
         latents = following
     index = torch.tensor(keep, dtype=torch.long)
-    stacked = [torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)] or [latents.new_zeros(len(latents), 0, *latents.shape[1:])] * 3
+    stacked = [torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)] or [
+        latents.new_zeros(len(latents), 0, *latents.shape[1:])
+    ] * 3
     return Trajectory(
         latents=stacked[0],
         next_latents=stacked[1],

@@ -25,6 +25,9 @@ class JsonlFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+            with path.open("a") as file:  # a torn last line must not swallow the next one
+                file.write("\n")
 
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -54,6 +57,10 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self._file = JsonlFile(path)
+
+    def rewind(self, update: int) -> None:
+        """Drops events of updates that a resumed run will do again."""
+        self._file.rewind(update)
 
     def __call__(self, event: str, **details: Any) -> None:
         self._file.append({"time": round(time.time(), 3), "event": event, **details})

@@ -203,6 +203,7 @@ class RewardTable:
         names, weights: one per reward term; weights are those of the run's config.
         values: NaN exactly where ``valid`` is False.
         reasons: why terms are invalid, in words, without repeats.
+        contract_broken: whether a term returned what it promised not to (not finite, out of its range, wrong count).
         components: named parts per term, e.g. ``components["judge.instruction"]``, one value per candidate.
     """
 
@@ -212,6 +213,7 @@ class RewardTable:
     values: Float[Tensor, "group reward"]
     valid: Bool[Tensor, "group reward"]
     reasons: tuple[str, ...] = ()
+    contract_broken: bool = False
     components: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -242,7 +244,7 @@ class LossOutput:
 def moved(record: T, device: torch.device | str) -> T:
     """The same record with every tensor on ``device``, through nested records."""
     if isinstance(record, Tensor):
-        return record.to(device)  # type: ignore[return-value]
+        return record.to(device)  # type: ignore[return-value]  # a Tensor is what T is here
     if is_dataclass(record) and not isinstance(record, type):
-        return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})  # type: ignore[return-value]
+        return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})
     return record

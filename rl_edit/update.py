@@ -74,11 +74,14 @@ def learning_step(
     deviation = metrics.get("ratio/max_deviation", 0.0)
     if on_policy and deviation > config.ratio_tolerance:
         raise TrainingFailed(
-            f"policy ratio deviates from 1 by {deviation:.3g} with unchanged weights (tolerance {config.ratio_tolerance:g}): actor and learner "
-            "do not compute the same velocity. Use the same editor.dtype, device kind and editor.micro_batch in both, or raise train.ratio_tolerance."
+            f"policy ratio deviates from 1 by {deviation:.3g} with unchanged weights (tolerance {config.ratio_tolerance:g}): "
+            "actor and learner do not compute the same velocity. Use the same editor.dtype, device kind and editor.micro_batch in both, "
+            "or raise train.ratio_tolerance."
         )
     if not torch.isfinite(torch.tensor([norm, metrics["loss"]])).all():
-        raise TrainingFailed(f"loss {metrics['loss']} or gradient norm {norm} is not finite at update {update}: lower train.learning_rate or check the data")
+        raise TrainingFailed(
+            f"loss {metrics['loss']} or gradient norm {norm} is not finite at update {update}: lower train.learning_rate or check the data"
+        )
     optimizer.step()
     return metrics
 

@@ -42,7 +42,7 @@ def pack(record: Any) -> np.ndarray:
     header = _flatten(record, "", tensors)
     # One metadata key only: safetensors writes several in random order, and the same record must give the same bytes.
     metadata = {"rl-edit": json.dumps({"schema": SCHEMA, "record": header})}
-    return np.frombuffer(save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata), dtype=np.uint8)
+    return np.frombuffer(save_tensors(_unshared(tensors), metadata), dtype=np.uint8)
 
 
 def unpack(blob: np.ndarray) -> Any:
@@ -57,6 +57,17 @@ def unpack(blob: np.ndarray) -> Any:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"blob has schema {content.get('schema')!r}, this version reads {SCHEMA}: actors and driver run different code")
     return _restore(content["record"], load_tensors(raw))
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CPU tensors, each with memory of its own: safetensors refuses fields that share it, as source and target of a task may."""
+    own: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor
+        taken.add(tensor.untyped_storage().data_ptr())
+    return own
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -7,7 +7,6 @@ import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import typer
 
@@ -18,7 +17,7 @@ from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.cli.report import report_command
 from rl_edit.cli.show import methods_command, presets_command, show_config_command
 from rl_edit.cli.train import train_command
-from rl_edit.errors import InputError
+from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible
 from rl_edit.update import TrainingFailed
 
 BAD_INPUT, FAILED, INFEASIBLE, UNREACHABLE = 2, 3, 4, 5
@@ -51,11 +50,10 @@ def main() -> None:
         _leave(error, FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        code = {"ClusterUnreachable": UNREACHABLE, "ResourcesInfeasible": INFEASIBLE}.get(type(error).__name__)
-        if code is None:
-            raise
-        _leave(error, code)
+    except ResourcesInfeasible as error:
+        _leave(error, INFEASIBLE)
+    except ClusterUnreachable as error:
+        _leave(error, UNREACHABLE)
 
 
 def _leave(error: Exception, code: int) -> None:

@@ -29,6 +29,14 @@ def make_shapes_command(
 ) -> None:
     """Write tasks of the shapes world: source, instruction, exact mask, exact target."""
     console = Console()
-    tasks = (shapes.task(split, i, seed=seed) for i in track(range(count), description="drawing", console=console, disable=not console.is_terminal))
+    tasks = (
+        shapes.task(split, i, seed=seed)
+        for i in track(range(count), description="drawing", console=console, disable=not console.is_terminal)
+    )
     write_compbench(tasks, directory)
-    console.print(f"{count} tasks in {directory}; train on them with: rl-edit train --preset tiny-rc-grpo data.path={directory}", highlight=False)
+    console.print(
+        f"{count} tasks in {directory}; train on them with: rl-edit train --preset tiny-rc-grpo data.path={directory}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

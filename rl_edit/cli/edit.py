@@ -24,7 +24,7 @@ def edit_command(
     image: Annotated[Path, typer.Argument(help="Any picture; it is fitted to the editor's canvas, aspect kept.")],
     instruction: Annotated[str, typer.Option(help="What to change.")],
     adapter: Annotated[Path | None, typer.Option(help="RUN/adapter; the base editor without it.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write; IMAGE_edited.png by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write; NAME_edited.png in the current directory by default.")] = None,
     editor: Annotated[str, typer.Option(help="Editor; the run's own when the adapter lies in a run directory.")] = "",
     resolution: Annotated[int | None, typer.Option(help="Canvas side in pixels.")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps.", min=1)] = 12,
@@ -36,7 +36,7 @@ def edit_command(
     source = torch.from_numpy(read_rgb(image, where=str(image)).copy())
     config = _editor_config(editor, adapter, resolution)
     weights = adapters.read(adapter) if adapter is not None else None
-    target = output or image.with_name(f"{image.stem}_edited.png")
+    target = output or Path(f"{image.stem}_edited.png")
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"cannot write {target}: use a .png, .jpg or .webp name")
     if not target.parent.is_dir():
@@ -54,7 +54,7 @@ def edit_command(
     final = denoise(lambda x, s: loaded.velocity(x, s, conditioning), initial, loaded.sigmas(steps, conditioning)).final
     Image.fromarray(loaded.decode(final, conditioning)[0].numpy()).save(target)
     height, width = task.source.shape[:2]
-    Console().print(f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})", highlight=False)
+    Console().print(f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})", highlight=False, markup=False, soft_wrap=True)
 
 
 def _editor_config(editor: str, adapter: Path | None, resolution: int | None) -> EditorConfig:
@@ -62,7 +62,9 @@ def _editor_config(editor: str, adapter: Path | None, resolution: int | None) ->
     from rl_edit.config import load_config
 
     config = EditorConfig(path=editor or BUILTIN)
-    if adapter is not None and not editor and (adapter.parent / "config.yaml").is_file():
-        config = load_config(adapter.parent / "config.yaml").editor
+    if adapter is not None and not editor:
+        run = (adapter if adapter.is_dir() else adapter.parent).parent
+        if (run / "config.yaml").is_file():
+            config = load_config(run / "config.yaml").editor
     changes: dict[str, object] = {"attention_layers": 0, **({"resolution": resolution} if resolution else {})}
     return EditorConfig.model_validate({**config.model_dump(), **changes})

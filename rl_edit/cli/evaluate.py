@@ -14,7 +14,7 @@ from rich.table import Table
 from rl_edit import adapters
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
-from rl_edit.editors import load_editor
+from rl_edit.editors import inspect_editor, load_editor
 from rl_edit.errors import InputError
 from rl_edit.evaluation.evaluate import Evaluation, evaluate
 from rl_edit.rewards import available
@@ -39,22 +39,27 @@ def evaluate_command(
         raise InputError(f"no run at {run}: expected {run / 'config.yaml'}, written by rl-edit train")
     config = load_config(run / "config.yaml", overrides=list(overrides or []))
     console = Console()
-    evaluation = evaluate_run(config, adapter or run / "adapter", run / "evaluation", console=console)
+    evaluation = evaluate_run(config, adapter or run / "adapter", run, console=console)
     summary = evaluation.summary()
     console.print(table(summary))
-    console.print(f"{run / 'evaluation' / 'evaluation.json'}; next: rl-edit report {run}")
+    console.print(f"{run / 'evaluation.json'}; next: rl-edit report {run}", highlight=False, markup=False, soft_wrap=True)
 
 
-def evaluate_run(config: RunConfig, adapter: Path, directory: Path, *, console: Console) -> Evaluation:
-    """Evaluates an adapter of a run and writes the result; an earlier evaluation is replaced only when the new one is whole."""
-    dataset = open_dataset(config.data, "heldout")
+def evaluate_run(config: RunConfig, adapter: Path, run: Path, *, console: Console) -> Evaluation:
+    """Evaluates an adapter and writes ``evaluation.json``, with rows and pictures in ``evaluation/``, into the run directory.
+
+    An earlier evaluation is replaced only when the new one is whole.
+    """
+    facts = inspect_editor(config.editor)
+    dataset = open_dataset(config.data, "heldout", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
     terms, _ = available(tuple(config.rewards.values()), dataset.fields)
     weights, lora = adapters.read(adapter)
     editor = load_editor(config.editor)
     adapters.attach(editor.transformer, lora, seed=0)
     adapters.load(editor.transformer, weights)
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    directory, temporary = run / "evaluation", run / ".evaluation.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("evaluating", total=None)
         result = evaluate(
@@ -67,9 +72,10 @@ def evaluate_run(config: RunConfig, adapter: Path, directory: Path, *, console: 
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     result.meta["adapter"] = str(weights.id)
-    result.write(temporary)
+    result.write(temporary / "evaluation.json", temporary / "rows.jsonl")
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
+    (directory / "evaluation.json").replace(run / "evaluation.json")
     return result
 
 

@@ -24,6 +24,7 @@ def pretrain_command(
     batch: Annotated[int, typer.Option(help="Tasks a flow-matching step.")] = _DEFAULT.batch,
     lr: Annotated[float, typer.Option(help="Peak learning rate of flow matching.")] = _DEFAULT.lr,
     edit_weight: Annotated[float, typer.Option(help="Loss weight inside the edit mask; outside it is 1.")] = _DEFAULT.edit_weight,
+    ema_decay: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is saved.")] = _DEFAULT.ema_decay,
     vae_steps: Annotated[int, typer.Option(help="Autoencoder steps.")] = _DEFAULT.vae_steps,
     vae_batch: Annotated[int, typer.Option(help="Images an autoencoder step.")] = _DEFAULT.vae_batch,
     vae_lr: Annotated[float, typer.Option(help="Peak learning rate of the autoencoder.")] = _DEFAULT.vae_lr,
@@ -36,7 +37,7 @@ def pretrain_command(
 ) -> None:
     """Make the built-in editor: an autoencoder, then a small FLUX.1-Kontext, trained on procedural shapes.
 
-    About 30 minutes on two cores. Stop it at any time: the same command continues it.
+    About half an hour on two free cores. Stop it at any time: the same command continues it.
     """
     # Model libraries take seconds to import, and other verbs must not wait for them.
     from rl_edit.editors.pretrain import pretrain
@@ -52,6 +53,7 @@ def pretrain_command(
             lr=lr,
             num_tasks=num_tasks,
             edit_weight=edit_weight,
+            ema_decay=ema_decay,
             num_eval_tasks=num_eval_tasks,
             sample_every=sample_every,
             snapshot_at=tuple(snapshot_at or ()),

@@ -32,7 +32,8 @@ def methods_command() -> None:
             name,
             where + (", centre kept" if noise.keep_reference else ""),
             method.step_noise.kind,
-            f"{method.credit.normalise}, {method.credit.rows.kind} row" + (f", quasi-norm {method.credit.quasi_norm:g}" if method.credit.quasi_norm else ""),
+            f"{method.credit.normalise}, {method.credit.rows.kind} row"
+            + (f", quasi-norm {method.credit.quasi_norm:g}" if method.credit.quasi_norm else ""),
             f"{method.objective.kind}, {method.objective.num_anchors} anchors",
             "yes" if noise.inside != noise.outside or method.credit.rows.kind == "masked" else "no",
             CITATIONS[name],

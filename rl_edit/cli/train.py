@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rl_edit import adapters, telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
-from rl_edit.editors import inspect_editor
+from rl_edit.editors import editor_identity, inspect_editor
 from rl_edit.errors import InputError
 from rl_edit.rewards import available
 
@@ -44,7 +47,9 @@ def train_command(
     train(settings, directory, resume=resume, dry_run=dry_run, console=Console(stderr=False))
 
 
-def train(config: RunConfig, directory: Path, *, resume: bool, dry_run: bool = False, console: Console | None = None) -> adapters.AdapterWeights | None:
+def train(
+    config: RunConfig, directory: Path, *, resume: bool, dry_run: bool = False, console: Console | None = None
+) -> adapters.AdapterWeights | None:
     """Runs ``config`` in ``directory``; returns the final adapter. Everything that can be checked is checked before a file is written."""
     from learner.loop import TrainingLoop
 
@@ -59,14 +64,18 @@ def train(config: RunConfig, directory: Path, *, resume: bool, dry_run: bool = F
     if resume:
         _require_same_settings(config, directory)
     facts = inspect_editor(config.editor)
-    dataset = open_dataset(config.data, "train")
+    dataset = open_dataset(config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
-    _describe_plan(console, config, len(dataset), [term.name for term in terms], left_out)
+    base = editor_identity(config.editor)
+    identity = hashlib.sha256(f"{config.sha256()} {dataset.fingerprint} {base}".encode()).hexdigest()
+    if resume:
+        _require_same_run(identity, directory)
+    _describe_plan(console, config, len(dataset), dataset.skipped, [term.name for term in terms], left_out)
     if dry_run:
         return None
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(config.to_yaml())
-    record = _run_record(config, [f"{name}: {why}" for name, why in left_out.items()])
+    record = _run_record(config, dataset.fingerprint, base, [f"{name}: {why}" for name, why in left_out.items()])
     _write_record(directory, record)
     events = telemetry.Events(directory / telemetry.EVENTS)
     started = time.time()
@@ -74,20 +83,48 @@ def train(config: RunConfig, directory: Path, *, resume: bool, dry_run: bool = F
     try:
         with _Watch(console, config) as watch:
             workers = _workers(config, dataset.fields, facts.pixels_per_token, events)
-            loop = TrainingLoop(config, dataset, workers, directory, events=events, observer=watch)
-            outcome = asyncio.run(loop.run(resume=resume))
+            with _Signals() as signals:
+                loop = TrainingLoop(
+                    config,
+                    dataset,
+                    workers,
+                    directory,
+                    identity=identity,
+                    events=events,
+                    observer=watch,
+                    should_stop=lambda: signals.received != 0,
+                )
+                outcome = asyncio.run(loop.run(resume=resume))
         adapters.save(directory / "adapter", outcome.adapter, config.lora)
-        events("finished", updates_done=outcome.updates_done, adapter=str(outcome.adapter.id))
-        _write_record(directory, {**record, "status": "done", "adapter": str(outcome.adapter.id), "finished": time.time(), "seconds": time.time() - started})
+        status = "done" if outcome.updates_done == config.train.updates else "stopped"
+        events("finished", status=status, updates_done=outcome.updates_done, adapter=str(outcome.adapter.id))
+        finished = {"status": status, "adapter": str(outcome.adapter.id), "finished": time.time(), "seconds": time.time() - started}
+        _write_record(directory, {**record, **finished})
     except BaseException as error:
-        events("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-        _write_record(directory, {**record, "status": "failed", "reason": " ".join(str(error).split())[:500], "finished": time.time()})
+        cause = getattr(error, "cause", None) or error
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+        events("failed", reason=reason)
+        _write_record(directory, {**record, "status": "failed", "reason": reason, "finished": time.time()})
         if not occupied and not (directory / "checkpoints").exists() and (isinstance(error, InputError) or workers is None):
             shutil.rmtree(directory)
         raise
     finally:
         _close(config, workers)
-    console.print(f"adapter {outcome.adapter.id} in {directory / 'adapter'}; next: rl-edit evaluate {directory}; rl-edit report {directory}")
+    if status == "stopped":
+        console.print(
+            f"stopped after update {outcome.updates_done}; everything is saved. Continue with: "
+            f"rl-edit train --run-dir {directory} --resume",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(128 + signals.received)
+    console.print(
+        f"adapter {outcome.adapter.id} in {directory / 'adapter'}; next: rl-edit evaluate {directory}; rl-edit report {directory}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return outcome.adapter
 
 
@@ -97,11 +134,23 @@ def _require_same_settings(config: RunConfig, directory: Path) -> None:
     Raises:
         InputError: training would silently continue a different run.
     """
-    from learner.checkpoint import settings_differ
+    from learner.checkpoint import another_run
 
     written = directory / "config.yaml"
     if written.is_file() and load_config(written).sha256() != config.sha256():
-        raise settings_differ(directory)
+        raise another_run(directory)
+
+
+def _require_same_run(identity: str, directory: Path) -> None:
+    """Refuses to resume on other data content or another editor, before anything of the run is overwritten.
+
+    Raises:
+        InputError: the newest sound checkpoint was made from something else.
+    """
+    from learner.checkpoint import another_run, newest_identity
+
+    if newest_identity(directory / "checkpoints") not in (None, identity):
+        raise another_run(directory)
 
 
 def _workers(config: RunConfig, fields: frozenset[str], pixels_per_token: int, events: telemetry.Events) -> Any:
@@ -128,7 +177,32 @@ def _close(config: RunConfig, workers: Any) -> None:
         pool.disconnect()
 
 
-def _run_record(config: RunConfig, left_out: list[str]) -> dict[str, Any]:
+class _Signals:
+    """The first SIGINT or SIGTERM asks the loop to commit and end between updates; a second one ends at once.
+
+    Installed after Ray has connected, because ``ray.init`` replaces the SIGTERM handler.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _on(self, number: int, _frame: object) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+
+def _run_record(config: RunConfig, fingerprint: str, base: str, left_out: list[str]) -> dict[str, Any]:
     packages = ("torch", "diffusers", "transformers", "peft", "ray", "numpy")
     return {
         "name": config.name,
@@ -138,6 +212,8 @@ def _run_record(config: RunConfig, left_out: list[str]) -> dict[str, Any]:
         "status": "running",
         "updates": config.train.updates,
         "config_sha256": config.sha256(),
+        "data_fingerprint": fingerprint,
+        "editor_identity": base,
         "left_out_rewards": left_out,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
@@ -158,13 +234,16 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
     os.replace(temporary, directory / "run.json")
 
 
-def _describe_plan(console: Console, config: RunConfig, tasks: int, terms: list[str], left_out: dict[str, str]) -> None:
+def _describe_plan(console: Console, config: RunConfig, tasks: int, skipped: int, terms: list[str], left_out: dict[str, str]) -> None:
     train = config.train
     groups = train.updates * train.groups_per_update
     console.print(
-        f"[bold]{config.name}[/bold]: {config.algorithm.name} on {config.editor.path}; {train.updates} updates x {train.groups_per_update} groups x "
-        f"{config.rollout.group_size} candidates ({groups} groups from {tasks} tasks); rewards: {', '.join(terms)}"
+        f"[bold]{config.name}[/bold]: {config.algorithm.name} on {config.editor.path}; "
+        f"{train.updates} updates x {train.groups_per_update} groups x {config.rollout.group_size} candidates "
+        f"({groups} groups from {tasks} tasks); rewards: {', '.join(terms)}"
     )
+    if skipped:
+        console.print(f"[yellow]skipped[/yellow] {skipped} rows whose mask is empty or full (data.empty_mask=skip)")
     for name, why in left_out.items():
         console.print(f"[yellow]left out[/yellow] reward {name}: {why}")
 
@@ -208,7 +287,9 @@ class _Watch:
         if not self._console.is_terminal:
             elapsed = time.time() - (self._began or time.time())
             left = elapsed / self._done * (self._config.train.updates - metrics["update"] - 1)
-            self._console.print(f"update {metrics['update'] + 1}/{self._config.train.updates}  {note}  ETA {left:.0f} s", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"update {metrics['update'] + 1}/{self._config.train.updates}  {note}  ETA {left:.0f} s", highlight=False, soft_wrap=True
+            )
 
 
 def progress_line(metrics: dict[str, Any]) -> str:

@@ -13,17 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rl_edit.data import shapes
+from rl_edit.data.canvas import leaves_no_token
 from rl_edit.data.compbench import is_compbench, read_compbench
 from rl_edit.data.folder import read_folder
-from rl_edit.data.images import MaskPolarity
-from rl_edit.data.rows import EmptyMask, Row, check, load
+from rl_edit.data.images import MaskPolarity, read_mask
+from rl_edit.data.rows import EmptyMask, Row, check, load, refuse
 from rl_edit.data.shapes import ShapesTask
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask
@@ -151,6 +153,36 @@ class RowsDataset:
         ]
         return hashlib.sha256(json.dumps([self.mask_polarity, content]).encode()).hexdigest()
 
+    def on_canvas(self, *, resolution: int, multiple: int, empty_mask: EmptyMask) -> RowsDataset:
+        """The rows whose mask leaves a background on the editor's canvas; the others are an error or skipped and counted.
+
+        A mask that leaves a margin in a photograph may touch every token of a small canvas.
+        """
+        full = [
+            row
+            for row in self.rows
+            if leaves_no_token(
+                torch.from_numpy(read_mask(row.mask, polarity=self.mask_polarity, where=row.where).edit),
+                resolution=resolution,
+                multiple=multiple,
+            )
+        ]
+        if full and empty_mask == "error":
+            refuse(
+                [
+                    f"{row.where}: on a canvas of about {resolution}x{resolution} px the mask of {row.task_id!r} "
+                    f"touches every {multiple} px token, so there is no background to keep; "
+                    "draw a smaller region, raise editor.resolution, or set data.empty_mask=skip"
+                    for row in full
+                ],
+                num_rows=len(self.rows),
+                source=str(self.root),
+            )
+        kept = tuple(row for row in self.rows if row not in full)
+        if not kept:
+            raise InputError(f"{self.root}: on a canvas of about {resolution} px every mask covers the picture. Raise editor.resolution.")
+        return replace(self, rows=kept, skipped=self.skipped + len(full))
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -158,8 +190,12 @@ class RowsDataset:
         return load(self.rows[index], polarity=self.mask_polarity)
 
 
-def open_dataset(config: DataConfig, split: Split) -> Dataset:
-    """The training or held-out tasks of ``config``. Every row is checked here; problems are one InputError."""
+def open_dataset(config: DataConfig, split: Split, *, resolution: int | None = None, multiple: int = 1) -> Dataset:
+    """The training or held-out tasks of ``config``. Every row is checked here; problems are one InputError.
+
+    Args:
+        resolution, multiple: the editor's canvas (``editor.resolution`` and pixels per token); given, masks are checked on it.
+    """
     path = config.path
     own_heldout = config.heldout_path is not None
     if split == "heldout" and config.heldout_path is not None:
@@ -177,7 +213,8 @@ def open_dataset(config: DataConfig, split: Split) -> Dataset:
     rows = sorted(_of_types(rows, config.task_types, root), key=lambda row: (_hash(row.task_id), row.task_id))
     checked = check(rows, source=str(root), polarity=config.mask_polarity, empty_mask=config.empty_mask)
     kept = checked.rows if own_heldout else _side(checked.rows, split, config.heldout_fraction, root)
-    return RowsDataset(rows=kept, root=root if root.is_dir() else root.parent, mask_polarity=config.mask_polarity, skipped=checked.skipped)
+    found = RowsDataset(rows=kept, root=root if root.is_dir() else root.parent, mask_polarity=config.mask_polarity, skipped=checked.skipped)
+    return found if resolution is None else found.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
 
 
 def _of_types(rows: list[Row], task_types: tuple[str, ...] | None, root: Path) -> list[Row]:

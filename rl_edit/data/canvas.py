@@ -64,6 +64,14 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
     return dataclasses.replace(task, **changes)
 
 
+def leaves_no_token(mask: Bool[Tensor, "height width"], *, resolution: int, multiple: int) -> bool:
+    """Whether, on its canvas, a mask touches every token of ``multiple`` x ``multiple`` pixels: nothing would be background."""
+    original_height, original_width = mask.shape
+    height, width = canvas_size(original_height, original_width, resolution, multiple)
+    tokens = _cover(_cover(mask, (height, width)), (height // multiple, width // multiple))
+    return bool(tokens.all())
+
+
 def _resize(image: UInt8[Tensor, "height width 3"], size: tuple[int, int]) -> UInt8[Tensor, "new_height new_width 3"]:
     height, width = size
     resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.LANCZOS)

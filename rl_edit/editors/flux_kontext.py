@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class FluxKontextEditor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.config.dtype)
 
     @torch.no_grad()
     def encode(self, task: EditTask) -> Conditioning:
@@ -97,11 +97,16 @@ class FluxKontextEditor:
         tokenizer = self.pipeline.tokenizer_2
         length = self.config.max_text_tokens
         tokens = tokenizer(instruction, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        rows = tokens.attention_mask[0].bool() & (tokens.input_ids[0] != tokenizer.eos_token_id) & (tokens.input_ids[0] != tokenizer.pad_token_id)
+        rows = (
+            tokens.attention_mask[0].bool()
+            & (tokens.input_ids[0] != tokenizer.eos_token_id)
+            & (tokens.input_ids[0] != tokenizer.pad_token_id)
+        )
         return rows if bool(rows.any()) else torch.ones(length, dtype=torch.bool)
 
     def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
-        return conditioning.source_latents.shape  # type: ignore[return-value]
+        tokens, channels = conditioning.source_latents.shape
+        return tokens, channels
 
     def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
         scheduler = self.pipeline.scheduler
@@ -114,7 +119,7 @@ class FluxKontextEditor:
             settings.get("max_shift", 1.15),
         )
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu")
-        return scheduler.sigmas.clone()  # type: ignore[no-any-return]
+        return scheduler.sigmas.clone()
 
     def velocity(
         self,
@@ -146,7 +151,8 @@ class FluxKontextEditor:
     def _forward(self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool) -> tuple[Tensor, Tensor | None]:
         tokens = latents.shape[1]
         guidance = None
-        if self.transformer.config.guidance_embeds:
+        settings: Any = self.transformer.config
+        if settings.guidance_embeds:
             guidance = torch.full((len(latents),), self.config.guidance, dtype=torch.float32, device=self.device)
         hidden = torch.cat([latents.to(self.device, self.dtype), packed.source], dim=1)
         with _attention(self._attention_modules if record else [], packed.text_rows, tokens) as masses:
@@ -218,7 +224,7 @@ def _attention(modules: list[nn.Module], text_rows: Tensor, tokens: int) -> Iter
     for module in modules:
         seen = threading.local()
 
-        def remember(name: str, seen: threading.local = seen):  # type: ignore[no-untyped-def]
+        def remember(name: str, seen: threading.local = seen) -> Callable[[nn.Module, Any, Tensor], None]:
             return lambda _module, _inputs, output: setattr(seen, name, output)
 
         def measure(attn: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any, seen: threading.local = seen) -> None:
@@ -234,9 +240,10 @@ def _attention(modules: list[nn.Module], text_rows: Tensor, tokens: int) -> Iter
                 if hasattr(seen, name):
                     delattr(seen, name)
 
-        handles += [module.norm_q.register_forward_hook(remember("query")), module.norm_k.register_forward_hook(remember("key"))]
+        for norm, name in (("norm_q", "query"), ("norm_k", "key")):
+            handles.append(module.get_submodule(norm).register_forward_hook(remember(name)))
         if getattr(module, "added_kv_proj_dim", None) is not None:
-            handles.append(module.norm_added_q.register_forward_hook(remember("text_query")))
+            handles.append(module.get_submodule("norm_added_q").register_forward_hook(remember("text_query")))
         handles.append(module.register_forward_hook(measure, with_kwargs=True))
     try:
         yield masses
@@ -257,14 +264,18 @@ def inspect(config: EditorConfig) -> EditorFacts:
     except Exception as error:
         raise _unreachable(where, local, error) from error
     if index.get("_class_name") != FluxKontextPipeline.__name__:
-        raise InputError(f"{where} is a {index.get('_class_name')}, this version trains {FluxKontextPipeline.__name__}: give such an editor")
+        raise InputError(
+            f"{where} is a {index.get('_class_name')}, this version trains {FluxKontextPipeline.__name__}: give such an editor"
+        )
     _check_layers(config, transformer["num_layers"] + transformer["num_single_layers"])
     return EditorFacts(pixels_per_token=2 * 2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _check_layers(config: EditorConfig, joint: int) -> None:
     if config.attention_layers > joint:
-        raise InputError(f"editor.attention_layers is {config.attention_layers}, but {config.path} has {joint} joint layers: use at most that")
+        raise InputError(
+            f"editor.attention_layers is {config.attention_layers}, but {config.path} has {joint} joint layers: use at most that"
+        )
 
 
 def _locate(config: EditorConfig) -> tuple[str, bool]:
@@ -274,7 +285,9 @@ def _locate(config: EditorConfig) -> tuple[str, bool]:
     if config.path == BUILTIN and not local:
         raise InputError(f"the built-in editor is missing at {where}: reinstall, or make it with: rl-edit pretrain {where}")
     if not local and (where.startswith((".", "/")) or where.count("/") != 1):
-        raise InputError(f"no editor at {where}: give a directory written by save_pretrained, a Hugging Face id such as ORG/NAME, or {BUILTIN}")
+        raise InputError(
+            f"no editor at {where}: give a directory written by save_pretrained, a Hugging Face id such as ORG/NAME, or {BUILTIN}"
+        )
     return where, local
 
 
@@ -284,6 +297,7 @@ def _unreachable(where: str, local: bool, error: Exception) -> InputError:
     remedy = (
         "Is it a directory written by FluxKontextPipeline.save_pretrained?"
         if local
-        else "Check the id and the network, and that you may read it (gated weights: accept the licence, then hf auth login); or give a local directory."
+        else "Check the id and the network, and that you may read it "
+        "(gated weights: accept the licence, then hf auth login); or give a local directory."
     )
     return InputError(f"cannot load the editor {where}{'' if local else ' from the Hugging Face hub'}: {reason}. {remedy}")

@@ -17,19 +17,21 @@ from torch import Tensor
 
 from rl_edit import adapters
 from rl_edit.attention import MassTally
-from rl_edit.config import EvaluationConfig
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
 from rl_edit.editors import Editor
+from rl_edit.evaluation import EvaluationConfig
 from rl_edit.evaluation.diagnostics import diagnostics
 from rl_edit.evaluation.statistics import Interval, bootstrap, paired_bootstrap
 from rl_edit.exploration import NoiseSource
 from rl_edit.regions import token_mask
-from rl_edit.rewards import RewardTerm, score_candidates
+from rl_edit.rewards import Reward, score_candidates
 from rl_edit.rollout import denoise
 from rl_edit.types import Candidates, Conditioning, EditTask, PairedTask
 
 VARIANTS = ("base", "trained")
+INSTRUCTION_PARTS = (".instruction", ".prompt_following")
+"""What judges call the part of their score that says the instruction was followed; the first term that has one is reported."""
 DIAGNOSTIC_NAMES = {
     "background.psnr": "background_psnr_masked",
     "background.psnr_zero_filled": "background_psnr_zero_filled",
@@ -64,21 +66,18 @@ class Evaluation:
             "meta": self.meta,
         }
 
-    def write(self, directory: Path) -> Path:
-        """Writes ``evaluation.json`` and the rows beside it."""
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "evaluation.json"
+    def write(self, path: Path, rows: Path) -> None:
+        """Writes the summary to ``path`` (whole or not at all) and every row to ``rows``."""
+        rows.write_text("".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.summary(), indent=2, allow_nan=False) + "\n")
         temporary.replace(path)
-        (directory / "rows.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
-        return path
 
 
 def evaluate(
     editor: Editor,
     dataset: Dataset,
-    terms: Sequence[RewardTerm],
+    terms: Sequence[Reward],
     config: EvaluationConfig,
     *,
     num_steps: int,
@@ -106,10 +105,23 @@ def evaluate(
             for noise in range(config.num_noises):
                 results = {variant: _run(editor, batch, steps, config.seed, noise, variant) for variant in variants}
                 for index, (task, conditioning) in enumerate(batch):
-                    scored = {v: _measure(terms, task, conditioning, pictures[index], mass[index]) for v, (pictures, mass) in results.items()}
+                    scored = {
+                        v: _measure(terms, task, conditioning, pictures[index], mass[index]) for v, (pictures, mass) in results.items()
+                    }
                     rows.append(Row(task_id=task.task_id, task_type=task.task_type, values=scored))
-                    if images is not None and noise == 0 and "trained" in results and _wanted(shown, task.task_type, config.examples, kinds):
-                        _write_example(images / _safe(task.task_id), task, conditioning, {v: (r[0][index], r[1][index]) for v, r in results.items()}, scored)
+                    if (
+                        images is not None
+                        and noise == 0
+                        and "trained" in results
+                        and _wanted(shown, task.task_type, config.examples, kinds)
+                    ):
+                        _write_example(
+                            images / _safe(task.task_id),
+                            task,
+                            conditioning,
+                            {v: (r[0][index], r[1][index]) for v, r in results.items()},
+                            scored,
+                        )
             done += len(batch)
             progress(done, count)
     adapters.set_active(editor.transformer, True)
@@ -156,13 +168,15 @@ def _run(
     return editor.decode(final, conditionings[0]), tally.mean()
 
 
-def _measure(terms: Sequence[RewardTerm], task: EditTask, conditioning: Conditioning, image: Tensor, mass: Tensor) -> dict[str, float]:
+def _measure(terms: Sequence[Reward], task: EditTask, conditioning: Conditioning, image: Tensor, mass: Tensor) -> dict[str, float]:
     candidates = Candidates(task=task, images=image[None], attention=mass[None], token_mask=token_mask(task.edit_mask, conditioning.grid))
     table = score_candidates(tuple(terms), candidates, work_id=task.task_id)
     values = {f"reward/{name}": float(table.values[0, i]) for i, name in enumerate(table.names)}
-    values["reward"] = float(table.values[0].nan_to_num(nan=math.nan) @ torch.tensor(table.weights, dtype=table.values.dtype))
+    values["reward"] = sum(weight * float(table.values[0, i]) for i, weight in enumerate(table.weights) if weight > 0)
     for name, parts in table.components.items():
-        values[name.rsplit(".", 1)[-1] if name.endswith(".instruction") else name] = parts[0]
+        values[name] = parts[0]
+        if name.endswith(INSTRUCTION_PARTS):
+            values.setdefault("instruction", parts[0])
     for name, parts in diagnostics(candidates).items():
         values[DIAGNOSTIC_NAMES[name]] = parts[0]
     return values
@@ -172,8 +186,8 @@ def _summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Rows where a metric is not a number on either side (an invalid judge) are left out of that metric; n says how many remain."""
     summary: dict[str, dict[str, Any]] = {"base": {}, "trained": {}, "delta": {}}
     sides = [v for v in VARIANTS if v in rows[0].values]
-    for metric in sorted(set.intersection(*(set(row.values[v]) for row in rows for v in sides))):
-        kept = [row for row in rows if all(math.isfinite(row.values[v][metric]) for v in sides)]
+    for metric in sorted({metric for row in rows for v in sides for metric in row.values[v]}):
+        kept = [row for row in rows if all(math.isfinite(row.values[v].get(metric, math.nan)) for v in sides)]
         if not kept:
             continue
         groups = [row.task_id for row in kept]
@@ -212,6 +226,8 @@ def _write_example(
     brightest = torch.stack([mass for _, mass in results.values()]).max().clamp(min=1e-12)
     for variant, (image, mass) in results.items():
         pictures[variant] = image.numpy()
+        if not bool(mass.isfinite().all()):
+            continue
         heat = mass.reshape(conditioning.grid) / brightest
         pictures[f"attention_{variant}"] = (heat.numpy() * 255).round().astype(np.uint8)
     for name, pixels in pictures.items():

@@ -97,7 +97,7 @@ def _aligned(a: Tensor, b: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor
     if not bool(keep.flatten(-2).any(dim=-1).all()):
         raise InputError("A mask keeps no pixel, so there is nothing to compare. The edit mask must not cover the whole image.")
     first, second = unit_range(a), unit_range(b)
-    batch = torch.broadcast_shapes(a.shape[:-3], b.shape[:-3], keep.shape[:-2])  # type: ignore[no-untyped-call]  # torch has no annotation
+    batch = torch.broadcast_shapes(a.shape[:-3], b.shape[:-3], keep.shape[:-2])
     weight = keep.to(torch.float64).expand(*batch, *keep.shape[-2:])
     return first.expand(*batch, *first.shape[-3:]), second.expand(*batch, *second.shape[-3:]), weight
 

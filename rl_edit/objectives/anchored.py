@@ -49,9 +49,7 @@ class BackgroundAnchored(BaseModel):
     def trained_steps(self, num_rollout_steps: int, generator: torch.Generator) -> tuple[int, ...]:
         return self.inner.trained_steps(num_rollout_steps, generator)
 
-    def replay(
-        self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator
-    ) -> list[ReplayPoint]:
+    def replay(self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator) -> list[ReplayPoint]:
         background = ~group.candidates.token_mask
         return [
             ReplayPoint(

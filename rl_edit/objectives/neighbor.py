@@ -75,9 +75,7 @@ class NeighborSurrogate(BaseModel):
             return tuple(range(eligible))
         return tuple(sorted(torch.randperm(eligible, generator=generator)[: self.num_steps].tolist()))
 
-    def replay(
-        self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator
-    ) -> list[ReplayPoint]:
+    def replay(self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator) -> list[ReplayPoint]:
         """One point per kept step: the anchors' stored states. Anchors come from the perturbed candidates only."""
         perturbed = torch.arange(num_references, group.latents.shape[0])
         chosen = perturbed[torch.randperm(len(perturbed), generator=generator)[: self.num_anchors]].sort().values
@@ -116,7 +114,7 @@ class NeighborSurrogate(BaseModel):
                 "ratio/max": ratio.max(),
                 "ratio/max_deviation": (ratio - 1).abs().max(),
                 "clip/share": ((ratio * gain) > (clipped * gain)).float().mean(),
-                "policy/self": log_policy.exp().amax(dim=1).mean(),
+                "policy/largest": log_policy.exp().amax(dim=1).mean(),
             }
         return LossOutput(loss=loss, metrics=metrics)
 

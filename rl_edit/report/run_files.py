@@ -104,7 +104,7 @@ def read_run(directory: Path) -> RunFiles:
         config=_read_text(directory / "config.yaml"),
         metrics=_by_update(_read_lines(directory / "metrics.jsonl")),
         events=_read_lines(directory / "events.jsonl"),
-        evaluation=_read_evaluation(directory / "evaluation" / "evaluation.json"),
+        evaluation=_read_evaluation(directory / "evaluation.json"),
         examples=_example_directories(directory / "evaluation" / "images"),
     )
     if not (files.run or files.metrics.rows or files.events.rows or files.evaluation or files.examples):

@@ -87,8 +87,11 @@ def score_candidates(terms: Sequence[Reward], candidates: Candidates, *, work_id
     values = torch.full((num_candidates, len(terms)), math.nan)
     reasons: dict[str, None] = {}
     components: dict[str, tuple[float, ...]] = {}
+    broken = False
     for column, term in enumerate(terms):
-        scores = [_checked(term, score) for score in _scores(term, candidates)]
+        given = _scores(term, candidates)
+        scores = [_checked(term, score) for score in given]
+        broken = broken or any(before.ok and not after.ok for before, after in zip(given, scores, strict=True))
         for row, score in enumerate(scores):
             if score.value is None:
                 reasons[score.reason] = None
@@ -104,6 +107,7 @@ def score_candidates(terms: Sequence[Reward], candidates: Candidates, *, work_id
         values=values,
         valid=~values.isnan(),
         reasons=tuple(reasons),
+        contract_broken=broken,
         components=components,
         seconds=time.perf_counter() - began,
     )

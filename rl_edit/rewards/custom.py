@@ -51,7 +51,7 @@ def _scored(function: str, value: object) -> Score:
     """A number of any type (Python's, NumPy's, a tensor of one element) as a score; anything else is invalid."""
     if value is not None and not isinstance(value, str | bytes):
         try:
-            return Score(value=float(value))  # type: ignore[arg-type]
+            return Score(value=float(value))  # type: ignore[arg-type]  # what has no float() is refused below
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
     return Score(value=None, reason=f"{function} returned {_shown(value)}, which is not a number")
@@ -79,4 +79,4 @@ def _resolve(function: str) -> Callable[[Candidates], Iterable[object]]:
         raise InputError(
             f"{name!r} {what} in {module_name!r} ({module.__file__}), so there is no reward to compute. Define it or correct 'function'."
         )
-    return found  # type: ignore[no-any-return]
+    return found

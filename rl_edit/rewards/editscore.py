@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NoReturn
@@ -150,7 +151,8 @@ class EditScore(RewardTerm):
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components, each 0..10 and a mean over passes: ``prompt_following, consistency, naturalness, artefacts, SC, PQ``."""
-        return asyncio.run(self._score(candidates, self._key()))
+        with ThreadPoolExecutor(1) as thread:  # a loop of its own, also when the caller already runs one
+            return thread.submit(asyncio.run, self._score(candidates, self._key())).result()
 
     def _key(self) -> str | None:
         if self.api_key_env is None:

@@ -25,7 +25,7 @@ from rl_edit.types import Candidates, PairedTask, Score
 # Where each quality falls to half marks. In units of an RMS error with peak 1: 10^(-25/20) is 25 dB.
 _HALF_BACKGROUND = 10 ** (-25 / 20)
 _HALF_TEXTURE = 10 ** (-25 / 20)
-_HALF_ARTEFACTS = 0.06
+_HALF_ARTEFACTS = 0.12
 # At 2.5 a reconstruction at 34 dB keeps 9.3 of 10 points while 25 dB keeps 5: mild loss is forgiven, not ignored.
 _FALL = 2.5
 
