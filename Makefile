@@ -1,0 +1,68 @@
+# Every target sets up what it needs. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+PYTEST_ARGS ?=
+
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo ablation test lint types walls unit ray format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install the pinned packages; does nothing when they are installed
+
+# torch goes first and alone, so that a wheel that is already on this machine (CPU or CUDA) is kept.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "rl-edit needs Python 3.11 or newer, got $$($(PYTHON) --version): run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## train the built-in editor, evaluate it, write the report: runs/demo
+	@if [ -e $(DEMO) ]; then n=1; while [ -e $(DEMO)-previous-$$n ]; do n=$$((n + 1)); done; \
+		mv $(DEMO) $(DEMO)-previous-$$n; echo "The demo of before is now $(DEMO)-previous-$$n"; fi
+	$(VENV)/bin/rl-edit train --preset tiny-rc-grpo --run-dir $(DEMO)
+	$(VENV)/bin/rl-edit evaluate $(DEMO)
+	$(VENV)/bin/rl-edit report $(DEMO)
+	@echo
+	@echo "Look at   $(DEMO)/report.html      curves, numbers and before/after pictures in one page"
+	@echo "Numbers   $(DEMO)/evaluation.json  base, trained and delta with 95 % intervals"
+	@echo "Weights   $(DEMO)/adapter          the LoRA, for rl-edit edit or stock diffusers"
+
+ablation: $(STAMP)  ## compare the methods under equal budgets, 3 seeds each; stop and rerun to resume
+	$(PY) benchmarks/ablation.py
+
+test: lint types  ## everything CI checks: lint, types, walls, unit and Ray tests (not gpu, not slow)
+	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)  ## mypy over rl_edit, actors and learner
+	$(PY) -m mypy
+
+walls: $(STAMP)  ## only the import walls between the rooms
+	$(PY) -m pytest tests/test_walls.py $(PYTEST_ARGS)
+
+unit: $(STAMP)  ## only the tests that start no Ray cluster
+	$(PY) -m pytest -m "not gpu and not slow and not ray" $(PYTEST_ARGS)
+
+ray: $(STAMP)  ## only the tests that start a Ray cluster
+	$(PY) -m pytest -m "ray and not gpu and not slow" $(PYTEST_ARGS)
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove caches and build products; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find rl_edit actors learner tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
