@@ -25,35 +25,49 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-REGION = ["algorithm.initial_noise.inside=0.7", "algorithm.initial_noise.outside=0.05", "algorithm.credit.rows.kind=masked"]
-GLOBAL = ["algorithm.initial_noise.inside=0.7", "algorithm.initial_noise.outside=0.7", "algorithm.credit.rows={kind: uniform}"]
-PAPER = ["algorithm.credit.normalise=minibatch"]
-PER_GROUP = ["algorithm.credit.normalise=group"]
-RAW = ["algorithm.credit.normalise=none", "rewards.judge.weight=0.1"]
-NO_ACD = ["rewards.attention.weight=0"]
-ACD = ["rewards.attention.weight=0.3"]
 SURROGATE = "{kind: neighbor, num_anchors: 4, clip: 0.2, temperature: 0.5, num_steps: 4}"
-PLAIN = [f"algorithm.objective={SURROGATE}"]
+COMMON = [
+    "lora={rank: 16, alpha: 16}",
+    "rollout={group_size: 8, num_steps: 6}",
+    "train.groups_per_update=8",
+    "train.learning_rate=5.0e-4",
+    "rewards.preservation.weight=0.3",
+    f"algorithm.objective={SURROGATE}",
+    "rewards.attention.weight=0",
+]
+"""Equal for every variant, whatever the preset ships; later values win."""
+
+REGION = [*COMMON, "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: true}"]
+GLOBAL = [*COMMON, "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.7, keep_reference: true}"]
+MASKED = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: masked}}}}"
+UNIFORM = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: uniform}}}}"
+ACD = ["rewards.attention.weight=0.3"]
 ANCHOR = [f"algorithm.objective={{kind: background_anchored, weight: 0.1, inner: {SURROGATE}}}"]
+LIGHT_ANCHOR = [f"algorithm.objective={{kind: background_anchored, weight: 0.01, inner: {SURROGATE}}}"]
+SPLIT = ["algorithm.credit={kind: split, edit_share: 0.5, normalise: group}", "rewards.preservation.weight=1"]
 
 VARIANTS: dict[str, list[str]] = {
-    "global": [*GLOBAL, *PAPER, *NO_ACD, *PLAIN],
-    "region": [*REGION, *PAPER, *NO_ACD, *PLAIN],
-    "region + ACD": [*REGION, *PAPER, *ACD, *PLAIN],
-    "region, terms standardised per group": [*REGION, *PER_GROUP, *NO_ACD, *PLAIN],
-    "region + source-latent anchor outside": [*REGION, *PAPER, *NO_ACD, *ANCHOR],
-    "global, terms standardised per group": [*GLOBAL, *PER_GROUP, *NO_ACD, *PLAIN],
-    "region, raw terms summed": [*REGION, *RAW, *NO_ACD, *PLAIN],
+    "global": [*GLOBAL, UNIFORM.format("minibatch")],
+    "region": [*REGION, MASKED.format("minibatch")],
+    "region + ACD": [*REGION, MASKED.format("minibatch"), *ACD],
+    "region, terms standardised per group": [*REGION, MASKED.format("group")],
+    "region + source-latent anchor outside (0.1)": [*REGION, MASKED.format("minibatch"), *ANCHOR],
+    "region + source-latent anchor outside (0.01)": [*REGION, MASKED.format("minibatch"), *LIGHT_ANCHOR],
+    "region, areas judged apart": [*REGION, *SPLIT],
+    "global, terms standardised per group": [*GLOBAL, UNIFORM.format("group")],
+    "region, raw terms summed": [*REGION, MASKED.format("none"), "rewards.judge.weight=0.1"],
 }
-"""Values of each variant on top of the preset tiny-rc-grpo; "paper" normalisation is per-term over the minibatch."""
+"""Values of each variant on top of the preset tiny-rc-grpo; "minibatch" is the paper's normalisation of terms."""
 
-DEFAULT_VARIANTS = list(VARIANTS)[:5]
+DEFAULT_VARIANTS = list(VARIANTS)[:7]
 
 COMPARISONS = [
     ("region", "global"),
     ("region + ACD", "region"),
     ("region, terms standardised per group", "region"),
-    ("region + source-latent anchor outside", "region"),
+    ("region + source-latent anchor outside (0.1)", "region"),
+    ("region + source-latent anchor outside (0.01)", "region"),
+    ("region, areas judged apart", "region"),
 ]
 
 METRICS = {
@@ -101,7 +115,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--base", nargs="+", default=["shipped=builtin:tiny-kontext"], help="NAME=EDITOR pairs")
     parser.add_argument("--variants", nargs="+", default=DEFAULT_VARIANTS, choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=50)
+    parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--set", nargs="*", default=[], help="further overrides for every run")
     parser.add_argument("--tasks", type=int, default=256)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")

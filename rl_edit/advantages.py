@@ -7,8 +7,8 @@ reported, never silently filtered. An invalid reward never becomes a number: a g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -118,3 +118,53 @@ class GroupCredit(BaseModel):
             return Declined("spread", "the reward terms cancel in every candidate")
         rows = self.rows(mask)
         return Advantages(values=values.float()[:, None].expand(-1, rows.shape[0]), regions=rows, weights=torch.ones(1))
+
+
+class SplitCredit(BaseModel):
+    """Edit region and background judged apart: each area follows only the terms that speak about it.
+
+    Two pooling rows, the mean over the edit region and the mean over the rest, each with advantages of its own, standardised
+    apart, so that whatever the background's terms say leaves the edit region's advantages unchanged. The two-region case of
+    region credit (SpatialFlow-GRPO, arXiv 2606.26872; Edit-GRPO, arXiv 2605.16951, of which only the abstract is public: the
+    instantiation is ours). Where an area's terms do not differ, its advantages are 0.
+
+    Attributes:
+        background_terms: names of the reward terms that judge what should stay; all others judge the edit.
+        edit_share: weight of the edit region in the objective; the background has the rest.
+        normalise: how terms are scaled within each part, as in :class:`GroupCredit`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["split"] = "split"
+    background_terms: tuple[str, ...] = ("preservation",)
+    edit_share: float = Field(default=0.5, ge=0, le=1)
+    normalise: Literal["minibatch", "group", "none"] = "group"
+
+    def __call__(self, tables: Sequence[RewardTable], masks: Sequence[Bool[Tensor, " _token"]]) -> list[Advantages | Declined]:
+        """One result per table, in order; a group is declined when neither area has anything to learn from it."""
+        part = GroupCredit(normalise=self.normalise)
+        edits = part([self._only(table, background=False) for table in tables], masks)
+        keeps = part([self._only(table, background=True) for table in tables], masks)
+        return [self._joined(table, edit, keep, mask) for table, edit, keep, mask in zip(tables, edits, keeps, masks, strict=True)]
+
+    def _only(self, table: RewardTable, *, background: bool) -> RewardTable:
+        shares = zip(table.names, table.weights, strict=True)
+        return replace(table, weights=tuple(w if (name in self.background_terms) == background else 0.0 for name, w in shares))
+
+    def _joined(
+        self, table: RewardTable, edit: Advantages | Declined, keep: Advantages | Declined, mask: Bool[Tensor, " token"]
+    ) -> Advantages | Declined:
+        refused = [part for part in (edit, keep) if isinstance(part, Declined)]
+        for part in refused:
+            if part.kind == "invalid" or len(refused) == 2:
+                return part
+        columns = [torch.zeros(len(table.values)) if isinstance(p, Declined) else p.values[:, 0] for p in (edit, keep)]
+        areas = torch.stack([mask, ~mask]).float()
+        return Advantages(
+            values=torch.stack(columns, dim=1),
+            regions=areas / areas.sum(dim=1, keepdim=True).clamp(min=1),
+            weights=torch.tensor([self.edit_share, 1 - self.edit_share]),
+        )
+
+
+CreditRule = Annotated[GroupCredit | SplitCredit, Field(discriminator="kind")]

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from rl_edit.advantages import GroupCredit
+from rl_edit.advantages import CreditRule, GroupCredit
 from rl_edit.exploration import NoStepNoise, Perturbation, StepNoise
 from rl_edit.objectives import NeighborSurrogate, Objective
 from rl_edit.regions import MaskedRows, UniformRows
@@ -42,7 +42,7 @@ class Algorithm(BaseModel):
     name: str = "custom"
     initial_noise: Perturbation = Perturbation()
     step_noise: StepNoise = NoStepNoise()
-    credit: GroupCredit = GroupCredit()
+    credit: CreditRule = GroupCredit()
     objective: Objective = NeighborSurrogate()
     acting: Latest = Latest()
 

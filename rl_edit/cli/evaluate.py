@@ -81,8 +81,9 @@ def evaluate_run(config: RunConfig, adapter: Path, run: Path, *, console: Consol
 
 def table(summary: dict[str, Any]) -> Table:
     """Headline metrics: base, trained, paired difference with its 95 % interval."""
-    n = next(iter(summary["base"].values()))["n"]
-    shown = Table(title=f"held-out tasks: {n}; difference paired, 95 % interval")
+    meta = summary["meta"]
+    noises = f" x {meta['num_noises']} noises" if meta["num_noises"] > 1 else ""
+    shown = Table(title=f"held-out tasks: {meta['num_tasks']}{noises}; difference paired, 95 % interval")
     for column in ("metric", "base", "trained", "difference", "interval"):
         shown.add_column(column, justify="left" if column == "metric" else "right")
     for key, (label, digits) in SHOWN.items():

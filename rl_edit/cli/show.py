@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from rl_edit.advantages import GroupCredit, SplitCredit
 from rl_edit.algorithms import BUNDLES, CITATIONS
 from rl_edit.config import load_config, presets
 
@@ -32,13 +33,18 @@ def methods_command() -> None:
             name,
             where + (", centre kept" if noise.keep_reference else ""),
             method.step_noise.kind,
-            f"{method.credit.normalise}, {method.credit.rows.kind} row"
-            + (f", quasi-norm {method.credit.quasi_norm:g}" if method.credit.quasi_norm else ""),
+            _credit(method.credit),
             f"{method.objective.kind}, {method.objective.num_anchors} anchors",
-            "yes" if noise.inside != noise.outside or method.credit.rows.kind == "masked" else "no",
+            "yes" if noise.inside != noise.outside or "uniform" not in _credit(method.credit) else "no",
             CITATIONS[name],
         )
     Console(width=160).print(shown)
+
+
+def _credit(credit: GroupCredit | SplitCredit) -> str:
+    if isinstance(credit, SplitCredit):
+        return f"{credit.normalise}, edit row + background row"
+    return f"{credit.normalise}, {credit.rows.kind} row" + (f", quasi-norm {credit.quasi_norm:g}" if credit.quasi_norm else "")
 
 
 def show_config_command(
