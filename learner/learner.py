@@ -15,7 +15,7 @@ from rl_edit import adapters, wire
 from rl_edit.advantages import Declined
 from rl_edit.config import RunConfig
 from rl_edit.editors import load_editor
-from rl_edit.types import AdapterWeights, Advantages, RewardTable, RolloutGroup, moved
+from rl_edit.types import AdapterWeights, Advantages, Conditioning, RewardTable, RolloutGroup, moved
 from rl_edit.update import LearningConfig, learning_step
 
 
@@ -88,6 +88,7 @@ class Learner:
         for index in range(self.config.train.passes):
             metrics = learning_step(
                 self.editor.velocity,
+                self._reference,
                 self.parameters,
                 self.optimizer,
                 self.config.algorithm.objective,
@@ -100,6 +101,15 @@ class Learner:
                 on_policy=on_policy and index == 0,
             )
         return metrics
+
+    @torch.no_grad()
+    def _reference(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The base editor's velocity: the same function with the adapter off."""
+        adapters.set_active(self.editor.transformer, False)
+        try:
+            return self.editor.velocity(latents, sigma, conditioning)
+        finally:
+            adapters.set_active(self.editor.transformer, True)
 
     def state(self) -> dict[str, Tensor]:
         """Adapter and optimizer as named tensors: all that a resumed learner needs (seeds are keyed, not streamed)."""

@@ -39,6 +39,7 @@ class LearningConfig:
 
 def learning_step(
     velocity: ConditionedVelocity,
+    reference: ConditionedVelocity,
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     objective: Objective,
@@ -53,6 +54,8 @@ def learning_step(
 ) -> dict[str, float]:
     """Accumulates the mean loss over groups, points and anchors, clips the gradient and steps the optimizer.
 
+    ``reference`` is the base editor's velocity, without gradient; it is evaluated only for objectives that need it.
+
     Raises:
         TrainingFailed: on a ratio that is not 1 on-policy (the actors and the learner do not compute the same
             function), or a non-finite loss or gradient. The optimizer has not stepped then.
@@ -63,7 +66,8 @@ def learning_step(
         generator = NoiseSource(run_seed, group.work_id, update).generator("anchors", pass_index)
         points = objective.replay(group, advantages, num_references=num_references, generator=generator)
         for point in points:
-            output = objective.loss(point, velocity(point.latents, point.sigma, group.conditioning))
+            base = reference(point.latents, point.sigma, group.conditioning) if objective.needs_reference else None
+            output = objective.loss(point, velocity(point.latents, point.sigma, group.conditioning), base)
             (output.loss / (len(points) * len(batch))).backward()
             tally["loss"].append(output.loss.detach())
             for name, value in output.metrics.items():

@@ -789,3 +789,19 @@ def test_odd_sizes_from_disk_reach_the_canvas(tmp_path: Path) -> None:
     for task in tasks:
         fitted = fit(task, resolution=64, multiple=8)
         assert tuple(fitted.source.shape) == (80, 56, 3) and tuple(fitted.edit_mask.shape) == (80, 56)
+
+
+def test_a_mask_that_leaves_no_background_on_the_canvas_is_refused_or_skipped_and_counted(tmp_path: Path) -> None:
+    root = _folder(tmp_path / "data", num_rows=4, height=64, width=64)
+    wide = np.zeros((64, 64), dtype=np.uint8)
+    wide[5:60, 5:60] = 255
+    _save(root / "p0_mask.png", wide)
+    canvas = {"resolution": 32, "multiple": 8}
+    assert len(open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train")) == 4
+    with pytest.raises(InputError, match=r"1 problems in 4 rows.*touches every 8 px token.*raise editor\.resolution"):
+        open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train", **canvas)
+    kept = open_dataset(DataConfig(path=str(root), heldout_path=str(root), empty_mask="skip"), "train", **canvas)
+    assert (len(kept), kept.skipped) == (3, 1)
+    assert "p0" not in " ".join(kept[index].task_id for index in range(3))
+    finer = open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train", resolution=64, multiple=4)
+    assert (len(finer), finer.skipped) == (4, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rl_edit.errors import InputError
+from rl_edit.evaluation.evaluate import Evaluation, Row
 from rl_edit.evaluation.metrics import MAX_PSNR, gaussian_mean, keep_fraction, psnr, ssim
 from rl_edit.evaluation.statistics import Interval, bootstrap, paired_bootstrap
 
@@ -229,3 +230,19 @@ def test_statistics_refuse_what_has_no_interval() -> None:
         bootstrap([1.0, 2.0], seed=0, level=95)
     with pytest.raises(InputError, match="resamples"):
         bootstrap([1.0, 2.0], seed=0, resamples=1)
+
+
+def test_a_comparison_has_every_metric_that_any_task_has_and_counts_the_tasks_where_both_sides_have_it() -> None:
+    values = [
+        ({"reward": 1.0}, {"reward": 2.0}),
+        ({"reward": 2.0, "instruction": 4.0}, {"reward": 4.0, "instruction": 7.0}),
+        ({"reward": math.nan, "instruction": 5.0}, {"reward": 9.0, "instruction": 6.0}),
+    ]
+    rows = [Row(task_id=f"t{i}", task_type="add", values={"base": base, "trained": after}) for i, (base, after) in enumerate(values)]
+    summary = Evaluation(rows=tuple(rows), meta={}).summary()
+    assert {metric: (value["mean"], value["n"]) for metric, value in summary["delta"].items()} == {
+        "reward": (1.5, 2),
+        "instruction": (2.0, 2),
+    }
+    assert summary["base"]["reward"]["mean"] == 1.5
+    assert summary["by_type"]["add"]["delta"] == summary["delta"]

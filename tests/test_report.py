@@ -62,7 +62,7 @@ def write_run(directory: Path, *, updates: int = 40, examples: int = 4) -> Path:
     )
     events.insert(9, {"time": 1735812008.5, "event": "warning", "message": "reward actor answered after 9.5 s"})
     (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    write_json(directory / "evaluation" / "evaluation.json", evaluation())
+    write_json(directory / "evaluation.json", evaluation())
     for index in range(examples):
         write_example(directory / "evaluation" / "images" / f"shapes-{index:04d}", index, rng)
     return directory
@@ -397,7 +397,7 @@ def test_metrics_without_a_number_read_as_a_dash(tmp_path: Path) -> None:
         "trained": {},
         "delta": {"instruction": {"mean": math.nan}},
     }
-    write_json(tmp_path / "evaluation" / "evaluation.json", value)
+    write_json(tmp_path / "evaluation.json", value)
     text = render_report(tmp_path).read_text()
     assert text.count("Not measured in this evaluation.") == 3
     assert '<th>Instruction score</th><td class="num">0.500</td><td class="num">\u2014</td>' in text
@@ -427,7 +427,7 @@ def test_missing_parts_are_said_plainly(tmp_path: Path) -> None:
 
 def test_evaluated_and_last_adapter_are_told_apart_when_they_differ(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"update": 9, "adapter": "10:bbbb", "reward/total/mean": 1.0}\n')
-    write_json(tmp_path / "evaluation" / "evaluation.json", {**comparison(), "meta": {"adapter": "5:aaaa"}})
+    write_json(tmp_path / "evaluation.json", {**comparison(), "meta": {"adapter": "5:aaaa"}})
     text = Page(render_report(tmp_path).read_text()).text
     assert "Adapter, evaluated 5:aaaa" in text and "Adapter, last update 10:bbbb" in text
 
@@ -447,7 +447,7 @@ def test_nothing_to_show_is_an_input_error_and_writes_nothing(tmp_path: Path, co
 def test_a_broken_evaluation_is_an_input_error_and_keeps_the_old_page(run_dir: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", updates=2, examples=0)
     before = render_report(run).read_bytes()
-    (run / "evaluation" / "evaluation.json").write_text('{"base": {')
+    (run / "evaluation.json").write_text('{"base": {')
     with pytest.raises(InputError, match=r"evaluation\.json is not JSON"):
         render_report(run)
     assert (run / "report.html").read_bytes() == before

@@ -252,8 +252,8 @@ def test_the_instruction_part_is_the_share_of_the_way_from_source_to_target() ->
         assert part(task, steps, "instruction") == pytest.approx([0, 2.5, 5, 7.5, 10], abs=0.1)
 
 
-def test_a_shift_of_one_pixel_costs_little_and_the_wrong_place_costs_most() -> None:
-    for task in TASKS[:4]:
+def test_an_object_added_one_pixel_off_costs_little_and_in_the_wrong_place_most() -> None:
+    for task in (shapes.task("validation", index, task_type="add") for index in range(8)):
         values = judged(task, [shift_inside(task, 1 / 40), shift_inside(task, 12 / 40)])
         assert values[0] > 7.5
         assert values[1] < 4.5
@@ -281,7 +281,7 @@ def test_noise_inside_costs_clean_and_a_brightness_step_costs_artefacts() -> Non
         noisy, stepped = noise_inside(task, 0.08), as_bytes(target + mask * torch.where(target.mean() > 0.5, -0.08, 0.08))
         clean, artefacts = part(task, [noisy, stepped], "clean"), part(task, [noisy, stepped], "artefacts")
         assert clean[0] < 8.5 < 9.0 < clean[1]
-        assert artefacts[1] < 4.0
+        assert artefacts[1] < 5.0 < artefacts[0]
 
 
 def test_slightly_different_edits_get_different_scores() -> None:

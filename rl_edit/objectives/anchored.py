@@ -1,7 +1,7 @@
-"""A wrapper that holds the background: the same forwards, one more term outside the edit region.
+"""A wrapper that holds the background: one more term outside the edit region, on the surrogate's own forwards.
 
-Region-decoupled noise removes the background's nuisance spread and with it the background's learning signal; this term
-gives it a direct one, at no extra model evaluation.
+Region-decoupled noise removes the background's nuisance spread and with it the background's learning signal: what a weight
+change does outside the mask is compared by no group. This term looks there directly.
 """
 
 from __future__ import annotations
@@ -30,17 +30,28 @@ class SourceContext:
 
 
 class BackgroundAnchored(BaseModel):
-    """Adds ``weight * mean_outside (clean_prediction - source)^2`` to another objective's loss.
+    """Adds ``weight * mean over tokens outside the mask of error^2`` to another objective's loss; tokens inside are untouched.
 
-    The clean prediction is read from the anchor forwards that are computed anyway (the keep-region term of CoCoEdit,
-    arXiv 2602.14068, in latent space and without its hinge). Tokens of the edit region are untouched. Weight 0 is the
-    wrapped objective.
+    Weight 0 is the wrapped objective.
+
+    Attributes:
+        target: "reference" holds the background at what the base editor does: error is the velocity's distance to the
+            base's (adapter off) at the same states, a KL to the reference outside the mask only; it costs one forward
+            without gradient per anchor. "source" pulls it towards the source picture: error is the clean prediction's
+            distance to the source latents (the keep-region term of CoCoEdit, arXiv 2602.14068, without its hinge), at no
+            extra forward; on an editor whose background is already good it trades edits away for copying.
+        weight: of the term; the surrogate's own gradient is small, so the source needs far less than the reference.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["background_anchored"] = "background_anchored"
     inner: NeighborSurrogate = NeighborSurrogate()
+    target: Literal["reference", "source"] = "source"
     weight: float = Field(default=0.1, ge=0)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.target == "reference"
 
     @property
     def num_anchors(self) -> int:
@@ -60,11 +71,20 @@ class BackgroundAnchored(BaseModel):
             for point in self.inner.replay(group, advantages, num_references=num_references, generator=generator)
         ]
 
-    def loss(self, point: ReplayPoint, velocity: Float[Tensor, "batch token channel"]) -> LossOutput:
+    def loss(
+        self,
+        point: ReplayPoint,
+        velocity: Float[Tensor, "batch token channel"],
+        reference: Float[Tensor, "batch token channel"] | None = None,
+    ) -> LossOutput:
         context: SourceContext = point.context
         inner = self.inner.loss(context.inner, velocity)
-        clean = flow.clean_from_velocity(point.latents, velocity, point.sigma[:, None, None])
-        error = (clean - context.source).square().mean(dim=(0, 2))
+        if self.target == "reference":
+            assert reference is not None, "the learner evaluates the reference when an objective needs it"
+            distance = velocity - reference
+        else:
+            distance = flow.clean_from_velocity(point.latents, velocity, point.sigma[:, None, None]) - context.source
+        error = distance.square().mean(dim=(0, 2))
         background = context.background.to(error.dtype)
         drift = (error * background).sum() / background.sum().clamp(min=1)
-        return LossOutput(loss=inner.loss + self.weight * drift, metrics={**inner.metrics, "background/latent_drift": drift.detach()})
+        return LossOutput(loss=inner.loss + self.weight * drift, metrics={**inner.metrics, "background/anchor_error": drift.detach()})

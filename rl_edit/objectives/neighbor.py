@@ -97,7 +97,17 @@ class NeighborSurrogate(BaseModel):
             points.append(ReplayPoint(latents=state, sigma=sigma.expand(len(chosen)), context=context))
         return points
 
-    def loss(self, point: ReplayPoint, velocity: Float[Tensor, "batch token channel"]) -> LossOutput:
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the base editor's velocities (adapter off) besides the current ones."""
+        return False
+
+    def loss(
+        self,
+        point: ReplayPoint,
+        velocity: Float[Tensor, "batch token channel"],
+        reference: Float[Tensor, "batch token channel"] | None = None,
+    ) -> LossOutput:
         """Negated objective at one trained step, mean over anchors; gradient only through ``velocity``."""
         context: AnchorContext = point.context
         anchors = flow.euler(point.latents, velocity, sigma=context.sigma, sigma_next=context.sigma_next)

@@ -1,0 +1,72 @@
+"""What every test shares: few threads, no network, shape-checked mathematics, and one lazily started Ray cluster."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and ray are imported. Two busy processes with several threads each on two cores run several times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A local cluster would otherwise write a token into the home directory of whoever runs the tests.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Ray runs its workers at nice 15: beside any other program the tests would wait for it.
+os.environ.setdefault("RAY_worker_niceness", "0")
+# A cluster of the person who runs the tests is never used by them.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+MATHEMATICS = ("types", "flow", "regions", "exploration", "attention", "advantages", "objectives", "algorithms", "rollout", "update")
+"""Modules whose annotated shapes are checked at every call in tests; in production the annotations cost nothing."""
+
+install_import_hook([f"rl_edit.{name}" for name in MATHEMATICS], "beartype.beartype")
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def small_editor(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with an editor of the built-in architecture whose every layer answers: random weights, none of them zero.
+
+    An untrained editor starts as the identity and has no gradient; the shipped one would tie every test to its weights.
+    """
+    from rl_edit.editors.pretrain import new_editor
+
+    pipeline = new_editor(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in pipeline.transformer.parameters():
+        if not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    directory = tmp_path_factory.mktemp("editor")
+    pipeline.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster of two CPUs without a dashboard, started by the first test that asks and ended with the session."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=256 * 1024 * 1024,
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,115 @@
+"""Small whole runs for tests: the real loop, learner and rollout actor in this process, on 32-pixel tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from actors.inline import InlineWorkers
+from learner.learner import Learner
+from learner.loop import Outcome, Rolled, TrainingLoop
+from rl_edit import telemetry
+from rl_edit.config import RunConfig, load_config
+from rl_edit.data import open_dataset
+
+PRESERVATION: dict[str, Any] = {"kind": "preservation", "weight": 1.0}
+ATTENTION: dict[str, Any] = {"kind": "concentration", "weight": 0.3}
+
+
+class Nobody:
+    """An observer that looks away."""
+
+    def group_scored(self, update: int, done: int, total: int) -> None:
+        pass
+
+    def update_done(self, metrics: dict[str, Any]) -> None:
+        pass
+
+
+def small_config(editor: str, *overrides: str, rewards: dict[str, Any] | None = None, directory: Path | None = None) -> RunConfig:
+    """RC-GRPO at its smallest: 2 groups of 4 candidates, 3 solver steps, 32 pixels. ``directory`` is where to leave it as YAML."""
+    raw = {
+        "name": "small",
+        "editor": {"path": editor, "resolution": 32, "max_text_tokens": 16, "micro_batch": 4, "attention_layers": 1, "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"num_train": 8, "num_heldout": 4},
+        "algorithm": {
+            "name": "rc-grpo",
+            "initial_noise": {"inside": 0.7, "outside": 0.05},
+            "credit": {"normalise": "group"},
+            "objective": {"num_anchors": 2, "num_steps": 1},
+        },
+        "rollout": {"group_size": 4, "num_steps": 3},
+        "rewards": rewards or {"preservation": PRESERVATION, "attention": ATTENTION},
+        "train": {"updates": 3, "groups_per_update": 2, "learning_rate": 5.0e-3, "ratio_tolerance": 0.0, "checkpoint_every": 1},
+        "actors": {"runtime": "inline", "threads": 1},
+        "evaluation": {"num_tasks": 3, "examples": 1, "num_steps": 2},
+    }
+    return written(raw, *overrides, directory=directory)
+
+
+def written(raw: dict[str, Any], *overrides: str, directory: Path | None) -> RunConfig:
+    """The run of a raw mapping, read from a file like any other."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (directory or Path(temporary)) / "run.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        return load_config(path, overrides=overrides)
+
+
+def run_inline(
+    config: RunConfig,
+    directory: Path,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    change: Callable[[InlineWorkers], None] = lambda workers: None,
+) -> Outcome:
+    """A run in this process. ``change`` may alter the workers before they start."""
+    dataset = open_dataset(config.data, "train")
+    workers = InlineWorkers(config, dataset.fields, Learner(config, threads=1), Rolled, threads=1)
+    change(workers)
+    events = telemetry.Events(directory / telemetry.EVENTS)
+    loop = TrainingLoop(
+        config, dataset, workers, directory, identity=config.sha256(), events=events, observer=Nobody(), should_stop=should_stop
+    )
+    return asyncio.run(loop.run(resume=resume))
+
+
+def adapter_bytes(outcome: Outcome) -> dict[str, bytes]:
+    """The adapter as bytes by tensor name: equal exactly when the adapters are."""
+    return {name: np.ascontiguousarray(tensor.numpy()).tobytes() for name, tensor in outcome.adapter.tensors.items()}
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    return telemetry.read_jsonl(directory / telemetry.METRICS)
+
+
+def events_of(directory: Path, event: str) -> list[dict[str, Any]]:
+    return [record for record in telemetry.read_jsonl(directory / telemetry.EVENTS) if record["event"] == event]
+
+
+def command(monkeypatch: Any, capsys: Any, *arguments: Any) -> tuple[int, str, Sequence[str]]:
+    """Runs ``rl-edit ARGUMENTS`` in this process: exit code, stdout, and the lines of stderr."""
+    from rl_edit.cli import main
+
+    monkeypatch.setattr("sys.argv", ["rl-edit", *map(str, arguments)])
+    capsys.readouterr()
+    try:
+        main()
+        code: Any = 0
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    return int(code or 0), out, err.splitlines()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

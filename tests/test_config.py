@@ -1,0 +1,236 @@
+"""Configurations: what is valid is what runs, and what is not is one line with the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import command, small_config
+
+from rl_edit.algorithms import BUNDLES
+from rl_edit.config import RunConfig, load_config, presets, validated
+from rl_edit.errors import InputError
+
+TINY = "tiny-rc-grpo"
+
+
+def problem(*overrides: str, preset: str = TINY) -> str:
+    """What is said about a preset with these overrides. One line."""
+    with pytest.raises(InputError) as refusal:
+        load_config(preset=preset, overrides=overrides)
+    message = str(refusal.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "said", "nearest"),
+    [
+        ("trian.updates=5", "'trian'", "'train'"),
+        ("sede=5", "'sede'", "'seed'"),
+        ("train.udpates=5", "'train.udpates'", "'updates'"),
+        ("algorithm.objectve.clip=0.1", "'algorithm.objectve'", "'objective'"),
+        ("algorithm.objective.tempreature=0.1", "'algorithm.objective.tempreature'", "'temperature'"),
+        ("algorithm.initial_noise.insde=0.1", "'algorithm.initial_noise.insde'", "'inside'"),
+        ("rewards.judge.wieght=1", "'rewards.judge.wieght'", "'weight'"),
+        ("rewards.preservation.celing_db=30", "'rewards.preservation.celing_db'", "'ceiling_db'"),
+        ("editor.resolutoin=64", "'editor.resolutoin'", "'resolution'"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_is_named_whole_with_the_nearest_known_one(override: str, said: str, nearest: str) -> None:
+    message = problem(override)
+    assert f"unknown key {said}" in message
+    assert f"did you mean {nearest}?" in message
+
+
+def test_a_key_like_no_other_is_answered_with_the_known_ones() -> None:
+    message = problem("train.zzzzzz=5")
+    assert "unknown key 'train.zzzzzz'" in message
+    assert "learning_rate" in message and "updates" in message
+
+
+@pytest.mark.parametrize("written", ["1e-5", "1.0e-5", "0.00001", "1E-5"])
+def test_a_number_in_any_notation_is_that_number(written: str) -> None:
+    assert load_config(preset=TINY, overrides=[f"train.learning_rate={written}"]).train.learning_rate == 1e-5
+
+
+def test_a_number_without_a_dot_is_read_from_a_file_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rewards: {keep: {kind: preservation}}\ntrain: {learning_rate: 3e-4}\n")
+    assert load_config(path).train.learning_rate == 3e-4
+
+
+def test_an_override_creates_the_mappings_on_its_way(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rewards: {keep: {kind: preservation}}\n")
+    config = load_config(path, overrides=["algorithm.initial_noise.inside=0.4", "train.updates=7", "rewards.look.kind=concentration"])
+    assert config.algorithm.initial_noise.inside == 0.4
+    assert config.train.updates == 7
+    assert sorted(config.rewards) == ["keep", "look"]
+    assert config.rewards["look"].name == "look"
+
+
+def test_the_last_override_of_a_key_counts() -> None:
+    assert load_config(preset=TINY, overrides=["seed=1", "seed=2"]).seed == 2
+
+
+def test_a_reward_set_to_null_is_gone() -> None:
+    assert "judge" not in load_config(preset=TINY, overrides=["rewards.judge=null"]).rewards
+
+
+@pytest.mark.parametrize("override", ["train.updates", "=5", "--updates=5"])
+def test_what_is_no_override_is_said_to_be_none(override: str) -> None:
+    assert "dotted.key=value" in problem(override)
+
+
+def test_a_named_method_supplies_every_seam_and_other_keys_adjust_it() -> None:
+    raw: dict[str, Any] = {"rewards": {"keep": {"kind": "preservation"}}, "rollout": {"group_size": 8}}
+    for name, bundle in BUNDLES.items():
+        assert validated({**raw, "algorithm": {"name": name}}, "test").algorithm == bundle()
+    adjusted = validated({**raw, "algorithm": {"name": "neighbor-grpo", "initial_noise": {"inside": 0.5}}}, "test").algorithm
+    plain = BUNDLES["neighbor-grpo"]()
+    assert adjusted.initial_noise == plain.initial_noise.model_copy(update={"inside": 0.5})
+    assert (adjusted.credit, adjusted.objective) == (plain.credit, plain.objective)
+
+
+def test_a_seam_of_another_kind_replaces_the_method_s_whole() -> None:
+    objective = load_config(preset=TINY, overrides=["algorithm.objective={kind: background_anchored, weight: 0.3}"]).algorithm.objective
+    assert (objective.kind, objective.weight) == ("background_anchored", 0.3)
+
+
+def test_a_method_s_value_can_be_switched_off() -> None:
+    assert load_config(preset="tiny-neighbor-grpo").algorithm.credit.quasi_norm == 0.8
+    assert load_config(preset="tiny-neighbor-grpo", overrides=["algorithm.credit.quasi_norm=null"]).algorithm.credit.quasi_norm is None
+
+
+def test_an_unknown_method_is_answered_with_the_nearest() -> None:
+    assert "unknown method 'rc-gpro', did you mean 'rc-grpo'?" in problem("algorithm.name=rc-gpro")
+
+
+def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
+    assert "rewards.judge.kind: unknown value 'shapes_juge', did you mean 'shapes_judge'?" in problem("rewards.judge.kind=shapes_juge")
+
+
+@pytest.mark.parametrize("given", ["rc-grpo", "tiny-rc-gpro", "tiny_rc_grpo"])
+def test_an_unknown_preset_is_answered_with_the_nearest(given: str) -> None:
+    with pytest.raises(InputError, match=f"unknown preset '{given}', did you mean 'tiny-rc-grpo'"):
+        load_config(preset=given)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("rollout.group_size=1",), ("rollout.group_size 1", "at least 2")),
+        (("rollout.group_size=4",), ("num_anchors 4", "3 perturbed", "group_size 4")),
+        (("algorithm.objective.num_anchors=8",), ("num_anchors 8", "7 perturbed")),
+        (("algorithm.objective.num_anchors=0",), ("algorithm.objective.num_anchors", "got 0")),
+        (("rollout.group_size=0",), ("rollout.group_size", "got 0")),
+        (("algorithm.initial_noise.inside=0", "algorithm.initial_noise.outside=0"), ("no spread", "inside")),
+        (("algorithm.initial_noise.inside=1.5",), ("algorithm.initial_noise.inside", "got 1.5")),
+        (("editor.attention_layers=0",), ("'attention'", "editor.attention_layers is 0")),
+        (("rewards.judge.weight=0", "rewards.preservation.weight=0", "rewards.attention.weight=0"), ("no reward has a positive weight",)),
+        (("rewards.judge.weight=-1",), ("rewards.judge", "weight(-1", "negative")),
+        (("rewards.judge.weight=.nan",), ("rewards.judge", "nan")),
+        (("train.updates=0",), ("train.updates", "got 0")),
+        (("train.updates=many",), ("train.updates", "'many'")),
+        (("train.max_lag=2",), ("train.max_lag", "got 2")),
+        (("algorithm.step_noise={kind: constant, level: 0.7}",), ("algorithm.step_noise.kind", "'none'", "'constant'")),
+        (("data.path=builtin:circles",), ("'builtin:circles'", "builtin:shapes")),
+        (("actors.runtime=slurm",), ("actors.runtime", "'slurm'")),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_value_before_anything_is_loaded(overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+    message = problem(*overrides)
+    assert [word for word in words if word not in message] == []
+
+
+def test_anchors_may_be_all_perturbed_candidates_but_not_the_reference() -> None:
+    exact = ("rollout.group_size=5", "algorithm.objective.num_anchors=4")
+    assert load_config(preset=TINY, overrides=exact).algorithm.objective.num_anchors == 4
+    assert "one is the unperturbed reference" in problem("rollout.group_size=4", "algorithm.objective.num_anchors=4")
+    without = ("rollout.group_size=4", "algorithm.initial_noise.keep_reference=false")
+    assert load_config(preset=TINY, overrides=without).rollout.group_size == 4
+
+
+def test_an_attention_reward_that_is_only_measured_asks_for_no_layers_of_others() -> None:
+    config = load_config(preset=TINY, overrides=["editor.attention_layers=0", "rewards.attention.weight=0"])
+    assert config.editor.attention_layers == 0
+
+
+def test_several_problems_are_one_line_that_counts_them() -> None:
+    message = problem("train.updates=0", "sede=1", "rollout.group_size=0")
+    assert "and 2 more" in message
+
+
+@pytest.mark.parametrize("preset", sorted(presets()))
+def test_every_preset_is_valid_and_says_what_it_is(preset: str) -> None:
+    config = load_config(preset=preset)
+    assert config.name == preset
+    assert config.algorithm.name in BUNDLES
+    assert presets()[preset]
+
+
+@pytest.mark.parametrize("preset", sorted(presets()))
+def test_what_show_config_prints_is_the_same_run(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset=preset, overrides=["train.learning_rate=1e-5", "data.task_types=[add, remove]"])
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    again = load_config(path)
+    assert again == config
+    assert again.sha256() == config.sha256()
+
+
+def test_an_open_range_survives_the_round_trip(small_editor: str, tmp_path: Path) -> None:
+    own = {"kind": "python", "function": "math:fsum", "low": float("-inf"), "high": float("inf")}
+    config = small_config(small_editor, rewards={"own": own})
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+def test_show_config_prints_everything_that_can_be_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(monkeypatch, capsys, "show-config", "--preset", TINY, "train.updates=7")
+    assert (code, list(err)) == (0, [])
+    shown = yaml.safe_load(out)
+    assert shown["train"]["updates"] == 7
+    assert set(shown) == set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("- a\n- b\n", "must be a mapping"), ("a: [1\n", "not valid YAML"), ("", "must be a mapping"), ("seed: 1\n", "rewards")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=words) as refusal:
+        load_config(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        load_config(path)
+    with pytest.raises(InputError, match="no config file at"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(InputError, match="either a YAML file or --preset"):
+        load_config()
+
+
+def test_the_kontext_preset_reaches_the_download_and_says_in_one_line_why_it_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    code, _, err = command(monkeypatch, capsys, "train", "--preset", "kontext-rc-grpo", "--run-dir", tmp_path / "run")
+    assert code == 2
+    (line,) = err
+    assert "black-forest-labs/FLUX.1-Kontext-dev from the Hugging Face hub" in line
+    assert "hf auth login" in line
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,309 @@
+"""A whole run in one process: the real rollout actor, reward actor, learner and loop on a small editor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import PRESERVATION, adapter_bytes, events_of, metrics_of, run_inline, small_config
+
+from actors.inline import InlineWorkers
+from learner.learner import Learner
+from learner.loop import TaskCursor
+from rl_edit import wire
+from rl_edit.data import DataConfig, open_dataset
+from rl_edit.errors import InputError
+from rl_edit.types import Candidates, RolloutGroup
+from rl_edit.update import TrainingFailed
+
+PROMISED = (
+    "update", "reward/preservation/mean", "reward/preservation/spread", "reward/attention/mean", "reward/attention/spread",
+    "reward/total/mean", "reward/total/spread", "background/psnr/mean", "background/psnr/spread", "concentration/mean",
+    "concentration/spread", "change/inside/mean", "loss", "ratio/mean", "ratio/min", "ratio/max", "ratio/max_deviation", "clip/share",
+    "gradient/norm", "groups/used", "groups/dropped", "groups/dropped_reasons", "policy_version", "staleness", "adapter",
+    "seconds/rollout", "seconds/reward", "seconds/wait", "seconds/learn", "seconds/publish", "seconds/update",
+)  # fmt: skip
+
+
+class Scripted:
+    """A reward function that says different things on each call: what a judge does when it fails now and then."""
+
+    def __init__(self) -> None:
+        self.script: Iterator[Any] = iter(())
+
+    def __call__(self, candidates: Candidates) -> Sequence[object]:
+        said = next(self.script, None)
+        return brightness(candidates) if said is None else said
+
+
+SCRIPTED = Scripted()
+
+
+def scripted(candidates: Candidates) -> Sequence[object]:
+    return SCRIPTED(candidates)
+
+
+def brightness(candidates: Candidates) -> list[float]:
+    return (candidates.images.float().mean(dim=(1, 2, 3)) / 255).tolist()
+
+
+def of_function(name: str, **settings: Any) -> dict[str, Any]:
+    return {"own": {"kind": "python", "function": f"{__name__}:{name}", "low": 0.0, "high": 1.0, **settings}}
+
+
+def test_two_runs_with_one_seed_give_the_same_adapter_bytes_and_another_seed_gives_others(small_editor: str, tmp_path: Path) -> None:
+    config = small_config(small_editor)
+    first, second = (adapter_bytes(run_inline(config, tmp_path / name)) for name in ("first", "second"))
+    other = adapter_bytes(run_inline(small_config(small_editor, "seed=1"), tmp_path / "other"))
+    assert first == second
+    assert set(first) == set(other)
+    assert first != other
+
+
+def test_a_run_moves_its_adapter(small_editor: str, tmp_path: Path) -> None:
+    config = small_config(small_editor, "train.updates=1")
+    start = wire.unpack(Learner(config, threads=1).export()).tensors
+    end = run_inline(config, tmp_path).adapter.tensors
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved >= {name for name in start if "lora_B" in name}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_stopped_and_resumed_gives_the_bytes_of_one_that_was_not(small_editor: str, tmp_path: Path, lag: int, passes: int) -> None:
+    config = small_config(small_editor, f"train.max_lag={lag}", f"train.passes={passes}", "train.updates=4", "train.checkpoint_every=10")
+    whole = run_inline(config, tmp_path / "whole")
+    asked = iter([False, False, True])
+    stopped = run_inline(config, tmp_path / "halves", should_stop=lambda: next(asked))
+    assert stopped.updates_done == 2
+    resumed = run_inline(config, tmp_path / "halves", resume=True)
+    assert resumed.updates_done == 4
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    timeless = [
+        [{k: v for k, v in line.items() if not k.startswith(("seconds/", "bytes/"))} for line in metrics_of(tmp_path / run)]
+        for run in ("whole", "halves")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(small_editor: str, tmp_path: Path) -> None:
+    config = small_config(small_editor, "train.updates=3", "train.checkpoint_every=2")
+    whole = run_inline(config, tmp_path / "whole")
+
+    class Crash(Exception):
+        pass
+
+    def crash_in_update_two(workers: InlineWorkers) -> None:
+        learn = workers.learn
+
+        async def crashing(update: int, groups: Sequence[Any], tables: Sequence[Any]) -> Any:
+            if update == 2:
+                raise Crash
+            return await learn(update, groups, tables)
+
+        workers.learn = crashing  # type: ignore[method-assign]
+
+    with pytest.raises(Crash):
+        run_inline(config, tmp_path / "crashed", change=crash_in_update_two)
+    assert adapter_bytes(run_inline(config, tmp_path / "crashed", resume=True)) == adapter_bytes(whole)
+    assert [line["update"] for line in metrics_of(tmp_path / "crashed")] == [0, 1, 2]
+
+
+def test_one_and_two_rollout_actors_give_the_same_bytes(small_editor: str, tmp_path: Path) -> None:
+    runs = [run_inline(small_config(small_editor, f"actors.num_rollout={n}"), tmp_path / str(n)) for n in (1, 2)]
+    assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
+
+
+def test_the_ratio_is_exactly_one_on_policy_through_the_real_actor_and_learner(small_editor: str, tmp_path: Path) -> None:
+    run_inline(small_config(small_editor), tmp_path)
+    lines = metrics_of(tmp_path)
+    assert len(lines) == 3
+    for line in lines:
+        assert line["ratio/max_deviation"] == 0.0
+        assert line["ratio/min"] == line["ratio/mean"] == line["ratio/max"] == 1.0
+        assert line["clip/share"] == 0.0
+        assert line["gradient/norm"] > 0
+        assert line["staleness"] == 0
+
+
+def test_one_step_off_is_one_version_stale_from_the_second_update_and_ratios_leave_one(small_editor: str, tmp_path: Path) -> None:
+    run_inline(small_config(small_editor, "train.max_lag=1"), tmp_path)
+    lines = metrics_of(tmp_path)
+    assert [line["staleness"] for line in lines] == [0, 1, 1]
+    assert lines[0]["ratio/max_deviation"] == 0.0
+    assert all(line["ratio/max_deviation"] > 0 for line in lines[1:])
+
+
+def test_the_second_pass_over_a_batch_leaves_ratio_one(small_editor: str, tmp_path: Path) -> None:
+    run_inline(small_config(small_editor, "train.passes=2", "train.updates=1"), tmp_path)
+    assert metrics_of(tmp_path)[0]["ratio/max_deviation"] > 0
+
+
+def test_an_actor_that_ignores_a_weight_update_is_refused_on_its_first_item(small_editor: str, tmp_path: Path) -> None:
+    def deaf(workers: InlineWorkers) -> None:
+        workers._rollouts[0]._use = lambda wanted: None  # type: ignore[method-assign]
+
+    with pytest.raises(TrainingFailed) as failure:
+        run_inline(small_config(small_editor), tmp_path, change=deaf)
+    event = events_of(tmp_path, "stale_adapter")[0]
+    assert len(metrics_of(tmp_path)) == 1
+    assert event["wanted"].startswith("1:")
+    assert event["wanted"].split(":")[1] != event["loaded"].split(":")[1]
+    assert event["wanted"] in str(failure.value) and event["loaded"] in str(failure.value)
+    assert event["wanted"] == metrics_of(tmp_path)[0]["adapter"]
+
+
+def test_an_actor_that_was_never_sent_the_weights_says_which_it_holds(small_editor: str, tmp_path: Path) -> None:
+    def cut_off(workers: InlineWorkers) -> None:
+        publish, sent = workers.publish, []
+
+        async def first_only(adapter: Any) -> None:
+            if not sent:
+                await publish(adapter)
+            sent.append(adapter)
+
+        workers.publish = first_only  # type: ignore[method-assign]
+
+    with pytest.raises(RuntimeError, match=r"work asks for adapter 1:.* holds 0:"):
+        run_inline(small_config(small_editor), tmp_path, change=cut_off)
+
+
+def test_an_actor_of_another_function_is_refused_before_the_optimizer_steps(small_editor: str, tmp_path: Path) -> None:
+    def nudge(workers: InlineWorkers) -> None:
+        editor = workers._rollouts[0].editor
+        velocity = editor.velocity
+        editor.velocity = lambda *arguments: velocity(*arguments) * 1.01  # type: ignore[method-assign]
+
+    config = small_config(small_editor, "train.updates=1")
+    with pytest.raises(TrainingFailed, match="do not compute the same velocity"):
+        run_inline(config, tmp_path, change=nudge)
+    assert metrics_of(tmp_path) == []
+
+
+def test_one_invalid_candidate_drops_its_whole_group_which_is_counted(small_editor: str, tmp_path: Path) -> None:
+    SCRIPTED.script = iter([None, [0.1, None, 0.2, 0.3]])
+    rewards = {"preservation": PRESERVATION, **of_function("scripted")}
+    config = small_config(small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards)
+    run_inline(config, tmp_path)
+    (line,) = metrics_of(tmp_path)
+    assert (line["groups/used"], line["groups/dropped"]) == (1, 1)
+    ((reason, count),) = line["groups/dropped_reasons"]["invalid"].items()
+    assert count == 1
+    assert reason.startswith("own: ") and "None" in reason
+    assert events_of(tmp_path, "groups_dropped")[0]["reasons"] == line["groups/dropped_reasons"]["invalid"]
+
+
+def test_more_invalid_groups_than_the_budget_stop_the_run(small_editor: str, tmp_path: Path) -> None:
+    SCRIPTED.script = iter([None, [0.1, None, 0.2, 0.3]])
+    with pytest.raises(TrainingFailed, match=r"1 of 2 groups of update 0 .*max_dropped_groups is 0.*own: "):
+        run_inline(small_config(small_editor, rewards=of_function("scripted")), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("said", "named"), [(float("nan"), "nan"), (float("inf"), "inf"), (1.5, "1.5")])
+def test_a_reward_that_breaks_its_contract_is_the_users_error(small_editor: str, tmp_path: Path, said: float, named: str) -> None:
+    SCRIPTED.script = iter([[0.1, said, 0.2, 0.3]])
+    with pytest.raises(InputError, match=f"own: gave {named}"):
+        run_inline(small_config(small_editor, rewards=of_function("scripted")), tmp_path)
+
+
+def test_a_group_without_spread_is_declined_and_counted(small_editor: str, tmp_path: Path) -> None:
+    SCRIPTED.script = iter([[0.5] * 4, None])
+    run_inline(small_config(small_editor, "train.updates=1", rewards=of_function("scripted")), tmp_path)
+    (line,) = metrics_of(tmp_path)
+    assert (line["groups/used"], line["groups/dropped"]) == (1, 1)
+    ((reason, count),) = line["groups/dropped_reasons"]["spread"].items()
+    assert count == 1
+    assert reason == "no reward term differs between the candidates"
+
+
+def test_an_update_without_any_trainable_group_leaves_the_adapter_and_says_so(small_editor: str, tmp_path: Path) -> None:
+    SCRIPTED.script = iter([[0.5] * 4] * 2)
+    config = small_config(small_editor, "train.updates=1", rewards=of_function("scripted"))
+    start = wire.unpack(Learner(config, threads=1).export())
+    outcome = run_inline(config, tmp_path)
+    assert outcome.adapter.id.sha256 == start.id.sha256
+    assert outcome.adapter.id.step == 1
+    assert metrics_of(tmp_path)[0]["groups/used"] == 0
+
+
+def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(small_editor: str, tmp_path: Path) -> None:
+    """With terms normalised per group, the surviving group teaches as if it had been alone."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def spy(workers: InlineWorkers) -> None:
+        learn = workers.learn
+
+        async def watching(update: int, groups: Sequence[Any], tables: Sequence[Any]) -> Any:
+            masks = [rolled_group(rolled.blob).candidates.token_mask for rolled in groups]
+            unpacked = [wire.unpack(table) for table in tables]
+            credits = workers._learner.config.algorithm.credit(unpacked, masks)
+            seen.append({t.work_id: c.values for t, c in zip(unpacked, credits, strict=True) if hasattr(c, "values")})
+            return await learn(update, groups, tables)
+
+        workers.learn = watching  # type: ignore[method-assign]
+
+    rewards = {"preservation": PRESERVATION, **of_function("scripted")}
+    config = small_config(small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards)
+    for name, script in (("whole", [None, None]), ("dropped", [[None] * 4, None])):
+        SCRIPTED.script = iter(script)
+        run_inline(config, tmp_path / name, change=spy)
+    whole, dropped = seen
+    assert len(whole) == 2 and len(dropped) == 1
+    ((work_id, values),) = dropped.items()
+    assert torch.equal(values, whole[work_id])
+
+
+def rolled_group(blob: Any) -> RolloutGroup:
+    group: RolloutGroup = wire.unpack(blob)
+    return group
+
+
+def test_every_promised_metric_is_written_for_every_update(small_editor: str, tmp_path: Path) -> None:
+    run_inline(small_config(small_editor, "train.updates=2"), tmp_path)
+    lines = metrics_of(tmp_path)
+    assert [line["update"] for line in lines] == [0, 1]
+    assert [line["policy_version"] for line in lines] == [1, 2]
+    for line in lines:
+        assert [key for key in PROMISED if key not in line] == []
+        assert [key for key in PROMISED if line[key] is None] == []
+        assert line["reward/total/spread"] > 0
+        assert line["background/psnr/spread"] > 0
+        assert line["groups/used"] == 2
+
+
+def test_the_total_reward_is_the_weighted_sum_of_its_terms(small_editor: str, tmp_path: Path) -> None:
+    run_inline(small_config(small_editor, "train.updates=1"), tmp_path)
+    (line,) = metrics_of(tmp_path)
+    assert line["reward/total/mean"] == pytest.approx(line["reward/preservation/mean"] + 0.3 * line["reward/attention/mean"], rel=1e-5)
+
+
+def test_a_background_anchor_of_weight_zero_is_the_plain_surrogate_to_the_byte(small_editor: str, tmp_path: Path) -> None:
+    def run(name: str, objective: str) -> dict[str, bytes]:
+        return adapter_bytes(run_inline(small_config(small_editor, f"algorithm.objective={objective}", "train.updates=2"), tmp_path / name))
+
+    inner = "{kind: neighbor, num_anchors: 2, num_steps: 1}"
+    plain = run("plain", inner)
+    assert run("zero", f"{{kind: background_anchored, weight: 0.0, inner: {inner}}}") == plain
+    assert run("held", f"{{kind: background_anchored, weight: 1.0, inner: {inner}}}") != plain
+
+
+def test_group_size_and_update_size_change_the_result(small_editor: str, tmp_path: Path) -> None:
+    base = run_inline(small_config(small_editor, "train.updates=1"), tmp_path / "base")
+    for name, override in {"group": "rollout.group_size=5", "update": "train.groups_per_update=3"}.items():
+        other = run_inline(small_config(small_editor, "train.updates=1", override), tmp_path / name)
+        assert adapter_bytes(other) != adapter_bytes(base), name
+
+
+def test_every_epoch_draws_every_task_once_in_an_order_of_its_own() -> None:
+    dataset = open_dataset(DataConfig(num_train=6), "train")
+    cursor = TaskCursor(dataset, seed=0, groups_per_update=4)
+    drawn = [cursor.at(update, slot) for update in range(3) for slot in range(4)]
+    epochs = [[task.task_id for task, draw in drawn if draw == epoch] for epoch in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(dataset[i].task_id for i in range(6))
+    assert epochs[0] != epochs[1]
+    again = TaskCursor(dataset, seed=0, groups_per_update=4).at(2, 1)
+    assert (again[0].task_id, again[1]) == (drawn[9][0].task_id, drawn[9][1])

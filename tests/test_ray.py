@@ -1,0 +1,185 @@
+"""The same run on a real Ray cluster: same bytes, lost actors replaced, impossible places refused in seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Nobody, adapter_bytes, events_of, metrics_of, run_inline, small_config
+
+from learner.learner import Learner
+from learner.loop import Outcome, Rolled, TrainingLoop
+from rl_edit import telemetry
+from rl_edit.config import RunConfig
+from rl_edit.data import open_dataset
+from rl_edit.editors import inspect_editor
+from rl_edit.errors import InputError, ResourcesInfeasible
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parent.parent
+ON_RAY = ("actors.runtime=ray", "train.updates=2", "train.groups_per_update=3")
+
+
+def run_on_ray(config: RunConfig, directory: Path, observer: Any = None) -> Outcome:
+    """As ``rl-edit train`` wires it, on the tests' cluster."""
+    from actors import pool
+
+    pool.connect(config)
+    dataset = open_dataset(config.data, "train")
+    events = telemetry.Events(directory / telemetry.EVENTS)
+    unit = inspect_editor(config.editor).pixels_per_token
+    workers = pool.RayWorkers(config, dataset.fields, Learner, Rolled, pixels_per_token=unit, on_event=events)
+    try:
+        loop = TrainingLoop(config, dataset, workers, directory, identity=config.sha256(), events=events, observer=observer or Nobody())
+        return asyncio.run(loop.run(resume=False))
+    finally:
+        workers.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_editor: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The adapter of the run in one process."""
+    config = small_config(small_editor, *ON_RAY, "actors.runtime=inline")
+    return adapter_bytes(run_inline(config, tmp_path_factory.mktemp("inline")))
+
+
+def processes_below(parent: int, title: str) -> list[int]:
+    """Descendants of a process whose command line starts with ``title``."""
+    parents, titles = {}, {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit():
+                status = (entry / "stat").read_text()
+                parents[int(entry.name)] = int(status.rpartition(")")[2].split()[1])
+                titles[int(entry.name)] = (entry / "cmdline").read_text()
+        except OSError:
+            continue
+
+    def below(pid: int) -> bool:
+        while pid in parents:
+            pid = parents[pid]
+            if pid == parent:
+                return True
+        return False
+
+    return sorted(pid for pid, words in titles.items() if words.startswith(title) and below(pid))
+
+
+def test_ray_gives_the_bytes_of_one_process(ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    outcome = run_on_ray(small_config(small_editor, *ON_RAY), tmp_path)
+    assert adapter_bytes(outcome) == undisturbed
+    lines = metrics_of(tmp_path)
+    assert [line["ratio/max_deviation"] for line in lines] == [0.0, 0.0]
+    assert [line["groups/used"] for line in lines] == [3, 3]
+    assert events_of(tmp_path, "actor_lost") == []
+
+
+def test_two_rollout_actors_on_ray_give_the_same_bytes(
+    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    outcome = run_on_ray(small_config(small_editor, *ON_RAY, "actors.num_rollout=2"), tmp_path)
+    assert adapter_bytes(outcome) == undisturbed
+
+
+class Assassin(Nobody):
+    """Sends a signal to every rollout actor once, when the first group of the second update has been scored and others are under way."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+        self.struck: list[int] = []
+
+    def group_scored(self, update: int, done: int, total: int) -> None:
+        if (update, done) == (1, 1):
+            self.struck = processes_below(os.getpid(), "ray::RolloutActor")
+            for pid in self.struck:
+                os.kill(pid, self.number)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the actor's process in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_lost_rollout_actor_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
+    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, number: signal.Signals
+) -> None:
+    assassin = Assassin(number)
+    try:
+        outcome = run_on_ray(small_config(small_editor, *ON_RAY, "actors.deadline_s=15"), tmp_path, assassin)
+    finally:
+        for pid in assassin.struck:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert len(assassin.struck) == 1
+    (lost,) = events_of(tmp_path, "actor_lost")
+    assert lost["during"].startswith("rollout of group") or lost["during"] == "publish"
+    assert ("deadline passed" in lost["reason"]) == (number == signal.SIGSTOP)
+    assert len(events_of(tmp_path, "actor_replaced")) == 1
+    assert adapter_bytes(outcome) == undisturbed
+
+
+def test_what_an_actor_refuses_at_its_start_is_the_users_error_and_is_not_retried(
+    ray_cluster: None, small_editor: str, tmp_path: Path
+) -> None:
+    half = Path(shutil.copytree(small_editor, tmp_path / "half_copied"))
+    for weights in (half / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(InputError, match=r"cannot load the editor .*half_copied"):
+        run_on_ray(small_config(str(half), *ON_RAY), tmp_path)
+    assert events_of(tmp_path, "actor_lost") == []
+
+
+def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free(ray_cluster: None, small_editor: str, tmp_path: Path) -> None:
+    with pytest.raises(ResourcesInfeasible, match=r"not all of 3 actors were running after 0\.01 s .*start_timeout_s.*free are .*CPU"):
+        run_on_ray(small_config(small_editor, *ON_RAY, "actors.start_timeout_s=0.01"), tmp_path)
+
+
+def test_more_gpus_than_a_cluster_has_are_refused_on_a_running_cluster(ray_cluster: None, small_editor: str) -> None:
+    from actors import pool
+
+    with pytest.raises(ResourcesInfeasible, match=r"needs 64 GPUs \(1 rollout x 64, 1 reward x 0, learner 0\)"):
+        pool.connect(small_config(small_editor, "actors.runtime=ray", "actors.rollout_gpus=64"))
+
+
+def rl_edit(*arguments: object, **environment: str) -> tuple[int, list[str], float]:
+    """``rl-edit ARGUMENTS`` in a process of its own: exit code, lines of stderr, seconds."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "rl_edit", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stderr.splitlines(), time.monotonic() - began
+
+
+def test_a_dead_cluster_address_is_refused_in_seconds_with_the_address(small_editor: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small_config(small_editor, *ON_RAY, directory=tmp_path)
+    code, err, seconds = rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, "actors.runtime=ray", RAY_ADDRESS="127.0.0.1:1")
+    assert code == 5
+    (line,) = err
+    assert "RAY_ADDRESS=127.0.0.1:1" in line and "ray start --head" in line
+    assert seconds < 30
+    assert not run.exists()
+
+
+def test_more_gpus_than_this_machine_has_are_refused_in_seconds_with_the_counts(small_editor: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small_config(small_editor, directory=tmp_path)
+    settings = ("actors.runtime=ray", "actors.rollout_gpus=64", "actors.learner_gpus=1")
+    code, err, seconds = rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, *settings)
+    assert code == 4
+    assert "the run needs 65 GPUs (1 rollout x 64, 1 reward x 0, learner 1), the cluster has" in err[-1]
+    assert seconds < 60
+    assert not run.exists()

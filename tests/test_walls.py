@@ -1,0 +1,263 @@
+"""The walls between the rooms: who may import what, read from the sources themselves.
+
+Imports inside functions and under ``TYPE_CHECKING`` count like all others, and so does ``import_module("name")``.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from rl_edit.types import LossOutput
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("rl_edit", "actors", "learner")
+PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+EVERYTHING = sorted({*PRODUCT, *(path for room in ("tests", "benchmarks", "deploy", "docs") for path in (ROOT / room).rglob("*.py"))})
+
+MATHEMATICS = ("types", "flow", "regions", "exploration", "attention", "advantages", "objectives", "algorithms", "rollout", "update")
+"""In this order: each may import what stands to its left."""
+
+MODEL_LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Files that share their walls.
+
+    Attributes:
+        files: patterns relative to the repository root.
+        never: modules no file here may import, nor anything below them.
+    """
+
+    files: tuple[str, ...]
+    never: tuple[str, ...]
+
+
+ROOMS = {
+    "mathematics": Room(
+        files=tuple(f"rl_edit/{name}{end}" for name in MATHEMATICS for end in (".py", "/*.py")),
+        never=("ray", "PIL", "actors", "learner", *MODEL_LIBRARIES),
+    ),
+    "models": Room(
+        files=("rl_edit/editors/*.py", "rl_edit/adapters.py"),
+        never=("ray", "actors", "learner", "rl_edit.cli"),
+    ),
+    "services": Room(
+        files=tuple(
+            f"rl_edit/{name}{end}" for name in ("rewards", "data", "evaluation", "report", "telemetry", "wire") for end in (".py", "/*.py")
+        ),
+        never=("ray", "actors", "learner", "rl_edit.cli", *MODEL_LIBRARIES),
+    ),
+    "foundation": Room(
+        files=("rl_edit/__init__.py", "rl_edit/errors.py"), never=("ray", "actors", "learner", "torch", "rl_edit.cli", *MODEL_LIBRARIES)
+    ),
+    "config": Room(
+        files=("rl_edit/config.py", "rl_edit/presets/*.py"), never=("ray", "actors", "learner", "rl_edit.cli", *MODEL_LIBRARIES)
+    ),
+    "cli": Room(files=("rl_edit/cli/*.py", "rl_edit/__main__.py"), never=MODEL_LIBRARIES),
+    "pool": Room(files=("actors/pool.py",), never=("learner", "rl_edit.cli", *MODEL_LIBRARIES)),
+    "actors": Room(files=("actors/*.py",), never=("ray", "learner", "rl_edit.cli", *MODEL_LIBRARIES)),
+    "learner": Room(files=("learner/*.py",), never=("ray", "actors", "rl_edit.cli", *MODEL_LIBRARIES)),
+}
+"""The first room that matches a file is its room."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    """``rl_edit/data/__init__.py`` is ``rl_edit.data``."""
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=name_of(path))
+
+
+def room_of(path: Path) -> str | None:
+    relative = path.relative_to(ROOT)
+    return next(
+        (name for name, room in ROOMS.items() if any(len(relative.parts) == len(Path(p).parts) and relative.match(p) for p in room.files)),
+        None,
+    )
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports; ``from a import b`` gives ``a.b``, for b may be a module."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+            if called in ("import_module", "__import__"):
+                yield node.lineno, node.args[0].value
+
+
+def reaches(imported: str, module: str) -> bool:
+    return imported == module or imported.startswith(module + ".")
+
+
+def breaches(path: Path, never: tuple[str, ...]) -> list[str]:
+    return [f"{name_of(path)}:{line} imports {name}" for line, name in imports_of(path) for module in never if reaches(name, module)]
+
+
+def test_every_file_of_the_product_has_a_room() -> None:
+    homeless = [name_of(path) for path in PRODUCT if room_of(path) is None]
+    assert len(PRODUCT) > 20
+    assert homeless == []
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_no_file_imports_through_its_walls(path: Path) -> None:
+    room = room_of(path)
+    assert room is not None
+    assert breaches(path, ROOMS[room].never) == []
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_mathematics_imports_tensors_and_what_stands_to_its_left(name: str) -> None:
+    outside = {"torch", "numpy", "pydantic", "jaxtyping", "typing_extensions", *sys.stdlib_module_names}
+    inside = ["rl_edit.errors", *(f"rl_edit.{left}" for left in MATHEMATICS[: MATHEMATICS.index(name) + 1])]
+    files = [path for path in PRODUCT if room_of(path) == "mathematics" and module_of(path).split(".")[1] == name]
+    assert files
+    wrong = [
+        f"{name_of(path)}:{line} imports {imported}"
+        for path in files
+        for line, imported in imports_of(path)
+        if imported.split(".")[0] not in outside and not any(reaches(imported, module) for module in inside)
+    ]
+    assert wrong == []
+
+
+def test_ray_is_imported_by_at_most_three_files_in_the_pool_and_the_command_line() -> None:
+    users = [name_of(path) for path in PRODUCT if breaches(path, ("ray",))]
+    assert "actors/pool.py" in users
+    assert len(users) <= 3
+    assert [user for user in users if user != "actors/pool.py" and not user.startswith("rl_edit/cli/")] == []
+
+
+def test_torchvision_is_imported_nowhere() -> None:
+    assert [breach for path in EVERYTHING for breach in breaches(path, ("torchvision",))] == []
+
+
+def test_the_product_neither_unpickles_nor_evaluates() -> None:
+    """A checkpoint, a blob or a reply of a judge is data: reading it must not be able to run code."""
+    modules = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
+    found = [breach for path in PRODUCT for breach in breaches(path, modules)]
+    for path in PRODUCT:
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            unpickles = any(
+                keyword.arg == "allow_pickle" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                for keyword in node.keywords
+            )
+            if called in ("eval", "exec", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load") or unpickles:
+                found.append(f"{name_of(path)}:{node.lineno} calls {called}")
+    assert found == []
+
+
+METHOD_NAME = re.compile(r"grpo|(?<![a-z])nft(?![a-z])|rc[-_]?grpo|neighbou?r[-_ ]?grpo|spatial[-_]?flow|cocoedit", re.IGNORECASE)
+LOOPS = [
+    path for path in PRODUCT if path.parent.name in ("actors", "learner") or name_of(path) in ("rl_edit/rollout.py", "rl_edit/update.py")
+]
+
+
+def words_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, word) of every name and string of a file's code; docstrings are prose, not code."""
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield line, node.value
+        for field in ("id", "attr", "name", "arg", "module"):
+            word = getattr(node, field, None)
+            if isinstance(word, str):
+                yield line, word
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=name_of)
+def test_no_loop_knows_the_name_of_a_method(path: Path) -> None:
+    assert [f"{name_of(path)}:{line} says {word!r}" for line, word in words_of(tree_of(path)) if METHOD_NAME.search(word)] == []
+
+
+PATH_TO_THE_STEP = ("rl_edit/cli/train.py", "learner/loop.py", "learner/learner.py", "rl_edit/update.py")
+
+
+def test_four_files_lead_from_the_train_verb_to_the_optimizer_step() -> None:
+    for here, there in itertools.pairwise(PATH_TO_THE_STEP):
+        wanted = module_of(ROOT / there)
+        assert any(reaches(name, wanted) for _, name in imports_of(ROOT / here)), f"{here} does not import {wanted}"
+
+
+def test_only_the_update_steps_the_policy_optimizer() -> None:
+    """Making a base from nothing is another activity, with an optimizer of its own; it is the one exception."""
+    steps = {
+        name_of(path)
+        for path in PRODUCT
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "step"
+        and "optim" in ast.unparse(node.func.value)
+    }
+    assert steps - {"rl_edit/editors/pretrain.py"} == {PATH_TO_THE_STEP[-1]}
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def proves(function: ast.AST, helpers: dict[str, Function]) -> bool:
+    """Whether a function asserts: by statement, ``pytest.raises``, a library's ``assert_...``, or a helper beside it that does."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant):
+            return True
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            last = called.rsplit(".", 1)[-1]
+            if called in ("pytest.raises", "pytest.warns", "pytest.fail") or last.startswith("assert_"):
+                return True
+            if called in helpers and proves(helpers[called], {name: helper for name, helper in helpers.items() if name != called}):
+                return True
+    return False
+
+
+def test_every_test_asserts_something() -> None:
+    silent = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tree = tree_of(path)
+        helpers = {node.name: node for node in tree.body if isinstance(node, Function) and not node.name.startswith("test")}
+        tests = [node for node in ast.walk(tree) if isinstance(node, Function) and node.name.startswith("test_")]
+        silent += [f"{name_of(path)}:{test.lineno} {test.name}" for test in tests if not proves(test, helpers)]
+    assert silent == []
+
+
+def test_shapes_written_in_the_mathematics_are_checked_while_tests_run() -> None:
+    with pytest.raises(TypeCheckError):
+        LossOutput(loss=torch.zeros(2), metrics={})
+    assert LossOutput(loss=torch.zeros(()), metrics={}).loss.shape == ()
