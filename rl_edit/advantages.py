@@ -67,11 +67,15 @@ class GroupCredit(BaseModel):
         rows: which tokens the advantage speaks about, and hence the surrogate's metric.
         min_spread: a term whose values in a group deviate by less than this fraction of their magnitude says nothing
             there; a group in which no weighted term speaks is declined.
-        quasi_norm: p of Neighbor GRPO's reweighting in place of the standard deviation (0.8 there); None is off.
+        deviation: what the combined, group-centred reward is divided by. "group": its own deviation (RC-GRPO-Editing Eq. 4),
+            which lifts a group whose candidates hardly differ to the same size as one that holds success and failure;
+            "batch": the mean deviation over the update's groups, which keeps the difference (flow_grpo's global std).
+        quasi_norm: p of Neighbor GRPO's reweighting in place of the group's deviation (0.8 there); None is off.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["group"] = "group"
+    deviation: Literal["group", "batch"] = "group"
     normalise: Literal["minibatch", "group", "none"] = "minibatch"
     rows: Rows = UniformRows()
     min_spread: float = Field(default=NEGLIGIBLE, ge=0)
@@ -82,10 +86,10 @@ class GroupCredit(BaseModel):
         terms = [self._terms(table) for table in tables]
         usable = [t for t in terms if not isinstance(t, Declined)]
         pooled = torch.cat(usable, dim=1) if usable else torch.empty(0, 0)
-        return [
-            t if isinstance(t, Declined) else self._credit(table, t, pooled, mask)
-            for table, t, mask in zip(tables, terms, masks, strict=True)
-        ]
+        combined = [t if isinstance(t, Declined) else self._combined(table, t, pooled) for table, t in zip(tables, terms, strict=True)]
+        heard = [c.square().mean() for c in combined if not isinstance(c, Declined)]
+        batch_deviation = torch.stack(heard).mean().sqrt() if heard else torch.ones(())
+        return [c if isinstance(c, Declined) else self._credit(c, batch_deviation, mask) for c, mask in zip(combined, masks, strict=True)]
 
     def _terms(self, table: RewardTable) -> Float[Tensor, "reward group"] | Declined:
         """The weighted terms of a group, or why it has none."""
@@ -94,13 +98,10 @@ class GroupCredit(BaseModel):
             return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
         return table.values[:, decides].double().T
 
-    def _credit(
-        self,
-        table: RewardTable,
-        terms: Float[Tensor, "reward group"],
-        pooled: Float[Tensor, "reward all_candidates"],
-        mask: Bool[Tensor, " token"],
-    ) -> Advantages | Declined:
+    def _combined(
+        self, table: RewardTable, terms: Float[Tensor, "reward group"], pooled: Float[Tensor, "reward all_candidates"]
+    ) -> Float[Tensor, " group"] | Declined:
+        """The weighted sum of normalised terms, centred in its group."""
         heard = speaks(terms, fraction=self.min_spread)
         if not bool(heard.any()):
             return Declined("spread", "no reward term differs between the candidates")
@@ -113,9 +114,15 @@ class GroupCredit(BaseModel):
             scaled = terms
         weights = torch.tensor([w for w in table.weights if w > 0], dtype=terms.dtype)
         combined = (weights[:, None] * torch.where(heard[:, None], scaled, 0.0)).sum(dim=0)
-        values = standardise(combined) if self.quasi_norm is None else quasi_norm(combined, self.quasi_norm)
-        if not bool(values.any()):
+        if not bool(speaks(combined)):
             return Declined("spread", "the reward terms cancel in every candidate")
+        return combined - combined.mean()
+
+    def _credit(self, combined: Float[Tensor, " group"], batch_deviation: Float[Tensor, ""], mask: Bool[Tensor, " token"]) -> Advantages:
+        if self.quasi_norm is not None:
+            values = quasi_norm(combined, self.quasi_norm)
+        else:
+            values = standardise(combined) if self.deviation == "group" else combined / batch_deviation
         rows = self.rows(mask)
         return Advantages(values=values.float()[:, None].expand(-1, rows.shape[0]), regions=rows, weights=torch.ones(1))
 

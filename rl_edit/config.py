@@ -154,6 +154,12 @@ class RunConfig(BaseModel):
                 f"algorithm.objective.num_anchors {anchors} exceeds the {perturbed} perturbed candidates of "
                 f"rollout.group_size {size}{reference}: lower the anchors or raise the group."
             )
+        surrogate = getattr(self.algorithm.objective, "inner", self.algorithm.objective)
+        if surrogate.skip_first + surrogate.skip_last >= self.rollout.num_steps:
+            raise ValueError(
+                f"algorithm.objective skips {surrogate.skip_first} first and {surrogate.skip_last} last steps of rollout.num_steps "
+                f"{self.rollout.num_steps}: none is left to train. Skip fewer or roll out more steps."
+            )
         noise = self.algorithm.initial_noise
         if noise.inside == 0 and noise.outside == 0:
             raise ValueError(

@@ -57,8 +57,10 @@ class NeighborSurrogate(BaseModel):
         clip: half-width of the trust region on the ratio. The published 1e-4 belongs to a mean-reduced distance of
             order 1e-4; on the built-in editor 0.2 with temperature 0.5 clips a comparable share.
         temperature: of the softmax; the papers leave it implicit (1).
-        num_steps: trained steps per group, drawn at random from all but the last, whose leverage is small; None trains
-            all but the last. Neighbor GRPO trains 4 of 8.
+        num_steps: trained steps per group, drawn at random from the eligible ones; None trains them all. Neighbor GRPO
+            trains 4 of 8.
+        skip_first, skip_last: steps at either end that are never trained. Early states are mostly noise, so what a
+            group disagrees about there is its noise, not its pictures; the papers skip only the last step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,13 +69,15 @@ class NeighborSurrogate(BaseModel):
     clip: float = Field(default=0.2, gt=0)
     temperature: float = Field(default=0.5, gt=0)
     num_steps: int | None = Field(default=None, ge=1)
+    skip_first: int = Field(default=0, ge=0)
+    skip_last: int = Field(default=1, ge=0)
 
     def trained_steps(self, num_rollout_steps: int, generator: torch.Generator) -> tuple[int, ...]:
         """Indices of the steps to keep and train, ascending."""
-        eligible = max(1, num_rollout_steps - 1)
-        if self.num_steps is None or self.num_steps >= eligible:
-            return tuple(range(eligible))
-        return tuple(sorted(torch.randperm(eligible, generator=generator)[: self.num_steps].tolist()))
+        eligible = range(self.skip_first, num_rollout_steps - self.skip_last)
+        if self.num_steps is None or self.num_steps >= len(eligible):
+            return tuple(eligible)
+        return tuple(sorted(eligible[i] for i in torch.randperm(len(eligible), generator=generator)[: self.num_steps].tolist()))
 
     def replay(self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator) -> list[ReplayPoint]:
         """One point per kept step: the anchors' stored states. Anchors come from the perturbed candidates only."""
