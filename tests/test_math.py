@@ -700,3 +700,48 @@ def test_a_background_anchor_adds_the_mean_squared_drift_outside_the_mask_and_le
     (gradient,) = torch.autograd.grad(added, velocity)
     assert float(gradient[:, MASK].abs().max()) < 1e-8
     assert float(gradient[:, ~MASK].abs().min()) > 0
+
+
+def test_a_background_held_at_the_reference_costs_the_velocity_distance_outside_the_mask_only() -> None:
+    group = some_group()
+    objective = BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=0.5, target="reference")
+    assert objective.needs_reference and not BackgroundAnchored().needs_reference and not NeighborSurrogate().needs_reference
+    point = objective.replay(group, credit_of(group), num_references=1, generator=torch.Generator().manual_seed(0))[0]
+    velocity = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    reference = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(2))
+    added = objective.loss(point, velocity, reference).loss - objective.inner.loss(point.context.inner, velocity).loss
+    error = (velocity.detach() - reference).numpy()[:, ~MASK.numpy()]
+    assert float(added.detach()) == pytest.approx(0.5 * float((error**2).mean()), rel=1e-4)
+    (gradient,) = torch.autograd.grad(added, velocity)
+    assert float(gradient[:, MASK].abs().max()) < 1e-8 < float(gradient[:, ~MASK].abs().min())
+
+
+def test_at_the_base_a_background_held_at_the_reference_has_no_gradient_of_its_own() -> None:
+    group, offsets = some_group(), []
+    for objective in (
+        NeighborSurrogate(num_anchors=2),
+        BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=10.0, target="reference"),
+    ):
+        model = Additive(group)
+        learn(model, [(group, credit_of(group))], objective=objective)
+        offsets.append(model.offset.detach().clone())
+    assert torch.equal(*offsets) and bool(offsets[0].any())
+
+
+def test_batch_deviation_keeps_the_difference_between_groups_that_vary_much_and_little() -> None:
+    tables = [table([[0.0], [1.0], [2.0]]), table([[5.0], [5.1], [5.2]])]
+    mask = torch.tensor([True, False])
+    lifted = GroupCredit(normalise="none")(tables, [mask, mask])
+    kept = GroupCredit(normalise="none", deviation="batch")(tables, [mask, mask])
+    assert all(isinstance(credit, Advantages) for credit in (*lifted, *kept))
+    much, little = (credit.values.abs().max() for credit in kept)  # type: ignore[union-attr]
+    assert float(much / little) == pytest.approx(10, rel=1e-3)
+    assert torch.allclose(lifted[0].values, lifted[1].values, atol=1e-4)  # type: ignore[union-attr]
+    assert all(abs(float(credit.values.sum())) < 1e-5 for credit in kept)  # type: ignore[union-attr]
+
+
+def test_skipped_steps_are_never_trained_and_the_rest_are_drawn_without_replacement() -> None:
+    objective = NeighborSurrogate(num_steps=2, skip_first=1, skip_last=2)
+    drawn = {objective.trained_steps(6, torch.Generator().manual_seed(seed)) for seed in range(40)}
+    assert drawn == {(1, 2), (1, 3), (2, 3)}
+    assert NeighborSurrogate(skip_first=3, skip_last=0).trained_steps(6, torch.Generator()) == (3, 4, 5)
