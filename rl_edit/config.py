@@ -23,6 +23,7 @@ from rl_edit.data import DataConfig
 from rl_edit.editors import EditorConfig
 from rl_edit.errors import InputError
 from rl_edit.evaluation import EvaluationConfig
+from rl_edit.objectives import BackgroundAnchored
 from rl_edit.rewards import Reward
 
 OPERATIONAL_TRAIN = ("updates", "checkpoint_every", "keep_checkpoints", "max_dropped_groups", "ratio_tolerance")
@@ -148,13 +149,16 @@ class RunConfig(BaseModel):
                 "with one every advantage is zero. Raise rollout.group_size."
             )
         anchors, perturbed = self.algorithm.objective.num_anchors, size - references
+        wrapped = isinstance(self.algorithm.objective, BackgroundAnchored)
+        where = "algorithm.objective" + (".inner" if wrapped else "")
         if anchors > perturbed:
             reference = " (one is the unperturbed reference)" if references else ""
             raise ValueError(
-                f"algorithm.objective.num_anchors {anchors} exceeds the {perturbed} perturbed candidates of "
+                f"{where}.num_anchors {anchors} exceeds the {perturbed} perturbed candidates of "
                 f"rollout.group_size {size}{reference}: lower the anchors or raise the group."
             )
-        surrogate = getattr(self.algorithm.objective, "inner", self.algorithm.objective)
+        objective = self.algorithm.objective
+        surrogate = objective.inner if isinstance(objective, BackgroundAnchored) else objective
         if surrogate.skip_first + surrogate.skip_last >= self.rollout.num_steps:
             raise ValueError(
                 f"algorithm.objective skips {surrogate.skip_first} first and {surrogate.skip_last} last steps of rollout.num_steps "

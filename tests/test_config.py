@@ -32,7 +32,7 @@ def problem(*overrides: str, preset: str = TINY) -> str:
         ("sede=5", "'sede'", "'seed'"),
         ("train.udpates=5", "'train.udpates'", "'updates'"),
         ("algorithm.objectve.clip=0.1", "'algorithm.objectve'", "'objective'"),
-        ("algorithm.objective.tempreature=0.1", "'algorithm.objective.tempreature'", "'temperature'"),
+        ("algorithm.objective.inner.tempreature=0.1", "'algorithm.objective.inner.tempreature'", "'temperature'"),
         ("algorithm.initial_noise.insde=0.1", "'algorithm.initial_noise.insde'", "'inside'"),
         ("rewards.judge.wieght=1", "'rewards.judge.wieght'", "'weight'"),
         ("rewards.preservation.celing_db=30", "'rewards.preservation.celing_db'", "'ceiling_db'"),
@@ -124,8 +124,8 @@ def test_an_unknown_preset_is_answered_with_the_nearest(given: str) -> None:
     [
         (("rollout.group_size=1",), ("rollout.group_size 1", "at least 2")),
         (("rollout.group_size=4",), ("num_anchors 4", "3 perturbed", "group_size 4")),
-        (("algorithm.objective.num_anchors=8",), ("num_anchors 8", "7 perturbed")),
-        (("algorithm.objective.num_anchors=0",), ("algorithm.objective.num_anchors", "got 0")),
+        (("algorithm.objective.inner.num_anchors=8",), ("num_anchors 8", "7 perturbed")),
+        (("algorithm.objective.inner.num_anchors=0",), ("algorithm.objective.inner.num_anchors", "got 0")),
         (("rollout.group_size=0",), ("rollout.group_size", "got 0")),
         (("algorithm.initial_noise.inside=0", "algorithm.initial_noise.outside=0"), ("no spread", "inside")),
         (("algorithm.initial_noise.inside=1.5",), ("algorithm.initial_noise.inside", "got 1.5")),
@@ -147,9 +147,9 @@ def test_what_cannot_work_is_refused_with_its_value_before_anything_is_loaded(ov
 
 
 def test_anchors_may_be_all_perturbed_candidates_but_not_the_reference() -> None:
-    exact = ("rollout.group_size=5", "algorithm.objective.num_anchors=4")
+    exact = ("rollout.group_size=5", "algorithm.objective.inner.num_anchors=4")
     assert load_config(preset=TINY, overrides=exact).algorithm.objective.num_anchors == 4
-    assert "one is the unperturbed reference" in problem("rollout.group_size=4", "algorithm.objective.num_anchors=4")
+    assert "one is the unperturbed reference" in problem("rollout.group_size=4", "algorithm.objective.inner.num_anchors=4")
     without = ("rollout.group_size=4", "algorithm.initial_noise.keep_reference=false")
     assert load_config(preset=TINY, overrides=without).rollout.group_size == 4
 

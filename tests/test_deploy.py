@@ -386,7 +386,7 @@ def test_a_submitted_training_of_two_updates_leaves_metrics_and_an_adapter(head:
 def test_a_stopped_job_saves_what_it_did_and_is_not_a_success(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     endless = ["train.updates=1000", "train.groups_per_update=1", "train.checkpoint_every=1000"]
-    small = ["rollout.group_size=4", "rollout.num_steps=3", "algorithm.objective.num_anchors=2"]
+    small = ["rollout.group_size=4", "rollout.num_steps=3", "algorithm.objective={kind: neighbor, num_anchors: 2}"]
     arguments = ["--preset", "tiny-rc-grpo", "--run-dir", str(run_dir), *endless, *small]
     waiting = subprocess.Popen(
         [str(SUBMIT), "--name", "stopped", "--attempt", "1", "--", "train", *arguments],

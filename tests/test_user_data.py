@@ -60,7 +60,7 @@ def run(folder: Path, small_editor: str, tmp_path_factory: pytest.TempPathFactor
     directory = tmp_path_factory.mktemp("runs") / "own"
     small = (
         "actors.runtime=inline", "actors.threads=1", "train.updates=1", "train.groups_per_update=3",
-        "rollout.group_size=4", "rollout.num_steps=3", "algorithm.objective.num_anchors=2",
+        "rollout.group_size=4", "rollout.num_steps=3", "algorithm.objective={kind: neighbor, num_anchors: 2}",
     )  # fmt: skip
     arguments = ("train", "--preset", "tiny-rc-grpo", f"data.path={folder}", f"editor.path={small_editor}", *small, "--run-dir", directory)
     with pytest.MonkeyPatch.context() as patch:
