@@ -74,7 +74,7 @@ class NeighborSurrogate(BaseModel):
 
     def trained_steps(self, num_rollout_steps: int, generator: torch.Generator) -> tuple[int, ...]:
         """Indices of the steps to keep and train, ascending."""
-        eligible = range(self.skip_first, num_rollout_steps - self.skip_last)
+        eligible = range(self.skip_first, max(num_rollout_steps - self.skip_last, self.skip_first + 1))
         if self.num_steps is None or self.num_steps >= len(eligible):
             return tuple(eligible)
         return tuple(sorted(eligible[i] for i in torch.randperm(len(eligible), generator=generator)[: self.num_steps].tolist()))
