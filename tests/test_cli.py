@@ -47,7 +47,7 @@ def trained(small_editor: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     yield directory
 
 
-def refused(outcome: tuple[int, str, Sequence[str]], run: Path | None, *words: str) -> None:
+def assert_refused(outcome: tuple[int, str, Sequence[str]], run: Path | None, *words: str) -> None:
     """Exit code 2, one line with these words, and no run directory."""
     code, _, err = outcome
     assert code == 2
@@ -74,7 +74,7 @@ def test_bad_settings_are_refused(rl_edit: Command, small_editor: str, tmp_path:
     outcome = rl_edit(
         "train", "--preset", "tiny-rc-grpo", "--run-dir", run, f"editor.path={small_editor}", "actors.runtime=inline", override
     )
-    refused(outcome, run, *words)
+    assert_refused(outcome, run, *words)
 
 
 def picture(path: Path, *, height: int = 20, width: int = 30) -> Path:
@@ -141,28 +141,28 @@ def test_bad_data_is_refused(
         (data / f"{name}.txt").write_text("remove the scratch")
     damage(data)
     settings = (f"editor.path={small_editor}", "actors.runtime=inline", f"data.path={data}")
-    refused(rl_edit("train", "--preset", "tiny-rc-grpo", "--run-dir", run, *settings), run, *words)
+    assert_refused(rl_edit("train", "--preset", "tiny-rc-grpo", "--run-dir", run, *settings), run, *words)
 
 
 def test_a_reward_that_gives_nan_is_refused_and_leaves_no_run(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:
     own = {"kind": "python", "function": f"{__name__}:not_a_number", "low": 0.0, "high": 1.0}
     small_config(small_editor, rewards={"preservation": PRESERVATION, "own": own}, directory=tmp_path)
     run = tmp_path / "run"
-    refused(
+    assert_refused(
         rl_edit("train", tmp_path / "run.yaml", "--run-dir", run), run, "own: gave nan", "not a finite number", "Fix the reward function"
     )
 
 
 def test_an_existing_run_is_not_overwritten_without_resume(rl_edit: Command, trained: Path) -> None:
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    refused(rl_edit("train", trained / "config.yaml", "--run-dir", trained), None, str(trained), "--resume", "another --run-dir")
+    assert_refused(rl_edit("train", trained / "config.yaml", "--run-dir", trained), None, str(trained), "--resume", "another --run-dir")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_with_other_settings_is_refused_and_changes_nothing(rl_edit: Command, trained: Path) -> None:
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     outcome = rl_edit("train", trained / "config.yaml", "--run-dir", trained, "--resume", "train.learning_rate=0.2")
-    refused(outcome, None, "belongs to another run", "new --run-dir")
+    assert_refused(outcome, None, "belongs to another run", "new --run-dir")
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
@@ -183,7 +183,8 @@ def test_resuming_on_other_data_or_another_editor_is_refused_and_changes_nothing
     write_compbench((shapes.task("train", index, seed=1) for index in range(4)), tmp_path / "tasks")
     override = {"data": f"data.path={tmp_path / 'tasks'}", "editor": "editor.path=builtin:tiny-kontext"}[other]
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    refused(rl_edit("train", "--run-dir", run, "--resume", "train.updates=2", override), None, "belongs to another run", "data or editor")
+    outcome = rl_edit("train", "--run-dir", run, "--resume", "train.updates=2", override)
+    assert_refused(outcome, None, "belongs to another run", "data or editor")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -232,7 +233,7 @@ def test_a_run_that_is_told_to_stop_saves_what_it_did_and_resumes_to_the_bytes_o
 def test_there_must_be_something_to_resume(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:
     small_config(small_editor, directory=tmp_path)
     run = tmp_path / "run"
-    refused(rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, "--resume"), run, "nothing to resume", "drop --resume")
+    assert_refused(rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, "--resume"), run, "nothing to resume", "drop --resume")
 
 
 def test_a_file_cannot_be_a_run_directory(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_a_file_cannot_be_a_run_directory(rl_edit: Command, small_editor: str, t
     assert config.name == "small"
     path = tmp_path / "run.yaml"
     before = path.read_bytes()
-    refused(rl_edit("train", path, "--run-dir", path), None, "is a file")
+    assert_refused(rl_edit("train", path, "--run-dir", path), None, "is a file")
     assert path.read_bytes() == before
 
 
@@ -329,9 +330,9 @@ def test_the_instruction_score_is_that_of_the_first_judge_and_absent_without_one
 
 
 def test_evaluate_needs_a_run_and_its_adapter(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:
-    refused(rl_edit("evaluate", tmp_path / "none"), None, str(tmp_path / "none"), "rl-edit train")
+    assert_refused(rl_edit("evaluate", tmp_path / "none"), None, str(tmp_path / "none"), "rl-edit train")
     (tmp_path / "config.yaml").write_text(small_config(small_editor).to_yaml())
-    refused(rl_edit("evaluate", tmp_path), None, "no adapter at", "RUN/adapter")
+    assert_refused(rl_edit("evaluate", tmp_path), None, "no adapter at", "RUN/adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
@@ -343,7 +344,7 @@ def test_an_altered_adapter_is_refused(rl_edit: Command, trained: Path, tmp_path
         if path.suffix == ".safetensors":
             content[-1] ^= 1
         (adapter / path.name).write_bytes(content)
-    refused(rl_edit("evaluate", trained, "--adapter", adapter), None, "the adapter was altered")
+    assert_refused(rl_edit("evaluate", trained, "--adapter", adapter), None, "the adapter was altered")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +364,7 @@ def test_edit_refuses_what_it_cannot_read_or_write(
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "photo.png")
     (tmp_path / "letter.png").write_text("dear reader")
-    refused(rl_edit("edit", *arguments), None, *words)
+    assert_refused(rl_edit("edit", *arguments), None, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.png", "photo.png"]
 
 

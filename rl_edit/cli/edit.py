@@ -33,6 +33,8 @@ def edit_command(
     """Edit one picture."""
     if not instruction.strip():
         raise InputError("--instruction is empty: say what to change, e.g. 'remove the red circle'")
+    if not image.is_file():
+        raise InputError(f"no picture at {image}: give an existing image file")
     source = torch.from_numpy(read_rgb(image, where=str(image)).copy())
     config = _editor_config(editor, adapter, resolution)
     weights = adapters.read(adapter) if adapter is not None else None

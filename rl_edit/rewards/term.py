@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,7 +12,7 @@ from rl_edit.errors import InputError
 from rl_edit.types import Candidates, Score
 
 
-class RewardTerm(BaseModel):
+class RewardTerm(BaseModel, ABC):
     """One term of the reward. The validated config is the object that scores.
 
     Besides these fields every term has four attributes, fixed by its class or settable where that makes sense:
@@ -51,6 +52,6 @@ class RewardTerm(BaseModel):
             )
         return weight
 
+    @abstractmethod
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """One score per candidate, in their order. May raise: the caller turns that into invalid scores."""
-        raise NotImplementedError
