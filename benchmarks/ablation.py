@@ -56,6 +56,7 @@ VARIANTS: dict[str, list[str]] = {
     "region, areas judged apart": [*REGION, *SPLIT],
     "global, terms standardised per group": [*GLOBAL, UNIFORM.format("group")],
     "region, raw terms summed": [*REGION, MASKED.format("none"), "rewards.judge.weight=0.1"],
+    "as shipped": [],
 }
 """Values of each variant on top of the preset tiny-rc-grpo; "minibatch" is the paper's normalisation of terms."""
 
