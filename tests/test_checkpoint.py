@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import pickle
 import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import adapter_bytes, events_of, metrics_of, run_inline, small_config
 
 from learner import checkpoint
-from learner.checkpoint import MANIFEST, Checkpoint
-from rl_edit.adapters import digest
-from rl_edit.errors import InputError
-from rl_edit.types import AdapterId, AdapterWeights
+from learner.checkpoint import ABSENT, MANIFEST, Checkpoint, Unsound
+from learner.lease import Lease
+from rl_edit import wire
+from rl_edit.errors import Fenced, InputError
+from rl_edit.types import AdapterId, AdapterWeights, LearnerState
+
+FILES = ("learner.safetensors", "acting_000001.safetensors", "state.json", MANIFEST)
 
 
-def weights(step: int) -> AdapterWeights:
-    tensors = {"block.lora_A.weight": torch.full((2, 3), float(step)), "block.lora_B.weight": torch.arange(6.0).reshape(3, 2)}
-    return AdapterWeights(id=AdapterId(step, digest(tensors)), tensors=tensors)
+@pytest.fixture
+def lease(tmp_path: Path) -> Lease:
+    return Lease.take(tmp_path)
 
 
-def example(step: int, identity: str = "c" * 64) -> Checkpoint:
-    learner = {
-        "parameter/block": torch.randn(3, 2),
-        "optimizer/exp_avg/block": torch.randn(3, 2),
-        "optimizer/step/block": torch.tensor(float(step)),
-    }
-    return Checkpoint(updates_done=step, identity=identity, learner=learner, acting=(weights(step - 1), weights(step)))
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
 
 
-def steps(directory: Path) -> list[str]:
+def adapter(step: int) -> AdapterId:
+    return AdapterId(step, f"{step:064x}")
+
+
+def weights(step: int) -> np.ndarray:
+    return wire.pack(AdapterWeights(id=adapter(step), tensors={"block.lora_A.weight": torch.full((2, 3), float(step))}))
+
+
+def example(step: int, name: str = "c") -> Checkpoint:
+    tensors = {"parameter/block": torch.randn(3, 2), "optimizer/exp_avg/block": torch.randn(3, 2)}
+    return Checkpoint(
+        updates_done=step,
+        settings={"seed": 0, "train": {"learning_rate": 1e-3}},
+        code_version=name,
+        ledger={"retries": 3},
+        learner=wire.pack(LearnerState(updates_done=step, tensors=tensors)),
+        acting={adapter(step - 1): weights(step - 1), adapter(step): weights(step)},
+    )
+
+
+def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
@@ -45,38 +72,64 @@ class Heard:
         self.events.append((event, details))
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint, where all are sound."""
+    heard = Heard()
+    found = checkpoint.newest(directory, heard)
+    assert heard.events == []
+    return found
+
+
+def test_what_is_read_is_what_was_written(directory: Path, lease: Lease) -> None:
     given = example(7)
-    checkpoint.write(tmp_path, given)
-    found = checkpoint.newest(tmp_path)
+    checkpoint.write(directory, given, lease=lease)
+    found = newest(directory)
     assert found is not None
-    assert (found.updates_done, found.identity) == (7, given.identity)
-    assert found.learner.keys() == given.learner.keys()
-    assert all(torch.equal(found.learner[name], given.learner[name]) for name in given.learner)
-    assert [w.id for w in found.acting] == [w.id for w in given.acting]
-    assert all(digest(w.tensors) == w.id.sha256 for w in found.acting)
+    assert replace(found, learner=given.learner, acting=given.acting) == given
+    assert found.learner.tobytes() == given.learner.tobytes()
+    assert [(name, packed.tobytes()) for name, packed in found.acting.items()] == [(n, p.tobytes()) for n, p in given.acting.items()]
+    assert given.nbytes == sum(file.stat().st_size for file in (directory / "step_000007").glob("*.safetensors"))
 
 
-def test_the_newest_step_is_read(tmp_path: Path) -> None:
-    for step in (2, 10, 9):
-        checkpoint.write(tmp_path, example(step))
-    found = checkpoint.newest(tmp_path)
-    assert found is not None and found.updates_done == 10
+def test_a_checkpoint_tells_its_parent_its_lease_and_that_seeds_are_keyed(directory: Path, lease: Lease) -> None:
+    states = [json.loads((checkpoint.write(directory, example(step), lease=lease) / "state.json").read_text()) for step in (2, 4)]
+    assert [state["parent"] for state in states] == [None, "step_000002"]
+    assert {state["lease_epoch"] for state in states} == {lease.epoch}
+    assert "no generator state" in states[0]["seeds"]
+    assert (states[0]["code_version"], states[0]["updates_done"]) == ("c", 2)
 
 
-def test_without_checkpoints_there_is_nothing_to_read(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "absent") is None
+def test_settings_without_bounds_come_back_as_they_were(directory: Path, lease: Lease) -> None:
+    given = replace(example(1), settings={"rewards": {"custom": {"low": -float("inf"), "high": float("inf")}}})
+    checkpoint.write(directory, given, lease=lease)
+    found = newest(directory)
+    assert found is not None and found.settings == given.settings
 
 
-@pytest.mark.parametrize("name", ["learner.safetensors", "state.json", "acting_000001.safetensors", MANIFEST])
-@pytest.mark.parametrize("where", [0.0, 0.3, 0.7, 0.999])
-def test_a_flipped_bit_in_any_file_is_found(tmp_path: Path, name: str, where: float) -> None:
-    path = checkpoint.write(tmp_path, example(2))
-    assert checkpoint.verify(path) is None
-    content = bytearray((path / name).read_bytes())
-    content[int(where * len(content))] ^= 0b1
-    (path / name).write_bytes(content)
-    assert checkpoint.verify(path) is not None
+@pytest.mark.parametrize("order", [(2, 10, 9), (999_999, 1_000_000)])
+def test_the_newest_step_is_read(directory: Path, lease: Lease, order: tuple[int, ...]) -> None:
+    for step in order:
+        checkpoint.write(directory, example(step), lease=lease)
+    found = newest(directory)
+    assert found is not None and found.updates_done == max(order)
+
+
+def test_without_checkpoints_there_is_nothing_to_read(directory: Path) -> None:
+    assert newest(directory) is None
+    assert checkpoint.peek(directory) is None
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_in_any_file_is_found(directory: Path, lease: Lease, name: str) -> None:
+    path = checkpoint.write(directory, example(2), lease=lease)
+    sound = (path / name).read_bytes()
+    assert checkpoint.read(path).updates_done == 2
+    # Every byte of the manifest, of which no other file has a hash.
+    for at in range(0, len(sound), 1 if name == MANIFEST else 23):
+        (path / name).write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        with pytest.raises(Unsound):
+            checkpoint.read(path)
 
 
 def truncate(path: Path) -> None:
@@ -103,26 +156,86 @@ def empty_manifest(path: Path) -> None:
     (path / MANIFEST).write_text("{}")
 
 
+def name_no_file(path: Path) -> None:
+    renew_manifest(path, files={})
+
+
+def state_of_another_version(path: Path) -> None:
+    state = json.loads((path / "state.json").read_text())
+    del state["ledger"]
+    put(path, "state.json", json.dumps(state).encode())
+
+
+def acting_adapter_outside_the_manifest(path: Path) -> None:
+    state = json.loads((path / "state.json").read_text())
+    state["acting"][0]["file"] = "../step_000002/learner.safetensors"
+    put(path, "state.json", json.dumps(state).encode())
+
+
+def renew_manifest(path: Path, **changes: Any) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+
+
+def put(path: Path, name: str, content: bytes) -> None:
+    """Puts a file into a checkpoint as someone does who knows the format: the manifest vouches for it."""
+    (path / name).write_bytes(content)
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    renew_manifest(path, files={**files, name: {"bytes": len(content), "sha256": sha256(content).hexdigest()}})
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("damage", [flip, truncate, lose_manifest, lose_a_file, empty_manifest])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path, damage: Any) -> None:
-    checkpoint.write(tmp_path, example(2))
-    damage(checkpoint.write(tmp_path, example(4)))
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (flip, "learner.safetensors does not have the bytes"),
+        (truncate, "learner.safetensors does not have the bytes"),
+        (lose_manifest, "MANIFEST.json is missing"),
+        (lose_a_file, "state.json is missing"),
+        (empty_manifest, "MANIFEST.json cannot be read at parent"),
+        (name_no_file, "does not name learner.safetensors, state.json"),
+        (state_of_another_version, "state.json cannot be read at ledger"),
+        (acting_adapter_outside_the_manifest, "which MANIFEST.json does not"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    directory: Path, lease: Lease, damage: Callable[[Path], None], says: str
+) -> None:
+    checkpoint.write(directory, example(2), lease=lease)
+    damage(checkpoint.write(directory, example(4), lease=lease))
+    before = checkpoint.peek(directory)
+    assert before is not None and before.updates_done == 2
+    assert names(directory) == ["step_000002", "step_000004"]
     heard = Heard()
-    found = checkpoint.newest(tmp_path, on_corrupt=heard)
+    found = checkpoint.newest(directory, heard)
     assert found is not None and found.updates_done == 2
     ((event, details),) = heard.events
     assert (event, details["path"]) == ("checkpoint_corrupt", "step_000004")
-    assert details["problem"]
-    assert steps(tmp_path) == [".corrupt-step_000004", "step_000002"]
+    assert says in details["problem"]
+    assert names(directory) == [".corrupt-step_000004", "step_000002"]
 
 
 @pytest.mark.faults
-def test_the_same_step_may_be_damaged_twice(tmp_path: Path) -> None:
+def test_the_same_step_may_be_damaged_twice(directory: Path, lease: Lease) -> None:
     for _ in range(2):
-        flip(checkpoint.write(tmp_path, example(4)))
-        assert checkpoint.newest(tmp_path) is None
-    assert steps(tmp_path) == [".corrupt-step_000004", ".corrupt-step_000004-1"]
+        flip(checkpoint.write(directory, example(4), lease=lease))
+        assert checkpoint.newest(directory, Heard()) is None
+    assert names(directory) == [".corrupt-step_000004", ".corrupt-step_000004-1"]
+
+
+@pytest.mark.faults
+def test_a_disk_that_cannot_be_read_does_not_make_a_checkpoint_corrupt(
+    directory: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write(directory, example(4), lease=lease)
+
+    def unreadable(*_: object, **__: object) -> np.ndarray:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(np, "fromfile", unreadable)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.newest(directory, Heard())
+    assert names(directory) == ["step_000004"]
 
 
 @pytest.mark.faults
@@ -149,12 +262,149 @@ def test_a_run_of_which_no_sound_checkpoint_is_left_is_not_started_over(small_ed
     assert (tmp_path / "metrics.jsonl").read_bytes() == curves
 
 
-def test_whose_a_run_is_says_its_newest_sound_checkpoint_and_nothing_is_moved_to_find_out(tmp_path: Path) -> None:
-    assert checkpoint.newest_identity(tmp_path) is None
-    checkpoint.write(tmp_path, example(2, "a" * 64))
-    flip(checkpoint.write(tmp_path, example(4, "b" * 64)))
-    assert checkpoint.newest_identity(tmp_path) == "a" * 64
-    assert steps(tmp_path) == ["step_000002", "step_000004"]
+class Payload:
+    """Unpickling this creates a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def as_zip(tmp_path: Path, content: bytes) -> bytes:
+    with zipfile.ZipFile(tmp_path / "archive", "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    return (tmp_path / "archive").read_bytes()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "zipped", "says"),
+    [
+        ("learner.safetensors", False, "learner.safetensors is a pickle, not safetensors"),
+        ("learner.safetensors", True, "learner.safetensors is a zip archive"),
+        ("acting_000004.safetensors", False, "acting_000004.safetensors is a pickle"),
+        ("state.json", False, "state.json cannot be read"),
+        *((f"extra{suffix}", False, f"names 'extra{suffix}': only") for suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt", "")),
+    ],
+)
+def test_a_pickle_in_a_checkpoint_is_refused_by_magic_and_by_name_and_never_runs(
+    directory: Path, tmp_path: Path, lease: Lease, name: str, zipped: bool, says: str
+) -> None:
+    checkpoint.write(directory, example(2), lease=lease)
+    mark = tmp_path / "executed"
+    content = pickle.dumps(Payload(mark))
+    put(checkpoint.write(directory, example(4), lease=lease), name, as_zip(tmp_path, content) if zipped else content)
+    heard = Heard()
+    found = checkpoint.newest(directory, heard)
+    assert found is not None and found.updates_done == 2
+    assert says in heard.events[0][1]["problem"]
+    assert not mark.exists()
+    pickle.loads(content)
+    assert mark.exists(), "the payload would not have shown anything"
+
+
+@pytest.mark.faults
+def test_a_directory_of_pickles_is_not_a_checkpoint_and_the_problem_names_them(directory: Path, tmp_path: Path) -> None:
+    foreign, mark = directory / "step_000009", tmp_path / "executed"
+    foreign.mkdir(parents=True)
+    (foreign / "model.pt").write_bytes(pickle.dumps(Payload(mark)))
+    heard = Heard()
+    assert checkpoint.newest(directory, heard) is None
+    assert heard.events[0][1]["problem"] == "MANIFEST.json is missing; it holds model.pt, and pickles are never opened"
+    assert not mark.exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/outside.json", "..", "sub/inside.json", "sub\\inside.json", ""])
+def test_a_manifest_that_names_a_path_is_refused_before_any_file_is_read(
+    directory: Path, lease: Lease, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint.write(directory, example(4), lease=lease)
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    renew_manifest(path, files={**files, name: files["state.json"]})
+
+    def read(*_: object, **__: object) -> np.ndarray:
+        raise AssertionError("a file was read")
+
+    monkeypatch.setattr(np, "fromfile", read)
+    with pytest.raises(Unsound, match="names"):
+        checkpoint.read(path)
+
+
+def test_safetensors_that_begin_like_a_pickle_are_safetensors(directory: Path, lease: Lease) -> None:
+    """A header of 640 bytes has a length that reads as pickle protocol 2."""
+    header = b"{}".ljust(0x0280)
+    content = len(header).to_bytes(8, "little") + header
+    assert content.startswith(b"\x80\x02")
+    checkpoint.write(directory, replace(example(1), learner=np.frombuffer(content, dtype=np.uint8)), lease=lease)
+    found = newest(directory)
+    assert found is not None and found.learner.tobytes() == content
+
+
+def test_bytes_that_would_be_refused_when_read_are_not_written(directory: Path, lease: Lease) -> None:
+    with pytest.raises(AssertionError, match="only packed records"):
+        checkpoint.write(directory, replace(example(1), learner=np.zeros(64, dtype=np.uint8)), lease=lease)
+    assert names(directory) == []
+
+
+def test_a_checkpoint_is_safetensors_and_json_and_no_pickle_beside_them_is_opened(
+    directory: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint.write(directory, example(3), lease=lease)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    for name in ("learner.pt", "learner.pkl"):
+        (path / name).write_bytes(pickle.dumps("whoever reads this trusts the disk"))
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a pickle was opened")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, opened)
+    found = newest(directory)
+    assert found is not None and found.updates_done == 3
+
+
+def test_whose_a_run_is_says_its_newest_sound_checkpoint_and_nothing_is_moved_to_find_out(directory: Path, lease: Lease) -> None:
+    checkpoint.write(directory, example(2, "a"), lease=lease)
+    flip(checkpoint.write(directory, example(4, "b"), lease=lease))
+    found = checkpoint.peek(directory)
+    assert found is not None and found.code_version == "a"
+    assert names(directory) == ["step_000002", "step_000004"]
+
+
+def test_differences_are_dotted_and_say_what_one_side_lacks() -> None:
+    there = {"seed": 1, "train": {"learning_rate": 0.001, "passes": 1}, "rewards": {"judge": {"weight": 1.0}}, "sizes": [1, 2]}
+    here = {"seed": 1, "train": {"learning_rate": 0.0001, "passes": 1}, "rewards": {"clip": {"weight": 1.0}}, "sizes": [1, 3]}
+    assert checkpoint.differences(there, here) == {
+        "rewards.clip": (ABSENT, {"weight": 1.0}),
+        "rewards.judge": ({"weight": 1.0}, ABSENT),
+        "sizes": ([1, 2], [1, 3]),
+        "train.learning_rate": (0.001, 0.0001),
+    }
+    assert checkpoint.differences(there, there) == {}
+
+
+HERE = {"seed": 1, "train": {"learning_rate": 1e-4}}
+
+
+def test_a_checkpoint_of_the_same_settings_is_accepted(tmp_path: Path) -> None:
+    assert checkpoint.require_same_run(example(1), example(1).settings, tmp_path) is None
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"belongs to another run \(seed: 0 there, 1 here; train.learning_rate: 0.001 there, 0.0001 here\)"
+    ):
+        checkpoint.require_same_run(example(1), HERE, tmp_path)
+
+
+def test_a_drift_is_accepted_only_for_the_settings_that_are_named(tmp_path: Path) -> None:
+    allowed = frozenset({"train.learning_rate", "seed"})
+    assert checkpoint.require_same_run(example(1), HERE, tmp_path, allowed) is None
+    with pytest.raises(InputError, match=r"\(seed: 0 there, 1 here\).*--allow-config-drift seed"):
+        checkpoint.require_same_run(example(1), HERE, tmp_path, frozenset({"train.learning_rate"}))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(small_editor: str, tmp_path: Path) -> None:
@@ -174,59 +424,160 @@ def test_more_updates_other_places_and_other_names_are_the_same_settings(small_e
     assert all(small_config(small_editor, change).sha256() != base for change in other)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(directory: Path, lease: Lease) -> None:
     for step in range(1, 6):
-        checkpoint.write(tmp_path, example(step))
-        checkpoint.prune(tmp_path, 2)
-    assert steps(tmp_path) == ["step_000004", "step_000005"]
+        checkpoint.write(directory, example(step), lease=lease)
+        checkpoint.prune(directory, 2, lease=lease)
+    assert names(directory) == ["step_000004", "step_000005"]
 
 
-def test_a_checkpoint_is_safetensors_and_json_and_no_pickle_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = checkpoint.write(tmp_path, example(3))
-    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
-    for name in ("learner.pt", "learner.pkl"):
-        (path / name).write_bytes(pickle.dumps("whoever reads this trusts the disk"))
-
-    def opened(*_: object, **__: object) -> None:
-        raise AssertionError("a pickle was opened")
-
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, opened)
-    found = checkpoint.newest(tmp_path)
-    assert found is not None and found.updates_done == 3
+def test_pruning_removes_what_killed_attempts_left_but_not_what_a_newer_one_writes(directory: Path, tmp_path: Path) -> None:
+    Lease.take(tmp_path)
+    lease = Lease.take(tmp_path)
+    checkpoint.write(directory, example(1), lease=lease)
+    for name in (".tmp-1-step_000002", ".tmp-2-step_000002", ".tmp-3-step_000002", ".old-step_000001", ".corrupt-step_000002"):
+        shutil.copytree(directory / "step_000001", directory / name)
+    checkpoint.prune(directory, 2, lease=lease)
+    assert names(directory) == [".corrupt-step_000002", ".tmp-2-step_000002", ".tmp-3-step_000002", "step_000001"]
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("moment", ["save_file", "_sync"])
-def test_an_interrupted_write_leaves_neither_a_step_nor_a_remainder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    checkpoint.write(tmp_path, example(1))
-    real, calls = getattr(checkpoint, moment), []
-
-    def interrupted(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(checkpoint, moment, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write(tmp_path, example(2))
-    assert steps(tmp_path) == ["step_000001"]
+def test_a_step_written_again_replaces_the_old_one(directory: Path, lease: Lease) -> None:
+    checkpoint.write(directory, example(2, "a"), lease=lease)
+    checkpoint.write(directory, example(2, "b"), lease=lease)
+    found = newest(directory)
+    assert found is not None and found.code_version == "b"
+    assert names(directory) == ["step_000002"]
 
 
 @pytest.mark.faults
-def test_the_remainder_of_a_killed_write_is_not_taken_for_a_checkpoint_and_is_replaced(tmp_path: Path) -> None:
-    path = checkpoint.write(tmp_path, example(2))
-    os.rename(path, tmp_path / ".tmp-step_000002")
-    assert checkpoint.newest(tmp_path) is None
-    checkpoint.write(tmp_path, example(2))
-    assert steps(tmp_path) == ["step_000002"]
+def test_a_fenced_attempt_neither_writes_nor_removes(directory: Path, tmp_path: Path, lease: Lease) -> None:
+    for step in (1, 2):
+        checkpoint.write(directory, example(step), lease=lease)
+    Lease.take(tmp_path)
+    for attempt in (
+        lambda: checkpoint.write(directory, example(3), lease=lease),
+        lambda: checkpoint.prune(directory, 1, lease=lease),
+    ):
+        with pytest.raises(Fenced):
+            attempt()
+    assert names(directory) == ["step_000001", "step_000002"]
 
 
-def test_a_step_written_again_replaces_the_old_one(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path, example(2, "a" * 64))
-    checkpoint.write(tmp_path, example(2, "b" * 64))
-    found = checkpoint.newest(tmp_path)
-    assert found is not None and found.identity == "b" * 64
-    shutil.rmtree(tmp_path / "step_000002")
-    assert checkpoint.newest(tmp_path) is None
+@pytest.mark.faults
+def test_an_attempt_fenced_while_it_writes_commits_nothing(
+    directory: Path, tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write(directory, example(2, "a"), lease=lease)
+    real = checkpoint.put
+
+    def overtaken(path: Path, content: bytes | memoryview) -> None:
+        real(path, content)
+        if path.name == MANIFEST:
+            Lease.take(tmp_path)
+
+    monkeypatch.setattr(checkpoint, "put", overtaken)
+    for step in (2, 4):
+        with pytest.raises(Fenced):
+            checkpoint.write(directory, example(step, "b"), lease=lease)
+    found = newest(directory)
+    assert found is not None and found.code_version == "a"
+    assert names(directory) == ["step_000002"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["disk full", "interrupted"])
+@pytest.mark.parametrize("at", range(5))
+def test_a_write_that_fails_leaves_neither_a_step_nor_a_remainder(
+    directory: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int
+) -> None:
+    checkpoint.write(directory, example(1), lease=lease)
+    real, calls = checkpoint.put, []
+
+    def failing(path: Path, content: bytes | memoryview) -> None:
+        calls.append(path.name)
+        if len(calls) == at + 1:
+            path.write_bytes(bytes(content)[: len(content) // 2])
+            raise error
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "put", failing)
+    with pytest.raises(type(error)):
+        checkpoint.write(directory, example(2), lease=lease)
+    assert len(calls) == at + 1
+    assert names(directory) == ["step_000001"]
+    found = newest(directory)
+    assert found is not None and found.updates_done == 1
+
+
+def killed_at(point: int, directory: Path, work: Callable[[], object]) -> bool:
+    """Runs ``work`` in a process of its own that dies, without cleaning up, before its ``point``-th call that names a path in
+    ``directory``; False when there were not as many."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if any(isinstance(part, str | os.PathLike) and str(part).startswith(str(directory)) for part in arguments):
+                seen += 1
+                if seen == point:
+                    os._exit(9)
+
+        sys.addaudithook(count)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9), "the work failed by itself"
+    return code == 9
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("step", [2, 4], ids=["a step written again", "a new step"])
+def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_checkpoint_or_the_new_one(tmp_path: Path, step: int) -> None:
+    outcomes, point = [], 0
+    while not outcomes or outcomes[-1][0]:
+        point += 1
+        run = tmp_path / str(point)
+        run.mkdir()
+        lease, directory = Lease.take(run), run / "checkpoints"
+        for sound in (1, 2):
+            checkpoint.write(directory, example(sound, "a"), lease=lease)
+        again = example(step, "b")
+        killed = killed_at(point, directory, lambda: checkpoint.write(directory, again, lease=lease))  # noqa: B023
+        found = newest(directory)
+        assert found is not None
+        assert (found.code_version, found.updates_done) in {("a", 2), ("b", step)}
+        outcomes.append((killed, found.code_version))
+
+        after = Lease.take(run)
+        checkpoint.write(directory, example(step, "b"), lease=after)
+        checkpoint.prune(directory, 2, lease=after)
+        assert names(directory) == (["step_000001", "step_000002"] if step == 2 else ["step_000002", "step_000004"])
+    assert len(outcomes) > 10
+    identities = "".join(identity for _, identity in outcomes)
+    assert identities == "a" * identities.count("a") + "b" * identities.count("b"), "once committed, a checkpoint stays"
+    assert identities[0] == "a" and identities[-1] == "b"
+
+
+@pytest.mark.faults
+def test_the_remainder_of_a_killed_write_is_not_taken_for_a_checkpoint_and_is_replaced(directory: Path, lease: Lease) -> None:
+    os.rename(checkpoint.write(directory, example(2), lease=lease), directory / f".tmp-{lease.epoch}-step_000002")
+    assert newest(directory) is None
+    checkpoint.write(directory, example(2), lease=lease)
+    assert names(directory) == ["step_000002"]
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_told_before_one_is_written(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def usage(path: Path) -> Any:
+        asked.append(path)
+        return type("Usage", (), {"free": 3_000_000_000})
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert checkpoint.room_for(directory, 1_500_000_000) == ""
+    assert "3.00 GB are free" in checkpoint.room_for(directory, 1_500_000_001)
+    assert asked == [directory.parent, directory.parent]
