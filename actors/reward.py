@@ -30,10 +30,10 @@ class RewardActor:
     def score(self, blob: np.ndarray) -> np.ndarray:
         """The reward table of a packed group, packed."""
         group: RolloutGroup = wire.unpack(blob)
-        return wire.pack(self.table(group.candidates, work_id=group.work_id))
+        return wire.pack(self.table(group.candidates, group_id=group.group_id))
 
-    def table(self, candidates: Candidates, *, work_id: str) -> RewardTable:
+    def table(self, candidates: Candidates, *, group_id: str) -> RewardTable:
         """Terms plus the diagnostics every run reports: background PSNR and SSIM, change inside, concentration."""
         start = time.perf_counter()
-        table = score_candidates(self.terms, candidates, work_id=work_id)
+        table = score_candidates(self.terms, candidates, group_id=group_id)
         return replace(table, components={**table.components, **diagnostics(candidates)}, seconds=time.perf_counter() - start)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,9 +13,9 @@ import torch
 from rl_edit import adapters, exploration, regions, wire
 from rl_edit.attention import MassTally
 from rl_edit.config import RunConfig
-from rl_edit.editors import load_editor
-from rl_edit.rollout import denoise
-from rl_edit.types import AdapterId, AdapterWeights, Candidates, RolloutGroup, WorkItem
+from rl_edit.editors import Editor, load_editor
+from rl_edit.rollout import blank_task, denoise
+from rl_edit.types import AdapterId, AdapterWeights, Candidates, Rolled, RolloutGroup, WorkItem
 
 
 class UnknownAdapter(RuntimeError):
@@ -21,17 +23,21 @@ class UnknownAdapter(RuntimeError):
 
 
 class RolloutActor:
-    """Rolls out groups. Stateless but for the adapters it was given: any actor can serve any item.
+    """Rolls out groups, or chunks of them. Stateless but for the adapters it was given: any actor can serve any item.
 
     A result carries the hash of the tensors found in the loaded module, not of what was asked for, so a weight update that
     never arrived is seen on the first item.
+
+    Args:
+        editor: one to share with others in this process; None loads one.
+        slot: where in the editor's transformer this actor keeps its weights.
     """
 
-    def __init__(self, config: RunConfig, threads: int) -> None:
+    def __init__(self, config: RunConfig, threads: int, *, editor: Editor | None = None, slot: str = adapters.POLICY) -> None:
         torch.set_num_threads(threads)
-        self.config = config
-        self.editor = load_editor(config.editor)
-        adapters.attach(self.editor.transformer, config.lora, seed=config.seed)
+        self.config, self.slot = config, slot
+        self.editor = load_editor(config.editor) if editor is None else editor
+        adapters.attach(self.editor.transformer, config.lora, seed=config.seed, slot=slot)
         self._published: dict[AdapterId, AdapterWeights] = {}
         self._loaded: AdapterId | None = None
 
@@ -39,30 +45,46 @@ class RolloutActor:
         """Answers once construction is over: the process id."""
         return os.getpid()
 
-    def load(self, blob: np.ndarray) -> None:
-        """Takes a published adapter; keeps as many versions as the lag allows to be in use."""
+    def load(self, blob: np.ndarray) -> AdapterId:
+        """Takes a published adapter, under the name its tensors have; keeps as many as the lag allows to be in use."""
         weights: AdapterWeights = wire.unpack(blob)
-        self._published[weights.id] = weights
+        name = AdapterId(weights.id.step, adapters.digest(weights.tensors))
+        self._published.pop(name, None)
+        self._published[name] = replace(weights, id=name)
         while len(self._published) > self.config.train.max_lag + 2:
-            del self._published[min(self._published)]
+            del self._published[next(iter(self._published))]  # the first given, not the lowest step: a replay publishes low steps anew
+        return name
 
-    def run(self, blob: np.ndarray) -> tuple[dict[str, object], np.ndarray]:
-        """Rolls out one item. Returns small metadata and the group as a blob."""
+    def run(self, blob: np.ndarray) -> tuple[Rolled, np.ndarray]:
+        """Rolls out one item. Returns what to know about the group, and the group as a blob."""
         item: WorkItem = wire.unpack(blob)
-        group = self.rollout(item)
+        group, seconds = self.rollout(item)
         packed = wire.pack(group)
-        meta = {"work_id": group.work_id, "adapter": group.adapter, "nbytes": packed.nbytes, "seconds": group.seconds}
-        return meta, packed
+        rolled = Rolled(
+            work_id=item.work_id,
+            adapter=group.adapter,
+            sha256=hashlib.sha256(packed.data).hexdigest(),
+            nbytes=packed.nbytes,
+            finite=all(bool(part.isfinite().all()) for part in (group.latents, group.next_latents, group.velocities)),
+            token_mask=group.candidates.token_mask,
+            seconds=seconds,
+        )
+        return rolled, packed
 
-    def rollout(self, item: WorkItem) -> RolloutGroup:
-        """Initial noises, one deterministic integration of all candidates, images, attention."""
+    def rollout(self, item: WorkItem) -> tuple[RolloutGroup, dict[str, float]]:
+        """The item's candidates, integrated together, with images and attention; and seconds by phase.
+
+        Every draw is keyed by the candidate's place in the group, so a candidate does not depend on its chunk.
+        """
         start = time.perf_counter()
         self._use(item.adapter)
+        first, past = item.chunk
         algorithm, settings = self.config.algorithm, self.config.rollout
         source = exploration.NoiseSource(item.run_seed, item.task.task_id, item.draw)
         conditioning = self.editor.encode(item.task)
         mask = regions.token_mask(item.task.edit_mask, conditioning.grid)
-        initial = algorithm.initial_noise(item.num_candidates, self.editor.latent_shape(conditioning), mask, source)
+        shape = self.editor.latent_shape(conditioning)
+        initial = algorithm.initial_noise(item.num_candidates, shape, mask, source)[first:past]
         encoded = time.perf_counter()
         tally = MassTally()
         trajectory = denoise(
@@ -71,13 +93,13 @@ class RolloutActor:
             self.editor.sigmas(settings.num_steps, conditioning),
             keep=algorithm.objective.trained_steps(settings.num_steps, source.generator("trained steps")),
             step_noise=algorithm.step_noise(item.update, settings.num_steps),
-            normal=lambda step: torch.stack([source.normal(f"step {step}", i, tuple(noise.shape)) for i, noise in enumerate(initial)]),
+            normal=lambda step: torch.stack([source.normal(f"step {step}", i, shape) for i in range(first, past)]),
         )
         integrated = time.perf_counter()
         images = self.editor.decode(trajectory.final, conditioning)
-        return RolloutGroup(
-            work_id=item.work_id,
-            adapter=AdapterId(item.adapter.step, adapters.export(self.editor.transformer, step=item.adapter.step).id.sha256),
+        group = RolloutGroup(
+            group_id=item.group_id,
+            adapter=adapters.export(self.editor.transformer, step=item.adapter.step, slot=self.slot).id,
             candidates=Candidates(task=item.task, images=images, attention=tally.mean(), token_mask=mask),
             conditioning=conditioning,
             latents=trajectory.latents,
@@ -86,14 +108,47 @@ class RolloutActor:
             sigmas=trajectory.sigmas,
             sigmas_next=trajectory.sigmas_next,
             step_noise=trajectory.step_noise,
-            seconds={"encode": encoded - start, "denoise": integrated - encoded, "decode": time.perf_counter() - integrated},
         )
+        return group, {"encode": encoded - start, "denoise": integrated - encoded, "decode": time.perf_counter() - integrated}
+
+    @torch.no_grad()
+    def canary(self) -> str:
+        """What is wrong with the way weights reach this actor's forward; "" when nothing is.
+
+        An adapter that is attached but never applied trains for weeks without an error. Here random weights must be found in the
+        module, must change the velocity, and the weights before must come back.
+        """
+        transformer = self.editor.transformer
+        before = adapters.export(transformer, step=0, slot=self.slot)
+        random = torch.Generator().manual_seed(0)
+        tensors = {name: 0.02 * torch.randn(value.shape, generator=random) for name, value in before.tensors.items()}
+        trial = AdapterWeights(id=AdapterId(0, adapters.digest(tensors)), tensors=tensors)
+        conditioning = self.editor.encode(blank_task(self.editor.pixels_per_token))
+        latents = torch.randn(self.config.editor.micro_batch, *self.editor.latent_shape(conditioning), generator=random)
+        sigma = torch.full((len(latents),), 0.5)
+        try:
+            adapters.load(transformer, trial, slot=self.slot)
+            found = adapters.export(transformer, step=0, slot=self.slot).id
+            adapters.set_active(transformer, True, slot=self.slot)
+            applied = self.editor.velocity(latents, sigma, conditioning)
+            adapters.set_active(transformer, False)
+            base = self.editor.velocity(latents, sigma, conditioning)
+        finally:
+            adapters.set_active(transformer, True, slot=self.slot)
+            adapters.load(transformer, before, slot=self.slot)
+        if found != trial.id:
+            return f"weights {trial.id} were loaded but {found} are found in the model: an update would never arrive"
+        if not float((applied - base).abs().max()) > 0:
+            return "a random adapter does not change the velocity: the adapter is attached but never applied"
+        after = adapters.export(transformer, step=0, slot=self.slot).id
+        return "" if after == before.id else f"weights {before.id} were put back but {after} are found in the model"
 
     def _use(self, wanted: AdapterId) -> None:
-        if self._loaded == wanted:
-            return
-        if wanted not in self._published:
-            known = ", ".join(str(i) for i in sorted(self._published)) or "none"
-            raise UnknownAdapter(f"work asks for adapter {wanted}; this actor holds {known}. The publish did not reach it.")
-        adapters.load(self.editor.transformer, self._published[wanted])
-        self._loaded = wanted
+        """The wanted weights, in the slot that the next forward uses."""
+        if self._loaded != wanted:
+            if wanted not in self._published:
+                known = ", ".join(str(i) for i in sorted(self._published)) or "none"
+                raise UnknownAdapter(f"work asks for adapter {wanted}; this actor holds {known}. The publish did not reach it.")
+            adapters.load(self.editor.transformer, self._published[wanted], slot=self.slot)
+            self._loaded = wanted
+        adapters.set_active(self.editor.transformer, True, slot=self.slot)

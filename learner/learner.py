@@ -1,106 +1,212 @@
-"""The central learner: policy, optimizer, one step from groups to a new adapter. A plain class; any executor may hold it."""
+"""The learner: policy, optimizer, one step from groups to a new adapter. A plain class; any executor may hold it.
+
+Several learners, one per process, may share every update: each is one rank, is sent the groups of its slots, and ends with
+the same weights as all others.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from learner.collective import Alone, Ranks, free_address
 from rl_edit import adapters, wire
-from rl_edit.advantages import Declined
 from rl_edit.config import RunConfig
-from rl_edit.editors import load_editor
-from rl_edit.types import AdapterWeights, Advantages, Conditioning, RewardTable, RolloutGroup, moved
-from rl_edit.update import LearningConfig, learning_step
+from rl_edit.editors import Editor, load_editor
+from rl_edit.errors import InputError
+from rl_edit.regions import UniformRows
+from rl_edit.rollout import blank_task, joined, merged
+from rl_edit.types import AdapterId, Advantages, Conditioning, LearnerState, LearnOrder, LearnReport, RolloutGroup, moved
+from rl_edit.update import Collective, LearningConfig, StepResult, TrainingFailed, learning_step
 
-
-@dataclass(frozen=True, kw_only=True)
-class LearnReport:
-    """What one update did.
-
-    Attributes:
-        adapter: the new weights, packed.
-        metrics: loss, ratio, clip and gradient statistics; empty when no group was trained.
-        declined: why groups were not trained, by kind: "invalid" or "spread".
-    """
-
-    adapter: np.ndarray
-    metrics: dict[str, float]
-    declined: dict[str, list[str]] = field(default_factory=dict)
-    used: int = 0
-    seconds: float = 0.0
+Answer = tuple[LearnReport, np.ndarray, np.ndarray]
+"""The report of an update, the packed adapter and the packed state; the arrays are empty on ranks other than 0."""
 
 
 class Learner:
-    """Holds the trained adapter on a frozen base and its optimizer."""
+    """Holds the trained adapter on a frozen base and its optimizer.
 
-    def __init__(self, config: RunConfig, threads: int) -> None:
+    Args:
+        editor: one to share with others in this process; None loads one.
+    """
+
+    def __init__(self, config: RunConfig, threads: int, *, editor: Editor | None = None) -> None:
         torch.set_num_threads(threads)
         self.config = config
-        self.editor = load_editor(config.editor)
+        self.editor = load_editor(config.editor) if editor is None else editor
         adapters.attach(self.editor.transformer, config.lora, seed=config.seed)
-        self.editor.transformer.requires_grad_(False)
-        self.parameters = adapters.parameters(self.editor.transformer)
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
+        self._named = adapters.named_parameters(self.editor.transformer)
+        self.parameters = list(self._named.values())
+        self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+        self.ranks: Collective = Alone()
         self.updates_done = 0
+        self.skipped_in_a_row = 0
+        self._last: Answer | None = None
 
     def ready(self) -> int:
         """Answers once construction is over: the process id."""
         return os.getpid()
 
-    def export(self) -> np.ndarray:
-        """The adapter as it is now, packed."""
-        return wire.pack(adapters.export(self.editor.transformer, step=self.updates_done))
+    def address(self) -> str:
+        """A free "host:port" of this machine, for the ranks to meet at when this is rank 0."""
+        return free_address()
 
-    def learn(self, update: int, tables: Sequence[np.ndarray], *blobs: np.ndarray) -> LearnReport:
-        """One update from reward tables and their packed groups, in the order given (blobs last: Ray passes them by reference)."""
+    def join(self, rank: int, world: int, address: str) -> None:
+        """Becomes one rank of several, once for good; returns when all have joined. A learner that joins nobody is alone."""
+        ranks = Ranks(rank, world, address, device=self.device, timeout_s=self.config.actors.deadline_s)
+        if self.config.actors.shard_base:
+            ranks.shard(self.editor.transformer, whole=self.parameters)
+        self.ranks = ranks
+
+    def export(self) -> tuple[AdapterId, np.ndarray, np.ndarray]:
+        """The adapter as it is now: its name, itself packed, and all that a resumed learner needs, packed."""
+        weights = adapters.export(self.editor.transformer, step=self.updates_done)
+        return weights.id, wire.pack(weights), wire.pack(self.state())
+
+    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> Answer:
+        """One update, applied once: the same order again gives the same answer.
+
+        Args:
+            blobs: the groups of this rank's slots (slot % world == rank, lost ones left out), in slot order, chunks in order.
+
+        Raises:
+            TrainingFailed: when training cannot go on.
+            RuntimeError: when the update is not the next one, or is the last one with another plan.
+        """
         start = time.perf_counter()
-        if update != self.updates_done:
+        if self._last is not None and order.update == self.updates_done - 1 and order.plan == self._last[0].plan:
+            return self._last
+        if order.update != self.updates_done:
             raise RuntimeError(
-                f"asked for update {update}, but this learner has done {self.updates_done}: it would be applied twice or out of order"
+                f"asked for update {order.update} with plan {order.plan[:12]}, but this learner has done {self.updates_done}, the last "
+                f"with plan {self._last[0].plan[:12] if self._last else 'unknown'}: it would be applied twice or out of order"
             )
-        groups: list[RolloutGroup] = [wire.unpack(blob) for blob in blobs]
-        rewards: list[RewardTable] = [wire.unpack(table) for table in tables]
-        credits = self.config.algorithm.credit(rewards, [group.candidates.token_mask for group in groups])
-        device = self.parameters[0].device
-        batch: list[tuple[RolloutGroup, Advantages]] = []
-        declined: dict[str, list[str]] = {}
-        for group, credit in zip(groups, credits, strict=True):
-            if isinstance(credit, Declined):
-                declined.setdefault(credit.kind, []).append(credit.reason)
-            else:
-                batch.append((moved(group, device), moved(credit, device)))
-        metrics = self._optimise(batch, update) if batch else {}
+        credits, declined = self._credit(order)
+        result = self._optimise(self._own(order, credits, blobs), sorted(credits)) if credits else StepResult(metrics={})
+        if result.skipped:
+            if self.skipped_in_a_row + 1 >= self.config.train.max_skipped:
+                raise TrainingFailed(
+                    f"{result.skipped} at update {order.update}, after {self.skipped_in_a_row} updates skipped for the same reason "
+                    f"(train.max_skipped {self.config.train.max_skipped}): lower train.learning_rate, or look at RUN/diagnostics"
+                )
+            self.skipped_in_a_row += 1
+        elif credits:
+            self.skipped_in_a_row = 0
         self.updates_done += 1
-        return LearnReport(adapter=self.export(), metrics=metrics, declined=declined, used=len(batch), seconds=time.perf_counter() - start)
+        weights = adapters.export(self.editor.transformer, step=self.updates_done)
+        if len(set(self.ranks.exchange(str(weights.id)))) != 1:
+            raise RuntimeError(f"the ranks hold different weights after update {order.update}: they do not compute the same function")
+        report = LearnReport(
+            adapter=weights.id,
+            plan=order.plan,
+            metrics=result.metrics,
+            declined=declined,
+            used=len(credits),
+            skipped=result.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+            seconds=time.perf_counter() - start,
+        )
+        blank = np.empty(0, dtype=np.uint8)
+        self._last = (report, wire.pack(weights), wire.pack(self.state())) if self.ranks.rank == 0 else (report, blank, blank)
+        return self._last
 
-    def _optimise(self, batch: Sequence[tuple[RolloutGroup, Advantages]], update: int) -> dict[str, float]:
+    def ratio(self, blob: np.ndarray) -> float:
+        """Largest deviation of the policy ratio from 1 at the present weights on a packed group, or a chunk of one; changes nothing.
+
+        Any candidate may be an anchor, for a chunk may hold few others than the reference. The forward keeps its gradient, as in
+        learning: without one, kernels may differ.
+        """
+        adapters.set_active(self.editor.transformer, True)
+        group: RolloutGroup = moved(wire.unpack(blob), self.device)
+        signs = 1.0 - 2.0 * (torch.arange(len(group.latents)) % 2)[:, None]
+        rows = UniformRows()(group.candidates.token_mask)
+        advantages = moved(Advantages(values=signs, regions=rows, weights=torch.ones(1)), self.device)
+        objective, generator = self.config.algorithm.objective, torch.Generator().manual_seed(0)
+        deviations = [torch.zeros((), device=self.device)]
+        for point in objective.replay(group, advantages, num_references=0, generator=generator):
+            base = self._reference(point.latents, point.sigma, group.conditioning) if objective.needs_reference else None
+            output = objective.loss(point, self.editor.velocity(point.latents, point.sigma, group.conditioning), base)
+            deviations += [value for name, value in output.metrics.items() if name == "ratio/max_deviation"]
+        return float(torch.stack(deviations).max())
+
+    def _credit(self, order: LearnOrder) -> tuple[dict[int, Advantages], dict[str, tuple[str, ...]]]:
+        """Credit of the slots to train, and why the others are not. Every rank computes it for all slots."""
+        declined: dict[str, tuple[str, ...]] = {}
+        found: dict[int, Advantages] = {}
+        kept = {index: slot for index, slot in enumerate(order.slots) if not slot.lost}
+        tables = [joined([wire.unpack(table) for table in slot.tables]) for slot in kept.values()]
+        masks = [slot.token_mask for slot in kept.values() if slot.token_mask is not None]
+        results = dict(zip(kept, self.config.algorithm.credit(tables, masks), strict=True))
+        for index, slot in enumerate(order.slots):
+            credit = results.get(index)
+            if isinstance(credit, Advantages):
+                found[index] = credit
+            else:
+                kind, reason = ("lost", slot.lost) if credit is None else (credit.kind, credit.reason)
+                declined[kind] = (*declined.get(kind, ()), reason)
+        return found, declined
+
+    def _own(
+        self, order: LearnOrder, credits: Mapping[int, Advantages], blobs: Sequence[np.ndarray]
+    ) -> dict[int, tuple[RolloutGroup, Advantages]]:
+        """This rank's groups to train, by slot."""
+        slots = range(self.ranks.rank, len(order.slots), self.ranks.world)
+        expected = sum(len(order.slots[index].tables) for index in slots)
+        if len(blobs) != expected:
+            raise RuntimeError(f"rank {self.ranks.rank} of {self.ranks.world} got {len(blobs)} chunks of its slots, expected {expected}")
+        rest, own = list(blobs), {}
+        for index in slots:
+            number = len(order.slots[index].tables)
+            chunks, rest = rest[:number], rest[number:]
+            if index in credits:
+                group = merged([wire.unpack(chunk) for chunk in chunks])
+                own[index] = (moved(group, self.device), moved(credits[index], self.device))
+        return own
+
+    def _optimise(self, own: Mapping[int, tuple[RolloutGroup, Advantages]], trained: Sequence[int]) -> StepResult:
+        """All passes over the groups; a step that is skipped ends them."""
+        train, objective = self.config.train, self.config.algorithm.objective
+        adapters.set_active(self.editor.transformer, True)
         current = adapters.export(self.editor.transformer, step=self.updates_done).id
-        on_policy = all(group.adapter.sha256 == current.sha256 for group, _ in batch)
-        metrics: dict[str, float] = {}
-        for index in range(self.config.train.passes):
-            metrics = learning_step(
+        result = StepResult(metrics={})
+        for index in range(train.passes):
+            result = learning_step(
                 self.editor.velocity,
                 self._reference,
                 self.parameters,
                 self.optimizer,
-                self.config.algorithm.objective,
-                batch,
-                config=LearningConfig(max_grad_norm=self.config.train.max_grad_norm, ratio_tolerance=self.config.train.ratio_tolerance),
+                objective,
+                own,
+                trained=trained,
+                ranks=self.ranks,
+                idle=self._idle if self.config.actors.shard_base else lambda: None,
+                config=LearningConfig(max_grad_norm=train.max_grad_norm, ratio_tolerance=train.ratio_tolerance, reduction=train.reduction),
                 num_references=self.config.algorithm.initial_noise.num_references,
                 run_seed=self.config.seed,
-                update=update,
+                update=self.updates_done,
                 pass_index=index,
-                on_policy=on_policy and index == 0,
+                on_policy=current.sha256 if index == 0 else "",
             )
-        return metrics
+            if result.skipped:
+                break
+        return result
+
+    def _idle(self) -> None:
+        """The forwards and backwards of one group, on nothing, for nothing: with a sharded base the other ranks need ours."""
+        objective = self.config.algorithm.objective
+        conditioning = moved(self.editor.encode(blank_task(self.editor.pixels_per_token)), self.device)
+        latents = torch.zeros(objective.num_anchors, *self.editor.latent_shape(conditioning), device=self.device)
+        sigma = torch.full((len(latents),), 0.5, device=self.device)
+        for _ in objective.trained_steps(self.config.rollout.num_steps, torch.Generator()):
+            if objective.needs_reference:
+                self._reference(latents, sigma, conditioning)
+            self.editor.velocity(latents, sigma, conditioning).sum().backward()
 
     @torch.no_grad()
     def _reference(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -111,36 +217,36 @@ class Learner:
         finally:
             adapters.set_active(self.editor.transformer, True)
 
-    def state(self) -> dict[str, Tensor]:
-        """Adapter and optimizer as named tensors: all that a resumed learner needs (seeds are keyed, not streamed)."""
-        names = sorted(name for name, _ in self.editor.transformer.named_parameters() if f".{adapters.POLICY}." in name)
-        tensors = {f"parameter/{name}": p.detach().cpu().clone() for name, p in zip(names, self.parameters, strict=True)}
-        for name, parameter in zip(names, self.parameters, strict=True):
+    def state(self) -> LearnerState:
+        """Adapter and optimizer as named tensors, and the updates skipped in a row."""
+        tensors = {"skipped_in_a_row": torch.tensor(self.skipped_in_a_row)}
+        for name, parameter in self._named.items():
+            tensors[f"parameter/{name}"] = parameter.detach().cpu().clone()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().clone()
-        return tensors
+        return LearnerState(updates_done=self.updates_done, tensors=tensors)
 
-    def restore(self, tensors: dict[str, Tensor], updates_done: int) -> None:
-        """Puts back what :meth:`state` gave; continuing is then bit for bit the uninterrupted run."""
-        names = sorted(name for name, _ in self.editor.transformer.named_parameters() if f".{adapters.POLICY}." in name)
-        expected = {f"parameter/{name}" for name in names}
-        found = {key for key in tensors if key.startswith("parameter/")}
+    def restore(self, blob: np.ndarray) -> None:
+        """Puts back the state of :meth:`export`; continuing is then bit for bit the uninterrupted run.
+
+        Raises:
+            InputError: when it is the state of another adapter.
+        """
+        state: LearnerState = wire.unpack(blob)
+        expected = {(f"parameter/{name}", tuple(parameter.shape)) for name, parameter in self._named.items()}
+        found = {(key, tuple(value.shape)) for key, value in state.tensors.items() if key.startswith("parameter/")}
         if expected != found:
-            raise ValueError(
-                f"checkpoint parameters differ from this run's adapter: {sorted(expected ^ found)[:4]}; "
-                "resume with the run's own lora settings"
+            raise InputError(
+                f"the checkpoint's parameters are not those of this run's adapter ({sorted(expected ^ found)[:2]}), so it cannot be "
+                "continued: resume with the run's own lora settings"
             )
-        for name, parameter in zip(names, self.parameters, strict=True):
-            parameter.data.copy_(tensors[f"parameter/{name}"])
+        for name, parameter in self._named.items():
+            parameter.data.copy_(state.tensors[f"parameter/{name}"])
             self.optimizer.state[parameter] = {
                 key.split("/", 2)[1]: value.to(parameter.device if not key.startswith("optimizer/step/") else "cpu").clone()
-                for key, value in tensors.items()
+                for key, value in state.tensors.items()
                 if key.startswith("optimizer/") and key.split("/", 2)[2] == name
             }
-        self.updates_done = updates_done
-
-
-def unpack_adapter(blob: np.ndarray) -> AdapterWeights:
-    """The adapter of a packed export."""
-    weights: AdapterWeights = wire.unpack(blob)
-    return weights
+        self.updates_done = state.updates_done
+        self.skipped_in_a_row = int(state.tensors["skipped_in_a_row"])
+        self._last = None

@@ -4,67 +4,52 @@
 
     stage      consumes                         produces                 waits for                    unblocked by
     ---------  -------------------------------  -----------------------  ---------------------------  ----------------------
-    plan       data cursor (update, slot)       WorkItem                 the adapter of its version   publish
-    rollout    WorkItem                         group blob + its hash    a free rollout actor         a finished group
-    score      group blob                       RewardTable              a free reward actor          a finished score
-    learn      all groups of an update, in      adapter blob, metrics    every group of the update    the last score
-               slot order
+    plan       data cursor (update, slot)       WorkItems of a group     the adapter of its version   publish
+    rollout    WorkItem                         chunk blob + its hash    an idle rollout actor        a finished chunk
+    score      chunk blob                       RewardTable              an idle reward actor         a finished score
+    learn      all groups of an update, in      adapter and state        every group of the update    the last score
+               slot order                       blobs, held
+    commit     held blobs                       checkpoint directory     the disk                     -
     publish    adapter blob                     acknowledgements         every rollout actor          -
-    commit     learner state                    checkpoint directory     the disk                     -
 
 Groups are bound to updates, slots and adapter versions by number: arrival order and the number of actors never change a
-result. At most ``(max_lag + 1) * groups_per_update`` groups are in flight. The loop sees workers through a Protocol and
-knows no Ray, no editor and no tensor.
+result. At most ``(max_lag + 1) * groups_per_update`` groups are in flight, so whatever is admitted can be trained on and
+nothing is ever evicted. State is held (or committed) before its weights are published, so weights that anybody has seen can
+always be made again. The controller moves references and small records: it knows no Ray, no editor and no large tensor.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from learner import checkpoint
-from learner.learner import LearnReport, unpack_adapter
+from learner import checkpoint, planning, preflight
+from learner.capacity import Capacity
+from learner.executor import Executor, Ref
+from learner.group import Held, LearnerGroup
+from learner.lease import Lease
+from learner.ledger import Ledger, Verdict
+from learner.supervisor import GivenUp, Supervisor
 from rl_edit import telemetry, wire
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
-from rl_edit.errors import InputError
+from rl_edit.errors import BlobLost, InputError, WorkFailed
 from rl_edit.exploration import keyed_seed
-from rl_edit.types import AdapterId, AdapterWeights, EditTask, RewardTable, WorkItem
+from rl_edit.rollout import joined
+from rl_edit.types import AdapterId, AdapterWeights, EditTask, LearnOrder, LearnReport, LearnSlot, RewardTable, Rolled, WorkItem
 from rl_edit.update import TrainingFailed
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rolled:
-    """A finished group: small metadata here, the blob wherever the workers keep it (an object reference under Ray)."""
-
-    work_id: str
-    adapter: AdapterId
-    blob: Any
-    nbytes: int
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class Workers(Protocol):
-    """What the loop asks of the processes that do the work."""
-
-    pixels_per_token: int
-
-    async def start(self) -> None: ...
-    async def rollout(self, item: WorkItem) -> Rolled: ...
-    async def score(self, rolled: Rolled) -> np.ndarray: ...
-    async def publish(self, adapter: np.ndarray) -> None: ...
-    async def learn(self, update: int, groups: Sequence[Rolled], tables: Sequence[np.ndarray]) -> LearnReport: ...
-    async def learner_state(self) -> dict[str, torch.Tensor]: ...
-    async def restore_learner(self, state: dict[str, torch.Tensor], updates_done: int) -> None: ...
-    async def export(self) -> np.ndarray: ...
+WATCH_EVERY_S = 5.0
 
 
 class Observer(Protocol):
@@ -72,14 +57,74 @@ class Observer(Protocol):
 
     def group_scored(self, update: int, done: int, total: int) -> None: ...
     def update_done(self, metrics: dict[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: updates done and the adapter it made."""
+    """How a run ended: updates done and the adapter it made; None when it was stopped before there was one."""
 
     updates_done: int
-    adapter: AdapterWeights
+    adapter: AdapterWeights | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What identifies a run, beside its config.
+
+    Attributes:
+        identity: hash of everything that decides results (settings, data, editor); a checkpoint of another is refused.
+        pixels_per_token: edge of an image token, to which tasks are fitted.
+        capacity: what the workers occupy, for the efficiency.
+        allow_drift: dotted settings that may differ from a checkpoint's.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    directory: Path
+    identity: str
+    pixels_per_token: int
+    code_version: str = ""
+    capacity: Capacity = field(default_factory=Capacity)
+    allow_drift: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A work item that was rolled out and scored."""
+
+    rolled: Rolled
+    blob: Ref
+    table: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A slot of an update: its chunks in candidate order, or why there are none."""
+
+    group_id: str
+    chunks: tuple[Chunk, ...] = ()
+    lost: str = ""
+
+
+class Stop:
+    """Asks a run to commit and end. Thread- and signal-safe; asked twice is asked once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event: asyncio.Event | None = None
+
+    def request(self) -> None:
+        self.requested = True
+        if self._loop is not None and self._event is not None:
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        if self.requested:
+            return
+        await self._event.wait()
 
 
 class TaskCursor:
@@ -99,100 +144,159 @@ class TaskCursor:
 
 
 class TrainingLoop:
-    """Drives one run from its first or resumed update to its last.
-
-    Args:
-        identity: hash of everything that decides results (settings, data, editor); a checkpoint of another is refused.
-        should_stop: asked between updates; when it says so the run commits and ends.
-    """
+    """Drives one run from its first or resumed update to its last: the controller."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        dataset: Dataset,
-        workers: Workers,
-        run_dir: Path,
-        *,
-        identity: str,
-        events: telemetry.Events,
-        observer: Observer,
-        should_stop: Callable[[], bool] = lambda: False,
+        self, run: Run, executor: Executor, *, lease: Lease, events: telemetry.Events, observer: Observer, stop: Stop | None = None
     ) -> None:
-        self.config, self.workers, self.events, self.observer, self.should_stop = config, workers, events, observer, should_stop
-        self.identity = identity
-        self.cursor = TaskCursor(dataset, seed=config.seed, groups_per_update=config.train.groups_per_update)
-        self.metrics = telemetry.JsonlFile(run_dir / telemetry.METRICS)
-        self.checkpoints = run_dir / "checkpoints"
-        self.acting: dict[int, AdapterWeights] = {}
-        self.in_flight: dict[int, list[asyncio.Task[tuple[Rolled, np.ndarray]]]] = {}
+        self.of, self.config, self.executor, self.lease = run, run.config, executor, lease
+        self.events, self.observer, self.stop = events, observer, stop or Stop()
+        actors = self.config.actors
+        self.supervisor = Supervisor(executor, actors, on_event=events)
+        self.learners = LearnerGroup(self.supervisor, actors.num_learner, on_event=events)
+        self.supervisor.open("rollout", actors.num_rollout, prepare=self._hand_over)
+        self.supervisor.open("reward", actors.num_reward)
+        self.ledger = Ledger()
+        self.cursor = TaskCursor(run.dataset, seed=self.config.seed, groups_per_update=self.config.train.groups_per_update)
+        self.metrics = telemetry.JsonlFile(run.directory / telemetry.METRICS)
+        self.checkpoints = run.directory / "checkpoints"
+        self.acting: dict[int, tuple[AdapterId, Ref]] = {}
+        self.held: Held | None = None
+        self.committed = 0
+        self.failed_commits = 0
+        self.in_flight: dict[int, list[asyncio.Task[Group]]] = {}
+        self.costs: list[planning.GroupCost] = []
+        self._applying = False
+        self._progress = time.monotonic()
 
     async def run(self, *, resume: bool) -> Outcome:
         """Runs to ``train.updates`` or until asked to stop; commits at the end either way.
 
         Raises:
             InputError: a checkpoint of other settings, or a reward that breaks its contract.
-            TrainingFailed: too many groups were dropped, a ratio was not 1 on-policy, or a loss was not finite.
+            TrainingFailed: too many groups were dropped, a ratio was not 1 on-policy, losses were not finite, or workers cannot be
+                kept alive.
+            Fenced: a newer attempt holds the run directory.
         """
-        await self.workers.start()
-        start = await self._begin(resume)
-        update = start
+        work = asyncio.create_task(self._run(resume))
+        stopped = asyncio.create_task(self.stop.wait())
+        watch = asyncio.create_task(self._watch())
         try:
-            while update < self.config.train.updates and not self.should_stop():
-                await self._update(update)
-                update += 1
-                if update % self.config.train.checkpoint_every == 0 or update == self.config.train.updates:
-                    await self._commit(update)
+            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                # An update that is being applied is worth its grace; rollouts under way are not: they are made again on resume.
+                await asyncio.wait({work}, timeout=self.config.train.grace_s if self._applying else 0)
+                work.cancel()
+            try:
+                await work
+            except asyncio.CancelledError:
+                if self.held is None:
+                    return Outcome(updates_done=0, adapter=None)
+            except TrainingFailed:
+                if self.failed_commits == 0:
+                    await self._commit_newest()
+                raise
+            await self._commit_newest()
+            weights: AdapterWeights = wire.unpack(await self.executor.fetch(self._held().adapter))
+            return Outcome(updates_done=self._held().updates_done, adapter=weights)
         finally:
-            for task in [task for tasks in self.in_flight.values() for task in tasks]:
+            tasks = [work, stopped, watch, *(task for tasks in self.in_flight.values() for task in tasks)]
+            for task in tasks:
                 task.cancel()
-        if update % self.config.train.checkpoint_every and update not in (start, self.config.train.updates):
-            await self._commit(update)
-        return Outcome(updates_done=update, adapter=self.acting[update])
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _begin(self, resume: bool) -> int:
+    async def _run(self, resume: bool) -> None:
+        await self.supervisor.ready()
+        await self.learners.start()
+        await self._begin(resume)
+        if self.config.actors.preflight and self._held().updates_done < self.config.train.updates:
+            item = self._items(self._held().updates_done, 0, self._version(self._held().updates_done))[0]
+            proof = await preflight.prove(
+                self.executor, self.supervisor, self.learners, item, self.config, on_policy=item.adapter == self._held().id
+            )
+            self.events("preflight", **asdict(proof))
+            await self._require_room()
+        while self._held().updates_done < self.config.train.updates and not self.stop.requested:
+            await self._update(self._held().updates_done)
+
+    def _held(self) -> Held:
+        assert self.held is not None, "nothing is held before the actors have started"
+        return self.held
+
+    async def _require_room(self) -> None:
+        """Raises InputError when the disk cannot take a checkpoint, before an hour is spent on what could not be kept."""
+        held = self._held()
+        nbytes = (await self.executor.fetch(held.state)).nbytes + (await self.executor.fetch(held.adapter)).nbytes
+        if problem := checkpoint.room_for(self.checkpoints.parent, nbytes):
+            raise InputError(f"{problem} Free space, or give another --run-dir.")
+
+    async def _begin(self, resume: bool) -> None:
         """Restores the newest sound checkpoint, or starts from the base; either way actors hold what they may be asked for."""
         found = checkpoint.newest(self.checkpoints, on_corrupt=self.events) if resume else None
         if found is not None:
-            checkpoint.require_same_run(found, self.identity, self.checkpoints)
-            await self.workers.restore_learner(found.learner, found.updates_done)
-            self.acting = {weights.id.step: weights for weights in found.acting}
-            start = found.updates_done
-            self.events("resumed", updates_done=start, adapter=str(self.acting[start].id))
+            checkpoint.require_same_run(found, self.of.identity, self.config.identity(), self.checkpoints, allow=self.of.allow_drift)
+            state = self.executor.put(found.learner)
+            await self.learners.restore(state)
+            self.acting = {named.step: (named, self.executor.put(blob)) for named, blob in found.acting.items()}
+            self.ledger.restore(found.ledger)
+            named, adapter = self.acting[found.updates_done]
+            self.held = Held(updates_done=found.updates_done, id=named, adapter=adapter, state=state)
         else:
             if resume and (lost := [path.name for path in self.checkpoints.glob(".corrupt-*")]):
                 raise InputError(
                     f"no sound checkpoint is left in {self.checkpoints} ({', '.join(sorted(lost))} did not verify): "
                     "starting over here would erase the run's curves. Restore a copy, or start a new --run-dir."
                 )
-            weights = unpack_adapter(await self.workers.export())
-            self.acting = {0: weights}
-            start = 0
-            self.events("started", adapter=str(weights.id))
-        self.metrics.rewind(start)
-        self.events.rewind(start)
-        for weights in self.acting.values():
-            await self.workers.publish(wire.pack(weights))
-        return start
+            self.held = await self.learners.export(0)
+            self.acting = {0: (self.held.id, self.held.adapter)}
+        self.committed = self.held.updates_done
+        self.metrics.rewind(self.committed)
+        self.events.rewind(self.committed)
+        self.events("started" if found is None else "resumed", updates_done=self.committed, adapter=str(self.held.id))
+        for named, adapter in self.acting.values():
+            await self.supervisor.tell("rollout", f"publishing {named}", "load", adapter)
+
+    async def _hand_over(self, worker: Any) -> None:
+        """A new rollout actor gets the adapters in use."""
+        for _, adapter in self.acting.values():
+            await worker.call("load", adapter)
 
     async def _update(self, update: int) -> None:
-        started = time.perf_counter()
-        train = self.config.train
-        for ahead in range(update, min(update + train.max_lag, train.updates - 1) + 1):
-            self._dispatch(ahead)
-        results = await self._gather(update)
+        began = time.perf_counter()
+        retries = dict(self.supervisor.retries)
+        groups = await self._gather(update)
         gathered = time.perf_counter()
-        groups, packed = [rolled for rolled, _ in results], [table for _, table in results]
-        report = await self.workers.learn(update, groups, packed)
+        report, groups = await self._learn(update, groups)
         learned = time.perf_counter()
-        tables: list[RewardTable] = [wire.unpack(table) for table in packed]
-        self._check_drops(update, report, tables)
-        weights = unpack_adapter(report.adapter)
-        self.acting[update + 1] = weights
-        for old in [step for step in self.acting if step < update + 1 - train.max_lag]:
+        self.events(
+            "update_applied", update=update, adapter=str(report.adapter), used=report.used, consumed=[group.group_id for group in groups]
+        )
+        for kind, reasons in report.declined.items():
+            self.events("groups_dropped", update=update, kind=kind, reasons=telemetry.count_reasons(reasons))
+        if report.skipped:
+            self.events("step_skipped", update=update, reason=report.skipped, in_a_row=report.skipped_in_a_row)
+            await self._keep_evidence(update, groups, report)
+        held = self._held()
+        if held.updates_done % self.config.train.checkpoint_every == 0 or held.updates_done == self.config.train.updates:
+            await self._commit(held)
+        committed = time.perf_counter()
+        if self.stop.requested:
+            return
+        self.acting[held.updates_done] = (held.id, held.adapter)
+        for old in [step for step in self.acting if step < held.updates_done - self.config.train.max_lag]:
             del self.acting[old]
-        await self.workers.publish(report.adapter)
+        await self.supervisor.tell("rollout", f"publishing {held.id}", "load", held.adapter)
         published = time.perf_counter()
-        rollout_seconds = sum(sum(rolled.seconds.values()) for rolled in groups)
+        self.lease.check()
+        tables = [_table(group) for group in groups if not group.lost]
+        chunks = [chunk for group in groups for chunk in group.chunks]
+        cost = planning.GroupCost(
+            rollout_s=sum(sum(chunk.rolled.seconds.values()) for chunk in chunks) / len(groups),
+            reward_s=sum(table.seconds for table in tables) / len(groups),
+            learn_s=report.seconds * self.config.actors.num_learner / len(groups),
+            step_s=committed - learned,
+            publish_s=published - committed,
+        )
         record = {
             "update": update,
             **telemetry.reward_metrics(tables),
@@ -200,89 +304,268 @@ class TrainingLoop:
             "groups/used": report.used,
             "groups/dropped": len(groups) - report.used,
             "groups/dropped_reasons": {kind: telemetry.count_reasons(reasons) for kind, reasons in report.declined.items()},
-            "adapter": str(weights.id),
-            "policy_version": weights.id.step,
-            "staleness": update - groups[0].adapter.step,
-            "bytes/groups": sum(rolled.nbytes for rolled in groups),
-            "seconds/rollout": rollout_seconds,
-            "seconds/reward": sum(table.seconds for table in tables),
-            "seconds/wait": gathered - started,
+            "step/skipped": int(bool(report.skipped)),
+            "adapter": str(report.adapter),
+            "policy_version": report.adapter.step,
+            "staleness": update - min((chunk.rolled.adapter.step for chunk in chunks), default=update),
+            "retries/infra": self.supervisor.retries["infra"] - retries["infra"],
+            "retries/data": self.supervisor.retries["data"] - retries["data"],
+            "bytes/groups": sum(chunk.rolled.nbytes for chunk in chunks),
+            "seconds/rollout": cost.rollout_s * len(groups),
+            "seconds/reward": cost.reward_s * len(groups),
+            "seconds/wait": gathered - began,
             "seconds/learn": learned - gathered,
-            "seconds/publish": published - learned,
-            "seconds/update": time.perf_counter() - started,
+            "seconds/commit": committed - learned,
+            "seconds/publish": published - committed,
+            "seconds/update": published - began,
+            "efficiency": self.of.capacity.efficiency(cost, len(groups), published - began),
         }
         self.metrics.append(record)
+        self.executor.mirror(record)
         self.observer.update_done(record)
+        self._advise(cost)
 
     def _dispatch(self, update: int) -> None:
         """Starts an update's groups once, under the version that ``max_lag`` assigns to it."""
-        if update in self.in_flight:
-            return
-        version = max(update - self.config.train.max_lag, 0)
-        self.in_flight[update] = [
-            asyncio.create_task(self._group(self._item(update, slot, self.acting[version].id)))
-            for slot in range(self.config.train.groups_per_update)
+        if update not in self.in_flight:
+            adapter = self._version(update)
+            slots = range(self.config.train.groups_per_update)
+            self.in_flight[update] = [asyncio.create_task(self._group(self._items(update, slot, adapter))) for slot in slots]
+
+    def _version(self, update: int) -> AdapterId:
+        return self.acting[max(update - self.config.train.max_lag, 0)][0]
+
+    def _items(self, update: int, slot: int, adapter: AdapterId) -> list[WorkItem]:
+        """The work of one slot: a group, in chunks."""
+        task, draw = self.cursor.at(update, slot)
+        task = fit(task, resolution=self.config.editor.resolution, multiple=self.of.pixels_per_token)
+        return [
+            WorkItem(
+                group_id=f"{keyed_seed(self.config.seed, 'work', update, slot, task.task_id, draw):016x}",
+                chunk=chunk,
+                task=task,
+                draw=draw,
+                update=update,
+                num_candidates=self.config.rollout.group_size,
+                run_seed=self.config.seed,
+                adapter=adapter,
+            )
+            for chunk in self.config.rollout.chunks
         ]
 
-    def _item(self, update: int, slot: int, adapter: AdapterId) -> WorkItem:
-        task, draw = self.cursor.at(update, slot)
-        task = fit(task, resolution=self.config.editor.resolution, multiple=self.workers.pixels_per_token)
-        return WorkItem(
-            work_id=f"{keyed_seed(self.config.seed, 'work', update, slot, task.task_id, draw):016x}",
-            task=task,
-            draw=draw,
-            update=update,
-            num_candidates=self.config.rollout.group_size,
-            run_seed=self.config.seed,
-            adapter=adapter,
-        )
+    async def _group(self, items: Sequence[WorkItem]) -> Group:
+        """One group: its chunks side by side, each scored as soon as it is rolled out. Whole or lost."""
+        for item in items:
+            self.ledger.plan(item)
+        chunks = [asyncio.ensure_future(self._chunk(item)) for item in items]
+        try:
+            return Group(group_id=items[0].group_id, chunks=tuple(await asyncio.gather(*chunks)))
+        except GivenUp as error:
+            self.events("group_lost", group_id=items[0].group_id, update=items[0].update, reason=str(error))
+            return Group(group_id=items[0].group_id, lost=str(error))
+        finally:
+            for chunk in chunks:
+                chunk.cancel()
 
-    async def _group(self, item: WorkItem) -> tuple[Rolled, np.ndarray]:
-        """One group, rolled out and scored; refused when it does not come from the weights it names."""
-        rolled = await self.workers.rollout(item)
-        if rolled.adapter != item.adapter:
-            self.events("stale_adapter", work_id=item.work_id, wanted=str(item.adapter), loaded=str(rolled.adapter))
-            raise TrainingFailed(
-                f"group {item.work_id} was rolled out with adapter {rolled.adapter}, but {item.adapter} is published: "
-                "a weight update did not reach its actor. Refusing to train on it."
-            )
-        return rolled, await self.workers.score(rolled)
+    async def _chunk(self, item: WorkItem) -> Chunk:
+        while True:
+            rolled, blob = await self._rollout(item)
+            try:
+                table = await self._score(item, blob)
+            except BlobLost as error:
+                self.events("blob_lost", work_id=item.work_id, update=item.update, reason=str(error))
+                self.ledger.reopen(item.work_id)
+                continue
+            self.ledger.scored(item.work_id)
+            return Chunk(rolled=rolled, blob=blob, table=table)
 
-    async def _gather(self, update: int) -> list[tuple[Rolled, np.ndarray]]:
+    async def _rollout(self, item: WorkItem) -> tuple[Rolled, Ref]:
+        """The first valid result of an item."""
+        taken: list[tuple[Rolled, Ref]] = []
+
+        def judged(answer: tuple[Rolled, Ref]) -> str:
+            verdict = self.ledger.offer(item.work_id, answer[0])
+            if verdict is Verdict.TAKEN:
+                taken.append(answer)
+            elif verdict is not Verdict.DUPLICATE:
+                seen = {"wanted": str(item.adapter), "loaded": str(answer[0].adapter), "sha256": answer[0].sha256}
+                self.events(f"result_{verdict.value}", work_id=item.work_id, update=item.update, **seen)
+            if verdict is Verdict.NOT_FINITE:
+                raise WorkFailed("latents or velocities are not finite")
+            return {Verdict.STALE: "a weight update did not reach it", Verdict.FOREIGN: "it answered about another item"}.get(verdict, "")
+
+        def attempt(worker: str) -> None:
+            self.ledger.failed(item.work_id)
+            self.ledger.dispatched(item.work_id)
+
+        what = f"rollout of {item.work_id}"
+        try:
+            await self.supervisor.call("rollout", what, "run", wire.pack(item), blobs=1, check=judged, late=judged, attempt=attempt)
+        except GivenUp:
+            if not taken:
+                raise
+        return taken[0]
+
+    async def _score(self, item: WorkItem, blob: Ref) -> np.ndarray:
+        def problem(packed: np.ndarray) -> str:
+            table: RewardTable = wire.unpack(packed)
+            if table.group_id != item.group_id or len(table.values) != item.chunk[1] - item.chunk[0]:
+                raise WorkFailed(f"the table is of group {table.group_id} with {len(table.values)} rows")
+            if not torch.equal(table.valid, table.values.isfinite()):
+                raise WorkFailed("a valid score is not finite, or an invalid one has a number")
+            return ""
+
+        table: np.ndarray = await self.supervisor.call("reward", f"scoring of {item.work_id}", "score", blob, check=problem)
+        return table
+
+    async def _gather(self, update: int) -> list[Group]:
         """Every group of an update, in slot order; progress as they arrive, the first failure at once."""
-        tasks = self.in_flight.pop(update)
+        train = self.config.train
+        for ahead in range(update, min(update + train.max_lag, train.updates - 1) + 1):
+            self._dispatch(ahead)
+        tasks = self.in_flight[update]
         waiting = set(tasks)
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            failures = [error for task in done if (error := task.exception()) is not None]
-            if failures:
-                for task in waiting:
-                    task.cancel()
-                raise failures[0]
+            for task in done:
+                task.result()
+            self._progress = time.monotonic()
             self.observer.group_scored(update, len(tasks) - len(waiting), len(tasks))
-        return [task.result() for task in tasks]
+        del self.in_flight[update]
+        groups = [task.result() for task in tasks]
+        self._refuse_too_few(update, groups)
+        return groups
 
-    def _check_drops(self, update: int, report: LearnReport, tables: Sequence[RewardTable]) -> None:
-        """Counts what was not trained, and stops when invalid rewards exceed their budget."""
-        for kind, reasons in report.declined.items():
-            self.events("groups_dropped", update=update, kind=kind, reasons=telemetry.count_reasons(reasons))
-        invalid = report.declined.get("invalid", [])
-        if len(invalid) <= self.config.train.max_dropped_groups:
+    def _refuse_too_few(self, update: int, groups: Sequence[Group]) -> None:
+        """Stops before anything is learnt when more groups than allowed were lost or have an invalid reward."""
+        tables = [_table(group) for group in groups if not group.lost]
+        invalid = [reason for table in tables if not bool(table.valid.all()) for reason in table.reasons[:1] or ("no reason given",)]
+        bad = [group.lost for group in groups if group.lost] + invalid
+        if len(bad) <= self.config.train.max_dropped_groups:
             return
         message = (
-            f"{len(invalid)} of {len(tables)} groups of update {update} have an invalid reward, train.max_dropped_groups is "
-            f"{self.config.train.max_dropped_groups}: {invalid[0]}"
+            f"{len(bad)} of {len(groups)} groups of update {update} are lost or have an invalid reward, train.max_dropped_groups is "
+            f"{self.config.train.max_dropped_groups}: {bad[0]}"
         )
         if any(table.contract_broken for table in tables):
             raise InputError(f"{message}. Fix the reward function or its declared range.")
         raise TrainingFailed(f"{message}. Check the judge, or allow drops with train.max_dropped_groups.")
 
-    async def _commit(self, updates_done: int) -> None:
-        state = await self.workers.learner_state()
-        acting = tuple(self.acting[step] for step in sorted(self.acting))
-        path = checkpoint.write(
-            self.checkpoints,
-            checkpoint.Checkpoint(updates_done=updates_done, identity=self.identity, learner=state, acting=acting),
+    async def _learn(self, update: int, groups: list[Group]) -> tuple[LearnReport, list[Group]]:
+        """Applies an update and holds its result. Groups whose blobs are gone by then are made again."""
+        while True:
+            order = _order(update, groups)
+            ranks = self.config.actors.num_learner
+            shards = [[c.blob for slot, group in enumerate(groups) if slot % ranks == rank for c in group.chunks] for rank in range(ranks)]
+            self._applying = True
+            try:
+                report, self.held = await self.learners.apply(order, shards, self._held())
+                break
+            except BlobLost as error:
+                work_ids = [chunk.rolled.work_id for group in groups for chunk in group.chunks]
+                self.events("blob_lost", work_id=work_ids, update=update, reason=str(error))
+                self.ledger.close(work_ids)
+                groups = await self._gather(update)
+            finally:
+                self._applying = False
+        self._progress = time.monotonic()
+        self.ledger.consume(update, [group.group_id for group in groups])
+        return report, groups
+
+    async def _commit_newest(self) -> None:
+        if self.held is not None and self.held.updates_done > self.committed:
+            await self._commit(self.held)
+
+    async def _commit(self, held: Held) -> None:
+        """Writes a checkpoint. A full disk costs a warning and is tried again at the next one, a few times."""
+        acting = {**{named.step: (named, ref) for named, ref in self.acting.values()}, held.updates_done: (held.id, held.adapter)}
+        needed = sorted(step for step in acting if step >= held.updates_done - self.config.train.max_lag)
+        content = checkpoint.Checkpoint(
+            updates_done=held.updates_done,
+            identity=self.of.identity,
+            settings=self.config.identity(),
+            code_version=self.of.code_version,
+            ledger=self.ledger.state(),
+            learner=await self.executor.fetch(held.state),
+            acting={acting[step][0]: await self.executor.fetch(acting[step][1]) for step in needed},
         )
-        checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints)
-        self.events("checkpoint", path=path.name, adapter=str(self.acting[updates_done].id))
+        try:
+            path = await asyncio.to_thread(checkpoint.write, self.checkpoints, content, lease=self.lease)
+        except OSError as error:
+            self.failed_commits += 1
+            self.events("commit_failed", updates_done=held.updates_done, in_a_row=self.failed_commits, reason=str(error))
+            self.observer.note(f"checkpoint of update {held.updates_done} could not be written ({error}); the one before is intact")
+            if self.failed_commits >= self.config.train.max_failed_commits or held.updates_done == self.config.train.updates:
+                raise TrainingFailed(
+                    f"{self.failed_commits} checkpoints in a row could not be written to {self.checkpoints} ({error}): free space or "
+                    f"give another --run-dir, then continue with --resume from update {self.committed}"
+                ) from error
+            return
+        self.failed_commits, self.committed = 0, held.updates_done
+        checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, lease=self.lease)
+        self.lease.renew()
+        self.events("checkpoint", path=path.name, adapter=str(held.id), chain=self.ledger.chain)
+
+    async def _keep_evidence(self, update: int, groups: Sequence[Group], report: LearnReport) -> None:
+        """What led to a skipped step, for whoever has to find out why: the groups as they are on the wire, tables and metrics."""
+        folder = self.of.directory / "diagnostics" / f"update_{update:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        facts: dict[str, Any] = {"update": update, "reason": report.skipped, "metrics": report.metrics, "groups": {}}
+        for group in groups:
+            for chunk in group.chunks:
+                table: RewardTable = wire.unpack(chunk.table)
+                facts["groups"][chunk.rolled.work_id] = {"names": table.names, "values": table.values.tolist(), "reasons": table.reasons}
+                (folder / f"{chunk.rolled.work_id}.safetensors").write_bytes(bytes(await self.executor.fetch(chunk.blob)))
+        (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    def _advise(self, cost: planning.GroupCost) -> None:
+        """After two updates: how the workers seen so far would best be divided."""
+        self.costs.append(cost)
+        actors = self.config.actors
+        if len(self.costs) != 2 or actors.placement == "colocated" or not self.of.capacity.divisible:
+            return
+        seats = planning.Seats(rollout=actors.num_rollout, reward=actors.num_reward, learner=actors.num_learner)
+        total, chunks = actors.num_rollout + actors.num_reward + actors.num_learner, len(self.config.rollout.chunks)
+        groups, lag = self.config.train.groups_per_update, self.config.train.max_lag
+        advice = planning.recommend(cost, total, groups, lag, chunks, present=seats)
+        self.events("placement_advice", now=asdict(seats), best=asdict(advice.seats), words=advice.words)
+        self.observer.note(advice.words)
+
+    async def _watch(self) -> None:
+        """Says what is pending when nothing has moved for ``actors.stall_s``."""
+        limit = self.config.actors.stall_s
+        said = time.monotonic()
+        while True:
+            await asyncio.sleep(min(WATCH_EVERY_S, limit / 4))
+            now = time.monotonic()
+            pending = self.supervisor.pending()
+            if not pending or now - max(self._progress, said) < limit:
+                continue
+            said = now
+            oldest = [{"what": call.what, "worker": call.worker, "age_s": round(call.age_s, 1)} for call in pending[:5]]
+            self.events("stall", silent_s=round(now - self._progress, 1), pending=len(pending), oldest=oldest)
+            words = "; ".join(f"{call['what']} on {call['worker']} for {call['age_s']:.0f} s" for call in oldest)
+            self.observer.note(f"nothing has finished for {now - self._progress:.0f} s; pending: {words}")
+
+
+def _table(group: Group) -> RewardTable:
+    """A group's rewards: the tables of its chunks in candidate order."""
+    return joined([wire.unpack(chunk.table) for chunk in group.chunks])
+
+
+def _order(update: int, groups: Sequence[Group]) -> LearnOrder:
+    """What the learner is to apply, named by its content in canonical order."""
+    content = hashlib.sha256(str(update).encode())
+    for group in groups:
+        content.update(f"{group.group_id} {group.lost}".encode())
+        for chunk in group.chunks:
+            content.update(chunk.rolled.sha256.encode() + hashlib.sha256(chunk.table.tobytes()).digest())
+    slots = tuple(
+        LearnSlot(
+            token_mask=group.chunks[0].rolled.token_mask if group.chunks else None,
+            tables=tuple(chunk.table for chunk in group.chunks),
+            lost=group.lost,
+        )
+        for group in groups
+    )
+    return LearnOrder(update=update, plan=content.hexdigest(), slots=slots)

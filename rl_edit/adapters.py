@@ -1,12 +1,15 @@
 """LoRA adapters: attach, export, load, name by content, and save so that stock diffusers loads them with their alpha.
 
-PEFT and diffusers take seconds to import and are imported where they are used: a config error must not wait for them.
+An adapter sits in a named slot of the transformer. One process may hold several on one frozen base; a forward uses the slot
+that was switched on last. PEFT and diffusers take seconds to import and are imported where they are used: a config error must
+not wait for them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
 
 POLICY = "policy"
-"""Name of the trained adapter inside the transformer."""
+"""Slot of the adapter that is trained, evaluated or used for editing."""
+
+BEHAVIOUR = "behaviour"
+"""Slot that rollouts use beside a learner on the same transformer: its weights may be older than the policy's."""
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -50,26 +56,31 @@ class LoraConfig(BaseModel):
         return PeftLoraConfig(r=self.rank, lora_alpha=alpha, target_modules=list(self.targets), init_lora_weights="gaussian")
 
 
-def attach(transformer: nn.Module, config: LoraConfig, *, seed: int) -> None:
-    """Adds the policy adapter: A Gaussian from ``seed``, B zero, so that the edited model starts as the base, in fp32."""
-    with torch.random.fork_rng(devices=[]):
+def attach(transformer: nn.Module, config: LoraConfig, *, seed: int, slot: str = POLICY) -> None:
+    """Adds an adapter: A Gaussian from ``seed``, B zero, so that the edited model starts as the base, in fp32. It is switched on."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second slot beside the first is meant
         torch.manual_seed(seed)
-        transformer.add_adapter(config.peft(), adapter_name=POLICY)  # type: ignore[operator]  # diffusers mixes it in
-    for name, parameter in transformer.named_parameters():
-        if f".{POLICY}." in name:
-            parameter.data = parameter.data.float()
+        transformer.add_adapter(config.peft(), adapter_name=slot)  # type: ignore[operator]  # diffusers mixes it in
+    for parameter in parameters(transformer, slot=slot):
+        parameter.data = parameter.data.float()
 
 
-def parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The policy adapter's parameters, in a fixed order."""
-    return [p for name, p in sorted(transformer.named_parameters()) if f".{POLICY}." in name]
+def named_parameters(transformer: nn.Module, *, slot: str = POLICY) -> dict[str, nn.Parameter]:
+    """A slot's parameters by their name in the transformer, in a fixed order."""
+    return {name: p for name, p in sorted(transformer.named_parameters()) if f".{slot}." in name}
 
 
-def export(transformer: nn.Module, *, step: int) -> AdapterWeights:
+def parameters(transformer: nn.Module, *, slot: str = POLICY) -> list[nn.Parameter]:
+    """A slot's parameters, in a fixed order."""
+    return list(named_parameters(transformer, slot=slot).values())
+
+
+def export(transformer: nn.Module, *, step: int, slot: str = POLICY) -> AdapterWeights:
     """A copy of the adapter as it is loaded now, under its content name."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(transformer, adapter_name=POLICY)
+    state = get_peft_model_state_dict(transformer, adapter_name=slot)
     tensors = {name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in sorted(state)}
     return AdapterWeights(id=AdapterId(step, digest(tensors)), tensors=tensors)
 
@@ -84,27 +95,34 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def load(transformer: nn.Module, weights: AdapterWeights) -> None:
+def load(transformer: nn.Module, weights: AdapterWeights, *, slot: str = POLICY) -> None:
     """Copies tensors into the attached adapter, exactly."""
     from peft import set_peft_model_state_dict
 
     try:
-        result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=POLICY)
+        result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=slot)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(
             f"adapter {weights.id} does not fit this editor's LoRA: {reason} Use the run's own editor and lora settings."
         ) from error
-    if result is not None and (result.unexpected_keys or any(f".{POLICY}." in key for key in result.missing_keys)):
+    if result is not None and (result.unexpected_keys or any(f".{slot}." in key for key in result.missing_keys)):
         raise InputError(
             f"adapter {weights.id} does not fit this editor's LoRA: unexpected {result.unexpected_keys[:3]}, missing "
-            f"{[k for k in result.missing_keys if POLICY in k][:3]}. Use the run's own editor and lora settings."
+            f"{[k for k in result.missing_keys if slot in k][:3]}. Use the run's own editor and lora settings."
         )
 
 
-def set_active(transformer: nn.Module, active: bool) -> None:
-    """Adapter on is the policy; adapter off is exactly the base."""
-    (transformer.enable_adapters if active else transformer.disable_adapters)()  # type: ignore[operator]  # diffusers mixes them in
+def set_active(transformer: nn.Module, active: bool, *, slot: str = POLICY) -> None:
+    """On, a forward adds this slot's adapter and no other; off, it is exactly the base's.
+
+    PEFT ties gradients to it: the slot switched on takes gradients, every other parameter of an adapter takes none.
+    """
+    if active:
+        transformer.set_adapter(slot)  # type: ignore[operator]  # diffusers mixes these in
+        transformer.enable_adapters()  # type: ignore[operator]
+    else:
+        transformer.disable_adapters()  # type: ignore[operator]
 
 
 def save(directory: Path, weights: AdapterWeights, config: LoraConfig) -> None:

@@ -26,7 +26,11 @@ from rl_edit.evaluation import EvaluationConfig
 from rl_edit.objectives import BackgroundAnchored
 from rl_edit.rewards import Reward
 
-OPERATIONAL_TRAIN = ("updates", "checkpoint_every", "keep_checkpoints", "max_dropped_groups", "ratio_tolerance")
+OPERATIONAL_TRAIN = frozenset(
+    {"updates", "checkpoint_every", "keep_checkpoints", "max_dropped_groups", "max_skipped"}
+    | {"max_failed_commits", "ratio_tolerance", "grace_s"}
+)
+OPERATIONAL_ROLLOUT = ("chunk",)
 OPERATIONAL_REWARD = ("base_url", "api_key_env", "timeout_s", "concurrency", "retries")
 """Settings that say how and where work is done, not what it results in; they may change on resume."""
 
@@ -37,11 +41,20 @@ class RolloutConfig(BaseModel):
     Attributes:
         group_size: candidates per task (G). 12 in Neighbor GRPO; the reference candidate counts as one.
         num_steps: solver steps per trajectory (T). Neighbor GRPO rolls out 8.
+        chunk: candidates per work item: a group's chunks run on any actors, are scored as they arrive, and only a lost chunk is
+            run again. A multiple of editor.micro_batch, so that results do not depend on it. None is the whole group.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     group_size: int = Field(default=8, ge=1)
     num_steps: int = Field(default=6, ge=2)
+    chunk: int | None = Field(default=None, ge=1)
+
+    @property
+    def chunks(self) -> tuple[tuple[int, int], ...]:
+        """(first, past the last) candidate of each chunk of a group."""
+        size = self.chunk or self.group_size
+        return tuple((start, min(start + size, self.group_size)) for start in range(0, self.group_size, size))
 
 
 class TrainConfig(BaseModel):
@@ -56,8 +69,13 @@ class TrainConfig(BaseModel):
         max_lag: 0 is strictly on-policy; 1 is one-step-off: groups of update u are rolled out with the weights of u - 1,
             while update u - 1 is learnt. Groups are assigned to versions by number, so timing never changes a result.
         ratio_tolerance: largest |ratio - 1| accepted on-policy; exactly 0 is reached in fp32 with equal micro-batches.
-        max_dropped_groups: groups per update that may be dropped for invalid rewards before the run stops.
+        reduction: how several learner ranks add their gradients. "ordered" adds group by group in slot order, so that the number
+            of ranks never changes a bit; "allreduce" is one collective, equal up to rounding.
+        max_dropped_groups: groups per update that may be dropped (invalid reward, retries spent) before the run stops.
+        max_skipped: updates in a row skipped for a loss or gradient that is not finite, at which the run stops.
         checkpoint_every, keep_checkpoints: in updates; the last one is always kept.
+        max_failed_commits: checkpoints in a row that fail (a full disk), at which the run stops.
+        grace_s: longest time from a first SIGTERM or SIGINT to the end: the update being applied is finished within it, and committed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,38 +87,80 @@ class TrainConfig(BaseModel):
     passes: int = Field(default=1, ge=1)
     max_lag: int = Field(default=0, ge=0, le=1)
     ratio_tolerance: float = Field(default=1e-6, ge=0)
+    reduction: Literal["ordered", "allreduce"] = "ordered"
     max_dropped_groups: int = Field(default=0, ge=0)
+    max_skipped: int = Field(default=3, ge=1)
     checkpoint_every: int = Field(default=10, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    max_failed_commits: int = Field(default=3, ge=1)
+    grace_s: float = Field(default=20, gt=0)
 
 
 class ActorsConfig(BaseModel):
-    """Where processes run.
+    """Where processes run, and how long they are trusted.
 
     Attributes:
-        runtime: "ray" is the system; "inline" runs the same classes in this process, for debugging.
-        num_rollout, num_reward: actors of each kind; the learner is one more.
-        rollout_gpus, reward_gpus, learner_gpus: GPUs of each actor; fractions share one. 0 is CPU.
+        runtime: "ray" is the system; "thread" and "inline" run the same classes in this process, for debugging and tests.
+        placement: "disaggregated" gives rollout and learner processes of their own; "colocated" has one process hold the base
+            once for both, each rollout actor being a learner rank too. Results are the same.
+        num_rollout, num_reward: actors of each kind.
+        num_learner: learner ranks (torch.distributed); in the colocated placement it equals num_rollout.
+        rollout_gpus, reward_gpus, learner_gpus: GPUs of each actor; fractions share one. 0 is CPU. Colocated processes take rollout_gpus.
+        shard_base: shard the frozen base over the learner ranks (FSDP2) when it is too big for one GPU.
         threads: CPU threads of each actor; None splits the cores so that actors that are busy together never
             oversubscribe them.
-        deadline_s: longest wait for one call; past it the actor is killed, re-created, and the group run again.
+        min_rollout, min_reward: the run goes on with fewer actors, down to these, when a seat is quarantined.
+        deadline_s: longest wait for one call. Once calls of a kind have been timed it is the larger of 60 s and five times their
+            usual duration, never more than this. Past it the actor is killed, re-created, and the work run again.
         start_timeout_s: longest wait for all actors to be placed and to have loaded (or downloaded) their models.
-        max_attempts: tries per group before the run stops.
+        infra_retries: repetitions of one work item after lost actors; data_retries: after errors raised by the work itself.
+        backoff_s: pause before the second infra retry; it doubles up to 30 s.
+        quarantine_after: kills of one seat within ten minutes after which it is given up.
+        stall_s: silence after which the run says what is pending, on whom, and since when.
         dashboard: start Ray's dashboard for a local cluster, on loopback.
+        preflight: before the first update, prove on the real actors that adapters are applied and that the ratio is 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    runtime: Literal["ray", "inline"] = "ray"
+    runtime: Literal["ray", "thread", "inline"] = "ray"
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
     num_rollout: int = Field(default=1, ge=1)
     num_reward: int = Field(default=1, ge=1)
+    num_learner: int = Field(default=1, ge=1)
     rollout_gpus: float = Field(default=0, ge=0)
     reward_gpus: float = Field(default=0, ge=0)
     learner_gpus: float = Field(default=0, ge=0)
+    shard_base: bool = False
     threads: int | None = Field(default=None, ge=1)
+    min_rollout: int = Field(default=1, ge=1)
+    min_reward: int = Field(default=1, ge=1)
     deadline_s: float = Field(default=600, gt=0)
     start_timeout_s: float = Field(default=1800, gt=0)
-    max_attempts: int = Field(default=3, ge=1)
+    infra_retries: int = Field(default=5, ge=0)
+    data_retries: int = Field(default=2, ge=0)
+    backoff_s: float = Field(default=1, ge=0)
+    quarantine_after: int = Field(default=3, ge=1)
+    stall_s: float = Field(default=120, gt=0)
     dashboard: bool = False
+    preflight: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> ActorsConfig:
+        if self.placement == "colocated" and self.num_learner != self.num_rollout:
+            raise ValueError(
+                f"placement colocated makes every rollout actor a learner rank, got num_rollout {self.num_rollout} and num_learner "
+                f"{self.num_learner}: set both to the same number."
+            )
+        if self.runtime != "ray" and self.num_learner > 1:
+            raise ValueError(
+                f"runtime {self.runtime!r} is one process, which cannot hold num_learner {self.num_learner} ranks: use runtime ray, or 1."
+            )
+        if self.shard_base and self.num_learner == 1:
+            raise ValueError("shard_base with one learner rank would shard over nobody: raise num_learner, or leave shard_base out.")
+        for role, least, number in (("rollout", self.min_rollout, self.num_rollout), ("reward", self.min_reward, self.num_reward)):
+            if least > number:
+                raise ValueError(f"min_{role} {least} exceeds num_{role} {number}: lower min_{role} or raise num_{role}.")
+        return self
 
 
 class RunConfig(BaseModel):
@@ -164,6 +224,17 @@ class RunConfig(BaseModel):
                 f"algorithm.objective skips {surrogate.skip_first} first and {surrogate.skip_last} last steps of rollout.num_steps "
                 f"{self.rollout.num_steps}: none is left to train. Skip fewer or roll out more steps."
             )
+        chunk, rows = self.rollout.chunk, self.editor.micro_batch
+        if chunk is not None and chunk % rows:
+            raise ValueError(
+                f"rollout.chunk {chunk} is not a multiple of editor.micro_batch {rows}: a candidate's bits would depend on its chunk. "
+                f"Use {max(rows, chunk // rows * rows)}."
+            )
+        if self.train.groups_per_update < self.actors.num_learner:
+            raise ValueError(
+                f"actors.num_learner {self.actors.num_learner} exceeds train.groups_per_update {self.train.groups_per_update}: "
+                "some ranks would have nothing to learn from. Lower num_learner or raise groups_per_update."
+            )
         noise = self.algorithm.initial_noise
         if noise.inside == 0 and noise.outside == 0:
             raise ValueError(
@@ -179,15 +250,20 @@ class RunConfig(BaseModel):
         return self
 
     def sha256(self) -> str:
-        """Identity of the settings that change results: not names, places of processes, paths (their content is hashed) or budgets."""
-        content = self.model_dump(mode="json", exclude={"name", "actors", "evaluation"})
+        """Hash of :meth:`identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change results: not names, places of processes, paths (their content is hashed) or budgets."""
+        content: dict[str, Any] = self.model_dump(mode="json", exclude={"name", "actors", "evaluation"})
         content["train"] = {k: v for k, v in content["train"].items() if k not in OPERATIONAL_TRAIN}
+        content["rollout"] = {k: v for k, v in content["rollout"].items() if k not in OPERATIONAL_ROLLOUT}
         content["rewards"] = {
             name: {k: v for k, v in term.items() if k not in OPERATIONAL_REWARD} for name, term in content["rewards"].items()
         }
         content["data"] = {k: v for k, v in content["data"].items() if k not in ("path", "heldout_path")}
         content["editor"] = {k: v for k, v in content["editor"].items() if k not in ("path", "revision", "device")}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,18 +1,21 @@
 """One denoising loop: from a group's initial noises to the trajectory that training needs.
 
-The loop takes a velocity function and knows neither editor nor weights nor Ray.
+A group may be rolled out and scored in chunks of its candidates; :func:`merged` and :func:`joined` make it whole again. The loop
+takes a velocity function and knows neither editor nor weights nor Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rl_edit import flow
+from rl_edit.types import EditTask, RewardTable, RolloutGroup
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``(latents [batch, token, channel], sigma [batch]) -> velocity [batch, token, channel]``."""
@@ -80,3 +83,63 @@ def denoise(
         step_noise=levels[index],
         final=latents,
     )
+
+
+def blank_task(pixels_per_token: int) -> EditTask:
+    """An edit of nothing on a canvas of 4 by 4 tokens: for forwards whose result nobody looks at."""
+    side = 4 * pixels_per_token
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    mask[:pixels_per_token] = True
+    source = torch.full((side, side, 3), 128, dtype=torch.uint8)
+    return EditTask(task_id="blank", task_type="edit", source=source, instruction="nothing", edit_mask=mask)
+
+
+def merged(chunks: Sequence[RolloutGroup]) -> RolloutGroup:
+    """The group that its chunks, in candidate order, are parts of.
+
+    Raises:
+        ValueError: for chunks of several groups or of several adapters.
+    """
+    first = chunks[0]
+    _require_one("groups", [chunk.group_id for chunk in chunks])
+    _require_one("adapters", [str(chunk.adapter) for chunk in chunks])
+    return replace(
+        first,
+        candidates=replace(
+            first.candidates,
+            images=torch.cat([chunk.candidates.images for chunk in chunks]),
+            attention=torch.cat([chunk.candidates.attention for chunk in chunks]),
+        ),
+        latents=torch.cat([chunk.latents for chunk in chunks]),
+        next_latents=torch.cat([chunk.next_latents for chunk in chunks]),
+        velocities=torch.cat([chunk.velocities for chunk in chunks]),
+    )
+
+
+def joined(tables: Sequence[RewardTable]) -> RewardTable:
+    """The reward table of a whole group from those of its chunks, in candidate order. A part that a chunk lacks is NaN there.
+
+    Raises:
+        ValueError: for tables of several groups or of different terms.
+    """
+    first = tables[0]
+    _require_one("groups", [table.group_id for table in tables])
+    _require_one("terms", [f"{table.names} with weights {table.weights}" for table in tables])
+    parts = dict.fromkeys(part for table in tables for part in table.components)
+    return replace(
+        first,
+        values=torch.cat([table.values for table in tables]),
+        valid=torch.cat([table.valid for table in tables]),
+        reasons=tuple(dict.fromkeys(reason for table in tables for reason in table.reasons)),
+        contract_broken=any(table.contract_broken for table in tables),
+        components={
+            part: tuple(value for table in tables for value in table.components.get(part, (math.nan,) * len(table.values)))
+            for part in parts
+        },
+        seconds=sum(table.seconds for table in tables),
+    )
+
+
+def _require_one(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) != 1:
+        raise ValueError(f"chunks of different {what} do not make one group: {', '.join(sorted(set(names)))}")

@@ -28,8 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
@@ -107,10 +109,12 @@ class AdapterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkItem:
-    """One group to roll out. Content-addressed: the same item under the same weights gives the same bytes.
+    """One group to roll out, or a chunk of its candidates. Content-addressed: the same item under the same weights gives the
+    same bytes.
 
     Attributes:
-        work_id: keyed hash of (run seed, task id, draw); no clock, no uuid, no actor.
+        group_id: keyed hash of (run seed, update, slot, task id, draw); no clock, no uuid, no actor.
+        chunk: (first, past the last) candidate of the group that this item rolls out; the whole group is (0, G).
         task: the task itself.
         draw: how many times this task has been drawn before in this run.
         update: the update this group is meant for; step-noise schedules read it.
@@ -119,13 +123,19 @@ class WorkItem:
         adapter: the weights the actor must use; it reports the hash of what it loaded and a mismatch is refused.
     """
 
-    work_id: str
+    group_id: str
+    chunk: tuple[int, int]
     task: EditTask
     draw: int
     update: int
     num_candidates: int
     run_seed: int
     adapter: AdapterId
+
+    @property
+    def work_id(self) -> str:
+        """Name of the item: its group and its chunk."""
+        return f"{self.group_id}.{self.chunk[0]}-{self.chunk[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +170,9 @@ class RolloutGroup:
         sigmas, sigmas_next: noise level at the start and end of each kept step.
         step_noise: SDE level of each kept step; 0 is the ODE.
         candidates: the finished edits, with the task, the token mask and the attention.
-        seconds: actor-side time by phase.
     """
 
-    work_id: str
+    group_id: str
     adapter: AdapterId
     candidates: Candidates
     conditioning: Conditioning
@@ -173,7 +182,83 @@ class RolloutGroup:
     sigmas: Float[Tensor, " step"]
     sigmas_next: Float[Tensor, " step"]
     step_noise: Float[Tensor, " step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolled:
+    """What a rollout actor says about a finished work item; the group itself travels beside it as a blob.
+
+    Attributes:
+        adapter: id computed from the tensors the actor really had loaded.
+        sha256: of the blob's bytes. Two results of one item must agree.
+        finite: whether every latent and velocity is.
+        token_mask: the edit region's tokens, which credit needs and which is small.
+        seconds: actor-side time by phase.
+    """
+
+    work_id: str
+    adapter: AdapterId
+    sha256: str
+    nbytes: int
+    finite: bool
+    token_mask: Bool[Tensor, " token"]
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerState:
+    """Everything a learner continues from: adapter and optimizer as named tensors. Seeds are keyed, so there is no stream to keep."""
+
+    updates_done: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnSlot:
+    """One group of an update, as the learner is told of it; its blobs travel beside it to the rank that trains on it.
+
+    Attributes:
+        token_mask: the edit region's tokens; None when the group was lost.
+        tables: packed reward tables, one per chunk in candidate order; empty when the group was lost.
+        lost: why there is no group ("" when there is one): it failed beyond its retry budget.
+    """
+
+    token_mask: Bool[Tensor, " token"] | None
+    tables: tuple[NDArray[np.uint8], ...]
+    lost: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnOrder:
+    """One update to apply, keyed by its number and by ``plan``: the hash of everything that goes into it, in canonical order."""
+
+    update: int
+    plan: str
+    slots: tuple[LearnSlot, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnReport:
+    """What one update did, without its tensors.
+
+    Attributes:
+        adapter: name of the new weights.
+        plan: hash of what was applied (update, work items, reward tables); the same plan is applied once.
+        metrics: loss, ratio, clip and gradient statistics; empty when no group was trained.
+        declined: why groups were not trained, by kind ("lost", "invalid", "spread").
+        used: groups trained.
+        skipped: why the optimizer did not step ("" when it did): a loss or gradient was not finite.
+        skipped_in_a_row: such updates up to and including this one.
+    """
+
+    adapter: AdapterId
+    plan: str
+    metrics: dict[str, float]
+    declined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    used: int = 0
+    skipped: str = ""
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +292,7 @@ class RewardTable:
         components: named parts per term, e.g. ``components["judge.instruction"]``, one value per candidate.
     """
 
-    work_id: str
+    group_id: str
     names: tuple[str, ...]
     weights: tuple[float, ...]
     values: Float[Tensor, "group reward"]

@@ -1,14 +1,17 @@
 """One learning step: every replay point of every group, one gradient, one optimizer step.
 
-Takes a velocity function with gradient; knows neither editor nor Ray. Groups are accumulated in the order given, which
-the loop makes canonical, so a replayed step gives the same bytes.
+Takes a velocity function with gradient; knows neither editor nor Ray. The groups of an update have a canonical order of
+slots. Each group's gradient is computed by itself and the gradients are added in that order, so neither a replay nor the
+number of learner processes changes a bit of the sum.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,17 +27,45 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on: the message says what was seen and what to change. Exit code 3."""
 
 
+@runtime_checkable
+class Collective(Protocol):
+    """The processes that share an update. Each of them calls every method, in the same order; slot s belongs to rank s % world."""
+
+    rank: int
+    world: int
+
+    def broadcast(self, value: Tensor, source: int) -> Tensor:
+        """``value`` of rank ``source``, on every rank; it has the same shape on all."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over ranks, in an order of the library's choosing."""
+
+    def exchange(self, text: str) -> list[str]:
+        """Every rank's text, by rank."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearningConfig:
     """Values of one learning step.
 
     Attributes:
         max_grad_norm: gradients above this norm are scaled down to it.
-        ratio_tolerance: when ``on_policy``, the largest |ratio - 1| accepted before the optimizer may step.
+        ratio_tolerance: largest |ratio - 1| accepted on-policy before the optimizer may step.
+        reduction: "ordered" adds gradients slot by slot, whatever the number of ranks; "allreduce" adds each rank's own
+            first and leaves the rest to the library, which is faster and equal up to rounding.
     """
 
     max_grad_norm: float
     ratio_tolerance: float
+    reduction: Literal["ordered", "allreduce"] = "ordered"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Metrics over the groups of all ranks, and why the optimizer did not step ("" when it did)."""
+
+    metrics: dict[str, float]
+    skipped: str = ""
 
 
 def learning_step(
@@ -43,51 +74,109 @@ def learning_step(
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    batch: Sequence[tuple[RolloutGroup, Advantages]],
+    own: Mapping[int, tuple[RolloutGroup, Advantages]],
     *,
+    trained: Sequence[int],
+    ranks: Collective,
+    idle: Callable[[], None] = lambda: None,
     config: LearningConfig,
     num_references: int,
     run_seed: int,
     update: int,
     pass_index: int,
-    on_policy: bool,
-) -> dict[str, float]:
-    """Accumulates the mean loss over groups, points and anchors, clips the gradient and steps the optimizer.
+    on_policy: str,
+) -> StepResult:
+    """Adds the mean gradient over groups, points and anchors, clips it and steps the optimizer.
 
-    ``reference`` is the base editor's velocity, without gradient; it is evaluated only for objectives that need it.
+    A loss or gradient that is not finite leaves parameters and optimizer as they are.
+
+    Args:
+        reference: the base editor's velocity, without gradient; it is evaluated only for objectives that need it.
+        own: this rank's trained groups by slot.
+        trained: the trained slots of all ranks, ascending.
+        idle: what a rank does in a round of slots in which it has none to train.
+        on_policy: sha256 of the adapter as it is now; groups rolled out with it must have a ratio of 1. "" asks for none.
 
     Raises:
         TrainingFailed: on a ratio that is not 1 on-policy (the actors and the learner do not compute the same
-            function), or a non-finite loss or gradient. The optimizer has not stepped then.
+            function). The optimizer has not stepped then.
     """
-    optimizer.zero_grad(set_to_none=True)
-    tally: dict[str, list[Tensor]] = defaultdict(list)
-    for group, advantages in batch:
-        generator = NoiseSource(run_seed, group.work_id, update).generator("anchors", pass_index)
-        points = objective.replay(group, advantages, num_references=num_references, generator=generator)
-        for point in points:
-            base = reference(point.latents, point.sigma, group.conditioning) if objective.needs_reference else None
-            output = objective.loss(point, velocity(point.latents, point.sigma, group.conditioning), base)
-            (output.loss / (len(points) * len(batch))).backward()
-            tally["loss"].append(output.loss.detach())
-            for name, value in output.metrics.items():
-                tally[name].append(value)
-    metrics = {name: _summary(name, torch.stack(values)) for name, values in tally.items()}
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-    metrics["gradient/norm"] = norm
-    deviation = metrics.get("ratio/max_deviation", 0.0)
-    if on_policy and deviation > config.ratio_tolerance:
+    total = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    tallies: dict[int, dict[str, list[float]]] = {}
+    for start in sorted({slot - slot % ranks.world for slot in trained}):
+        slot, gradient = start + ranks.rank, torch.zeros_like(total)
+        if slot in own:
+            group, advantages = own[slot]
+            generator = NoiseSource(run_seed, group.group_id, update).generator("anchors", pass_index)
+            points = objective.replay(group, advantages, num_references=num_references, generator=generator)
+            tally: dict[str, list[Tensor]] = defaultdict(list)
+            for point in points:
+                base = reference(point.latents, point.sigma, group.conditioning) if objective.needs_reference else None
+                output = objective.loss(point, velocity(point.latents, point.sigma, group.conditioning), base)
+                (output.loss / (len(points) * len(trained))).backward()
+                tally["loss"].append(output.loss.detach())
+                for name, value in output.metrics.items():
+                    tally[name].append(value)
+            tallies[slot] = {name: torch.stack(values).tolist() for name, values in tally.items()}
+            if group.adapter.sha256 == on_policy:
+                tallies[slot][_ON_POLICY] = tallies[slot].get("ratio/max_deviation", [])
+            gradient = _flat(parameters)
+        else:
+            idle()
+        optimizer.zero_grad(set_to_none=True)
+        if config.reduction == "allreduce":
+            total += gradient
+            continue
+        for rank in range(ranks.world):
+            if start + rank in trained:
+                total += ranks.broadcast(gradient, rank)
+    if config.reduction == "allreduce":
+        total = ranks.total(total)
+    return _step(parameters, optimizer, total, _together(ranks, tallies), config)
+
+
+_ON_POLICY = "on-policy deviation"
+"""The deviations among a slot's numbers that must be zero; no metric."""
+
+
+def _flat(parameters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def _together(ranks: Collective, tallies: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, Tensor]:
+    """Every rank's numbers, in slot order: all ranks then see, and decide, the same."""
+    everyone = {int(slot): tally for text in ranks.exchange(json.dumps(tallies)) for slot, tally in json.loads(text).items()}
+    numbers: dict[str, list[float]] = defaultdict(list)
+    for slot in sorted(everyone):
+        for name, values in everyone[slot].items():
+            numbers[name].extend(values)
+    return {name: torch.tensor(values) for name, values in numbers.items()}
+
+
+def _step(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, gradient: Tensor, numbers: dict[str, Tensor], config: LearningConfig
+) -> StepResult:
+    """The optimizer's step along a gradient, unless the numbers forbid it."""
+    deviations = numbers.pop(_ON_POLICY, torch.zeros(0))
+    deviation = float(deviations.max()) if len(deviations) else 0.0
+    if deviation > config.ratio_tolerance:
         raise TrainingFailed(
             f"policy ratio deviates from 1 by {deviation:.3g} with unchanged weights (tolerance {config.ratio_tolerance:g}): "
             "actor and learner do not compute the same velocity. Use the same editor.dtype, device kind and editor.micro_batch in both, "
             "or raise train.ratio_tolerance."
         )
-    if not torch.isfinite(torch.tensor([norm, metrics["loss"]])).all():
-        raise TrainingFailed(
-            f"loss {metrics['loss']} or gradient norm {norm} is not finite at update {update}: lower train.learning_rate or check the data"
-        )
-    optimizer.step()
-    return metrics
+    metrics = {name: _summary(name, values) for name, values in numbers.items()}
+    for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    metrics["gradient/norm"] = norm
+    skipped = ""
+    if bool(torch.tensor([norm, metrics["loss"]]).isfinite().all()):
+        optimizer.step()
+    else:
+        skipped = f"loss {metrics['loss']:g} or gradient norm {norm:g} is not finite"
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(metrics=metrics, skipped=skipped)
 
 
 def _summary(name: str, values: Tensor) -> float:

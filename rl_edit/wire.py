@@ -18,7 +18,7 @@ from torch import Tensor
 from rl_edit import types
 from rl_edit.data.shapes import ShapesTask
 
-SCHEMA = 1
+SCHEMA = 2
 RECORDS = {
     record.__name__: record
     for record in (
@@ -32,6 +32,7 @@ RECORDS = {
         types.Candidates,
         types.RolloutGroup,
         types.RewardTable,
+        types.LearnerState,
     )
 }
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from actors.inline import InlineWorkers
+from actors.crew import Crew, crew
+from actors.local import LocalExecutor
 from learner.learner import Learner
-from learner.loop import Outcome, Rolled, TrainingLoop
+from learner.lease import Lease
+from learner.loop import Outcome, Run, Stop, TrainingLoop
 from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
+from rl_edit.editors import inspect_editor
 
 PRESERVATION: dict[str, Any] = {"kind": "preservation", "weight": 1.0}
 ATTENTION: dict[str, Any] = {"kind": "concentration", "weight": 0.3}
@@ -29,6 +33,9 @@ class Nobody:
         pass
 
     def update_done(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
 
@@ -48,7 +55,7 @@ def small_config(editor: str, *overrides: str, rewards: dict[str, Any] | None = 
         "rollout": {"group_size": 4, "num_steps": 3},
         "rewards": rewards or {"preservation": PRESERVATION, "attention": ATTENTION},
         "train": {"updates": 3, "groups_per_update": 2, "learning_rate": 5.0e-3, "ratio_tolerance": 0.0, "checkpoint_every": 1},
-        "actors": {"runtime": "inline", "threads": 1},
+        "actors": {"runtime": "inline", "threads": 1, "backoff_s": 0, "preflight": False},
         "evaluation": {"num_tasks": 3, "examples": 1, "num_steps": 2},
     }
     return written(raw, *overrides, directory=directory)
@@ -64,27 +71,58 @@ def written(raw: dict[str, Any], *overrides: str, directory: Path | None) -> Run
         return load_config(path, overrides=overrides)
 
 
+def replaced(role: str, make: Callable[..., Any]) -> Callable[[Crew], Crew]:
+    """Another class for a role."""
+    return lambda crew: {**crew, role: replace(crew[role], make=make)}
+
+
+class StopAfter(Nobody):
+    """Asks the run to stop once so many updates are done."""
+
+    def __init__(self, updates: int) -> None:
+        self.stop, self.updates = Stop(), updates
+
+    def update_done(self, metrics: dict[str, Any]) -> None:
+        if metrics["update"] + 1 == self.updates:
+            self.stop.request()
+
+
+def run_of(config: RunConfig, directory: Path, **more: Any) -> Run:
+    """What ``rl-edit train`` would say about the run, with the settings alone as its identity."""
+    unit = inspect_editor(config.editor).pixels_per_token
+    dataset = open_dataset(config.data, "train")
+    return Run(config=config, dataset=dataset, directory=directory, identity=config.sha256(), pixels_per_token=unit, **more)
+
+
 def run_inline(
     config: RunConfig,
     directory: Path,
     *,
     resume: bool = False,
-    should_stop: Callable[[], bool] = lambda: False,
-    change: Callable[[InlineWorkers], None] = lambda workers: None,
+    stop_after: int = 0,
+    observer: Any = None,
+    change: Callable[[Crew], Crew] = lambda crew: crew,
+    executor: Callable[[Any], Any] = lambda executor: executor,
 ) -> Outcome:
-    """A run in this process. ``change`` may alter the workers before they start."""
-    dataset = open_dataset(config.data, "train")
-    workers = InlineWorkers(config, dataset.fields, Learner(config, threads=1), Rolled, threads=1)
-    change(workers)
-    events = telemetry.Events(directory / telemetry.EVENTS)
+    """A run in this process. ``change`` may give roles to other classes, ``executor`` may wrap what runs them."""
+    run = run_of(config, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    posts = change(crew(config, run.dataset.fields, Learner))
+    stopper = StopAfter(stop_after)
     loop = TrainingLoop(
-        config, dataset, workers, directory, identity=config.sha256(), events=events, observer=Nobody(), should_stop=should_stop
+        run,
+        executor(LocalExecutor(posts, threaded=config.actors.runtime == "thread")),
+        lease=Lease.take(directory),
+        events=telemetry.Events(directory / telemetry.EVENTS),
+        observer=observer or stopper,
+        stop=stopper.stop,
     )
     return asyncio.run(loop.run(resume=resume))
 
 
 def adapter_bytes(outcome: Outcome) -> dict[str, bytes]:
     """The adapter as bytes by tensor name: equal exactly when the adapters are."""
+    assert outcome.adapter is not None
     return {name: np.ascontiguousarray(tensor.numpy()).tobytes() for name, tensor in outcome.adapter.tensors.items()}
 
 

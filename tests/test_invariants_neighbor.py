@@ -31,7 +31,7 @@ def group_of(states: Tensor, velocities: Tensor) -> RolloutGroup:
         task_id="t", task_type="edit", source=torch.zeros(4, L, 3, dtype=torch.uint8), instruction="", edit_mask=MASK.expand(4, -1)
     )
     return RolloutGroup(
-        work_id="w",
+        group_id="w",
         adapter=AdapterId(0, "0"),
         candidates=Candidates(
             task=task,

@@ -49,7 +49,7 @@ def group_of(*, dtype: torch.dtype = torch.float32, num: int = G, seed: int = 0,
         task_id="t", task_type="edit", source=torch.zeros(4, tokens, 3, dtype=torch.uint8), instruction="", edit_mask=mask.expand(4, -1)
     )
     return RolloutGroup(
-        work_id="w",
+        group_id="w",
         adapter=AdapterId(0, "0"),
         candidates=Candidates(
             task=task,

@@ -6,17 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from runs import PRESERVATION, adapter_bytes, events_of, metrics_of, run_inline, small_config
+from runs import PRESERVATION, Nobody, adapter_bytes, events_of, metrics_of, replaced, run_inline, small_config
 
-from actors.inline import InlineWorkers
+from actors.rollout import RolloutActor
 from learner.learner import Learner
 from learner.loop import TaskCursor
 from rl_edit import wire
 from rl_edit.data import DataConfig, open_dataset
 from rl_edit.errors import InputError
-from rl_edit.types import Candidates, RolloutGroup
+from rl_edit.types import Candidates, LearnOrder
 from rl_edit.update import TrainingFailed
 
 PROMISED = (
@@ -24,7 +25,8 @@ PROMISED = (
     "reward/total/mean", "reward/total/spread", "background/psnr/mean", "background/psnr/spread", "concentration/mean",
     "concentration/spread", "change/inside/mean", "loss", "ratio/mean", "ratio/min", "ratio/max", "ratio/max_deviation", "clip/share",
     "gradient/norm", "groups/used", "groups/dropped", "groups/dropped_reasons", "policy_version", "staleness", "adapter",
-    "seconds/rollout", "seconds/reward", "seconds/wait", "seconds/learn", "seconds/publish", "seconds/update",
+    "seconds/rollout", "seconds/reward", "seconds/wait", "seconds/learn", "seconds/publish", "seconds/commit", "seconds/update",
+    "efficiency", "retries/infra", "retries/data", "step/skipped", "bytes/groups",
 )  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def test_two_runs_with_one_seed_give_the_same_adapter_bytes_and_another_seed_giv
 
 def test_a_run_moves_its_adapter(small_editor: str, tmp_path: Path) -> None:
     config = small_config(small_editor, "train.updates=1")
-    start = wire.unpack(Learner(config, threads=1).export()).tensors
+    start = wire.unpack(Learner(config, threads=1).export()[1]).tensors
     end = run_inline(config, tmp_path).adapter.tensors
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved >= {name for name in start if "lora_B" in name}
@@ -76,8 +78,7 @@ def test_a_run_moves_its_adapter(small_editor: str, tmp_path: Path) -> None:
 def test_a_run_stopped_and_resumed_gives_the_bytes_of_one_that_was_not(small_editor: str, tmp_path: Path, lag: int, passes: int) -> None:
     config = small_config(small_editor, f"train.max_lag={lag}", f"train.passes={passes}", "train.updates=4", "train.checkpoint_every=10")
     whole = run_inline(config, tmp_path / "whole")
-    asked = iter([False, False, True])
-    stopped = run_inline(config, tmp_path / "halves", should_stop=lambda: next(asked))
+    stopped = run_inline(config, tmp_path / "halves", stop_after=2)
     assert stopped.updates_done == 2
     resumed = run_inline(config, tmp_path / "halves", resume=True)
     assert resumed.updates_done == 4
@@ -96,18 +97,13 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(small_editor
     class Crash(Exception):
         pass
 
-    def crash_in_update_two(workers: InlineWorkers) -> None:
-        learn = workers.learn
-
-        async def crashing(update: int, groups: Sequence[Any], tables: Sequence[Any]) -> Any:
+    class CrashingInUpdateTwo(Nobody):
+        def group_scored(self, update: int, done: int, total: int) -> None:
             if update == 2:
                 raise Crash
-            return await learn(update, groups, tables)
-
-        workers.learn = crashing  # type: ignore[method-assign]
 
     with pytest.raises(Crash):
-        run_inline(config, tmp_path / "crashed", change=crash_in_update_two)
+        run_inline(config, tmp_path / "crashed", observer=CrashingInUpdateTwo())
     assert adapter_bytes(run_inline(config, tmp_path / "crashed", resume=True)) == adapter_bytes(whole)
     assert [line["update"] for line in metrics_of(tmp_path / "crashed")] == [0, 1, 2]
 
@@ -142,44 +138,54 @@ def test_the_second_pass_over_a_batch_leaves_ratio_one(small_editor: str, tmp_pa
     assert metrics_of(tmp_path)[0]["ratio/max_deviation"] > 0
 
 
-def test_an_actor_that_ignores_a_weight_update_is_refused_on_its_first_item(small_editor: str, tmp_path: Path) -> None:
-    def deaf(workers: InlineWorkers) -> None:
-        workers._rollouts[0]._use = lambda wanted: None  # type: ignore[method-assign]
+class Deaf(RolloutActor):
+    """Loads nothing it is sent."""
 
-    with pytest.raises(TrainingFailed) as failure:
-        run_inline(small_config(small_editor), tmp_path, change=deaf)
-    event = events_of(tmp_path, "stale_adapter")[0]
+    def load(self, blob: np.ndarray) -> Any:
+        self._published = {weights.id: weights for weights in [wire.unpack(blob)]}
+        return None
+
+    def _use(self, wanted: Any) -> None:
+        pass
+
+
+def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item_and_never_trained_on(small_editor: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="a weight update did not reach it"):
+        run_inline(small_config(small_editor, "actors.infra_retries=1"), tmp_path, change=replaced("rollout", Deaf))
+    event = events_of(tmp_path, "result_stale")[0]
     assert len(metrics_of(tmp_path)) == 1
     assert event["wanted"].startswith("1:")
     assert event["wanted"].split(":")[1] != event["loaded"].split(":")[1]
-    assert event["wanted"] in str(failure.value) and event["loaded"] in str(failure.value)
     assert event["wanted"] == metrics_of(tmp_path)[0]["adapter"]
 
 
+class CutOff(RolloutActor):
+    """Is sent the first weights only."""
+
+    def load(self, blob: np.ndarray) -> Any:
+        return None if self._published else super().load(blob)
+
+
 def test_an_actor_that_was_never_sent_the_weights_says_which_it_holds(small_editor: str, tmp_path: Path) -> None:
-    def cut_off(workers: InlineWorkers) -> None:
-        publish, sent = workers.publish, []
-
-        async def first_only(adapter: Any) -> None:
-            if not sent:
-                await publish(adapter)
-            sent.append(adapter)
-
-        workers.publish = first_only  # type: ignore[method-assign]
-
-    with pytest.raises(RuntimeError, match=r"work asks for adapter 1:.* holds 0:"):
-        run_inline(small_config(small_editor), tmp_path, change=cut_off)
+    with pytest.raises(TrainingFailed, match=r"work asks for adapter 1:.* holds 0:"):
+        run_inline(small_config(small_editor), tmp_path, change=replaced("rollout", CutOff))
 
 
-def test_an_actor_of_another_function_is_refused_before_the_optimizer_steps(small_editor: str, tmp_path: Path) -> None:
-    def nudge(workers: InlineWorkers) -> None:
-        editor = workers._rollouts[0].editor
-        velocity = editor.velocity
-        editor.velocity = lambda *arguments: velocity(*arguments) * 1.01  # type: ignore[method-assign]
+class Nudged(RolloutActor):
+    """Computes a slightly different function."""
 
-    config = small_config(small_editor, "train.updates=1")
-    with pytest.raises(TrainingFailed, match="do not compute the same velocity"):
-        run_inline(config, tmp_path, change=nudge)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        velocity = self.editor.velocity
+        self.editor.velocity = lambda *given: velocity(*given) * 1.01  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("preflight", [True, False])
+def test_an_actor_of_another_function_is_refused_before_the_optimizer_steps(small_editor: str, tmp_path: Path, preflight: bool) -> None:
+    config = small_config(small_editor, "train.updates=1", f"actors.preflight={str(preflight).lower()}")
+    with pytest.raises(TrainingFailed, match="do not compute the same velocity") as failure:
+        run_inline(config, tmp_path, change=replaced("rollout", Nudged))
+    assert str(failure.value).startswith("preflight") == preflight
     assert metrics_of(tmp_path) == []
 
 
@@ -223,7 +229,7 @@ def test_a_group_without_spread_is_declined_and_counted(small_editor: str, tmp_p
 def test_an_update_without_any_trainable_group_leaves_the_adapter_and_says_so(small_editor: str, tmp_path: Path) -> None:
     SCRIPTED.script = iter([[0.5] * 4] * 2)
     config = small_config(small_editor, "train.updates=1", rewards=of_function("scripted"))
-    start = wire.unpack(Learner(config, threads=1).export())
+    start = wire.unpack(Learner(config, threads=1).export()[1])
     outcome = run_inline(config, tmp_path)
     assert outcome.adapter.id.sha256 == start.id.sha256
     assert outcome.adapter.id.step == 1
@@ -234,32 +240,23 @@ def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(small_edito
     """With terms normalised per group, the surviving group teaches as if it had been alone."""
     seen: list[dict[str, torch.Tensor]] = []
 
-    def spy(workers: InlineWorkers) -> None:
-        learn = workers.learn
-
-        async def watching(update: int, groups: Sequence[Any], tables: Sequence[Any]) -> Any:
-            masks = [rolled_group(rolled.blob).candidates.token_mask for rolled in groups]
-            unpacked = [wire.unpack(table) for table in tables]
-            credits = workers._learner.config.algorithm.credit(unpacked, masks)
-            seen.append({t.work_id: c.values for t, c in zip(unpacked, credits, strict=True) if hasattr(c, "values")})
-            return await learn(update, groups, tables)
-
-        workers.learn = watching  # type: ignore[method-assign]
+    class Spy(Learner):
+        def learn(self, order: LearnOrder, *blobs: np.ndarray) -> Any:
+            tables = [wire.unpack(slot.tables[0]) for slot in order.slots]
+            masks = [slot.token_mask for slot in order.slots if slot.token_mask is not None]
+            credits = self.config.algorithm.credit(tables, masks)
+            seen.append({t.group_id: c.values for t, c in zip(tables, credits, strict=True) if hasattr(c, "values")})
+            return super().learn(order, *blobs)
 
     rewards = {"preservation": PRESERVATION, **of_function("scripted")}
     config = small_config(small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards)
     for name, script in (("whole", [None, None]), ("dropped", [[None] * 4, None])):
         SCRIPTED.script = iter(script)
-        run_inline(config, tmp_path / name, change=spy)
+        run_inline(config, tmp_path / name, change=replaced("learner", Spy))
     whole, dropped = seen
     assert len(whole) == 2 and len(dropped) == 1
-    ((work_id, values),) = dropped.items()
-    assert torch.equal(values, whole[work_id])
-
-
-def rolled_group(blob: Any) -> RolloutGroup:
-    group: RolloutGroup = wire.unpack(blob)
-    return group
+    ((group_id, values),) = dropped.items()
+    assert torch.equal(values, whole[group_id])
 
 
 def test_every_promised_metric_is_written_for_every_update(small_editor: str, tmp_path: Path) -> None:

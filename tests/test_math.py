@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from learner.collective import Alone
 from rl_edit import flow, wire
 from rl_edit.advantages import Declined, GroupCredit, SplitCredit, quasi_norm, standardise
 from rl_edit.attention import MassTally, concentration_density, text_to_image_mass
@@ -22,7 +23,7 @@ from rl_edit.data import shapes
 from rl_edit.exploration import NoiseSource, NoStepNoise, Perturbation, keyed_seed
 from rl_edit.objectives import BackgroundAnchored, NeighborSurrogate
 from rl_edit.regions import MaskedRows, UniformRows, token_mask
-from rl_edit.rollout import denoise
+from rl_edit.rollout import denoise, joined, merged
 from rl_edit.types import (
     AdapterId,
     Advantages,
@@ -35,7 +36,7 @@ from rl_edit.types import (
     WorkItem,
     moved,
 )
-from rl_edit.update import LearningConfig, TrainingFailed, learning_step
+from rl_edit.update import LearningConfig, StepResult, TrainingFailed, learning_step
 
 MASK = torch.tensor([True, False, False, True, False, False, False, False])
 
@@ -45,7 +46,7 @@ def table(values: list[list[float]], weights: tuple[float, ...] = (1.0,), valid:
     names = tuple(f"term{i}" for i in range(scores.shape[1]))
     ok = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     return RewardTable(
-        work_id="w", names=names, weights=weights, values=scores, valid=ok, reasons=() if bool(ok.all()) else ("judge was down",)
+        group_id="w", names=names, weights=weights, values=scores, valid=ok, reasons=() if bool(ok.all()) else ("judge was down",)
     )
 
 
@@ -409,7 +410,7 @@ def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -
         task_id="t", task_type="edit", source=torch.zeros(4, 8, 3, dtype=torch.uint8), instruction="do", edit_mask=torch.eye(4, 8).bool()
     )
     return RolloutGroup(
-        work_id="w",
+        group_id="w",
         adapter=AdapterId(0, "0"),
         candidates=Candidates(
             task=task,
@@ -430,7 +431,6 @@ def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -
         sigmas=sigmas,
         sigmas_next=sigmas_next,
         step_noise=torch.zeros(steps),
-        seconds={"denoise": 0.125},
     )
 
 
@@ -463,7 +463,16 @@ def same(a: object, b: object) -> bool:
         some_group(),
         some_group(steps=1),
         shapes.task("train", 0),
-        WorkItem(work_id="ü", task=shapes.task("train", 1), draw=2, update=3, num_candidates=4, run_seed=5, adapter=AdapterId(7, "ab")),
+        WorkItem(
+            group_id="ü",
+            chunk=(0, 4),
+            task=shapes.task("train", 1),
+            draw=2,
+            update=3,
+            num_candidates=4,
+            run_seed=5,
+            adapter=AdapterId(7, "ab"),
+        ),
         table([[1.0], [math.nan]], valid=torch.tensor([[True], [False]])),
     ],
     ids=["group", "one-step", "shapes-task", "work-item", "rewards-with-nan"],
@@ -486,9 +495,9 @@ def test_a_record_whose_fields_share_memory_can_be_packed() -> None:
 
 
 def test_bytes_of_another_schema_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    blob = wire.pack(table([[1.0]]))
+    blob, schema = wire.pack(table([[1.0]])), wire.SCHEMA
     monkeypatch.setattr(wire, "SCHEMA", 99)
-    with pytest.raises(ValueError, match="schema 1, this version reads 99"):
+    with pytest.raises(ValueError, match=f"schema {schema}, this version reads 99"):
         wire.unpack(blob)
 
 
@@ -507,9 +516,45 @@ def test_moving_a_record_moves_nested_tensors_and_nothing_else() -> None:
     assert same(moved(group, "cpu"), group)
 
 
+def chunk_of(group: RolloutGroup, start: int, past: int) -> RolloutGroup:
+    part, candidates = slice(start, past), group.candidates
+    return dataclasses.replace(
+        group,
+        candidates=dataclasses.replace(candidates, images=candidates.images[part], attention=candidates.attention[part]),
+        latents=group.latents[part],
+        next_latents=group.next_latents[part],
+        velocities=group.velocities[part],
+    )
+
+
+def test_merged_chunks_are_the_whole_group() -> None:
+    group = some_group(num=6)
+    assert same(merged([chunk_of(group, 0, 4), chunk_of(group, 4, 6)]), group)
+    assert same(merged([group]), group)
+
+
+@pytest.mark.parametrize("change", [{"group_id": "other"}, {"adapter": AdapterId(0, "1")}], ids=["group", "adapter"])
+def test_chunks_of_different_groups_or_adapters_are_not_merged(change: dict) -> None:
+    group = some_group()
+    with pytest.raises(ValueError, match="do not make one group"):
+        merged([chunk_of(group, 0, 2), dataclasses.replace(chunk_of(group, 2, 4), **change)])
+
+
+def test_joined_tables_keep_every_candidate_and_what_a_chunk_lacks_is_nan() -> None:
+    first = dataclasses.replace(table([[1.0], [2.0]]), components={"judge.style": (0.1, 0.2)}, reasons=("late", "torn"), seconds=1.0)
+    second = dataclasses.replace(table([[3.0]]), components={"judge.form": (0.3,)}, reasons=("torn",), contract_broken=True, seconds=2.0)
+    whole = joined([first, second])
+    assert whole.values[:, 0].tolist() == [1.0, 2.0, 3.0] and whole.valid.shape == (3, 1)
+    assert whole.reasons == ("late", "torn") and whole.contract_broken and whole.seconds == 3.0
+    assert whole.components["judge.style"] == pytest.approx((0.1, 0.2, math.nan), nan_ok=True)
+    assert whole.components["judge.form"] == pytest.approx((math.nan, math.nan, 0.3), nan_ok=True)
+    with pytest.raises(ValueError, match="do not make one group"):
+        joined([first, dataclasses.replace(second, weights=(2.0,))])
+
+
 def test_records_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        some_group().work_id = "other"  # type: ignore[misc]
+        some_group().group_id = "other"  # type: ignore[misc]
 
 
 # --- the denoising loop ----------------------------------------------------------------------------------------------
@@ -583,13 +628,17 @@ def credit_of(group: RolloutGroup, seed: int = 0) -> Advantages:
     return Advantages(values=values[:, None], regions=UniformRows()(MASK), weights=torch.ones(1))
 
 
-def learn(model: Additive, batch: list[tuple[RolloutGroup, Advantages]], **changes: object) -> dict[str, float]:
+def learn(model: Additive, batch: list[tuple[RolloutGroup, Advantages]], **changes: object) -> StepResult:
+    """A step of one process; the groups of :func:`some_group` are on-policy."""
     arguments: dict = {
-        "config": CONFIG, "num_references": 1, "run_seed": 0, "update": 0, "pass_index": 0, "on_policy": True,
+        "config": CONFIG, "num_references": 1, "run_seed": 0, "update": 0, "pass_index": 0, "on_policy": "0",
+        "trained": range(len(batch)), "ranks": Alone(),
     } | changes  # fmt: skip
     optimizer = arguments.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=1.0)
     objective = arguments.pop("objective", NeighborSurrogate(num_anchors=2))
-    return learning_step(model.velocity, model.velocity, list(model.parameters()), optimizer, objective, batch, **arguments)
+    return learning_step(
+        model.velocity, model.velocity, list(model.parameters()), optimizer, objective, dict(enumerate(batch)), **arguments
+    )
 
 
 def test_a_learning_step_applies_the_mean_gradient_over_groups_and_steps() -> None:
@@ -626,27 +675,33 @@ def test_a_ratio_that_is_not_one_on_policy_stops_training_before_the_optimizer_s
     with pytest.raises(TrainingFailed, match="policy ratio deviates from 1"):
         learn(model, [(group, credit_of(group))])
     assert torch.equal(model.offset, before)
-    assert learn(model, [(group, credit_of(group))], on_policy=False)["ratio/max_deviation"] > 1e-6
+    assert learn(model, [(group, credit_of(group))], on_policy="").metrics["ratio/max_deviation"] > 1e-6
 
 
-def test_a_loss_that_is_not_finite_stops_training_before_the_optimizer_steps() -> None:
+@pytest.mark.parametrize("part", ["advantages", "velocities"])
+def test_a_loss_that_is_not_finite_skips_the_step_and_touches_neither_parameters_nor_optimizer(part: str) -> None:
     group = some_group()
     model = Additive(group)
-    with torch.no_grad():
-        model.offset.fill_(math.nan)
-    optimizer = torch.optim.SGD([model.offset], lr=1.0)
-    stepped: list[int] = []
-    optimizer.register_step_post_hook(lambda *_: stepped.append(1))
-    for on_policy in (True, False):
-        with pytest.raises(TrainingFailed, match="not finite"):
-            learn(model, [(group, credit_of(group))], on_policy=on_policy, optimizer=optimizer)
-    assert stepped == []
+    optimizer = torch.optim.AdamW([model.offset], lr=0.1)
+    assert not learn(model, [(group, credit_of(group))], optimizer=optimizer).skipped
+    held = model.offset.detach().clone()
+    moments = {key: value.clone() for key, value in optimizer.state[model.offset].items()}
+    advantages = credit_of(group)
+    if part == "velocities":
+        group = dataclasses.replace(group, velocities=torch.full_like(group.velocities, math.nan))
+        model.groups = (group,)
+    else:
+        advantages = dataclasses.replace(advantages, values=torch.full_like(advantages.values, math.nan))
+    result = learn(model, [(group, advantages)], on_policy="", optimizer=optimizer)
+    assert "not finite" in result.skipped and math.isnan(result.metrics["loss"])
+    assert torch.equal(model.offset, held) and model.offset.grad is None
+    assert all(torch.equal(value, moments[key]) for key, value in optimizer.state[model.offset].items())
 
 
 def test_the_gradient_is_scaled_down_to_the_allowed_norm() -> None:
     group = some_group()
     model = Additive(group)
-    metrics = learn(model, [(group, credit_of(group))], config=LearningConfig(max_grad_norm=1e-3, ratio_tolerance=1e-6))
+    metrics = learn(model, [(group, credit_of(group))], config=LearningConfig(max_grad_norm=1e-3, ratio_tolerance=1e-6)).metrics
     assert metrics["gradient/norm"] > 1e-3
     assert float(model.offset.detach().norm()) == pytest.approx(1e-3, rel=1e-3)
 
@@ -669,7 +724,7 @@ def test_metrics_reduce_by_what_their_name_says() -> None:
     model = Additive(group)
     with torch.no_grad():
         model.offset.add_(0.3 * torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
-    metrics = learn(model, [(group, credit_of(group))], on_policy=False)
+    metrics = learn(model, [(group, credit_of(group))], on_policy="").metrics
     assert metrics["ratio/min"] < metrics["ratio/mean"] < metrics["ratio/max"]
     assert metrics["ratio/max_deviation"] == pytest.approx(max(metrics["ratio/max"] - 1, 1 - metrics["ratio/min"]), abs=1e-6)
 

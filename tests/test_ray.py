@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Nobody, adapter_bytes, events_of, metrics_of, run_inline, small_config
+from runs import Nobody, adapter_bytes, events_of, metrics_of, run_inline, run_of, small_config
 
+from actors.crew import crew
 from learner.learner import Learner
-from learner.loop import Outcome, Rolled, TrainingLoop
+from learner.lease import Lease
+from learner.loop import Outcome, TrainingLoop
 from rl_edit import telemetry
 from rl_edit.config import RunConfig
-from rl_edit.data import open_dataset
-from rl_edit.editors import inspect_editor
 from rl_edit.errors import InputError, ResourcesInfeasible
 
 pytestmark = pytest.mark.ray
@@ -30,20 +30,21 @@ ROOT = Path(__file__).parent.parent
 ON_RAY = ("actors.runtime=ray", "train.updates=2", "train.groups_per_update=3")
 
 
-def run_on_ray(config: RunConfig, directory: Path, observer: Any = None) -> Outcome:
+def run_on_ray(config: RunConfig, directory: Path, observer: Any = None, *, resume: bool = False) -> Outcome:
     """As ``rl-edit train`` wires it, on the tests' cluster."""
     from actors import pool
 
-    pool.connect(config)
-    dataset = open_dataset(config.data, "train")
-    events = telemetry.Events(directory / telemetry.EVENTS)
-    unit = inspect_editor(config.editor).pixels_per_token
-    workers = pool.RayWorkers(config, dataset.fields, Learner, Rolled, pixels_per_token=unit, on_event=events)
+    run = run_of(config, directory)
+    posts = crew(config, run.dataset.fields, Learner)
+    pool.connect(config, posts)
+    directory.mkdir(parents=True, exist_ok=True)
+    executor = pool.RayExecutor(posts)
     try:
-        loop = TrainingLoop(config, dataset, workers, directory, identity=config.sha256(), events=events, observer=observer or Nobody())
-        return asyncio.run(loop.run(resume=False))
+        events = telemetry.Events(directory / telemetry.EVENTS)
+        loop = TrainingLoop(run, executor, lease=Lease.take(directory), events=events, observer=observer or Nobody())
+        return asyncio.run(loop.run(resume=resume))
     finally:
-        workers.close()
+        asyncio.run(executor.close())
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,9 @@ def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free(ray_clus
 def test_more_gpus_than_a_cluster_has_are_refused_on_a_running_cluster(ray_cluster: None, small_editor: str) -> None:
     from actors import pool
 
-    with pytest.raises(ResourcesInfeasible, match=r"needs 64 GPUs \(1 rollout x 64, 1 reward x 0, learner 0\)"):
-        pool.connect(small_config(small_editor, "actors.runtime=ray", "actors.rollout_gpus=64"))
+    config = small_config(small_editor, "actors.runtime=ray", "actors.rollout_gpus=64")
+    with pytest.raises(ResourcesInfeasible, match=r"needs 64 GPUs \(1 rollout x 64, 1 reward x 0, 1 learner x 0\)"):
+        pool.connect(config, crew(config, frozenset(), Learner))
 
 
 def rl_edit(*arguments: object, **environment: str) -> tuple[int, list[str], float]:
@@ -180,6 +182,6 @@ def test_more_gpus_than_this_machine_has_are_refused_in_seconds_with_the_counts(
     settings = ("actors.runtime=ray", "actors.rollout_gpus=64", "actors.learner_gpus=1")
     code, err, seconds = rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, *settings)
     assert code == 4
-    assert "the run needs 65 GPUs (1 rollout x 64, 1 reward x 0, learner 1), the cluster has" in err[-1]
+    assert "the run needs 65 GPUs (1 rollout x 64, 1 reward x 0, 1 learner x 1), the cluster has" in err[-1]
     assert seconds < 60
     assert not run.exists()

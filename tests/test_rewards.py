@@ -79,7 +79,7 @@ def python_reward(function: str = "told", **changes: Any) -> PythonReward:
 @given(st.lists(st.one_of(st.floats(), st.none(), st.sampled_from(["0.5", [], 10**400, True])), min_size=0, max_size=6))
 def test_an_invalid_value_never_appears_as_a_number_in_the_table(answers: list[Any]) -> None:
     ANSWERS[:] = answers
-    table = score_candidates([python_reward()], small_group(4), work_id="w")
+    table = score_candidates([python_reward()], small_group(4), group_id="w")
     assert table.values.shape == table.valid.shape == (4, 1)
     for row in range(4):
         acceptable = len(answers) == 4 and isinstance(answers[row], int | float) and 0 <= answers[row] <= 1
@@ -94,14 +94,14 @@ def test_an_invalid_value_never_appears_as_a_number_in_the_table(answers: list[A
 
 def test_a_value_out_of_range_is_refused_with_a_reason_that_names_reward_value_and_range() -> None:
     ANSWERS[:] = [0.5, 12.5, math.nan]
-    table = score_candidates([python_reward(name="mine")], small_group(3), work_id="w")
+    table = score_candidates([python_reward(name="mine")], small_group(3), group_id="w")
     assert table.valid[:, 0].tolist() == [True, False, False]
     assert table.reasons == ("mine: gave 12.5, outside its declared range 0..1", "mine: gave nan, which is not a finite number")
 
 
 def test_a_term_that_raises_is_invalid_for_every_candidate_and_the_others_still_count() -> None:
     ANSWERS[:] = [0.1, 0.2, 0.3]
-    table = score_candidates([python_reward("broken", name="bad"), python_reward(name="good", weight=2)], small_group(3), work_id="w")
+    table = score_candidates([python_reward("broken", name="bad"), python_reward(name="good", weight=2)], small_group(3), group_id="w")
     assert table.names == ("bad", "good")
     assert table.weights == (1.0, 2.0)
     assert table.valid.tolist() == [[False, True]] * 3
@@ -111,21 +111,21 @@ def test_a_term_that_raises_is_invalid_for_every_candidate_and_the_others_still_
 
 def test_a_wrong_number_of_scores_is_invalid_for_every_candidate() -> None:
     ANSWERS[:] = [0.1, 0.2]
-    table = score_candidates([python_reward()], small_group(3), work_id="w")
+    table = score_candidates([python_reward()], small_group(3), group_id="w")
     assert not table.valid.any()
     assert table.reasons == ("python: returned 2 scores for 3 candidates",)
 
 
 def test_a_finite_double_that_single_precision_cannot_hold_is_invalid() -> None:
     ANSWERS[:] = [1e300]
-    table = score_candidates([python_reward(high=math.inf)], small_group(1), work_id="w")
+    table = score_candidates([python_reward(high=math.inf)], small_group(1), group_id="w")
     assert not table.valid.any() and math.isnan(table.values[0, 0].item())
 
 
 def test_components_are_kept_per_candidate_under_the_terms_name() -> None:
     task = TASKS[0]
-    table = score_candidates([Judge(name="judge"), Preservation()], candidates(task, [task.target, task.source]), work_id="w7")
-    assert table.work_id == "w7"
+    table = score_candidates([Judge(name="judge"), Preservation()], candidates(task, [task.target, task.source]), group_id="w7")
+    assert table.group_id == "w7"
     assert table.components["judge.instruction"] == (10.0, 0.0)
     assert table.components["preservation.psnr"] == (60.0, 60.0)
     assert table.seconds > 0
@@ -148,7 +148,7 @@ def test_a_misspelt_key_is_refused_and_a_term_is_named_after_its_kind() -> None:
 
 def test_two_terms_of_one_name_are_refused() -> None:
     with pytest.raises(InputError, match="Two rewards are called 'preservation'"):
-        score_candidates([Preservation(), Preservation(ceiling_db=35)], small_group(), work_id="w")
+        score_candidates([Preservation(), Preservation(ceiling_db=35)], small_group(), group_id="w")
     with pytest.raises(InputError, match="Two rewards are called"):
         available([Preservation(), Preservation()], {"target"})
 
@@ -337,9 +337,9 @@ def test_the_judge_scores_a_larger_picture_like_the_same_small_one() -> None:
 
 def test_a_target_that_changes_nothing_and_a_task_without_target_are_invalid() -> None:
     task = TASKS[0]
-    idle = score_candidates([Judge()], candidates(replace(task, target=task.source), [task.source]), work_id="w")
+    idle = score_candidates([Judge()], candidates(replace(task, target=task.source), [task.source]), group_id="w")
     assert not idle.valid.any() and "progress is undefined" in idle.reasons[0]
-    untargeted = score_candidates([Judge()], small_group(2), work_id="w")
+    untargeted = score_candidates([Judge()], small_group(2), group_id="w")
     assert not untargeted.valid.any() and "has no target" in untargeted.reasons[0]
 
 
@@ -413,13 +413,13 @@ def attended(rows: list[list[float]], inside: int) -> Candidates:
 
 def test_concentration_is_one_when_diffuse_and_area_ratio_when_all_inside() -> None:
     group = attended([[0.25] * 4, [1.0, 0, 0, 0], [0.0, 0.5, 0.25, 0.25], [0.5, 0.5, 0, 0]], inside=1)
-    table = score_candidates([Concentration()], group, work_id="w")
+    table = score_candidates([Concentration()], group, group_id="w")
     assert table.values[:, 0].tolist() == pytest.approx([1.0, 4.0, 0.0, 2.0], abs=1e-6)
     assert table.components["concentration.mass_inside"] == pytest.approx((0.25, 1.0, 0.0, 0.5), abs=1e-6)
-    unit_table = score_candidates([Concentration(normalisation="unit")], group, work_id="w")
+    unit_table = score_candidates([Concentration(normalisation="unit")], group, group_id="w")
     assert unit_table.valid.all()
     assert unit_table.values[:, 0].tolist() == pytest.approx([0.0, 1.0, -1 / 3, 1 / 3], abs=1e-6)
-    log_table = score_candidates([Concentration(normalisation="log")], group, work_id="w")
+    log_table = score_candidates([Concentration(normalisation="log")], group, group_id="w")
     assert log_table.valid[:, 0].tolist() == [True, True, False, True]
     assert log_table.values[1, 0].item() == pytest.approx(math.log(4), abs=1e-6)
 
@@ -431,11 +431,11 @@ def test_concentration_stays_in_its_declared_range_under_every_normalisation(ins
     mass[0, inside:] = 0
     group = attended((mass / mass.sum(dim=1, keepdim=True)).tolist(), inside)
     for normalisation in ("paper", "log", "unit"):
-        assert score_candidates([Concentration(normalisation=normalisation)], group, work_id="w").valid.all()
+        assert score_candidates([Concentration(normalisation=normalisation)], group, group_id="w").valid.all()
 
 
 def test_concentration_over_every_token_is_undefined() -> None:
-    table = score_candidates([Concentration(normalisation="unit")], attended([[0.5, 0.5]], inside=2), work_id="w")
+    table = score_candidates([Concentration(normalisation="unit")], attended([[0.5, 0.5]], inside=2), group_id="w")
     assert not table.valid.any() and "covers 2 of 2 tokens" in table.reasons[0]
 
 
@@ -566,7 +566,7 @@ def client(judge: JudgeServer, **changes: Any) -> EditScore:
 
 
 def test_editscore_composes_scores_on_a_scale_of_ten(judge_server: Callable[..., JudgeServer]) -> None:
-    table = score_candidates([client(judge_server(good_reply))], small_group(2), work_id="w")
+    table = score_candidates([client(judge_server(good_reply))], small_group(2), group_id="w")
     assert table.valid.all()
     assert table.values[:, 0].tolist() == pytest.approx([4.0, 4.0])
     expected = {"prompt_following": 8.0, "consistency": 2.0, "naturalness": 10.0, "artefacts": 8.0, "SC": 2.0, "PQ": 8.0}
@@ -654,7 +654,7 @@ FAULTS: dict[str, tuple[tuple[int, bytes | None], str]] = {
 def test_a_lasting_fault_makes_the_score_invalid_with_its_reason(fault: str, judge_server: Callable[..., JudgeServer]) -> None:
     answer, reason = FAULTS[fault]
     judge = judge_server(lambda body, number: answer if question_of(body) == "PQ" else good_reply(body, number))
-    table = score_candidates([client(judge, retries=1)], small_group(1), work_id="w")
+    table = score_candidates([client(judge, retries=1)], small_group(1), group_id="w")
     assert not table.valid.any() and math.isnan(table.values[0, 0].item()) and not table.components
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(table.reasons[0])
@@ -696,7 +696,7 @@ def test_one_candidates_fault_leaves_the_others_valid(judge_server: Callable[...
     def reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
         return (500, b"") if images_of(body)[-1].max() == 40 else good_reply(body, number)
 
-    table = score_candidates([client(judge_server(reply), retries=0)], small_group(3), work_id="w")
+    table = score_candidates([client(judge_server(reply), retries=0)], small_group(3), group_id="w")
     assert table.valid[:, 0].tolist() == [True, False, True]
     assert math.isnan(table.components["editscore.SC"][1]) and table.components["editscore.SC"][2] == pytest.approx(2.0)
 
@@ -715,10 +715,10 @@ def test_the_key_comes_from_the_environment_and_appears_in_no_config_and_no_reas
     judge = judge_server(lambda body, number: (401, f"bad key {secret}".encode()))
     term = client(judge, api_key_env="JUDGE_KEY_FOR_TEST")
     monkeypatch.delenv("JUDGE_KEY_FOR_TEST", raising=False)
-    missing = score_candidates([term], small_group(1), work_id="w")
+    missing = score_candidates([term], small_group(1), group_id="w")
     assert not missing.valid.any() and "JUDGE_KEY_FOR_TEST is not set" in missing.reasons[0] and not judge.requests
     monkeypatch.setenv("JUDGE_KEY_FOR_TEST", secret)
-    table = score_candidates([term], small_group(1), work_id="w")
+    table = score_candidates([term], small_group(1), group_id="w")
     assert judge.headers[0]["Authorization"] == f"Bearer {secret}"
     assert "HTTP 401" in table.reasons[0] and secret not in table.reasons[0] and secret not in term.model_dump_json()
 

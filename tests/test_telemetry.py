@@ -15,7 +15,9 @@ from rl_edit.types import RewardTable
 
 def table(values: list[list[float]], *, components: dict[str, tuple[float, ...]] | None = None) -> RewardTable:
     tensor = torch.tensor(values)
-    return RewardTable(work_id="w", names=("a", "b"), weights=(1.0, 0.5), values=tensor, valid=~tensor.isnan(), components=components or {})
+    return RewardTable(
+        group_id="w", names=("a", "b"), weights=(1.0, 0.5), values=tensor, valid=~tensor.isnan(), components=components or {}
+    )
 
 
 def test_means_are_over_all_candidates_and_spreads_within_groups() -> None:

@@ -17,10 +17,10 @@ from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.cli.report import report_command
 from rl_edit.cli.show import methods_command, presets_command, show_config_command
 from rl_edit.cli.train import train_command
-from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible
+from rl_edit.errors import ClusterUnreachable, Fenced, InputError, ResourcesInfeasible
 from rl_edit.update import TrainingFailed
 
-BAD_INPUT, FAILED, INFEASIBLE, UNREACHABLE = 2, 3, 4, 5
+BAD_INPUT, FAILED, INFEASIBLE, UNREACHABLE, FENCED = 2, 3, 4, 5, 75
 
 app = typer.Typer(
     name="rl-edit",
@@ -54,6 +54,8 @@ def main() -> None:
         _leave(error, INFEASIBLE)
     except ClusterUnreachable as error:
         _leave(error, UNREACHABLE)
+    except Fenced as error:
+        _leave(error, FENCED)
 
 
 def _leave(error: Exception, code: int) -> None:

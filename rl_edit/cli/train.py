@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,8 @@ from rl_edit import adapters, telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
 from rl_edit.editors import editor_identity, inspect_editor
-from rl_edit.errors import InputError
+from rl_edit.errors import Fenced, InputError
+from rl_edit.provenance import code_sha256, versions
 from rl_edit.rewards import available
 
 
@@ -35,8 +36,16 @@ def train_command(
     run_dir: Annotated[Path | None, typer.Option(help="Where the run is written; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest sound checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate config, data and editor, print the plan, start nothing.")] = False,
+    allow_config_drift: Annotated[
+        list[str] | None, typer.Option(help="With --resume: a dotted setting that may differ from the checkpoint's; repeatable.")
+    ] = None,
+    allow_version_skew: Annotated[bool, typer.Option(help="Run although nodes have other package versions or sources.")] = False,
 ) -> None:
-    """Train an adapter. Exit codes: 0 done, 2 bad input, 3 training failed, 4 resources infeasible, 5 cluster unreachable."""
+    """Train an adapter.
+
+    Exit codes: 0 done, 2 bad input, 3 training failed, 4 resources infeasible, 5 cluster unreachable, 75 a newer attempt holds the run
+    directory, 130/143 stopped by a signal (everything is saved).
+    """
     changes = list(overrides or [])
     if config is not None and "=" in str(config):
         changes, config = [str(config), *changes], None
@@ -44,14 +53,30 @@ def train_command(
         config = run_dir / "config.yaml"
     settings = load_config(config, preset=preset, overrides=changes)
     directory = run_dir or Path("runs") / settings.name
-    train(settings, directory, resume=resume, dry_run=dry_run, console=Console(stderr=False))
+    train(
+        settings,
+        directory,
+        resume=resume,
+        dry_run=dry_run,
+        console=Console(stderr=False),
+        allow_drift=frozenset(allow_config_drift or ()),
+        allow_skew=allow_version_skew,
+    )
 
 
 def train(
-    config: RunConfig, directory: Path, *, resume: bool, dry_run: bool = False, console: Console | None = None
+    config: RunConfig,
+    directory: Path,
+    *,
+    resume: bool,
+    dry_run: bool = False,
+    console: Console | None = None,
+    allow_drift: frozenset[str] = frozenset(),
+    allow_skew: bool = False,
 ) -> adapters.AdapterWeights | None:
     """Runs ``config`` in ``directory``; returns the final adapter. Everything that can be checked is checked before a file is written."""
-    from learner.loop import TrainingLoop
+    from learner.lease import Lease
+    from learner.loop import Run, Stop, TrainingLoop
 
     console = console or Console(quiet=True)
     if directory.exists() and not directory.is_dir():
@@ -61,55 +86,63 @@ def train(
         raise InputError(f"run directory {directory} already holds a run: add --resume to continue it, or give another --run-dir")
     if resume and not occupied:
         raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
-    if resume:
-        _require_same_settings(config, directory)
     facts = inspect_editor(config.editor)
     dataset = open_dataset(config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     base = editor_identity(config.editor)
-    identity = hashlib.sha256(f"{config.sha256()} {dataset.fingerprint} {base}".encode()).hexdigest()
+    run = Run(
+        config=config,
+        dataset=dataset,
+        directory=directory,
+        identity=hashlib.sha256(f"{config.sha256()} {dataset.fingerprint} {base}".encode()).hexdigest(),
+        pixels_per_token=facts.pixels_per_token,
+        code_version=code_sha256(),
+        capacity=_capacity(config),
+        allow_drift=allow_drift,
+    )
     if resume:
-        _require_same_run(identity, directory)
+        _require_same_run(run)
     _describe_plan(console, config, len(dataset), dataset.skipped, [term.name for term in terms], left_out)
     if dry_run:
         return None
     directory.mkdir(parents=True, exist_ok=True)
+    lease = Lease.take(directory)
+    if took := lease.taking_over():
+        console.print(f"[yellow]{took}[/yellow]: that attempt ends at its next write", highlight=False, soft_wrap=True)
     (directory / "config.yaml").write_text(config.to_yaml())
     record = _run_record(config, dataset.fingerprint, base, [f"{name}: {why}" for name, why in left_out.items()])
     _write_record(directory, record)
     events = telemetry.Events(directory / telemetry.EVENTS)
     started = time.time()
-    workers: Any = None
+    executor: Any = None
+    stop = Stop()
     try:
         with _Watch(console, config) as watch:
-            workers = _workers(config, dataset.fields, facts.pixels_per_token, events)
-            with _Signals() as signals:
-                loop = TrainingLoop(
-                    config,
-                    dataset,
-                    workers,
-                    directory,
-                    identity=identity,
-                    events=events,
-                    observer=watch,
-                    should_stop=lambda: signals.received != 0,
-                )
+            executor = _executor(config, dataset.fields, allow_skew=allow_skew, note=watch.note)
+            with _Signals(stop) as signals:
+                loop = TrainingLoop(run, executor, lease=lease, events=events, observer=watch, stop=stop)
                 outcome = asyncio.run(loop.run(resume=resume))
-        adapters.save(directory / "adapter", outcome.adapter, config.lora)
+        if outcome.adapter is not None:
+            adapters.save(directory / "adapter", outcome.adapter, config.lora)
         status = "done" if outcome.updates_done == config.train.updates else "stopped"
-        events("finished", status=status, updates_done=outcome.updates_done, adapter=str(outcome.adapter.id))
-        finished = {"status": status, "adapter": str(outcome.adapter.id), "finished": time.time(), "seconds": time.time() - started}
+        name = str(outcome.adapter.id) if outcome.adapter is not None else None
+        events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
+        finished = {"status": status, "adapter": name, "finished": time.time(), "seconds": time.time() - started}
         _write_record(directory, {**record, **finished})
+    except Fenced:
+        raise  # the directory is another attempt's now: not a byte more
     except BaseException as error:
         cause = getattr(error, "cause", None) or error
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         events("failed", reason=reason)
         _write_record(directory, {**record, "status": "failed", "reason": reason, "finished": time.time()})
-        if not occupied and not (directory / "checkpoints").exists() and (isinstance(error, InputError) or workers is None):
+        if not occupied and not (directory / "checkpoints").exists() and (isinstance(error, InputError) or executor is None):
             shutil.rmtree(directory)
         raise
     finally:
-        _close(config, workers)
+        _close(config, executor)
+        if directory.is_dir():
+            lease.release()
     if status == "stopped":
         console.print(
             f"stopped after update {outcome.updates_done}; everything is saved. Continue with: "
@@ -119,6 +152,7 @@ def train(
             soft_wrap=True,
         )
         raise typer.Exit(128 + signals.received)
+    assert outcome.adapter is not None
     console.print(
         f"adapter {outcome.adapter.id} in {directory / 'adapter'}; next: rl-edit evaluate {directory}; rl-edit report {directory}",
         highlight=False,
@@ -128,63 +162,82 @@ def train(
     return outcome.adapter
 
 
-def _require_same_settings(config: RunConfig, directory: Path) -> None:
-    """Refuses to resume with other settings before the run's own config is overwritten.
-
-    Raises:
-        InputError: training would silently continue a different run.
-    """
-    from learner.checkpoint import another_run
-
-    written = directory / "config.yaml"
-    if written.is_file() and load_config(written).sha256() != config.sha256():
-        raise another_run(directory)
-
-
-def _require_same_run(identity: str, directory: Path) -> None:
-    """Refuses to resume on other data content or another editor, before anything of the run is overwritten.
+def _require_same_run(run: Any) -> None:
+    """Refuses to resume with other settings, other data or another editor, before anything of the run is overwritten.
 
     Raises:
         InputError: the newest sound checkpoint was made from something else.
     """
-    from learner.checkpoint import another_run, newest_identity
+    from learner import checkpoint
 
-    if newest_identity(directory / "checkpoints") not in (None, identity):
-        raise another_run(directory)
+    found = checkpoint.peek(run.directory / "checkpoints")
+    if found is not None:
+        checkpoint.require_same_run(found, run.identity, run.config.identity(), run.directory, allow=run.allow_drift)
+    elif (written := run.directory / "config.yaml").is_file() and (there := load_config(written).identity()) != run.config.identity():
+        different = {key for key in checkpoint.differences(there, run.config.identity()) if key not in run.allow_drift}
+        if different:
+            raise InputError(
+                f"{run.directory} belongs to another run: {', '.join(sorted(different))} differ from its config.yaml. "
+                "Resume with the run's own config.yaml, or start a new --run-dir."
+            )
 
 
-def _workers(config: RunConfig, fields: frozenset[str], pixels_per_token: int, events: telemetry.Events) -> Any:
+def _executor(config: RunConfig, fields: frozenset[str], *, allow_skew: bool, note: Callable[[str], None]) -> Any:
+    from actors.crew import crew
     from learner.learner import Learner
-    from learner.loop import Rolled
 
-    if config.actors.runtime == "inline":
-        from actors.inline import InlineWorkers
+    posts = crew(config, fields, Learner)
+    if config.actors.runtime != "ray":
+        from actors.local import LocalExecutor
 
-        threads = config.actors.threads or os.cpu_count() or 1
-        return InlineWorkers(config, fields, Learner(config, threads), Rolled, threads=threads)
+        return LocalExecutor(posts, threaded=config.actors.runtime == "thread")
     from actors import pool
 
-    pool.connect(config)
-    return pool.RayWorkers(config, fields, Learner, Rolled, pixels_per_token=pixels_per_token, on_event=events)
+    pool.connect(config, posts)
+    pool.check_nodes(allow_skew=allow_skew, note=note)
+    pool.check_stop_wait(config.train.grace_s, note=note)
+    return pool.RayExecutor(posts)
 
 
-def _close(config: RunConfig, workers: Any) -> None:
+def _capacity(config: RunConfig) -> Any:
+    """What the run's workers occupy: GPUs where there are any, else cores."""
+    from actors.crew import available_cores, threads_per_actor
+    from learner.capacity import Capacity
+
+    asked = config.actors
+    colocated = asked.placement == "colocated"
+    learner_gpus = asked.rollout_gpus if colocated else asked.learner_gpus
+    gpus = (
+        asked.num_rollout * asked.rollout_gpus
+        + asked.num_reward * asked.reward_gpus
+        + (0 if colocated else asked.num_learner * learner_gpus)
+    )
+    if gpus:
+        equal = asked.rollout_gpus == asked.reward_gpus == learner_gpus
+        return Capacity(rollout=asked.rollout_gpus, reward=asked.reward_gpus, learner=learner_gpus, total=gpus, divisible=equal)
+    rollout, learner = threads_per_actor(config)
+    cores = available_cores()
+    return Capacity(rollout=min(rollout, cores), reward=1, learner=min(learner, cores), total=cores if asked.runtime == "ray" else rollout)
+
+
+def _close(config: RunConfig, executor: Any) -> None:
+    if executor is not None:
+        asyncio.run(executor.close())
     if config.actors.runtime == "ray":
         from actors import pool
 
-        if workers is not None:
-            workers.close()
         pool.disconnect()
 
 
 class _Signals:
-    """The first SIGINT or SIGTERM asks the loop to commit and end between updates; a second one ends at once.
+    """The first SIGINT or SIGTERM asks the loop to commit and end; a second one ends at once.
 
     Installed after Ray has connected, because ``ray.init`` replaces the SIGTERM handler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Any) -> None:
         self.received = 0
+        self._stop = stop
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -200,10 +253,10 @@ class _Signals:
         if self.received:
             os._exit(128 + number)
         self.received = number
+        self._stop.request()
 
 
 def _run_record(config: RunConfig, fingerprint: str, base: str, left_out: list[str]) -> dict[str, Any]:
-    packages = ("torch", "diffusers", "transformers", "peft", "ray", "numpy")
     return {
         "name": config.name,
         "method": config.algorithm.name,
@@ -215,7 +268,7 @@ def _run_record(config: RunConfig, fingerprint: str, base: str, left_out: list[s
         "data_fingerprint": fingerprint,
         "editor_identity": base,
         "left_out_rewards": left_out,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(),
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
         "command": " ".join(["rl-edit", *sys.argv[1:]]),
         "started": time.time(),
@@ -278,6 +331,9 @@ class _Watch:
     def group_scored(self, update: int, done: int, total: int) -> None:
         self._began = self._began or time.time()
         self._progress.update(self._groups, completed=done, note="learning" if done == total else "rolling out")
+
+    def note(self, text: str) -> None:
+        self._console.print(f"[yellow]note[/yellow] {text}", highlight=False, soft_wrap=True)
 
     def update_done(self, metrics: dict[str, Any]) -> None:
         note = progress_line(metrics)

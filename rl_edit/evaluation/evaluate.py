@@ -170,7 +170,7 @@ def _run(
 
 def _measure(terms: Sequence[Reward], task: EditTask, conditioning: Conditioning, image: Tensor, mass: Tensor) -> dict[str, float]:
     candidates = Candidates(task=task, images=image[None], attention=mass[None], token_mask=token_mask(task.edit_mask, conditioning.grid))
-    table = score_candidates(tuple(terms), candidates, work_id=task.task_id)
+    table = score_candidates(tuple(terms), candidates, group_id=task.task_id)
     values = {f"reward/{name}": float(table.values[0, i]) for i, name in enumerate(table.names)}
     values["reward"] = sum(weight * float(table.values[0, i]) for i, weight in enumerate(table.weights) if weight > 0)
     for name, parts in table.components.items():

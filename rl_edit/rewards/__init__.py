@@ -75,7 +75,7 @@ def available(terms: Sequence[Reward], fields: Collection[str]) -> tuple[tuple[R
     return tuple(usable), left_out
 
 
-def score_candidates(terms: Sequence[Reward], candidates: Candidates, *, work_id: str) -> RewardTable:
+def score_candidates(terms: Sequence[Reward], candidates: Candidates, *, group_id: str) -> RewardTable:
     """Every term of every candidate: raw values in each term's own unit, NaN exactly where there is no valid one.
 
     A term that raises, returns the wrong number of scores, or a value that is not finite or outside its declared
@@ -101,7 +101,7 @@ def score_candidates(terms: Sequence[Reward], candidates: Candidates, *, work_id
         for part in parts:
             components[f"{term.name}.{part}"] = tuple(_number(score.components.get(part)) if score.ok else math.nan for score in scores)
     return RewardTable(
-        work_id=work_id,
+        group_id=group_id,
         names=tuple(term.name for term in terms),
         weights=tuple(term.weight for term in terms),
         values=values,

@@ -1,0 +1,84 @@
+"""Executors without a cluster: every worker in this process, called in turn (inline) or with a thread of its own.
+
+The same plain classes as on Ray, for debugging, benchmarks, and tests of the controller in milliseconds. A thread cannot be
+ended from outside: a killed worker is forgotten, and what it still returns is thrown away or shown as late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from actors.crew import Crew, Post
+from rl_edit.errors import InputError, WorkerLost, WorkFailed
+from rl_edit.update import TrainingFailed
+
+
+class LocalWorker:
+    """A plain object behind the executor's ``Worker``."""
+
+    def __init__(self, post: Post, name: str, *, threaded: bool) -> None:
+        self._post, self._name = post, name
+        self._instance: Any = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name) if threaded else None
+        self.alive = True
+
+    async def call(self, method: str, *args: Any, blobs: int = 0) -> Any:
+        if not self.alive:
+            raise WorkerLost(f"{self._name} is gone")
+        try:
+            if self._thread is None:
+                return self._run(method, args)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, method, args)
+        except (InputError, TrainingFailed, WorkerLost):
+            raise
+        except Exception as error:
+            raise WorkFailed(f"{type(error).__name__}: {error}") from error
+
+    def _run(self, method: str, args: tuple[Any, ...]) -> Any:
+        if self._instance is None:
+            self._instance = self._post.make(*self._post.arguments)
+        return getattr(self._instance, method)(*args)
+
+    def kill(self) -> None:
+        self.alive = False
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class LocalExecutor:
+    """Workers as objects of this process. Refs are the arrays themselves."""
+
+    def __init__(self, crew: Crew, *, threaded: bool = False) -> None:
+        self._crew, self._threaded = crew, threaded
+        self._workers: dict[tuple[str, int], LocalWorker] = {}
+
+    def spawn(self, role: str, seat: int) -> LocalWorker:
+        post = self._crew[role]
+        worker = self._workers.get((post.process, seat))
+        if worker is None or not worker.alive or post.process == role:
+            worker = self._workers[post.process, seat] = LocalWorker(post, f"{post.process}-{seat}", threaded=self._threaded)
+        return worker
+
+    def put(self, blob: np.ndarray) -> np.ndarray:
+        return blob
+
+    async def fetch(self, ref: np.ndarray) -> np.ndarray:
+        return ref
+
+    def store_bytes(self) -> float:
+        return math.inf
+
+    def free(self) -> str:
+        return "this process only"
+
+    def mirror(self, metrics: dict[str, Any]) -> None:
+        """Nobody monitors a process of one's own."""
+
+    async def close(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()

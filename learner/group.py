@@ -1,0 +1,122 @@
+"""The learner as the controller sees it: one to N ranks that apply an update together, exactly once.
+
+A dead rank makes the others wait in a collective, so the group stands and falls as one: it is killed, rebuilt from the state
+before the update, and the update is replayed. Nobody saw the new weights meanwhile, for they are published afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from learner.executor import Ref
+from learner.supervisor import Supervisor
+from rl_edit.errors import WorkerLost, WorkFailed
+from rl_edit.types import AdapterId, LearnOrder, LearnReport
+from rl_edit.update import TrainingFailed
+
+ROLE = "learner"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What the driver holds of the learner after an update, so that losing the learner loses nothing.
+
+    Attributes:
+        adapter: packed weights, for actors; ``state``: packed adapter and optimizer, for a rebuilt learner and checkpoints.
+    """
+
+    updates_done: int
+    id: AdapterId
+    adapter: Ref
+    state: Ref
+
+
+class LearnerGroup:
+    """Ranks 0 to N - 1. Rank 0 answers with the new weights; all ranks hold the same."""
+
+    def __init__(self, supervisor: Supervisor, ranks: int, *, on_event: Callable[..., None]) -> None:
+        self.supervisor, self.ranks, self.event = supervisor, ranks, on_event
+        supervisor.open(ROLE, ranks)
+
+    async def start(self) -> None:
+        """Joins the ranks, once they are constructed."""
+        if self.ranks > 1:
+            seats = self.supervisor.seats(ROLE)
+            address = await self.supervisor.timed("join", "rendezvous", seats[0], ROLE, "address")
+            await self._everyone("join", "joining the ranks", [(rank, self.ranks, address) for rank in range(self.ranks)])
+
+    async def export(self, updates_done: int) -> Held:
+        """The weights and state as they are."""
+        seat = self.supervisor.seats(ROLE)[0]
+        adapter_id, adapter, state = await self.supervisor.timed("export", "export of the learner's state", seat, ROLE, "export", blobs=2)
+        return Held(updates_done=updates_done, id=adapter_id, adapter=adapter, state=state)
+
+    async def restore(self, state: Ref) -> None:
+        await self._everyone("restore", "restoring the learner", [(state,)] * self.ranks)
+
+    async def ratio(self, group: Ref) -> float:
+        """Largest |ratio - 1| at the present weights on a group: the preflight's question. Every rank answers, for a sharded base."""
+        deviations = await self._everyone("ratio", "the ratio check", [(group,)] * self.ranks)
+        return float(max(deviations))
+
+    async def apply(self, order: LearnOrder, shards: Sequence[Sequence[Ref]], held: Held) -> tuple[LearnReport, Held]:
+        """One update, applied once whatever dies: ``held`` is the state it starts from.
+
+        Raises:
+            TrainingFailed: when the learner cannot be kept alive, or refuses.
+            BlobLost: a group is gone; it must be made again.
+        """
+        lost = failed = 0
+        while True:
+            try:
+                if lost or failed:
+                    await self._rebuild(held)
+                arguments = [(order, *shard) for shard in shards]
+                answers = await self._everyone("learn", f"update {order.update}", arguments, blobs=2)
+                report, adapter, state = answers[0]
+                return report, Held(updates_done=order.update + 1, id=report.adapter, adapter=adapter, state=state)
+            except WorkerLost as error:
+                lost += 1
+                self.event("learner_lost", during=f"update {order.update}", attempt=lost, reason=str(error))
+                if lost > self.supervisor.config.infra_retries:
+                    raise TrainingFailed(
+                        f"the learner was lost {lost} times in update {order.update} (actors.infra_retries): {error}. See the Ray logs; "
+                        "if it was slow rather than dead, raise actors.deadline_s. Continue with --resume."
+                    ) from error
+                self.supervisor.retries["infra"] += 1
+            except WorkFailed as error:
+                # Beside a dead rank the survivors fail too, maybe first: with several ranks a failure is worth a replay.
+                failed += 1
+                self.event("learner_failed", during=f"update {order.update}", attempt=failed, reason=str(error))
+                if self.ranks == 1 or failed > self.supervisor.config.data_retries:
+                    raise TrainingFailed(f"the learner failed in update {order.update}: {error}") from error
+                self.supervisor.retries["data"] += 1
+
+    async def _rebuild(self, held: Held) -> None:
+        await self.supervisor.respawn(ROLE)
+        await self.start()
+        await self.restore(held.state)
+        self.event("learner_rebuilt", ranks=self.ranks, updates_done=held.updates_done, adapter=str(held.id))
+
+    async def _everyone(self, method: str, what: str, arguments: Sequence[Sequence[Any]], *, blobs: int = 0) -> list[Any]:
+        """A call on every rank at once. The first failure ends all of them: a rank without its peers would wait for ever."""
+        seats = self.supervisor.seats(ROLE)
+        calls = [
+            asyncio.ensure_future(self.supervisor.timed(method, f"{what}, {seat.name(ROLE)}", seat, ROLE, method, *given, blobs=blobs))
+            for seat, given in zip(seats, arguments, strict=True)
+        ]
+        try:
+            await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            failures = [error for call in calls if call.done() and (error := call.exception()) is not None]
+            if failures:
+                if any(isinstance(error, WorkerLost | WorkFailed) for error in failures):
+                    self.supervisor.kill_all([ROLE])
+                raise next((error for error in failures if isinstance(error, WorkerLost)), failures[0])
+            return [call.result() for call in calls]
+        finally:
+            for call in calls:
+                if not call.done():
+                    call.cancel()
