@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.util.metrics import Gauge
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.crew import Crew, Post, available_cores
 from rl_edit.config import RunConfig
@@ -45,31 +47,59 @@ NODE_TIMEOUT_S = 120.0
 RAY_JOB_STOP_DEFAULT_S = 3.0
 """Seconds from SIGTERM to SIGKILL of ``ray job stop`` unless the job's runtime_env says otherwise."""
 
+PLACE_POLL_S, PLACE_SAY_S = 1, 15.0
+
+Places = dict[tuple[str, int], tuple[PlacementGroup, int]]
+"""Placement group and bundle of each process that has GPUs, by kind of process and seat."""
+
 POISONED = ("OutOfMemoryError", "AcceleratorError", "CudaError", "CUDA error")
 """Errors after which a process with a GPU cannot be trusted any more: it is replaced rather than asked again."""
 
 
-def connect(config: RunConfig, crew: Crew) -> None:
+def connect(config: RunConfig) -> None:
     """Joins the cluster of ``RAY_ADDRESS`` (set by hand or inside ``ray job submit``), else starts one on loopback.
 
     ``ray.init`` blocks for minutes on a dead address, so the address is probed first.
 
     Raises:
         ClusterUnreachable: within seconds, naming the address.
-        ResourcesInfeasible: naming what is asked for and what there is.
     """
     if not ray.is_initialized():
         _join_or_start(config)
-    processes = {post.process: (post, _seats(config, role)) for role, post in crew.items()}
-    wanted = sum(post.gpus * seats for post, seats in processes.values())
-    present = ray.cluster_resources().get("GPU", 0)
-    if wanted > present:
-        each = ", ".join(f"{seats} {name} x {post.gpus:g}" for name, (post, seats) in processes.items())
-        raise ResourcesInfeasible(f"the run needs {wanted:g} GPUs ({each}), the cluster has {present:g}: lower actors.* or add nodes.")
 
 
-def _seats(config: RunConfig, role: str) -> int:
-    return {"rollout": config.actors.num_rollout, "reward": config.actors.num_reward, "learner": config.actors.num_learner}[role]
+def reserve(config: RunConfig, crew: Crew, *, note: Callable[[str], None]) -> Places:
+    """Reserves the GPUs of every process at once, so that a run never starts with half of its actors.
+
+    Raises:
+        ResourcesInfeasible: naming what is asked for and what there is; at once when the cluster can never place it, after
+            ``actors.start_timeout_s`` when others hold it. An autoscaler gets ``actors.wait_for_nodes_s`` to bring nodes.
+    """
+    seats = {"rollout": config.actors.num_rollout, "reward": config.actors.num_reward, "learner": config.actors.num_learner}
+    processes = {post.process: (post, seats[role]) for role, post in crew.items()}
+    wanted = [(name, seat, post.gpus) for name, (post, count) in processes.items() if post.gpus for seat in range(count)]
+    if not wanted:
+        return {}
+    total = sum(gpus for *_, gpus in wanted)
+    each = ", ".join(f"{count} {name} x {post.gpus:g}" for name, (post, count) in processes.items())
+    group = placement_group([{"GPU": gpus} for *_, gpus in wanted], strategy="PACK")
+    began, said = time.monotonic(), 0.0
+    while not group.wait(PLACE_POLL_S):
+        waited = time.monotonic() - began
+        present, free = ray.cluster_resources().get("GPU", 0), ray.available_resources().get("GPU", 0)
+        # Ray calls infeasible what fits no single node; bundles that together exceed the cluster just wait.
+        hopeless = total > present or placement_group_table(group)["stats"]["scheduling_state"] == "INFEASIBLE"
+        limit = config.actors.wait_for_nodes_s if hopeless else config.actors.start_timeout_s
+        if waited >= limit:
+            remove_placement_group(group)
+            raise ResourcesInfeasible(
+                f"the run needs {total:g} GPUs ({each}), the cluster has {present:g}, {free:g} free: lower actors.*, add nodes, "
+                "or, with an autoscaler, allow it time with actors.wait_for_nodes_s."
+            )
+        if waited - said >= PLACE_SAY_S:
+            said = waited
+            note(f"waiting for {total:g} GPUs ({each}) for {waited:.0f} s; {'no node has them yet' if hopeless else 'others hold them'}")
+    return {(name, seat): (group, bundle) for bundle, (name, seat, _) in enumerate(wanted)}
 
 
 def _join_or_start(config: RunConfig) -> None:
@@ -102,17 +132,20 @@ def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
     Raises:
         InputError: naming each difference, unless ``allow_skew``.
     """
-    probe = ray.remote(versions).options(num_cpus=0)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    probe = ray.remote(versions)
     asked = {
-        node["NodeManagerAddress"]: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
-        for node in nodes
+        node["NodeManagerAddress"]: probe.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        )
+        for node in ray.nodes()
+        if node["Alive"]
     }
+    answers = [node.remote() for node in asked.values()]
     try:
-        found = dict(zip(asked, ray.get(list(asked.values()), timeout=NODE_TIMEOUT_S), strict=True))
+        found = dict(zip(asked, ray.get(answers, timeout=NODE_TIMEOUT_S), strict=True))
     except GetTimeoutError as error:
         raise ResourcesInfeasible(
-            f"not every node of {len(nodes)} started a worker within {NODE_TIMEOUT_S:g} s: see `ray status` and the nodes' logs"
+            f"not every node of {len(asked)} started a worker within {NODE_TIMEOUT_S:g} s: see `ray status` and the nodes' logs"
         ) from error
     problems = differences(found, versions())
     if problems and not allow_skew:
@@ -144,11 +177,13 @@ def disconnect() -> None:
 class RayWorker:
     """One incarnation of an actor behind the executor's ``Worker``."""
 
-    def __init__(self, post: Post) -> None:
-        self._post = post
+    def __init__(self, post: Post, place: tuple[PlacementGroup, int] | None) -> None:
         # CPU actors reserve no CPU, so that a small machine never deadlocks on placement, and see no GPU.
         runtime_env = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if post.gpus == 0 else {}
-        remote = ray.remote(post.make).options(num_cpus=0, num_gpus=post.gpus, max_restarts=0, max_task_retries=0, runtime_env=runtime_env)
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": post.gpus, "max_restarts": 0, "max_task_retries": 0}
+        if place is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(place[0], placement_group_bundle_index=place[1])
+        remote = ray.remote(post.make).options(runtime_env=runtime_env, **options)
         self._actor = remote.remote(*post.arguments)
         self.alive = True
 
@@ -183,8 +218,8 @@ class RayWorker:
 class RayExecutor:
     """Workers as actors of a Ray cluster."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, crew: Crew, places: Places | None = None) -> None:
+        self._crew, self._places = crew, places or {}
         self._workers: dict[tuple[str, int], RayWorker] = {}
         self._gauges: dict[str, Gauge] = {}
 
@@ -192,7 +227,7 @@ class RayExecutor:
         post = self._crew[role]
         worker = self._workers.get((post.process, seat))
         if worker is None or not worker.alive or post.process == role:
-            worker = self._workers[post.process, seat] = RayWorker(post)
+            worker = self._workers[post.process, seat] = RayWorker(post, self._places.get((post.process, seat)))
         return worker
 
     def put(self, blob: np.ndarray) -> Any:
@@ -225,6 +260,9 @@ class RayExecutor:
     async def close(self) -> None:
         for worker in self._workers.values():
             worker.kill()
+        for group in {group.id: group for group, _ in self._places.values()}.values():
+            with contextlib.suppress(Exception):
+                remove_placement_group(group)
 
 
 def _raised(error: RayTaskError) -> Exception:

@@ -264,7 +264,7 @@ def write_table(bases: dict[str, str], jobs: list[Job], arguments: argparse.Name
         f"Commit `{_commit()}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {os.cpu_count()} cores, torch {_torch()}. "
         f"{arguments.updates} updates x 8 groups x 8 candidates, {arguments.tasks} held-out tasks, seeds {arguments.seeds}; equal budgets.",
         "",
-        f"Command: `python benchmarks/ablation.py {' '.join(_quoted(a) for a in sys.argv[1:])}`",
+        f"Command: `python benchmarks/ablation.py {' '.join(_quoted(a) for a in _settings())}`",
         "",
         "Differences to base are paired by task and noise and averaged over seeds; "
         "brackets are 95 % bootstrap intervals over tasks (clusters). "
@@ -272,7 +272,7 @@ def write_table(bases: dict[str, str], jobs: list[Job], arguments: argparse.Name
         "PSNR spread is the mean within-group standard deviation of the background PSNR during training.",
         "",
     ]
-    record: dict[str, Any] = {"commit": _commit(), "command": sys.argv[1:], "bases": {}}
+    record: dict[str, Any] = {"commit": _commit(), "command": _settings(), "bases": {}}
     for base in bases:
         base_rows = {r["task_id"]: _with_total(r["values"]) for r in _rows(arguments.work / base / "base_rows.jsonl")}
         lines += [f"## Base: {base}", "", "| variant | seeds | " + " | ".join(label for label, _ in METRICS.values()) + " | PSNR spread |"]
@@ -379,6 +379,13 @@ def _torch() -> str:
     from importlib.metadata import version
 
     return version("torch")
+
+
+def _settings() -> list[str]:
+    """The command line without the places of files, which change nothing."""
+    words = sys.argv[1:]
+    places = {i for i, word in enumerate(words) if word in ("--work", "--out")}
+    return [word for i, word in enumerate(words) if i not in places and i - 1 not in places]
 
 
 def _quoted(argument: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from learner.executor import Ref
 from learner.supervisor import Supervisor
-from rl_edit.errors import WorkerLost, WorkFailed
+from rl_edit.errors import BlobLost, WorkerLost, WorkFailed
 from rl_edit.types import AdapterId, LearnOrder, LearnReport
 from rl_edit.update import TrainingFailed
 
@@ -98,7 +98,13 @@ class LearnerGroup:
     async def _rebuild(self, held: Held) -> None:
         await self.supervisor.respawn(ROLE)
         await self.start()
-        await self.restore(held.state)
+        try:
+            await self.restore(held.state)
+        except BlobLost as error:
+            raise TrainingFailed(
+                f"the learner and its state after update {held.updates_done} were lost together ({error}): continue with --resume from "
+                "the newest checkpoint"
+            ) from error
         self.event("learner_rebuilt", ranks=self.ranks, updates_done=held.updates_done, adapter=str(held.id))
 
     async def _everyone(self, method: str, what: str, arguments: Sequence[Sequence[Any]], *, blobs: int = 0) -> list[Any]:
@@ -112,7 +118,7 @@ class LearnerGroup:
             await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
             failures = [error for call in calls if call.done() and (error := call.exception()) is not None]
             if failures:
-                if any(isinstance(error, WorkerLost | WorkFailed) for error in failures):
+                if self.ranks > 1 or any(isinstance(error, WorkerLost | WorkFailed) for error in failures):
                     self.supervisor.kill_all([ROLE])
                 raise next((error for error in failures if isinstance(error, WorkerLost)), failures[0])
             return [call.result() for call in calls]

@@ -7,7 +7,7 @@ result is taken once. Work ids contain no clock and no actor, so a repeated item
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -47,6 +47,7 @@ class Entry:
     state: State = State.PLANNED
     attempts: int = 0
     sha256: str = ""
+    result: Any = None
 
 
 class Ledger:
@@ -86,13 +87,13 @@ class Ledger:
         if entry is not None and entry.state is State.DISPATCHED:
             entry.state = State.PLANNED
 
-    def offer(self, work_id: str, rolled: Rolled) -> Verdict:
-        """Judges a result. Only TAKEN may be used."""
+    def offer(self, work_id: str, rolled: Rolled, blob: Any = None) -> Verdict:
+        """Judges a result. One that is TAKEN is its entry's ``result`` from then on, whichever attempt it is of."""
         verdict = self._judge(work_id, rolled)
         self.counts[verdict] += 1
         if verdict is Verdict.TAKEN:
             entry = self.open[work_id]
-            entry.state, entry.sha256 = State.ROLLED, rolled.sha256
+            entry.state, entry.sha256, entry.result = State.ROLLED, rolled.sha256, (rolled, blob)
         return verdict
 
     def _judge(self, work_id: str, rolled: Rolled) -> Verdict:
@@ -114,14 +115,14 @@ class Ledger:
         """The result that was taken is gone: the item needs another one."""
         self.open[work_id] = Entry(self.open[work_id].item)
 
-    def close(self, work_ids: Iterable[str]) -> None:
-        """Forgets items; they may be planned again."""
-        for work_id in work_ids:
-            self.open.pop(work_id, None)
+    def close(self, update: int) -> None:
+        """Forgets the items of an update; they may be planned again."""
+        for work_id in [work_id for work_id, entry in self.open.items() if entry.item.update == update]:
+            del self.open[work_id]
 
     def consume(self, update: int, group_ids: Sequence[str]) -> None:
         """Closes the items of an update that was applied, and adds its groups, in slot order, to the chain."""
-        self.close([work_id for work_id, entry in self.open.items() if entry.item.update == update])
+        self.close(update)
         for group_id in group_ids:
             self.chain = hashlib.sha256(f"{self.chain} {group_id}".encode()).hexdigest()
         self.consumed += len(group_ids)

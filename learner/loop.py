@@ -21,6 +21,7 @@ always be made again. The controller moves references and small records: it know
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -73,7 +74,7 @@ class Run:
     """What identifies a run, beside its config.
 
     Attributes:
-        identity: hash of everything that decides results (settings, data, editor); a checkpoint of another is refused.
+        settings: everything that decides results: settings and the content of data and editor. A checkpoint of others is refused.
         pixels_per_token: edge of an image token, to which tasks are fitted.
         capacity: what the workers occupy, for the efficiency.
         allow_drift: dotted settings that may differ from a checkpoint's.
@@ -82,7 +83,7 @@ class Run:
     config: RunConfig
     dataset: Dataset
     directory: Path
-    identity: str
+    settings: dict[str, Any]
     pixels_per_token: int
     code_version: str = ""
     capacity: Capacity = field(default_factory=Capacity)
@@ -192,10 +193,16 @@ class TrainingLoop:
             except asyncio.CancelledError:
                 if self.held is None:
                     return Outcome(updates_done=0, adapter=None)
-            except TrainingFailed:
-                if self.failed_commits == 0:
-                    await self._commit_newest()
-                raise
+            except (TrainingFailed, WorkFailed, BlobLost) as error:
+                with contextlib.suppress(BlobLost):
+                    if self.failed_commits == 0:
+                        await self._commit_newest()
+                if isinstance(error, TrainingFailed):
+                    raise
+                raise TrainingFailed(
+                    f"the workers cannot go on ({error}): see events.jsonl and the Ray logs, then continue with --resume from update "
+                    f"{self.committed}"
+                ) from error
             await self._commit_newest()
             weights: AdapterWeights = wire.unpack(await self.executor.fetch(self._held().adapter))
             return Outcome(updates_done=self._held().updates_done, adapter=weights)
@@ -234,7 +241,7 @@ class TrainingLoop:
         """Restores the newest sound checkpoint, or starts from the base; either way actors hold what they may be asked for."""
         found = checkpoint.newest(self.checkpoints, on_corrupt=self.events) if resume else None
         if found is not None:
-            checkpoint.require_same_run(found, self.of.identity, self.config.identity(), self.checkpoints, allow=self.of.allow_drift)
+            checkpoint.require_same_run(found, self.of.settings, self.checkpoints, allow=self.of.allow_drift)
             state = self.executor.put(found.learner)
             await self.learners.restore(state)
             self.acting = {named.step: (named, self.executor.put(blob)) for named, blob in found.acting.items()}
@@ -268,6 +275,7 @@ class TrainingLoop:
         gathered = time.perf_counter()
         report, groups = await self._learn(update, groups)
         learned = time.perf_counter()
+        self.lease.check()  # a newer attempt may have told of this update already
         self.events(
             "update_applied", update=update, adapter=str(report.adapter), used=report.used, consumed=[group.group_id for group in groups]
         )
@@ -280,12 +288,11 @@ class TrainingLoop:
         if held.updates_done % self.config.train.checkpoint_every == 0 or held.updates_done == self.config.train.updates:
             await self._commit(held)
         committed = time.perf_counter()
-        if self.stop.requested:
-            return
         self.acting[held.updates_done] = (held.id, held.adapter)
         for old in [step for step in self.acting if step < held.updates_done - self.config.train.max_lag]:
             del self.acting[old]
-        await self.supervisor.tell("rollout", f"publishing {held.id}", "load", held.adapter)
+        if not self.stop.requested:
+            await self.supervisor.tell("rollout", f"publishing {held.id}", "load", held.adapter)
         published = time.perf_counter()
         self.lease.check()
         tables = [_table(group) for group in groups if not group.lost]
@@ -368,12 +375,16 @@ class TrainingLoop:
                 chunk.cancel()
 
     async def _chunk(self, item: WorkItem) -> Chunk:
+        lost = 0
         while True:
             rolled, blob = await self._rollout(item)
             try:
                 table = await self._score(item, blob)
             except BlobLost as error:
+                lost += 1
                 self.events("blob_lost", work_id=item.work_id, update=item.update, reason=str(error))
+                if lost > self.config.actors.infra_retries:
+                    raise GivenUp(f"the blob of {item.work_id} was lost {lost} times (actors.infra_retries): {error}") from error
                 self.ledger.reopen(item.work_id)
                 continue
             self.ledger.scored(item.work_id)
@@ -381,13 +392,10 @@ class TrainingLoop:
 
     async def _rollout(self, item: WorkItem) -> tuple[Rolled, Ref]:
         """The first valid result of an item."""
-        taken: list[tuple[Rolled, Ref]] = []
 
         def judged(answer: tuple[Rolled, Ref]) -> str:
-            verdict = self.ledger.offer(item.work_id, answer[0])
-            if verdict is Verdict.TAKEN:
-                taken.append(answer)
-            elif verdict is not Verdict.DUPLICATE:
+            verdict = self.ledger.offer(item.work_id, *answer)
+            if verdict not in (Verdict.TAKEN, Verdict.DUPLICATE):
                 seen = {"wanted": str(item.adapter), "loaded": str(answer[0].adapter), "sha256": answer[0].sha256}
                 self.events(f"result_{verdict.value}", work_id=item.work_id, update=item.update, **seen)
             if verdict is Verdict.NOT_FINITE:
@@ -402,13 +410,19 @@ class TrainingLoop:
         try:
             await self.supervisor.call("rollout", what, "run", wire.pack(item), blobs=1, check=judged, late=judged, attempt=attempt)
         except GivenUp:
-            if not taken:
+            if self.ledger.open[item.work_id].result is None:
                 raise
-        return taken[0]
+        result: tuple[Rolled, Ref] = self.ledger.open[item.work_id].result
+        return result
 
     async def _score(self, item: WorkItem, blob: Ref) -> np.ndarray:
         def problem(packed: np.ndarray) -> str:
-            table: RewardTable = wire.unpack(packed)
+            try:
+                table = wire.unpack(packed)
+            except Exception as error:  # bytes of another process can be anything, and cost their item only
+                raise WorkFailed(f"the reply is no reward table ({type(error).__name__})") from error
+            if not isinstance(table, RewardTable):
+                raise WorkFailed(f"the reply is no reward table but {type(table).__name__}")
             if table.group_id != item.group_id or len(table.values) != item.chunk[1] - item.chunk[0]:
                 raise WorkFailed(f"the table is of group {table.group_id} with {len(table.values)} rows")
             if not torch.equal(table.valid, table.values.isfinite()):
@@ -453,6 +467,7 @@ class TrainingLoop:
 
     async def _learn(self, update: int, groups: list[Group]) -> tuple[LearnReport, list[Group]]:
         """Applies an update and holds its result. Groups whose blobs are gone by then are made again."""
+        lost = 0
         while True:
             order = _order(update, groups)
             ranks = self.config.actors.num_learner
@@ -463,8 +478,14 @@ class TrainingLoop:
                 break
             except BlobLost as error:
                 work_ids = [chunk.rolled.work_id for group in groups for chunk in group.chunks]
+                lost += 1
                 self.events("blob_lost", work_id=work_ids, update=update, reason=str(error))
-                self.ledger.close(work_ids)
+                if lost > self.config.actors.infra_retries:
+                    raise TrainingFailed(
+                        f"groups of update {update} were lost {lost} times before they were learnt from (actors.infra_retries): {error}. "
+                        "The object store or a node does not hold them; see ray memory. Continue with --resume."
+                    ) from error
+                self.ledger.close(update)
                 groups = await self._gather(update)
             finally:
                 self._applying = False
@@ -482,15 +503,19 @@ class TrainingLoop:
         needed = sorted(step for step in acting if step >= held.updates_done - self.config.train.max_lag)
         content = checkpoint.Checkpoint(
             updates_done=held.updates_done,
-            identity=self.of.identity,
-            settings=self.config.identity(),
+            settings=self.of.settings,
             code_version=self.of.code_version,
             ledger=self.ledger.state(),
             learner=await self.executor.fetch(held.state),
             acting={acting[step][0]: await self.executor.fetch(acting[step][1]) for step in needed},
         )
+        writing = asyncio.ensure_future(asyncio.to_thread(checkpoint.write, self.checkpoints, content, lease=self.lease))
         try:
-            path = await asyncio.to_thread(checkpoint.write, self.checkpoints, content, lease=self.lease)
+            path = await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled, and the commit at the end must not write beside it.
+            await asyncio.wait({writing})
+            raise
         except OSError as error:
             self.failed_commits += 1
             self.events("commit_failed", updates_done=held.updates_done, in_a_row=self.failed_commits, reason=str(error))
@@ -502,7 +527,10 @@ class TrainingLoop:
                 ) from error
             return
         self.failed_commits, self.committed = 0, held.updates_done
-        checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, lease=self.lease)
+        try:
+            checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, lease=self.lease)
+        except OSError as error:
+            self.events("prune_failed", reason=str(error))
         self.lease.renew()
         self.events("checkpoint", path=path.name, adapter=str(held.id), chain=self.ledger.chain)
 

@@ -48,7 +48,7 @@ async def prove(
     for seat, wrong in await supervisor.tell("rollout", "adapter canary", "canary"):
         if wrong:
             raise TrainingFailed(f"preflight: rollout actor {seat}: {wrong}. Check lora.targets against the editor's module names.")
-    size = min(config.editor.micro_batch, item.num_candidates)
+    size = min(max(config.editor.micro_batch, 2), item.num_candidates)
     probe = replace(item, group_id=f"preflight-{item.group_id}", chunk=(0, size))
     try:
         answer = await supervisor.call("rollout", "preflight rollout", "run", wire.pack(probe), blobs=1, check=lambda a: _stale(a, probe))

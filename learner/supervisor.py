@@ -75,6 +75,7 @@ class Supervisor:
         self._under_way: dict[int, tuple[str, str, float]] = {}
         self._calls = 0
         self._replacing: dict[tuple[str, int], asyncio.Lock] = {}
+        self._too_few: dict[str, str] = {}
 
     def open(self, role: str, seats: int, *, prepare: Prepare | None = None) -> None:
         """Spawns a role's workers without waiting for them. ``prepare`` brings a later incarnation up to date."""
@@ -152,7 +153,7 @@ class Supervisor:
             except WorkerLost as error:
                 infra += 1
                 self.event("actor_lost", role=role, worker=seat.name(role), during=what, attempt=infra, reason=str(error))
-                await self._replace(role, seat, worker)
+                await self._replace(role, seat, worker, str(error))
                 if infra > self.config.infra_retries:
                     raise GivenUp(
                         f"{what} lost its worker {infra} times (actors.infra_retries {self.config.infra_retries}): {error}"
@@ -166,8 +167,7 @@ class Supervisor:
                     raise GivenUp(f"{what} failed {data} times (actors.data_retries {self.config.data_retries}): {error}") from error
                 self.retries["data"] += 1
             finally:
-                if not seat.closed:
-                    self._idle[role].put_nowait(seat)
+                self._idle[role].put_nowait(seat)
 
     async def tell(self, role: str, what: str, method: str, *args: Any) -> list[tuple[str, Any]]:
         """Runs a method on every worker of a role; one that is lost meanwhile is replaced, and prepared, instead.
@@ -182,7 +182,7 @@ class Supervisor:
                 return [(name, await self.timed(method, what, seat, role, method, *args))]
             except WorkerLost as error:
                 self.event("actor_lost", role=role, worker=name, during=what, attempt=1, reason=str(error))
-                await self._replace(role, seat, worker)
+                await self._replace(role, seat, worker, str(error))
                 return []
 
         return [answer for answers in await asyncio.gather(*(one(seat) for seat in self.seats(role))) for answer in answers]
@@ -239,8 +239,12 @@ class Supervisor:
             seat = await self._idle[role].get()
             if not seat.closed:
                 return seat
+            if role in self._too_few:
+                # Nobody may be left who would wake the others that wait.
+                self._idle[role].put_nowait(seat)
+                raise TrainingFailed(self._too_few[role])
 
-    async def _replace(self, role: str, seat: Seat, lost: Worker) -> None:
+    async def _replace(self, role: str, seat: Seat, lost: Worker, reason: str) -> None:
         """The next incarnation in a seat; nothing when somebody else has already replaced ``lost``.
 
         Raises:
@@ -254,7 +258,7 @@ class Supervisor:
                 now = self.clock()
                 seat.kills = [then for then in seat.kills if now - then < QUARANTINE_WINDOW_S] + [now]
                 if len(seat.kills) >= self.config.quarantine_after and role in self._minimum:
-                    self._close(role, seat)
+                    self._close(role, seat, reason)
                     return
                 seat.worker = self.executor.spawn(role, seat.index)
                 seat.incarnation += 1
@@ -264,20 +268,22 @@ class Supervisor:
                         await asyncio.wait_for(self._prepare[role](seat.worker), self.config.deadline_s)
                     self.event("actor_replaced", role=role, worker=seat.name(role))
                     return
-                except (WorkerLost, TimeoutError) as error:
+                except (WorkerLost, WorkFailed, TimeoutError) as error:
                     self.event("actor_lost", role=role, worker=seat.name(role), during="replacement", attempt=1, reason=str(error))
+                    reason = str(error)
                     await asyncio.sleep(self._backoff(len(seat.kills)))
 
-    def _close(self, role: str, seat: Seat) -> None:
+    def _close(self, role: str, seat: Seat, reason: str) -> None:
         seat.closed = True
         left, least = len(self.seats(role)), self._minimum[role]
         self.event("seat_quarantined", role=role, worker=seat.name(role), kills=len(seat.kills), left=left)
         if left < least:
-            raise TrainingFailed(
-                f"{role} seat {seat.index} was lost {len(seat.kills)} times within {QUARANTINE_WINDOW_S / 60:g} minutes and {left} of "
-                f"{len(self._seats[role])} {role} actors are left, fewer than actors.min_{role} {least}: see actor_lost in events.jsonl "
-                "and the Ray logs; a smaller group or a longer actors.deadline_s may help. Continue with --resume."
+            self._too_few[role] = (
+                f"{role} seat {seat.index} was lost {len(seat.kills)} times within {QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); "
+                f"{left} of {len(self._seats[role])} {role} actors are left, fewer than actors.min_{role} {least}: "
+                "see actor_lost in events.jsonl and the Ray logs; a smaller group or a longer actors.deadline_s may help. Continue with --resume."
             )
+            raise TrainingFailed(self._too_few[role])
 
     async def respawn(self, role: str) -> None:
         """The next incarnation in every seat of a role at once: for workers that only work together.

@@ -113,6 +113,7 @@ class ActorsConfig(BaseModel):
         deadline_s: longest wait for one call. Once calls of a kind have been timed it is the larger of 60 s and five times their
             usual duration, never more than this. Past it the actor is killed, re-created, and the work run again.
         start_timeout_s: longest wait for all actors to be placed and to have loaded (or downloaded) their models.
+        wait_for_nodes_s: how long an autoscaler may take to bring nodes that the cluster lacks; 0 refuses at once.
         infra_retries: repetitions of one work item after lost actors; data_retries: after errors raised by the work itself.
         backoff_s: pause before the second infra retry; it doubles up to 30 s.
         quarantine_after: kills of one seat within ten minutes after which it is given up.
@@ -136,6 +137,7 @@ class ActorsConfig(BaseModel):
     min_reward: int = Field(default=1, ge=1)
     deadline_s: float = Field(default=600, gt=0)
     start_timeout_s: float = Field(default=1800, gt=0)
+    wait_for_nodes_s: float = Field(default=0, ge=0)
     infra_retries: int = Field(default=5, ge=0)
     data_retries: int = Field(default=2, ge=0)
     backoff_s: float = Field(default=1, ge=0)
@@ -157,6 +159,10 @@ class ActorsConfig(BaseModel):
             )
         if self.shard_base and self.num_learner == 1:
             raise ValueError("shard_base with one learner rank would shard over nobody: raise num_learner, or leave shard_base out.")
+        if self.shard_base and self.placement == "colocated":
+            raise ValueError(
+                "shard_base needs placement disaggregated: in colocated processes every rollout would have to wait for all learner ranks."
+            )
         for role, least, number in (("rollout", self.min_rollout, self.num_rollout), ("reward", self.min_reward, self.num_reward)):
             if least > number:
                 raise ValueError(f"min_{role} {least} exceeds num_{role} {number}: lower min_{role} or raise num_{role}.")

@@ -102,5 +102,5 @@ def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.8g}") if math.isfinite(value) else None
+        return float(f"{value:.12g}") if math.isfinite(value) else None
     return value

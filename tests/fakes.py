@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -140,16 +141,22 @@ def fake_crew(**classes: Callable[[], Any]) -> Callable[[Crew], Crew]:
     return lambda crew: {role: Post(process=role, make=make, arguments=()) for role, make in made.items()}
 
 
-Kind = Literal["lose", "raise", "hang", "late", "corrupt", "lose_blob"]
+Kind = Literal["lose", "die_after", "raise", "hang", "late", "corrupt", "lose_blob", "crash", "crash_after"]
+
+
+class Crash(Exception):
+    """The driver itself ends here: nothing of the controller may catch this."""
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the ``nth`` call of a method (1 is the first), as counted over all workers of the role.
+    """What goes wrong with the ``nth`` call of a method (1 is the first), counted over all workers of the role or over one seat.
 
     Attributes:
-        kind: the worker dies; the method raises; it never answers; it answers after its deadline; the answer is
-            changed by ``change``; the blobs it is given are gone.
+        kind: the worker dies before its work, or after it and before it answers; the method raises; it never answers; it
+            answers after its deadline; the answer is changed by ``change``; the blobs it is given are gone; the driver dies
+            before the call, or after it.
+        until: a late answer waits until so many calls of the method have begun.
     """
 
     role: str
@@ -158,38 +165,72 @@ class Fault:
     kind: Kind
     change: Callable[[Any], Any] = lambda answer: answer
     times: int = 1
+    seat: int | None = None
+    until: int = 0
 
 
 @dataclass
 class FaultyExecutor:
-    """An executor whose calls fail as planned. Everything else goes to the one inside."""
+    """An executor whose calls fail as planned, or take as long as ``latency`` says. Everything else goes to the one inside."""
 
     inside: Any
     faults: list[Fault]
-    calls: dict[tuple[str, str], int] = field(default_factory=dict)
+    latency: Callable[[], float] | None = None
+    calls: dict[tuple[str, str, int | None], int] = field(default_factory=dict)
     spawned: list[tuple[str, int]] = field(default_factory=list)
 
     def spawn(self, role: str, seat: int) -> Any:
         self.spawned.append((role, seat))
-        return _FaultyWorker(self, role, self.inside.spawn(role, seat))
+        return _FaultyWorker(self, role, seat, self.inside.spawn(role, seat))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inside, name)
 
-    def fault(self, role: str, method: str) -> Fault | None:
-        number = self.calls[role, method] = self.calls.get((role, method), 0) + 1
-        return next((f for f in self.faults if (f.role, f.method) == (role, method) and f.nth <= number < f.nth + f.times), None)
+    def fault(self, role: str, method: str, seat: int) -> Fault | None:
+        number: dict[int | None, int] = {}
+        for counted in (None, seat):
+            number[counted] = self.calls[role, method, counted] = self.calls.get((role, method, counted), 0) + 1
+        meant = (f for f in self.faults if (f.role, f.method) == (role, method) and f.seat in number)
+        return next((f for f in meant if f.nth <= number[f.seat] < f.nth + f.times), None)
+
+
+class Chaos(FaultyExecutor):
+    """Random faults at random calls, a limited number of them, and random latencies: everything follows from the seed."""
+
+    KINDS: ClassVar[dict[str, tuple[Kind, ...]]] = {
+        "run": ("lose", "die_after", "raise", "hang", "late"),
+        "score": ("lose", "die_after", "raise", "hang", "lose_blob"),
+        "learn": ("lose", "die_after", "hang", "lose_blob"),
+        "load": ("lose", "die_after", "hang"),
+        "restore": ("lose",),
+        "ready": ("lose",),
+    }
+
+    def __init__(self, inside: Any, *, seed: int, share: float, most: int) -> None:
+        self.random, self.share, self.left = random.Random(seed), share, most
+        super().__init__(inside, [], latency=lambda: self.random.choice((0.0, 0.0, 0.001, 0.003)))
+        self.started = 0
+
+    def fault(self, role: str, method: str, seat: int) -> Fault | None:
+        # A worker that dies during the very first start ends the run with a clear message, which is another test's subject.
+        self.started += method == "load"
+        if not self.started or not self.left or method not in self.KINDS or self.random.random() > self.share:
+            return None
+        self.left -= 1
+        return Fault(role, method, 0, self.random.choice(self.KINDS[method]))
 
 
 class _FaultyWorker:
-    def __init__(self, executor: FaultyExecutor, role: str, inside: Any) -> None:
-        self._executor, self._role, self._inside = executor, role, inside
+    def __init__(self, executor: FaultyExecutor, role: str, seat: int, inside: Any) -> None:
+        self._executor, self._role, self._seat, self._inside = executor, role, seat, inside
         self._dead = asyncio.Event()
 
     async def call(self, method: str, *args: Any, blobs: int = 0) -> Any:
         if self._dead.is_set():
             raise WorkerLost("it is dead")
-        fault = self._executor.fault(self._role, method)
+        fault = self._executor.fault(self._role, method, self._seat)
+        if self._executor.latency is not None:
+            await asyncio.sleep(self._executor.latency())
         if fault is None:
             return await self._inside.call(method, *args, blobs=blobs)
         if fault.kind == "lose":
@@ -199,18 +240,31 @@ class _FaultyWorker:
             raise WorkFailed("ValueError: it raised")
         if fault.kind == "lose_blob":
             raise BlobLost("its machine is gone")
+        if fault.kind == "crash":
+            raise Crash
         if fault.kind == "hang":
             await self._dead.wait()
             raise WorkerLost("it was killed")
         answer = await self._inside.call(method, *args, blobs=blobs)
+        if fault.kind == "crash_after":
+            raise Crash
+        if fault.kind == "die_after":
+            self.kill()
+            raise WorkerLost("it died before it answered")
         if fault.kind == "late":
             await self._dead.wait()
-        return fault.change(answer) if fault.kind in ("corrupt", "late") else answer
+            while self._executor.calls[self._role, method, None] < fault.until:
+                await asyncio.sleep(0.001)
+        return fault.change(answer)
 
     def kill(self) -> None:
         self._dead.set()
         self._inside.kill()
 
 
-def faulty(*faults: Fault) -> Callable[[Any], FaultyExecutor]:
-    return lambda inside: FaultyExecutor(inside, list(faults))
+def faulty(*faults: Fault, latency: Callable[[], float] | None = None) -> Callable[[Any], FaultyExecutor]:
+    return lambda inside: FaultyExecutor(inside, list(faults), latency)
+
+
+def chaos(seed: int, *, share: float = 0.2, most: int = 12) -> Callable[[Any], Chaos]:
+    return lambda inside: Chaos(inside, seed=seed, share=share, most=most)

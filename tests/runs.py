@@ -91,7 +91,7 @@ def run_of(config: RunConfig, directory: Path, **more: Any) -> Run:
     """What ``rl-edit train`` would say about the run, with the settings alone as its identity."""
     unit = inspect_editor(config.editor).pixels_per_token
     dataset = open_dataset(config.data, "train")
-    return Run(config=config, dataset=dataset, directory=directory, identity=config.sha256(), pixels_per_token=unit, **more)
+    return Run(config=config, dataset=dataset, directory=directory, settings=config.identity(), pixels_per_token=unit, **more)
 
 
 def run_inline(

@@ -184,7 +184,7 @@ def test_resuming_on_other_data_or_another_editor_is_refused_and_changes_nothing
     override = {"data": f"data.path={tmp_path / 'tasks'}", "editor": "editor.path=builtin:tiny-kontext"}[other]
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     outcome = rl_edit("train", "--run-dir", run, "--resume", "train.updates=2", override)
-    assert_refused(outcome, None, "belongs to another run", "data or editor")
+    assert_refused(outcome, None, "belongs to another run", f"content.{other}")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -307,7 +307,7 @@ def test_an_adapter_of_no_update_differs_from_the_base_by_exactly_zero(rl_edit: 
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(config.to_yaml())
-    adapters.save(run / "adapter", wire.unpack(Learner(config, threads=1).export()), config.lora)
+    adapters.save(run / "adapter", wire.unpack(Learner(config, threads=1).export()[1]), config.lora)
     assert rl_edit("evaluate", run)[0] == 0
     delta = read_json(run / "evaluation.json")["delta"]
     assert set(HEADLINE) <= set(delta)
@@ -321,7 +321,7 @@ def test_the_instruction_score_is_that_of_the_first_judge_and_absent_without_one
     terms = {name: {"kind": "shapes_judge", "weight": 1.0, "coarse": index > 0} for index, name in enumerate(judges)}
     config = small_config(small_editor, "evaluation.examples=0", rewards={**terms, "preservation": PRESERVATION})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    adapters.save(tmp_path / "adapter", wire.unpack(Learner(config, threads=1).export()), config.lora)
+    adapters.save(tmp_path / "adapter", wire.unpack(Learner(config, threads=1).export()[1]), config.lora)
     _, out, _ = rl_edit("evaluate", tmp_path)
     base = read_json(tmp_path / "evaluation.json")["base"]
     assert "held-out tasks: 3;" in " ".join(out.split())

@@ -23,6 +23,7 @@ from learner.loop import Outcome, TrainingLoop
 from rl_edit import telemetry
 from rl_edit.config import RunConfig
 from rl_edit.errors import InputError, ResourcesInfeasible
+from rl_edit.provenance import differences
 
 pytestmark = pytest.mark.ray
 
@@ -36,7 +37,7 @@ def run_on_ray(config: RunConfig, directory: Path, observer: Any = None, *, resu
 
     run = run_of(config, directory)
     posts = crew(config, run.dataset.fields, Learner)
-    pool.connect(config, posts)
+    pool.connect(config)
     directory.mkdir(parents=True, exist_ok=True)
     executor = pool.RayExecutor(posts)
     try:
@@ -121,8 +122,8 @@ def test_a_lost_rollout_actor_is_replaced_and_the_run_ends_as_if_nothing_had_hap
                 os.kill(pid, signal.SIGKILL)
     assert len(assassin.struck) == 1
     (lost,) = events_of(tmp_path, "actor_lost")
-    assert lost["during"].startswith("rollout of group") or lost["during"] == "publish"
-    assert ("deadline passed" in lost["reason"]) == (number == signal.SIGSTOP)
+    assert lost["during"].startswith(("rollout of ", "publishing "))
+    assert ("no answer within" in lost["reason"]) == (number == signal.SIGSTOP)
     assert len(events_of(tmp_path, "actor_replaced")) == 1
     assert adapter_bytes(outcome) == undisturbed
 
@@ -148,7 +149,23 @@ def test_more_gpus_than_a_cluster_has_are_refused_on_a_running_cluster(ray_clust
 
     config = small_config(small_editor, "actors.runtime=ray", "actors.rollout_gpus=64")
     with pytest.raises(ResourcesInfeasible, match=r"needs 64 GPUs \(1 rollout x 64, 1 reward x 0, 1 learner x 0\)"):
-        pool.connect(config, crew(config, frozenset(), Learner))
+        pool.reserve(config, crew(config, frozenset(), Learner), note=print)
+
+
+def test_nodes_are_compared_with_the_driver_and_a_difference_is_refused_unless_allowed(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors import pool
+
+    said: list[str] = []
+    pool.check_nodes(allow_skew=False, note=said.append)
+    assert said == []
+    here = {**pool.versions(), "torch": "1.0"}
+    monkeypatch.setattr(pool, "differences", lambda nodes, _: differences(nodes, here))
+    with pytest.raises(InputError, match=r"do not run the same code: .* has torch .*, here is 1\.0.*--allow-version-skew"):
+        pool.check_nodes(allow_skew=False, note=said.append)
+    pool.check_nodes(allow_skew=True, note=said.append)
+    assert len(said) == 1
 
 
 def rl_edit(*arguments: object, **environment: str) -> tuple[int, list[str], float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import platform
@@ -94,7 +93,7 @@ def train(
         config=config,
         dataset=dataset,
         directory=directory,
-        identity=hashlib.sha256(f"{config.sha256()} {dataset.fingerprint} {base}".encode()).hexdigest(),
+        settings={**config.identity(), "content": {"data": dataset.fingerprint, "editor": base}},
         pixels_per_token=facts.pixels_per_token,
         code_version=code_sha256(),
         capacity=_capacity(config),
@@ -172,7 +171,7 @@ def _require_same_run(run: Any) -> None:
 
     found = checkpoint.peek(run.directory / "checkpoints")
     if found is not None:
-        checkpoint.require_same_run(found, run.identity, run.config.identity(), run.directory, allow=run.allow_drift)
+        checkpoint.require_same_run(found, run.settings, run.directory, allow=run.allow_drift)
     elif (written := run.directory / "config.yaml").is_file() and (there := load_config(written).identity()) != run.config.identity():
         different = {key for key in checkpoint.differences(there, run.config.identity()) if key not in run.allow_drift}
         if different:
@@ -193,10 +192,11 @@ def _executor(config: RunConfig, fields: frozenset[str], *, allow_skew: bool, no
         return LocalExecutor(posts, threaded=config.actors.runtime == "thread")
     from actors import pool
 
-    pool.connect(config, posts)
-    pool.check_nodes(allow_skew=allow_skew, note=note)
+    pool.connect(config)
     pool.check_stop_wait(config.train.grace_s, note=note)
-    return pool.RayExecutor(posts)
+    places = pool.reserve(config, posts, note=note)
+    pool.check_nodes(allow_skew=allow_skew, note=note)
+    return pool.RayExecutor(posts, places)
 
 
 def _capacity(config: RunConfig) -> Any:
