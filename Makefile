@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation test lint types walls unit ray format clean
+.PHONY: help setup demo ablation test lint types walls faults golden scaling unit ray format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,16 @@ types: $(STAMP)  ## mypy over rl_edit, actors and learner
 
 walls: $(STAMP)  ## only the import walls between the rooms
 	$(PY) -m pytest tests/test_walls.py $(PYTEST_ARGS)
+
+faults: $(STAMP)  ## the fault matrix: everything that kills, corrupts or withholds something (docs/reliability.md)
+	$(PY) -m pytest -m "faults and not gpu" $(PYTEST_ARGS)
+
+golden: $(STAMP)  ## 8 crash points x 3 ways on real Ray against the undisturbed run, minutes; stop and rerun to resume
+	$(PY) benchmarks/golden.py
+
+scaling: $(STAMP)  ## the controller against the cost model, and Ray against one bare process
+	$(PY) benchmarks/scaling.py
+	$(PY) benchmarks/overhead.py
 
 unit: $(STAMP)  ## only the tests that start no Ray cluster
 	$(PY) -m pytest -m "not gpu and not slow and not ray" $(PYTEST_ARGS)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from runs import PRESERVATION, command, metrics_of, read_json, small_config
+from runs import PRESERVATION, command, events_of, metrics_of, read_json, small_config
 
 from learner.learner import Learner
 from rl_edit import adapters, wire
@@ -234,6 +234,16 @@ def test_there_must_be_something_to_resume(rl_edit: Command, small_editor: str, 
     small_config(small_editor, directory=tmp_path)
     run = tmp_path / "run"
     assert_refused(rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, "--resume"), run, "nothing to resume", "drop --resume")
+
+
+def test_the_same_command_with_auto_resume_starts_a_run_and_then_continues_it(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:
+    small_config(small_editor, directory=tmp_path)
+    again = ("train", tmp_path / "run.yaml", "--run-dir", tmp_path / "run", "--auto-resume", "train.updates=2")
+    assert rl_edit(*again)[0] == 0
+    begun = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert rl_edit(*again)[0] == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == begun
+    assert [e["updates_done"] for e in events_of(tmp_path / "run", "started") + events_of(tmp_path / "run", "resumed")] == [0, 2]
 
 
 def test_a_file_cannot_be_a_run_directory(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:

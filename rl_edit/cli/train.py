@@ -34,6 +34,9 @@ def train_command(
     preset: Annotated[str | None, typer.Option(help="A shipped preset (rl-edit presets).")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where the run is written; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest sound checkpoint.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Continue the run in --run-dir if one has begun there, else start it: safe to repeat.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate config, data and editor, print the plan, start nothing.")] = False,
     allow_config_drift: Annotated[
         list[str] | None, typer.Option(help="With --resume: a dotted setting that may differ from the checkpoint's; repeatable.")
@@ -48,10 +51,12 @@ def train_command(
     changes = list(overrides or [])
     if config is not None and "=" in str(config):
         changes, config = [str(config), *changes], None
-    if resume and config is None and preset is None and run_dir is not None and (run_dir / "config.yaml").is_file():
+    going_on = (resume or auto_resume) and config is None and preset is None
+    if going_on and run_dir is not None and (run_dir / "config.yaml").is_file():
         config = run_dir / "config.yaml"
     settings = load_config(config, preset=preset, overrides=changes)
     directory = run_dir or Path("runs") / settings.name
+    resume = resume or (auto_resume and directory.is_dir() and any(directory.iterdir()))
     train(
         settings,
         directory,
