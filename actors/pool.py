@@ -301,7 +301,8 @@ def _probe(address: str) -> None:
 
 
 def _nobody_answers(address: str, reason: str) -> ClusterUnreachable:
+    shown = re.sub(r"[^/@]*@", "", address)  # a user and a password belong in no message
     return ClusterUnreachable(
-        f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}): start one (ray start --head), correct the address, or unset "
+        f"no Ray cluster answers at RAY_ADDRESS={shown} ({reason}): start one (ray start --head), correct the address, or unset "
         "RAY_ADDRESS to run on this machine"
     )

@@ -167,6 +167,7 @@ class TrainingLoop:
         self.failed_commits = 0
         self.in_flight: dict[int, list[asyncio.Task[Group]]] = {}
         self.costs: list[planning.GroupCost] = []
+        self._afterwards_s = (0.0, 0.0)
         self._applying = False
         self._progress = time.monotonic()
 
@@ -264,8 +265,8 @@ class TrainingLoop:
             await self.supervisor.tell("rollout", f"publishing {named}", "load", adapter)
 
     async def _hand_over(self, worker: Any) -> None:
-        """A new rollout actor gets the adapters in use."""
-        for _, adapter in self.acting.values():
+        """A new rollout actor gets the adapters in use. One that is published meanwhile it is told of like every other actor."""
+        for _, adapter in list(self.acting.values()):
             await worker.call("load", adapter)
 
     async def _update(self, update: int) -> None:
@@ -284,6 +285,9 @@ class TrainingLoop:
         if report.skipped:
             self.events("step_skipped", update=update, reason=report.skipped, in_a_row=report.skipped_in_a_row)
             await self._keep_evidence(update, groups, report)
+        # Before the commit: a resumed run rewinds lines of updates it does again, but could never write one that was left out.
+        cost = self._tell(update, groups, report, wait_s=gathered - began, learn_s=learned - gathered, retries=retries)
+        told = time.perf_counter()
         held = self._held()
         if held.updates_done % self.config.train.checkpoint_every == 0 or held.updates_done == self.config.train.updates:
             await self._commit(held)
@@ -293,17 +297,24 @@ class TrainingLoop:
             del self.acting[old]
         if not self.stop.requested:
             await self.supervisor.tell("rollout", f"publishing {held.id}", "load", held.adapter)
-        published = time.perf_counter()
-        self.lease.check()
+        self._afterwards_s = (committed - told, time.perf_counter() - committed)
+        self._advise(cost)
+
+    def _tell(
+        self, update: int, groups: Sequence[Group], report: LearnReport, *, wait_s: float, learn_s: float, retries: dict[str, int]
+    ) -> planning.GroupCost:
+        """The update's line in metrics.jsonl. Commit and publish follow it, so their seconds stand in the next line."""
+        commit_s, publish_s = self._afterwards_s
         tables = [_table(group) for group in groups if not group.lost]
         chunks = [chunk for group in groups for chunk in group.chunks]
         cost = planning.GroupCost(
             rollout_s=sum(sum(chunk.rolled.seconds.values()) for chunk in chunks) / len(groups),
             reward_s=sum(table.seconds for table in tables) / len(groups),
             learn_s=report.seconds * self.config.actors.num_learner / len(groups),
-            step_s=committed - learned,
-            publish_s=published - committed,
+            step_s=commit_s,
+            publish_s=publish_s,
         )
+        total_s = commit_s + publish_s + wait_s + learn_s
         record = {
             "update": update,
             **telemetry.reward_metrics(tables),
@@ -320,17 +331,20 @@ class TrainingLoop:
             "bytes/groups": sum(chunk.rolled.nbytes for chunk in chunks),
             "seconds/rollout": cost.rollout_s * len(groups),
             "seconds/reward": cost.reward_s * len(groups),
-            "seconds/wait": gathered - began,
-            "seconds/learn": learned - gathered,
-            "seconds/commit": committed - learned,
-            "seconds/publish": published - committed,
-            "seconds/update": published - began,
-            "efficiency": self.of.capacity.efficiency(cost, len(groups), published - began),
+            "seconds/wait": wait_s,
+            "seconds/learn": learn_s,
+            "seconds/commit": commit_s,
+            "seconds/publish": publish_s,
+            "seconds/update": total_s,
+            "efficiency": self.of.capacity.efficiency(cost, len(groups), total_s),
         }
-        self.metrics.append(record)
+        try:
+            self.metrics.append(record)
+        except OSError as error:
+            self.observer.note(f"the metrics of update {update} could not be written ({error})")
         self.executor.mirror(record)
         self.observer.update_done(record)
-        self._advise(cost)
+        return cost
 
     def _dispatch(self, update: int) -> None:
         """Starts an update's groups once, under the version that ``max_lag`` assigns to it."""

@@ -279,9 +279,9 @@ class Supervisor:
         self.event("seat_quarantined", role=role, worker=seat.name(role), kills=len(seat.kills), left=left)
         if left < least:
             self._too_few[role] = (
-                f"{role} seat {seat.index} was lost {len(seat.kills)} times within {QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); "
-                f"{left} of {len(self._seats[role])} {role} actors are left, fewer than actors.min_{role} {least}: "
-                "see actor_lost in events.jsonl and the Ray logs; a smaller group or a longer actors.deadline_s may help. Continue with --resume."
+                f"{role} seat {seat.index} was lost {len(seat.kills)} times within {QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); {left} "
+                f"of {len(self._seats[role])} {role} actors are left, fewer than actors.min_{role} {least}: see actor_lost in events.jsonl "
+                "and the Ray logs; a smaller group or a longer actors.deadline_s may help. Continue with --resume."
             )
             raise TrainingFailed(self._too_few[role])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -63,7 +64,10 @@ class Events:
         self._file.rewind(update)
 
     def __call__(self, event: str, **details: Any) -> None:
-        self._file.append({"time": round(time.time(), 3), "event": event, **details})
+        try:
+            self._file.append({"time": round(time.time(), 3), "event": event, **details})
+        except OSError as error:  # a full disk costs the line, not the run: what matters is committed or fails by itself
+            print(f"rl-edit: event {event} could not be written: {error}", file=sys.stderr)
 
 
 def reward_metrics(tables: Sequence[RewardTable]) -> dict[str, float]:

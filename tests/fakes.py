@@ -253,7 +253,7 @@ class _FaultyWorker:
             raise WorkerLost("it died before it answered")
         if fault.kind == "late":
             await self._dead.wait()
-            while self._executor.calls[self._role, method, None] < fault.until:
+            while self._executor.calls.get((self._role, method, None), 0) < fault.until:
                 await asyncio.sleep(0.001)
         return fault.change(answer)
 
@@ -266,5 +266,5 @@ def faulty(*faults: Fault, latency: Callable[[], float] | None = None) -> Callab
     return lambda inside: FaultyExecutor(inside, list(faults), latency)
 
 
-def chaos(seed: int, *, share: float = 0.2, most: int = 12) -> Callable[[Any], Chaos]:
+def chaos(seed: int, *, share: float, most: int) -> Callable[[Any], Chaos]:
     return lambda inside: Chaos(inside, seed=seed, share=share, most=most)

@@ -1,0 +1,301 @@
+"""The supervisor on workers of a few lines: deadlines, pauses, seats that are given up, and who is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from learner.supervisor import LONGEST_BACKOFF_S, QUARANTINE_WINDOW_S, SHORTEST_DEADLINE_S, GivenUp, Supervisor
+from rl_edit.config import ActorsConfig
+from rl_edit.errors import InputError, ResourcesInfeasible, WorkerLost, WorkFailed
+from rl_edit.update import TrainingFailed
+
+
+class Scripted:
+    """A worker that answers its seat's name, or does what its executor's script says next."""
+
+    def __init__(self, executor: Puppets, name: str) -> None:
+        self.executor, self.name, self.killed = executor, name, asyncio.Event()
+
+    async def call(self, method: str, *args: Any, blobs: int = 0) -> Any:
+        if self.killed.is_set():
+            raise WorkerLost("it is dead")
+        step = self.executor.script.get(method, [])
+        said = step.pop(0) if step else None
+        if isinstance(said, Exception):
+            raise said
+        if said == "hang":
+            await self.killed.wait()
+            raise WorkerLost("it was killed")
+        if said == "late":
+            await self.killed.wait()
+        elif callable(said):
+            said()
+        await asyncio.sleep(0)
+        return self.name
+
+    def kill(self) -> None:
+        self.killed.set()
+
+
+class Puppets:
+    """Workers by seat; ``script`` lists what calls of a method do, in order, before they begin to succeed."""
+
+    def __init__(self, **script: list[Any]) -> None:
+        self.script, self.spawned = script, 0
+
+    def spawn(self, role: str, seat: int) -> Scripted:
+        self.spawned += 1
+        return Scripted(self, f"{role}-{seat}#{self.spawned}")
+
+    def free(self) -> str:
+        return "2 CPU"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> Callable[[], None]:
+        def later() -> None:
+            self.now += seconds
+
+        return later
+
+
+class Told:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, event: str, **details: Any) -> None:
+        self.events.append((event, details))
+
+    def names(self) -> list[str]:
+        return [event for event, _ in self.events]
+
+
+def supervised(
+    puppets: Puppets, body: Callable[[Supervisor], Coroutine[Any, Any, Any]], *, seats: int = 1, clock: Clock | None = None, **asked: Any
+) -> tuple[Any, Told]:
+    """What ``body`` gives with rollout seats open, and the events."""
+    told = Told()
+
+    async def run() -> Any:
+        config = ActorsConfig(**{"runtime": "inline", "backoff_s": 0, "num_rollout": seats, **asked})
+        supervisor = Supervisor(puppets, config, on_event=told, clock=clock or Clock())  # type: ignore[arg-type]
+        supervisor.open("rollout", seats)
+        return await body(supervisor)
+
+    return asyncio.run(run()), told
+
+
+async def work(supervisor: Supervisor, **more: Any) -> Any:
+    return await supervisor.call("rollout", "the work", "run", **more)
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_times_the_usual_within_bounds() -> None:
+    clock = Clock()
+
+    async def body(supervisor: Supervisor) -> list[float]:
+        seen = [supervisor.deadline_s("run")]
+        for _ in range(4):
+            await work(supervisor)
+            seen.append(supervisor.deadline_s("run"))
+        return [*seen, supervisor.deadline_s("score"), supervisor.deadline_s("start")]
+
+    script = [clock.passes(seconds) for seconds in (20, 70, 2, 1000)]
+    seen, _ = supervised(Puppets(run=script), body, clock=clock, deadline_s=600, start_timeout_s=1800)
+    usual = 20.0
+    expected = [600.0, 5 * usual]
+    for seconds in (70, 2, 1000):
+        usual = 0.8 * usual + 0.2 * seconds
+        expected.append(min(600.0, 5 * usual))
+    assert seen == pytest.approx([*expected, 600.0, 1800.0])
+    assert expected[-1] == 600.0
+
+
+def test_a_deadline_is_not_shorter_than_a_minute_unless_it_was_configured_so() -> None:
+    async def body(supervisor: Supervisor) -> float:
+        await work(supervisor)
+        return supervisor.deadline_s("run")
+
+    assert supervised(Puppets(), body, deadline_s=600)[0] == SHORTEST_DEADLINE_S
+    assert supervised(Puppets(), body, deadline_s=5)[0] == 5
+
+
+def test_a_call_past_its_deadline_is_killed_and_made_again_by_the_next_incarnation() -> None:
+    answer, told = supervised(Puppets(run=["hang"]), work, deadline_s=0.05)
+    assert answer == "rollout-0#2"
+    assert told.names() == ["actor_lost", "actor_replaced"]
+    assert told.events[0][1]["reason"] == "no answer within 0.05 s, killed"
+    assert told.events[0][1]["worker"] == "rollout-0.1" and told.events[1][1]["worker"] == "rollout-0.2"
+
+
+def test_an_answer_past_its_deadline_is_shown_to_whoever_wants_it() -> None:
+    shown: list[str] = []
+    answer, _ = supervised(Puppets(run=["late"]), lambda supervisor: work(supervisor, late=shown.append), deadline_s=0.05)
+    assert (shown, answer) == (["rollout-0#1"], "rollout-0#2")
+
+
+def test_calls_under_way_are_known_with_their_worker_and_age_oldest_first_and_forgotten_after() -> None:
+    clock = Clock()
+
+    async def body(supervisor: Supervisor) -> Any:
+        calls = []
+        for name in ("one", "two"):
+            calls.append(asyncio.create_task(supervisor.call("rollout", name, "run")))
+            await asyncio.sleep(0)
+            clock.now += 3
+        seen = [(call.what, call.worker, call.age_s) for call in supervisor.pending()]
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        return seen, supervisor.pending()
+
+    (seen, after), _ = supervised(Puppets(run=["hang", "hang"]), body, seats=2, clock=clock)
+    assert seen == [("one", "rollout-0.1", 6.0), ("two", "rollout-1.1", 3.0)]
+    assert after == []
+
+
+# --- retries ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_retry_waits_and_the_pause_doubles_up_to_its_longest() -> None:
+    async def body(supervisor: Supervisor) -> list[float]:
+        return [supervisor._backoff(failures) for failures in (1, 2, 3, 4, 5, 20)]
+
+    assert supervised(Puppets(), body, backoff_s=2)[0] == [0, 2, 4, 8, 16, LONGEST_BACKOFF_S]
+
+
+def test_lost_workers_and_failed_work_have_budgets_of_their_own() -> None:
+    script = [WorkerLost("gone"), WorkFailed("no"), WorkerLost("gone"), WorkFailed("no")]
+
+    async def body(supervisor: Supervisor) -> Any:
+        return await work(supervisor), supervisor.retries
+
+    (answer, retries), told = supervised(Puppets(run=script), body, infra_retries=2, data_retries=2, quarantine_after=9)
+    assert (answer, retries) == ("rollout-0#3", {"infra": 2, "data": 2})
+    assert [details["attempt"] for event, details in told.events if event in ("actor_lost", "work_failed")] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(WorkerLost("gone"), r"lost its worker 3 times \(actors\.infra_retries 2\): gone"), (WorkFailed("no"), r"failed 2 times .*: no")],
+)
+def test_work_that_spends_its_retries_is_given_up(error: Exception, says: str) -> None:
+    with pytest.raises(GivenUp, match=f"the work {says}"):
+        supervised(Puppets(run=[error] * 9), work, infra_retries=2, data_retries=1, quarantine_after=9)
+
+
+def test_failed_work_keeps_its_worker_and_a_wrong_answer_costs_it() -> None:
+    assert supervised(Puppets(run=[WorkFailed("no")]), work)[0] == "rollout-0#1"
+    wrong = iter(["it answered about another item"])
+    answer, told = supervised(Puppets(), lambda supervisor: work(supervisor, check=lambda answer: next(wrong, "")))
+    assert answer == "rollout-0#2"
+    assert told.events[0][1]["reason"] == "it answered about another item"
+
+
+def test_what_the_user_got_wrong_is_not_tried_again() -> None:
+    puppets = Puppets(run=[InputError("a bad setting")])
+    with pytest.raises(InputError, match="a bad setting"):
+        supervised(puppets, work)
+    assert puppets.spawned == 1
+
+
+# --- seats ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seat_lost_too_often_is_given_up_and_its_work_done_by_another() -> None:
+    async def body(supervisor: Supervisor) -> Any:
+        first, *_ = supervisor.seats("rollout")
+        for _ in range(2):
+            await supervisor._replace("rollout", first, first.worker, "gone")
+        return [await work(supervisor) for _ in range(3)], [seat.index for seat in supervisor.seats("rollout")]
+
+    (answers, left), told = supervised(Puppets(), body, seats=2, quarantine_after=2)
+    assert (answers, left) == (["rollout-1#2"] * 3, [1])
+    assert told.events[-1] == ("seat_quarantined", {"role": "rollout", "worker": "rollout-0.2", "kills": 2, "left": 1})
+
+
+def test_losses_longer_ago_than_the_window_do_not_count() -> None:
+    clock = Clock()
+
+    async def body(supervisor: Supervisor) -> int:
+        (seat,) = supervisor.seats("rollout")
+        for _ in range(5):
+            await supervisor._replace("rollout", seat, seat.worker, "gone")
+            clock.now += QUARANTINE_WINDOW_S / 2 + 1
+        return seat.incarnation
+
+    assert supervised(Puppets(), body, clock=clock, quarantine_after=3)[0] == 6
+
+
+def test_a_worker_that_two_callers_find_lost_is_replaced_once() -> None:
+    async def body(supervisor: Supervisor) -> int:
+        (seat,) = supervisor.seats("rollout")
+        lost = seat.worker
+        await asyncio.gather(*(supervisor._replace("rollout", seat, lost, "gone") for _ in range(3)))
+        return seat.incarnation
+
+    assert supervised(Puppets(), body)[0] == 2
+
+
+@pytest.mark.parametrize(("seats", "least"), [(1, 1), (3, 3)])
+def test_fewer_seats_than_the_minimum_end_the_run_for_everyone_who_waits(seats: int, least: int) -> None:
+    async def body(supervisor: Supervisor) -> list[Any]:
+        return await asyncio.gather(*(work(supervisor) for _ in range(seats + 2)), return_exceptions=True)
+
+    script = [WorkerLost("gone")] * 50
+    answers, _ = supervised(Puppets(run=script), body, seats=seats, min_rollout=least, quarantine_after=1, infra_retries=99)
+    assert len(answers) == seats + 2
+    for answer in answers:
+        assert isinstance(answer, TrainingFailed)
+        assert f"fewer than actors.min_rollout {least}" in str(answer) and "(gone)" in str(answer) and "--resume" in str(answer)
+
+
+def test_a_replacement_is_prepared_before_it_works_and_replaced_when_that_fails() -> None:
+    prepared: list[str] = []
+
+    async def prepare(worker: Any) -> None:
+        prepared.append(worker.name)
+        if len(prepared) == 1:
+            raise WorkFailed("it could not load")
+
+    async def body(supervisor: Supervisor) -> Any:
+        supervisor.open("reward", 1, prepare=prepare)
+        return await supervisor.call("reward", "the work", "run")
+
+    answer, told = supervised(Puppets(run=[WorkerLost("gone")]), body, quarantine_after=9)
+    assert prepared == ["reward-0#3", "reward-0#4"] and answer == "reward-0#4"
+    assert [details["reason"] for event, details in told.events if event == "actor_lost"] == ["gone", "it could not load"]
+
+
+def test_telling_everyone_reaches_every_seat_and_replaces_those_that_are_lost() -> None:
+    async def body(supervisor: Supervisor) -> Any:
+        return await supervisor.tell("rollout", "new weights", "load"), [seat.incarnation for seat in supervisor.seats("rollout")]
+
+    (answers, incarnations), _ = supervised(Puppets(load=[None, WorkerLost("gone")]), body, seats=3)
+    assert sorted(worker for worker, _ in answers) == ["rollout-0.1", "rollout-2.1"]
+    assert incarnations == [1, 2, 1]
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free() -> None:
+    with pytest.raises(ResourcesInfeasible, match=r"not all of 2 actors .* 0\.05 s .*free are 2 CPU"):
+        supervised(Puppets(ready=[None, "hang"]), lambda supervisor: supervisor.ready(), seats=2, start_timeout_s=0.05)
+
+
+def test_an_actor_that_dies_while_it_starts_ends_the_run() -> None:
+    with pytest.raises(TrainingFailed, match="an actor died while it was starting"):
+        supervised(Puppets(ready=[WorkerLost("gone")]), lambda supervisor: supervisor.ready())
