@@ -482,7 +482,7 @@ def test_a_fenced_command_leaves_with_75_and_touches_neither_record_nor_adapter(
     code, _, (line,) = command(monkeypatch, capsys, "train", tmp_path / "run.yaml", "editor.resolution=64", "--run-dir", run_dir)
     assert code == 75 and "ends with exit code 75" in line
     assert read_json(run_dir / "run.json") == {"of": "the newer attempt"}
-    assert not (run_dir / "adapter").exists() and metrics_of(run_dir) == []
+    assert not (run_dir / "adapter").exists() and [line["update"] for line in metrics_of(run_dir)] == [0]
 
 
 # --- 12 to 15: checkpoints ------------------------------------------------------------------------------------------
@@ -504,14 +504,15 @@ def test_a_full_disk_costs_a_checkpoint_and_a_warning_and_the_next_is_written(
 
     class Looking(Notes):
         def update_done(self, metrics: dict[str, Any]) -> None:
-            there.append(sorted(path.name for path in (tmp_path / "checkpoints").iterdir()))
+            there.append(sorted(path.name for path in (tmp_path / "checkpoints").glob("*")))
 
     notes = Looking()
     monkeypatch.setattr(checkpoint, "put", full_disk(checkpoint.put, 2))
     assert story(fakes(tmp_path, observer=notes), tmp_path) == undisturbed()
     (failed,) = events_of(tmp_path, "commit_failed")
     assert (failed["updates_done"], failed["in_a_row"]) == (2, 1) and "No space left" in failed["reason"]
-    assert there == [["step_000001"], ["step_000001"], ["step_000001", "step_000003"]]
+    assert there == [[], ["step_000001"], ["step_000001"]]  # seen before each update's own commit
+    assert [event["path"] for event in events_of(tmp_path, "checkpoint")] == ["step_000001", "step_000003"]
     assert [note for note in notes.notes if "checkpoint of update 2 could not be written" in note and "intact" in note]
 
 
