@@ -1,6 +1,6 @@
 """How many CPU threads an actor should get: rollouts per second for processes x threads, as ratios in one run.
 
-Oversubscribed OpenMP threads wait for each other inside every layer. ``actors/pool.py`` splits the cores by this table::
+Oversubscribed OpenMP threads wait for each other inside every layer. ``actors/crew.py`` splits the cores by this table::
 
     python benchmarks/threads.py            # writes benchmarks/results/threads.md
 """
@@ -39,7 +39,8 @@ def rollouts(threads: int, ready: Any, go: Any, times: Any) -> None:
     actor.load(wire.pack(weights))
     dataset = open_dataset(config.data, "train")
     items = [
-        WorkItem(work_id=str(i), task=dataset[i], draw=0, update=0, num_candidates=8, run_seed=0, adapter=weights.id) for i in range(GROUPS)
+        WorkItem(group_id=str(i), chunk=(0, 8), task=dataset[i], draw=0, update=0, num_candidates=8, run_seed=0, adapter=weights.id)
+        for i in range(GROUPS)
     ]
     actor.rollout(items[0])
     torch.set_num_threads(threads)

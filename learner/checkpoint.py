@@ -205,9 +205,7 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def require_same_run(
-    found: Checkpoint, settings: Mapping[str, Any], where: Path, allow: frozenset[str] = frozenset()
-) -> None:
+def require_same_run(found: Checkpoint, settings: Mapping[str, Any], where: Path, allow: frozenset[str] = frozenset()) -> None:
     """Refuses a checkpoint of another run, and says what differs.
 
     Args:

@@ -10,7 +10,7 @@
     learn      all groups of an update, in      adapter and state        every group of the update    the last score
                slot order                       blobs, held
     commit     held blobs                       checkpoint directory     the disk                     -
-    publish    adapter blob                     acknowledgements         every rollout actor          -
+    publish    adapter blob                     -                        -                            an actor's next item
 
 Groups are bound to updates, slots and adapter versions by number: arrival order and the number of actors never change a
 result. At most ``(max_lag + 1) * groups_per_update`` groups are in flight, so whatever is admitted can be trained on and
@@ -44,7 +44,7 @@ from rl_edit import telemetry, wire
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
-from rl_edit.errors import BlobLost, InputError, WorkFailed
+from rl_edit.errors import BlobLost, InputError, WorkerLost, WorkFailed
 from rl_edit.exploration import keyed_seed
 from rl_edit.rollout import joined
 from rl_edit.types import AdapterId, AdapterWeights, EditTask, LearnOrder, LearnReport, LearnSlot, RewardTable, Rolled, WorkItem
@@ -92,11 +92,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A work item that was rolled out and scored."""
+    """A work item that was rolled out and scored. ``packed`` is the table as the learner is sent it."""
 
     rolled: Rolled
     blob: Ref
-    table: np.ndarray
+    table: RewardTable
+    packed: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ class TrainingLoop:
         self.failed_commits = 0
         self.in_flight: dict[int, list[asyncio.Task[Group]]] = {}
         self.costs: list[planning.GroupCost] = []
-        self._afterwards_s = (0.0, 0.0)
+        self._commit_s = 0.0
         self._applying = False
         self._progress = time.monotonic()
 
@@ -194,7 +195,7 @@ class TrainingLoop:
             except asyncio.CancelledError:
                 if self.held is None:
                     return Outcome(updates_done=0, adapter=None)
-            except (TrainingFailed, WorkFailed, BlobLost) as error:
+            except (TrainingFailed, WorkerLost, WorkFailed, BlobLost) as error:
                 with contextlib.suppress(BlobLost):
                     if self.failed_commits == 0:
                         await self._commit_newest()
@@ -208,7 +209,13 @@ class TrainingLoop:
             weights: AdapterWeights = wire.unpack(await self.executor.fetch(self._held().adapter))
             return Outcome(updates_done=self._held().updates_done, adapter=weights)
         finally:
-            tasks = [work, stopped, watch, *(task for tasks in self.in_flight.values() for task in tasks)]
+            tasks: list[asyncio.Future[Any]] = [
+                work,
+                stopped,
+                watch,
+                *self.supervisor.announcements(),
+                *(task for tasks in self.in_flight.values() for task in tasks),
+            ]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -291,30 +298,27 @@ class TrainingLoop:
         held = self._held()
         if held.updates_done % self.config.train.checkpoint_every == 0 or held.updates_done == self.config.train.updates:
             await self._commit(held)
-        committed = time.perf_counter()
         self.acting[held.updates_done] = (held.id, held.adapter)
         for old in [step for step in self.acting if step < held.updates_done - self.config.train.max_lag]:
             del self.acting[old]
-        if not self.stop.requested:
-            await self.supervisor.tell("rollout", f"publishing {held.id}", "load", held.adapter)
-        self._afterwards_s = (committed - told, time.perf_counter() - committed)
+        if not self.stop.requested and held.updates_done < self.config.train.updates:
+            self.supervisor.announce("rollout", f"publishing {held.id}", "load", held.adapter)
+        self._commit_s = time.perf_counter() - told
         self._advise(cost)
 
     def _tell(
         self, update: int, groups: Sequence[Group], report: LearnReport, *, wait_s: float, learn_s: float, retries: dict[str, int]
     ) -> planning.GroupCost:
-        """The update's line in metrics.jsonl. Commit and publish follow it, so their seconds stand in the next line."""
-        commit_s, publish_s = self._afterwards_s
+        """The update's line in metrics.jsonl. The commit follows it, so its seconds stand in the next line."""
         tables = [_table(group) for group in groups if not group.lost]
         chunks = [chunk for group in groups for chunk in group.chunks]
         cost = planning.GroupCost(
             rollout_s=sum(sum(chunk.rolled.seconds.values()) for chunk in chunks) / len(groups),
             reward_s=sum(table.seconds for table in tables) / len(groups),
             learn_s=report.seconds * self.config.actors.num_learner / len(groups),
-            step_s=commit_s,
-            publish_s=publish_s,
+            step_s=self._commit_s,
         )
-        total_s = commit_s + publish_s + wait_s + learn_s
+        total_s = self._commit_s + wait_s + learn_s
         record = {
             "update": update,
             **telemetry.reward_metrics(tables),
@@ -333,8 +337,7 @@ class TrainingLoop:
             "seconds/reward": cost.reward_s * len(groups),
             "seconds/wait": wait_s,
             "seconds/learn": learn_s,
-            "seconds/commit": commit_s,
-            "seconds/publish": publish_s,
+            "seconds/commit": self._commit_s,
             "seconds/update": total_s,
             "efficiency": self.of.capacity.efficiency(cost, len(groups), total_s),
         }
@@ -393,7 +396,7 @@ class TrainingLoop:
         while True:
             rolled, blob = await self._rollout(item)
             try:
-                table = await self._score(item, blob)
+                table, packed = await self._score(item, blob)
             except BlobLost as error:
                 lost += 1
                 self.events("blob_lost", work_id=item.work_id, update=item.update, reason=str(error))
@@ -402,7 +405,7 @@ class TrainingLoop:
                 self.ledger.reopen(item.work_id)
                 continue
             self.ledger.scored(item.work_id)
-            return Chunk(rolled=rolled, blob=blob, table=table)
+            return Chunk(rolled=rolled, blob=blob, table=table, packed=packed)
 
     async def _rollout(self, item: WorkItem) -> tuple[Rolled, Ref]:
         """The first valid result of an item."""
@@ -422,14 +425,18 @@ class TrainingLoop:
 
         what = f"rollout of {item.work_id}"
         try:
-            await self.supervisor.call("rollout", what, "run", wire.pack(item), blobs=1, check=judged, late=judged, attempt=attempt)
+            await self.supervisor.call(
+                "rollout", what, "run", lambda: (wire.pack(item),), blobs=1, check=judged, late=judged, attempt=attempt
+            )
         except GivenUp:
             if self.ledger.open[item.work_id].result is None:
                 raise
         result: tuple[Rolled, Ref] = self.ledger.open[item.work_id].result
         return result
 
-    async def _score(self, item: WorkItem, blob: Ref) -> np.ndarray:
+    async def _score(self, item: WorkItem, blob: Ref) -> tuple[RewardTable, np.ndarray]:
+        sound: list[RewardTable] = []
+
         def problem(packed: np.ndarray) -> str:
             try:
                 table = wire.unpack(packed)
@@ -441,10 +448,11 @@ class TrainingLoop:
                 raise WorkFailed(f"the table is of group {table.group_id} with {len(table.values)} rows")
             if not torch.equal(table.valid, table.values.isfinite()):
                 raise WorkFailed("a valid score is not finite, or an invalid one has a number")
+            sound.append(table)
             return ""
 
-        table: np.ndarray = await self.supervisor.call("reward", f"scoring of {item.work_id}", "score", blob, check=problem)
-        return table
+        packed = await self.supervisor.call("reward", f"scoring of {item.work_id}", "score", lambda: (blob,), check=problem)
+        return sound[-1], packed
 
     async def _gather(self, update: int) -> list[Group]:
         """Every group of an update, in slot order; progress as they arrive, the first failure at once."""
@@ -555,7 +563,7 @@ class TrainingLoop:
         facts: dict[str, Any] = {"update": update, "reason": report.skipped, "metrics": report.metrics, "groups": {}}
         for group in groups:
             for chunk in group.chunks:
-                table: RewardTable = wire.unpack(chunk.table)
+                table = chunk.table
                 facts["groups"][chunk.rolled.work_id] = {"names": table.names, "values": table.values.tolist(), "reasons": table.reasons}
                 (folder / f"{chunk.rolled.work_id}.safetensors").write_bytes(bytes(await self.executor.fetch(chunk.blob)))
         (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -592,7 +600,7 @@ class TrainingLoop:
 
 def _table(group: Group) -> RewardTable:
     """A group's rewards: the tables of its chunks in candidate order."""
-    return joined([wire.unpack(chunk.table) for chunk in group.chunks])
+    return joined([chunk.table for chunk in group.chunks])
 
 
 def _order(update: int, groups: Sequence[Group]) -> LearnOrder:
@@ -601,11 +609,11 @@ def _order(update: int, groups: Sequence[Group]) -> LearnOrder:
     for group in groups:
         content.update(f"{group.group_id} {group.lost}".encode())
         for chunk in group.chunks:
-            content.update(chunk.rolled.sha256.encode() + hashlib.sha256(chunk.table.tobytes()).digest())
+            content.update(chunk.rolled.sha256.encode() + hashlib.sha256(chunk.packed.tobytes()).digest())
     slots = tuple(
         LearnSlot(
             token_mask=group.chunks[0].rolled.token_mask if group.chunks else None,
-            tables=tuple(chunk.table for chunk in group.chunks),
+            tables=tuple(chunk.packed for chunk in group.chunks),
             lost=group.lost,
         )
         for group in groups

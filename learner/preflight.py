@@ -51,7 +51,9 @@ async def prove(
     size = min(max(config.editor.micro_batch, 2), item.num_candidates)
     probe = replace(item, group_id=f"preflight-{item.group_id}", chunk=(0, size))
     try:
-        answer = await supervisor.call("rollout", "preflight rollout", "run", wire.pack(probe), blobs=1, check=lambda a: _stale(a, probe))
+        answer = await supervisor.call(
+            "rollout", "preflight rollout", "run", lambda: (wire.pack(probe),), blobs=1, check=lambda a: _stale(a, probe)
+        )
     except GivenUp as error:
         raise TrainingFailed(
             f"preflight: {error}. The published adapter or the editor does not work on the actors; see their logs."

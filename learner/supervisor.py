@@ -15,7 +15,7 @@ from typing import Any
 
 from learner.executor import Executor, Worker
 from rl_edit.config import ActorsConfig
-from rl_edit.errors import InputError, ResourcesInfeasible, WorkerLost, WorkFailed
+from rl_edit.errors import BlobLost, InputError, ResourcesInfeasible, WorkerLost, WorkFailed
 from rl_edit.update import TrainingFailed
 
 QUARANTINE_WINDOW_S = 600.0
@@ -40,6 +40,7 @@ class Seat:
     incarnation: int = 1
     kills: list[float] = field(default_factory=list)
     closed: bool = False
+    announced: asyncio.Future[None] | None = None
 
     def name(self, role: str) -> str:
         return f"{role}-{self.index}.{self.incarnation}"
@@ -123,7 +124,8 @@ class Supervisor:
         role: str,
         what: str,
         method: str,
-        *args: Any,
+        given: Callable[[], Sequence[Any]] = tuple,
+        *,
         blobs: int = 0,
         check: Check = lambda answer: "",
         late: Callable[[Any], object] = lambda answer: None,
@@ -132,6 +134,7 @@ class Supervisor:
         """Runs a method on the next idle worker, again on another one when that fails.
 
         Args:
+            given: makes the arguments, once a worker is idle: a packed item holds a picture, and hundreds may be waiting.
             check: says what is wrong with an answer ("" when nothing is). A worker that answers wrongly counts as lost.
             late: is shown an answer that arrives after its deadline.
             attempt: is told of every try.
@@ -146,7 +149,9 @@ class Supervisor:
             worker = seat.worker
             attempt(seat.name(role))
             try:
-                answer = await self.timed(method, what, seat, role, method, *args, blobs=blobs, late=late)
+                if seat.announced is not None:
+                    await seat.announced
+                answer = await self.timed(method, what, seat, role, method, *given(), blobs=blobs, late=late)
                 if wrong := check(answer):
                     raise WorkerLost(wrong)
                 return answer
@@ -176,16 +181,36 @@ class Supervisor:
             (worker, answer) of those that were not lost.
         """
 
-        async def one(seat: Seat) -> list[tuple[str, Any]]:
-            worker, name = seat.worker, seat.name(role)
-            try:
-                return [(name, await self.timed(method, what, seat, role, method, *args))]
-            except WorkerLost as error:
-                self.event("actor_lost", role=role, worker=name, during=what, attempt=1, reason=str(error))
-                await self._replace(role, seat, worker, str(error))
-                return []
+        calls = (self._tell(seat, role, what, method, *args) for seat in self.seats(role))
+        return [answer for answers in await asyncio.gather(*calls) for answer in answers]
 
-        return [answer for answers in await asyncio.gather(*(one(seat) for seat in self.seats(role))) for answer in answers]
+    def announce(self, role: str, what: str, method: str, *args: Any) -> None:
+        """As :meth:`tell`, without waiting: each worker hears it after what it is doing now and before anything it is called for later."""
+        for seat in self.seats(role):
+            seat.announced = asyncio.ensure_future(self._after(seat.announced, seat, role, what, method, *args))
+
+    async def _after(self, before: asyncio.Future[None] | None, seat: Seat, role: str, what: str, method: str, *args: Any) -> None:
+        if before is not None:
+            await before
+        try:
+            await self._tell(seat, role, what, method, *args)
+        except (WorkFailed, BlobLost) as error:
+            raise TrainingFailed(
+                f"{what} failed on {seat.name(role)} ({error}): see events.jsonl and the Ray logs, then continue with --resume"
+            ) from error
+
+    def announcements(self) -> list[asyncio.Future[None]]:
+        """Those not heard yet, and those that failed where nobody was called afterwards."""
+        return [seat.announced for _, seat in self._all() if seat.announced is not None]
+
+    async def _tell(self, seat: Seat, role: str, what: str, method: str, *args: Any) -> list[tuple[str, Any]]:
+        worker, name = seat.worker, seat.name(role)
+        try:
+            return [(name, await self.timed(method, what, seat, role, method, *args))]
+        except WorkerLost as error:
+            self.event("actor_lost", role=role, worker=name, during=what, attempt=1, reason=str(error))
+            await self._replace(role, seat, worker, str(error))
+            return []
 
     async def timed(
         self,
@@ -227,7 +252,9 @@ class Supervisor:
         """Longest wait for a call of this kind: what was configured until some have been timed, then five times the usual."""
         if kind == "start":
             return self.config.start_timeout_s
-        if kind not in self._usual_s:
+        # What may queue behind another call on the same worker has no usual duration.
+        queues = kind not in ("run", "score", "learn") or self.config.placement == "colocated"
+        if queues or kind not in self._usual_s:
             return self.config.deadline_s
         return min(self.config.deadline_s, max(SHORTEST_DEADLINE_S, DEADLINE_FACTOR * self._usual_s[kind]))
 

@@ -25,7 +25,7 @@ PROMISED = (
     "reward/total/mean", "reward/total/spread", "background/psnr/mean", "background/psnr/spread", "concentration/mean",
     "concentration/spread", "change/inside/mean", "loss", "ratio/mean", "ratio/min", "ratio/max", "ratio/max_deviation", "clip/share",
     "gradient/norm", "groups/used", "groups/dropped", "groups/dropped_reasons", "policy_version", "staleness", "adapter",
-    "seconds/rollout", "seconds/reward", "seconds/wait", "seconds/learn", "seconds/publish", "seconds/commit", "seconds/update",
+    "seconds/rollout", "seconds/reward", "seconds/wait", "seconds/learn", "seconds/commit", "seconds/update",
     "efficiency", "retries/infra", "retries/data", "step/skipped", "bytes/groups",
 )  # fmt: skip
 

@@ -1,0 +1,229 @@
+"""What the system costs: the demo's updates through Ray against the same tensor work in a plain loop in one process.
+
+Pairs alternate: after each update through Ray, while its actors are idle, the driver does the same update by itself, without
+controller, wire and processes. The adapters of both are compared, so it is known whether they did the same work::
+
+    python benchmarks/overhead.py           # writes benchmarks/results/overhead.md
+
+The controller's own time is that of a run whose workers answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from scaling import RESULTS, Stopwatch, control, report
+from sleepers import Naps, sleeping_crew
+
+from actors.crew import Crew, crew
+from actors.local import LocalExecutor
+from actors.reward import RewardActor
+from actors.rollout import RolloutActor
+from learner.executor import Executor
+from learner.learner import Learner
+from learner.loop import TaskCursor
+from rl_edit import wire
+from rl_edit.config import RunConfig, load_config
+from rl_edit.data import Dataset, open_dataset
+from rl_edit.data.canvas import fit
+from rl_edit.editors import inspect_editor
+from rl_edit.exploration import keyed_seed
+from rl_edit.types import LearnOrder, LearnSlot, WorkItem
+
+WARM = 1
+"""Pairs not counted: the first forwards of every process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One comparison: settings of the run through Ray, and the threads that the bare process gets."""
+
+    name: str
+    overrides: tuple[str, ...]
+    threads: int
+
+
+BUDGETS = (
+    Budget(
+        name="1 rollout actor, 1 thread in every process; bare: 1 thread", overrides=("actors.num_rollout=1", "actors.threads=1"), threads=1
+    ),
+    Budget(name="the demo: 2 rollout actors x 1 thread, learner 2 threads; bare: 2 threads", overrides=("actors.threads=null",), threads=2),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Seconds of one update, both ways, and whether the adapters after it are equal to the last bit."""
+
+    ray_s: float
+    bare_s: float
+    same: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.ray_s / self.bare_s
+
+
+class Bare:
+    """The work of an update in one process: every class once, called in turn."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, threads: int) -> None:
+        self.config = config
+        self.rollout = RolloutActor(config, threads)
+        self.reward = RewardActor(config, dataset.fields, threads)
+        self.learner = Learner(config, threads)
+        self.cursor = TaskCursor(dataset, seed=config.seed, groups_per_update=config.train.groups_per_update)
+        self.multiple = inspect_editor(config.editor).pixels_per_token
+        self.adapter, blob, _ = self.learner.export()
+        self.rollout.load(blob)
+        torch.set_num_threads(threads)  # of the process: constructing the others may have changed it
+
+    def update(self, update: int) -> float:
+        """Applies an update. Returns the seconds of its tensor work: packing what the learner takes packed is not in it."""
+        slots, blobs, seconds = [], [], 0.0
+        for slot in range(self.config.train.groups_per_update):
+            item = self._item(update, slot)
+            began = time.perf_counter()
+            group, _ = self.rollout.rollout(item)
+            table = self.reward.table(group.candidates, group_id=group.group_id)
+            seconds += time.perf_counter() - began
+            blobs.append(wire.pack(group))
+            slots.append(LearnSlot(token_mask=group.candidates.token_mask, tables=(wire.pack(table),)))
+        began = time.perf_counter()
+        answer, blob, _ = self.learner.learn(LearnOrder(update=update, plan=str(update), slots=tuple(slots)), *blobs)
+        self.rollout.load(blob)
+        self.adapter = answer.adapter
+        return seconds + time.perf_counter() - began
+
+    def _item(self, update: int, slot: int) -> WorkItem:
+        task, draw = self.cursor.at(update, slot)
+        size = self.config.rollout.group_size
+        return WorkItem(
+            group_id=f"{keyed_seed(self.config.seed, 'work', update, slot, task.task_id, draw):016x}",  # as the loop names it: seeds follow
+            chunk=(0, size),
+            task=fit(task, resolution=self.config.editor.resolution, multiple=self.multiple),
+            draw=draw,
+            update=update,
+            num_candidates=size,
+            run_seed=self.config.seed,
+            adapter=self.adapter,
+        )
+
+
+@dataclass
+class Alternating:
+    """An observer that does each update once more, bare, before the controller goes on to the next."""
+
+    bare: Bare
+    pairs: list[Pair] = field(default_factory=list)
+    went_on: float = 0.0
+
+    def group_scored(self, update: int, done: int, total: int) -> None: ...
+
+    def update_done(self, metrics: dict[str, Any]) -> None:
+        # The first update began before this observer saw anything; it is not counted, so its own measure will do.
+        ray_s = time.perf_counter() - self.went_on if self.went_on else metrics["seconds/update"]
+        bare_s = self.bare.update(metrics["update"])
+        self.pairs.append(Pair(ray_s=ray_s, bare_s=bare_s, same=str(self.bare.adapter) == metrics["adapter"]))
+        print(f"  update {metrics['update']}: Ray {ray_s:.2f} s, bare {bare_s:.2f} s, ratio {self.pairs[-1].ratio:.3f}", flush=True)
+        self.went_on = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        print(f"  {text}")
+
+
+def demo(updates: int, *overrides: str) -> RunConfig:
+    """The demo's settings; its only checkpoint is written after the last update."""
+    changes = (f"train.updates={updates}", f"train.checkpoint_every={updates}", *overrides)
+    return load_config(preset="tiny-rc-grpo", overrides=changes)
+
+
+def on_ray(config: RunConfig, posts: Crew) -> Executor:
+    from actors import pool
+
+    pool.connect(config)
+    return pool.RayExecutor(posts)
+
+
+def compared(budget: Budget, pairs: int, *overrides: str) -> list[Pair]:
+    """So many pairs of steady updates. The last update, which writes a checkpoint, is left out."""
+    config = demo(WARM + pairs + 1, *overrides, *budget.overrides)
+    dataset = open_dataset(config.data, "train")
+    watch = Alternating(Bare(config, dataset, budget.threads))
+    control(config, dataset, on_ray(config, crew(config, dataset.fields, Learner)), watch, pixels_per_token=watch.bare.multiple)
+    return watch.pairs[WARM:-1]
+
+
+def own_ms(runtime: str, updates: int, *overrides: str) -> tuple[float, float]:
+    """Milliseconds an item (by the clock, computed by the controller's thread) when workers answer at once."""
+    config = demo(updates, *overrides, "actors.preflight=false")
+    posts, dataset, watch = sleeping_crew(Naps()), open_dataset(config.data, "train"), Stopwatch()
+    executor = on_ray(config, posts) if runtime == "ray" else LocalExecutor(posts, threaded=runtime == "thread")
+    control(config, dataset, executor, watch, pixels_per_token=inspect_editor(config.editor).pixels_per_token)
+    items = config.train.groups_per_update * len(config.rollout.chunks)
+    clock, busy = watch.per_update()
+    return 1000 * clock / items, 1000 * busy / items
+
+
+def summary(budget: Budget, pairs: Sequence[Pair]) -> str:
+    ratios = [pair.ratio for pair in pairs]
+    cells = [
+        budget.name,
+        f"{statistics.median(pair.ray_s for pair in pairs):.2f}",
+        f"{statistics.median(pair.bare_s for pair in pairs):.2f}",
+        f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]",
+        " ".join(f"{ratio:.3f}" for ratio in ratios),
+        f"{sum(pair.same for pair in pairs)} of {len(pairs)}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=8, help="of updates, for each budget; 1 or more")
+    parser.add_argument("--empty-updates", type=int, default=40, help="of the runs whose workers answer at once; 7 or more")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.md")
+    given = parser.parse_args()
+    if given.pairs < 1 or given.empty_updates < 7:
+        parser.error(f"--pairs {given.pairs} --empty-updates {given.empty_updates} leave nothing to count: give 1 and 7, or more")
+    rows = []
+    for budget in BUDGETS:
+        print(budget.name, flush=True)
+        rows.append(summary(budget, compared(budget, given.pairs)))
+    empty = []
+    for runtime in ("inline", "thread", "ray"):
+        clock, busy = own_ms(runtime, given.empty_updates)
+        empty.append(f"| {runtime} | {clock:.2f} | {busy:.2f} |")
+        print(empty[-1], flush=True)
+    config = demo(1)
+    lines = [
+        "",
+        f"Updates of the demo (`tiny-rc-grpo`: {config.train.groups_per_update} groups of {config.rollout.group_size}) through Ray, each "
+        "followed by the same update in one bare process;",
+        f"{given.pairs} pairs after {WARM} to warm up, ratio as median [smallest, largest]. Checkpoints and start-up are not in it,",
+        "nor is the wire in the bare process. Below 1, several processes gain more than the system costs.",
+        "",
+        "| threads | Ray, s an update | bare, s an update | Ray / bare | of each pair | same adapter |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "The same run on workers that answer at once:",
+        "",
+        "| workers | ms an item | computed by the controller's thread, ms an item |",
+        "|---|---|---|",
+        *empty,
+        "",
+        "Inline, the workers' own packing of masks and tables is in both columns.",
+    ]
+    report(given.out, "What the system costs", lines)
+
+
+if __name__ == "__main__":
+    main()
