@@ -13,6 +13,7 @@ from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.evaluation.diagnostics import diagnostics
 from rl_edit.rewards import available, score_candidates
+from rl_edit.rewards.statistics import change_variance
 from rl_edit.types import Candidates, RewardTable, RolloutGroup
 
 
@@ -36,4 +37,5 @@ class RewardActor:
         """Terms plus the diagnostics every run reports: background PSNR and SSIM, change inside, concentration."""
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, group_id=group_id)
-        return replace(table, components={**table.components, **diagnostics(candidates)}, seconds=time.perf_counter() - start)
+        measured = {**diagnostics(candidates), **change_variance(candidates)}
+        return replace(table, components={**table.components, **measured}, seconds=time.perf_counter() - start)

@@ -321,7 +321,7 @@ class TrainingLoop:
         total_s = self._commit_s + wait_s + learn_s
         record = {
             "update": update,
-            **telemetry.reward_metrics(tables),
+            **telemetry.reward_metrics(tables, normalise=self.config.algorithm.credit.normalise),
             **report.metrics,
             "groups/used": report.used,
             "groups/dropped": len(groups) - report.used,

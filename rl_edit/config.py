@@ -31,7 +31,6 @@ OPERATIONAL_TRAIN = frozenset(
     | {"max_failed_commits", "ratio_tolerance", "grace_s"}
 )
 OPERATIONAL_ROLLOUT = ("chunk",)
-OPERATIONAL_REWARD = ("base_url", "api_key_env", "timeout_s", "concurrency", "retries")
 """Settings that say how and where work is done, not what it results in; they may change on resume."""
 
 
@@ -264,9 +263,7 @@ class RunConfig(BaseModel):
         content: dict[str, Any] = self.model_dump(mode="json", exclude={"name", "actors", "evaluation"})
         content["train"] = {k: v for k, v in content["train"].items() if k not in OPERATIONAL_TRAIN}
         content["rollout"] = {k: v for k, v in content["rollout"].items() if k not in OPERATIONAL_ROLLOUT}
-        content["rewards"] = {
-            name: {k: v for k, v in term.items() if k not in OPERATIONAL_REWARD} for name, term in content["rewards"].items()
-        }
+        content["rewards"] = {n: {**term.fingerprint(), "weight": term.weight, "when": term.when} for n, term in self.rewards.items()}
         content["data"] = {k: v for k, v in content["data"].items() if k not in ("path", "heldout_path")}
         content["editor"] = {k: v for k, v in content["editor"].items() if k not in ("path", "revision", "device")}
         return content

@@ -136,6 +136,7 @@ def joined(tables: Sequence[RewardTable]) -> RewardTable:
             part: tuple(value for table in tables for value in table.components.get(part, (math.nan,) * len(table.values)))
             for part in parts
         },
+        counts={key: sum(table.counts.get(key, 0) for table in tables) for table in tables for key in table.counts},
         seconds=sum(table.seconds for table in tables),
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rl_edit.rewards import statistics
 from rl_edit.types import RewardTable
 
 METRICS = "metrics.jsonl"
@@ -70,20 +71,26 @@ class Events:
             print(f"rl-edit: event {event} could not be written: {error}", file=sys.stderr)
 
 
-def reward_metrics(tables: Sequence[RewardTable]) -> dict[str, float]:
+def reward_metrics(tables: Sequence[RewardTable], *, normalise: statistics.Normalisation = "minibatch") -> dict[str, float]:
     """Mean and within-group spread (population deviation, mean over groups) of every term, component and of the total.
 
-    Groups with an invalid term are left out here and counted by the loop. "reward/total" is the weighted sum of raw terms.
+    Beside them the statistics named in :mod:`rl_edit.rewards.statistics`; ``normalise`` is how the run's credit rule scales terms.
+    Groups with an invalid term appear in the shares of statuses only, and are counted by the loop. "reward/total" is the weighted
+    sum of raw terms.
     """
+    metrics = {f"reward/{name}": share for name, share in statistics.status_shares(tables).items()}
     sound = [table for table in tables if bool(table.valid.all())]
-    metrics: dict[str, float] = {}
     if not sound:
         return metrics
     for index, name in enumerate(sound[0].names):
         _describe(metrics, f"reward/{name}", [table.values[:, index] for table in sound])
     _describe(metrics, "reward/total", [table.values @ torch.tensor(table.weights) for table in sound])
     for name in sorted(set.intersection(*(set(table.components) for table in sound))):
-        _describe(metrics, _component_key(name), [torch.tensor(table.components[name]) for table in sound])
+        if not name.endswith(f".{statistics.REPEAT}"):
+            _describe(metrics, _component_key(name), [torch.tensor(table.components[name]) for table in sound])
+    metrics |= {f"reward/{name}/variance_share": v for name, v in statistics.variance_shares(sound, normalise=normalise).items()}
+    metrics |= {f"reward/{name}": value for name, value in statistics.noise(sound).items()}
+    metrics |= {f"change/{name}": value for name, value in statistics.inside_share(sound).items()}
     return metrics
 
 

@@ -26,7 +26,7 @@ no Ray and no file format.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
+Status = Literal["ok", "invalid", "timeout", "refused"]
+"""What became of one score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,17 +265,26 @@ class LearnReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A reward for one candidate, or the reason why there is none. An invalid score has no number: never 0.
+    """A reward for one candidate, or the reason why there is none. A score that is not ok has no number: never 0.
 
     Attributes:
-        value: the score, in the unit and range its reward declares; None exactly when invalid.
-        reason: why it is invalid; "" when it is ok.
+        value: the score, in the unit and range its reward declares; None exactly when it is not ok.
+        reason: why there is no value; "" when it is ok.
         components: named parts, for the log and the report.
+        status: "invalid" (an answer that is no score, or none), "timeout" (no answer in time), "refused" (the judge declined to
+            answer). "ok" exactly when there is a value; without one it is "invalid" unless said.
     """
 
     value: float | None
     reason: str = ""
     components: dict[str, float] = field(default_factory=dict)
+    status: Status = "ok"
+
+    def __post_init__(self) -> None:
+        if self.value is None and self.status == "ok":
+            object.__setattr__(self, "status", "invalid")
+        if self.value is not None and self.status != "ok":
+            raise ValueError(f"a score that is {self.status} has no value, got {self.value!r}: a number here would be an invented one")
 
     @property
     def ok(self) -> bool:
@@ -286,10 +297,12 @@ class RewardTable:
 
     Attributes:
         names, weights: one per reward term; weights are those of the run's config.
-        values: NaN exactly where ``valid`` is False.
+        values: higher is better (a term that is better when lower is negated); NaN exactly where ``valid`` is False.
         reasons: why terms are invalid, in words, without repeats.
         contract_broken: whether a term returned what it promised not to (not finite, out of its range, wrong count).
         components: named parts per term, e.g. ``components["judge.instruction"]``, one value per candidate.
+        counts: scores by "term.status" (``counts["editscore.timeout"]``), and of terms with a cache how many were recalled
+            ("term.cached") and how many could not be written there ("term.uncached").
     """
 
     group_id: str
@@ -301,6 +314,7 @@ class RewardTable:
     contract_broken: bool = False
     components: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
-import json
 import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.evaluation.metrics import gaussian_mean, psnr
-from rl_edit.rewards import Concentration, EditScore, Judge, Preservation, PythonReward, Reward, available, score_candidates
+from rl_edit.rewards import Concentration, Judge, Preservation, PythonReward, Reward, available, score_candidates
 from rl_edit.rewards.composition import overall
-from rl_edit.rewards.editscore import Unreadable, parse_scores
 from rl_edit.rewards.judge import labelled_regions
-from rl_edit.types import Candidates, EditTask, PairedTask
+from rl_edit.types import Candidates, EditTask, PairedTask, Score
 
 TASKS = [shapes.task("validation", index) for index in range(9)]
 
@@ -114,6 +106,7 @@ def test_a_wrong_number_of_scores_is_invalid_for_every_candidate() -> None:
     table = score_candidates([python_reward()], small_group(3), group_id="w")
     assert not table.valid.any()
     assert table.reasons == ("python: returned 2 scores for 3 candidates",)
+    assert table.contract_broken and table.counts == {"python.invalid": 3}
 
 
 def test_a_finite_double_that_single_precision_cannot_hold_is_invalid() -> None:
@@ -129,6 +122,38 @@ def test_components_are_kept_per_candidate_under_the_terms_name() -> None:
     assert table.components["judge.instruction"] == (10.0, 0.0)
     assert table.components["preservation.psnr"] == (60.0, 60.0)
     assert table.seconds > 0
+
+
+def late(group: Candidates) -> list[float]:
+    raise TimeoutError("no answer within 3 s")
+
+
+def test_every_score_is_counted_under_its_status_and_none_but_ok_has_a_number() -> None:
+    ANSWERS[:] = [0.5, Score(value=None, reason="not that picture", status="refused"), Score(value=None, status="timeout"), 7.0]
+    table = score_candidates([python_reward(name="mine"), python_reward("late", name="slow")], small_group(4), group_id="w")
+    assert table.valid.tolist() == [[True, False], [False, False], [False, False], [False, False]]
+    assert table.counts == {"mine.ok": 1, "mine.refused": 1, "mine.timeout": 1, "mine.invalid": 1, "slow.timeout": 4}
+    assert "mine: not that picture" in table.reasons and "slow: raised TimeoutError: no answer within 3 s" in table.reasons
+
+
+def test_a_score_is_ok_exactly_when_it_has_a_value() -> None:
+    assert (Score(value=0.0).status, Score(value=None).status, Score(value=None, status="timeout").status) == ("ok", "invalid", "timeout")
+    with pytest.raises(ValueError, match="invented"):
+        Score(value=0.5, status="timeout")
+
+
+def test_a_term_that_is_better_when_lower_is_checked_as_declared_and_negated_in_the_table() -> None:
+    ANSWERS[:] = [0.25, 1.5, -0.25]
+    table = score_candidates([python_reward(direction="lower")], small_group(3), group_id="w")
+    assert table.values[0, 0].item() == -0.25
+    assert table.valid[:, 0].tolist() == [True, False, False]
+    assert table.reasons[0] == "python: gave 1.5, outside its declared range 0..1"
+
+
+def test_a_function_may_name_parts_of_its_score() -> None:
+    ANSWERS[:] = [Score(value=0.5, components={"sharp": 0.1}), 0.6]
+    table = score_candidates([python_reward()], small_group(2), group_id="w")
+    assert table.components == {"python.sharp": pytest.approx((0.1, math.nan), nan_ok=True)}
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
@@ -463,306 +488,3 @@ def test_a_python_reward_declares_an_ordered_range_and_its_requirements() -> Non
         python_reward(low=1.0, high=1.0)
     with pytest.raises(InputError, match="needs the field caption"):
         available([python_reward(requires={"caption"})], {"target"})
-
-
-# --- EditScore over HTTP --------------------------------------------------------------------------------------------
-
-GOOD = {"SC": [20, 5], "PQ": [25, 20]}
-
-
-@dataclass
-class JudgeServer:
-    """An OpenAI-compatible endpoint on loopback. ``reply`` decides, from the request and its number, what is sent."""
-
-    reply: Callable[[dict[str, Any], int], tuple[int, bytes | None]]
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    delay_s: float = 0.0
-    reply_headers: dict[str, str] = field(default_factory=dict)
-    busiest: int = 0
-    url: str = ""
-    _in_flight: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def handle(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        with self._lock:
-            self._in_flight += 1
-            self.busiest = max(self.busiest, self._in_flight)
-            number = len(self.requests)
-            self.requests.append({**body, "path": handler.path})
-            self.headers.append(dict(handler.headers))
-        time.sleep(self.delay_s)
-        status, payload = self.reply(body, number)
-        with self._lock:
-            self._in_flight -= 1
-        cut = payload is None
-        payload = b'{"choices": [' if payload is None else payload
-        handler.send_response(status)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(payload) + (1000 if cut else 0)))
-        for name, value in self.reply_headers.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(payload)
-        if cut:
-            handler.close_connection = True
-
-
-@pytest.fixture
-def judge_server() -> Iterator[Callable[..., JudgeServer]]:
-    running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
-
-    def start(reply: Callable[[dict[str, Any], int], tuple[int, bytes | None]], **options: Any) -> JudgeServer:
-        judge = JudgeServer(reply=reply, **options)
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                try:
-                    judge.handle(self)
-                except (BrokenPipeError, ConnectionResetError):
-                    # The client gave up first, which is what the timeout test is about.
-                    self.close_connection = True
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Quiet."""
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        judge.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        running.append((server, thread))
-        return judge
-
-    yield start
-    for server, thread in running:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
-
-
-def completion(content: Any, **message: Any) -> bytes:
-    finish = message.pop("finish_reason", "stop")
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}]}).encode()
-
-
-def images_of(body: dict[str, Any]) -> list[np.ndarray]:
-    urls = [piece["image_url"]["url"] for piece in body["messages"][0]["content"] if piece["type"] == "image_url"]
-    assert all(url.startswith("data:image/png;base64,") for url in urls)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls]
-
-
-def question_of(body: dict[str, Any]) -> str:
-    return "SC" if "<instruction>" in body["messages"][0]["content"][-1]["text"] else "PQ"
-
-
-def good_reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
-    return 200, completion(json.dumps({"reasoning": "fine", "score": GOOD[question_of(body)]}))
-
-
-def client(judge: JudgeServer, **changes: Any) -> EditScore:
-    return EditScore(**{"base_url": judge.url, "model": "judge-1", "backoff_s": 0.0, "timeout_s": 5.0, **changes})
-
-
-def test_editscore_composes_scores_on_a_scale_of_ten(judge_server: Callable[..., JudgeServer]) -> None:
-    table = score_candidates([client(judge_server(good_reply))], small_group(2), group_id="w")
-    assert table.valid.all()
-    assert table.values[:, 0].tolist() == pytest.approx([4.0, 4.0])
-    expected = {"prompt_following": 8.0, "consistency": 2.0, "naturalness": 10.0, "artefacts": 8.0, "SC": 2.0, "PQ": 8.0}
-    assert {name.removeprefix("editscore."): values[0] for name, values in table.components.items()} == pytest.approx(expected)
-
-
-def test_editscore_sends_source_then_edit_losslessly_before_the_text(judge_server: Callable[..., JudgeServer]) -> None:
-    judge, group = judge_server(good_reply), small_group(1)
-    client(judge).score(group)
-    assert sorted(question_of(body) for body in judge.requests) == ["PQ", "SC"]
-    for body in judge.requests:
-        assert body["path"] == "/v1/chat/completions" and body["model"] == "judge-1"
-        assert (body["temperature"], body["top_p"], body["top_k"], body["max_tokens"]) == (0.7, 0.9, 20, 512)
-        assert "response_format" not in body
-        kinds = [piece["type"] for piece in body["messages"][0]["content"]]
-        pictures = images_of(body)
-        if question_of(body) == "SC":
-            assert kinds == ["image_url", "image_url", "text"]
-            assert np.array_equal(pictures[0], group.task.source.numpy()) and np.array_equal(pictures[1], group.images[0].numpy())
-            assert group.task.instruction in body["messages"][0]["content"][-1]["text"]
-        else:
-            assert kinds == ["image_url", "text"]
-            assert np.array_equal(pictures[0], group.images[0].numpy())
-
-
-def test_editscore_options_reach_the_request(judge_server: Callable[..., JudgeServer]) -> None:
-    judge = judge_server(good_reply)
-    client(judge, pq_images="both", top_k=None, json_schema=True, max_tokens=64).score(small_group(1))
-    for body in judge.requests:
-        assert len(images_of(body)) == 2
-        assert "top_k" not in body and body["max_tokens"] == 64
-        assert body["response_format"]["json_schema"]["schema"]["properties"]["score"]["minItems"] == 2
-
-
-def test_an_instruction_with_braces_is_asked_word_for_word(judge_server: Callable[..., JudgeServer]) -> None:
-    judge, task = judge_server(good_reply), plain_task(instruction='write "{top} {0}" on the wall')
-    client(judge).score(candidates(task, [task.source]))
-    texts = [body["messages"][0]["content"][-1]["text"] for body in judge.requests]
-    assert any(task.instruction in text for text in texts)
-
-
-def test_passes_differ_by_seed_and_their_overall_scores_are_averaged(judge_server: Callable[..., JudgeServer]) -> None:
-    def reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
-        score = {42: [25, 25], 43: [0, 25], 44: [4, 9]}[body["seed"]] if question_of(body) == "SC" else [25, 25]
-        return 200, completion(json.dumps({"reasoning": "", "score": score}))
-
-    judge = judge_server(reply)
-    (score,) = client(judge, num_pass=3).score(small_group(1))
-    assert sorted(body["seed"] for body in judge.requests if question_of(body) == "SC") == [42, 43, 44]
-    assert score.value == pytest.approx((10 + 0 + math.sqrt(1.6 * 10)) / 3)
-
-
-def test_no_more_requests_are_in_flight_than_the_cap_and_the_cap_is_used(judge_server: Callable[..., JudgeServer]) -> None:
-    judge = judge_server(good_reply, delay_s=0.03)
-    scores = client(judge, concurrency=3, num_pass=2).score(small_group(4))
-    assert all(score.ok for score in scores) and len(judge.requests) == 16
-    assert judge.busiest == 3
-
-
-TWO = json.dumps({"reasoning": "ok", "score": [10, 10]})
-FAULTS: dict[str, tuple[tuple[int, bytes | None], str]] = {
-    "server error": ((500, b"boom"), "HTTP 500"),
-    "too many requests": ((429, b"slow down"), "HTTP 429"),
-    "cut connection": ((200, None), "no answer from the judge"),
-    "not a completion": ((200, b"<html>hello</html>"), "no chat completion"),
-    "no choices": ((200, b'{"choices": []}'), "no chat completion"),
-    "truncated JSON": ((200, completion(TWO[:-4])), "no JSON object"),
-    "stopped at max_tokens": ((200, completion(TWO, finish_reason="length")), "cut off at max_tokens"),
-    "single score": ((200, completion('{"reasoning": "", "score": [10]}')), "two numbers"),
-    "three scores": ((200, completion('{"reasoning": "", "score": [10, 1, 1]}')), "two numbers"),
-    "out of range": ((200, completion('{"reasoning": "", "score": [10, 26]}')), r"26 is not a number in 0\.\.25"),
-    "negative": ((200, completion('{"reasoning": "", "score": [-1, 2]}')), "-1 is not a number"),
-    "NaN": ((200, completion('{"reasoning": "", "score": [NaN, 2]}')), "NaN is no number"),
-    "infinite": ((200, completion('{"reasoning": "", "score": [1e999, 2]}')), "inf is not a number"),
-    "text scores": ((200, completion('{"reasoning": "", "score": ["ten", "10"]}')), "is not a number"),
-    "true": ((200, completion('{"reasoning": "", "score": [true, 2]}')), "True is not a number"),
-    "prose": ((200, completion("I would give it 20 and 21 out of 25.")), "no JSON object"),
-    "refusal in words": ((200, completion("I'm sorry, I can't help with that.")), "no JSON object"),
-    "refusal field": ((200, completion(None, refusal="not allowed")), "refused: not allowed"),
-    "empty": ((200, completion("  ")), "empty"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_lasting_fault_makes_the_score_invalid_with_its_reason(fault: str, judge_server: Callable[..., JudgeServer]) -> None:
-    answer, reason = FAULTS[fault]
-    judge = judge_server(lambda body, number: answer if question_of(body) == "PQ" else good_reply(body, number))
-    table = score_candidates([client(judge, retries=1)], small_group(1), group_id="w")
-    assert not table.valid.any() and math.isnan(table.values[0, 0].item()) and not table.components
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(table.reasons[0])
-    assert "PQ of pass 1" in table.reasons[0] and "after 2 attempts" in table.reasons[0]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_passing_fault_is_asked_again_with_a_new_seed(fault: str, judge_server: Callable[..., JudgeServer]) -> None:
-    answer, _ = FAULTS[fault]
-    judge = judge_server(lambda body, number: answer if body["seed"] < 44 else good_reply(body, number))
-    (score,) = client(judge, num_pass=2).score(small_group(1))
-    assert score.value == pytest.approx(4.0)
-    for question in ("SC", "PQ"):
-        assert sorted(body["seed"] for body in judge.requests if question_of(body) == question) == [42, 43, 44, 45]
-
-
-def test_a_judge_slower_than_the_timeout_is_invalid_and_not_waited_for(judge_server: Callable[..., JudgeServer]) -> None:
-    judge = judge_server(good_reply, delay_s=1.5)
-    began = time.perf_counter()
-    (score,) = client(judge, timeout_s=0.1, retries=1).score(small_group(1))
-    assert score.value is None and "no answer within 0.1 s" in score.reason
-    assert time.perf_counter() - began < 1.4
-
-
-def test_an_unreachable_judge_is_invalid() -> None:
-    (score,) = EditScore(base_url="http://127.0.0.1:9/v1", model="m", retries=0).score(small_group(1))
-    assert score.value is None and "no answer from the judge" in score.reason
-
-
-@pytest.mark.parametrize("status", [400, 401, 404, 307])
-def test_a_request_the_judge_will_never_accept_is_not_repeated(status: int, judge_server: Callable[..., JudgeServer]) -> None:
-    judge = judge_server(lambda body, number: (status, b"no"), reply_headers={"Location": "http://127.0.0.1:9/elsewhere"})
-    (score,) = client(judge, retries=5).score(small_group(1))
-    assert score.value is None and f"HTTP {status}" in score.reason
-    assert len(judge.requests) == 2
-
-
-def test_one_candidates_fault_leaves_the_others_valid(judge_server: Callable[..., JudgeServer]) -> None:
-    def reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
-        return (500, b"") if images_of(body)[-1].max() == 40 else good_reply(body, number)
-
-    table = score_candidates([client(judge_server(reply), retries=0)], small_group(3), group_id="w")
-    assert table.valid[:, 0].tolist() == [True, False, True]
-    assert math.isnan(table.components["editscore.SC"][1]) and table.components["editscore.SC"][2] == pytest.approx(2.0)
-
-
-def test_retry_after_is_respected(judge_server: Callable[..., JudgeServer]) -> None:
-    judge = judge_server(lambda body, n: (429, b"") if body["seed"] == 42 else good_reply(body, n), reply_headers={"Retry-After": "0.3"})
-    began = time.perf_counter()
-    (score,) = client(judge).score(small_group(1))
-    assert score.ok and time.perf_counter() - began >= 0.3
-
-
-def test_the_key_comes_from_the_environment_and_appears_in_no_config_and_no_reason(
-    judge_server: Callable[..., JudgeServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    secret = "sk-very-secret"
-    judge = judge_server(lambda body, number: (401, f"bad key {secret}".encode()))
-    term = client(judge, api_key_env="JUDGE_KEY_FOR_TEST")
-    monkeypatch.delenv("JUDGE_KEY_FOR_TEST", raising=False)
-    missing = score_candidates([term], small_group(1), group_id="w")
-    assert not missing.valid.any() and "JUDGE_KEY_FOR_TEST is not set" in missing.reasons[0] and not judge.requests
-    monkeypatch.setenv("JUDGE_KEY_FOR_TEST", secret)
-    table = score_candidates([term], small_group(1), group_id="w")
-    assert judge.headers[0]["Authorization"] == f"Bearer {secret}"
-    assert "HTTP 401" in table.reasons[0] and secret not in table.reasons[0] and secret not in term.model_dump_json()
-
-
-@pytest.mark.parametrize("field_name", ["api_key_env", "base_url"])
-def test_a_secret_in_the_wrong_field_is_refused_without_repeating_it(field_name: str) -> None:
-    secret = "sk-very-secret" if field_name == "api_key_env" else "http://user:sk-very-secret@host/v1"
-    with pytest.raises(ValidationError) as caught:
-        EditScore(**{"base_url": "http://host/v1", "model": "m", field_name: secret})
-    assert "sk-very-secret" not in str(caught.value)
-
-
-def test_an_address_that_is_no_endpoint_is_refused_and_a_full_one_is_accepted() -> None:
-    with pytest.raises(ValidationError, match="not an address"):
-        EditScore(base_url="localhost:8000", model="m")
-    assert EditScore(base_url="http://host:8000/v1/chat/completions", model="m").base_url == "http://host:8000/v1"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"reasoning": "ok", "score": [20, 5.5]}',
-        '```json\n{"reasoning": "ok", "score": [20, 5.5]}\n```',
-        "{\u201creasoning\u201d: \u201cok\u201d, \u201cscore\u201d: [20, 5.5]}",
-        '{"reasoning": "a \u201cred\u201d circle", "score": [20, 5.5]}',
-        '\n {"score": [20, 5.5], "reasoning": "order does not matter"} ',
-    ],
-)
-def test_fences_and_typographic_quotes_are_read(text: str) -> None:
-    assert parse_scores(text, score_range=25) == (20.0, 5.5)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=80))
-def test_prose_never_becomes_a_score(text: str) -> None:
-    with pytest.raises(Unreadable):
-        parse_scores(f"Scores: {text}", score_range=25)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3), st.booleans()), max_size=3))
-def test_parsed_scores_are_the_two_numbers_of_the_answer_and_in_range(scores: list[Any]) -> None:
-    try:
-        parsed = parse_scores(json.dumps({"reasoning": "", "score": scores}), score_range=25)
-    except Unreadable:
-        return
-    assert parsed == tuple(scores) and all(0 <= score <= 25 for score in parsed) and not any(isinstance(s, bool) for s in scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,14 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl_edit.advantages import GroupCredit, standardise
+from rl_edit.data import shapes
+from rl_edit.rewards import statistics
+from rl_edit.rewards.statistics import Normalisation
 from rl_edit.telemetry import Events, JsonlFile, count_reasons, read_jsonl, reward_metrics
-from rl_edit.types import RewardTable
+from rl_edit.types import Advantages, Candidates, RewardTable
 
 
-def table(values: list[list[float]], *, components: dict[str, tuple[float, ...]] | None = None) -> RewardTable:
+def table(
+    values: list[list[float]], *, components: dict[str, tuple[float, ...]] | None = None, counts: dict[str, int] | None = None
+) -> RewardTable:
     tensor = torch.tensor(values)
     return RewardTable(
-        group_id="w", names=("a", "b"), weights=(1.0, 0.5), values=tensor, valid=~tensor.isnan(), components=components or {}
+        group_id="w",
+        names=("a", "b"),
+        weights=(1.0, 0.5),
+        values=tensor,
+        valid=~tensor.isnan(),
+        components=components or {},
+        counts=counts or {},
     )
 
 
@@ -43,6 +56,94 @@ def test_diagnostics_have_keys_of_their_own_and_parts_of_a_term_live_under_compo
     assert metrics["change/inside/mean"] == pytest.approx(0.2)
     assert metrics["concentration/spread"] == pytest.approx(1.0)
     assert metrics["component/judge.instruction/mean"] == pytest.approx(0.5)
+
+
+def test_shares_of_statuses_count_groups_that_are_dropped_too() -> None:
+    sound = table([[0.0, 4.0], [2.0, 4.0]], counts={"a.ok": 2, "b.ok": 2, "b.cached": 1, "b.uncached": 0})
+    torn = table([[math.nan, 1.0], [math.nan, 2.0]], counts={"a.timeout": 1, "a.refused": 1, "b.ok": 2, "b.cached": 2, "b.uncached": 0})
+    metrics = reward_metrics([sound, torn])
+    assert (metrics["reward/a/timeout_share"], metrics["reward/a/refused_share"], metrics["reward/a/invalid_share"]) == (0.25, 0.25, 0.0)
+    assert (metrics["reward/b/timeout_share"], metrics["reward/b/cached_share"]) == (0.0, 0.75)
+    assert "reward/a/cached_share" not in metrics and metrics["reward/a/mean"] == 1.0
+    assert reward_metrics([torn])["reward/a/timeout_share"] == 0.5
+
+
+def test_shares_of_the_totals_variance_add_up_to_one_and_a_term_that_pulls_against_it_is_negative() -> None:
+    apart = table([[0.0, 4.0], [2.0, 0.0], [4.0, 0.0], [2.0, 4.0]])
+    metrics = reward_metrics([apart], normalise="none")
+    total = apart.values.double() @ torch.tensor([1.0, 0.5], dtype=torch.float64)
+    expected = torch.cov(torch.stack([apart.values[:, 0].double(), total]), correction=0)[0, 1] / total.var(correction=0)
+    assert metrics["reward/a/variance_share"] == pytest.approx(float(expected))
+    assert metrics["reward/a/variance_share"] + metrics["reward/b/variance_share"] == pytest.approx(1.0)
+    against = table([[0.0, 1.0], [2.0, 0.0]])
+    assert reward_metrics([against], normalise="none")["reward/b/variance_share"] < 0
+
+
+@pytest.mark.parametrize("kind", ["minibatch", "group", "none"])
+def test_terms_are_normalised_as_the_credit_rule_does(kind: Normalisation) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tables = [table((torch.randn(5, 2, generator=generator) * torch.tensor([1.0, 20.0])).tolist()) for _ in range(3)]
+    tables.append(table([[0.1, 7.0], [0.3, 7.0], [0.2, 7.0]]))
+    masks = [torch.ones(4, dtype=torch.bool)] * len(tables)
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    parts = statistics.normalised([t.values.double().T for t in tables], kind)
+    for part, credit in zip(parts, GroupCredit(normalise=kind)(tables, masks), strict=True):
+        assert isinstance(credit, Advantages)
+        assert credit.values[:, 0].tolist() == pytest.approx(standardise(weights @ part).tolist(), abs=1e-5)
+
+
+def test_a_term_without_weight_or_without_differences_has_no_share() -> None:
+    measured = dataclasses.replace(table([[0.0, 1.0], [1.0, 5.0]]), weights=(1.0, 0.0))
+    metrics = reward_metrics([measured])
+    assert metrics["reward/a/variance_share"] == pytest.approx(1.0) and "reward/b/variance_share" not in metrics
+    assert "reward/a/variance_share" not in reward_metrics([table([[1.0, 1.0], [1.0, 1.0]])])
+
+
+def test_a_judges_noise_is_estimated_from_candidates_scored_twice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = []
+    for _ in range(400):
+        first, second = (2.0 + 0.3 * torch.randn(4, 2, generator=generator) for _ in range(2))
+        first = first + torch.tensor([0.0, 1.0, 2.0, 3.0])[:, None]
+        difference = float(second[0, 0] - first[0, 0])
+        tables.append(table(first.tolist(), components={"a.repeat_difference": (difference, math.nan, math.nan, math.nan)}))
+    metrics = reward_metrics(tables)
+    assert metrics["reward/a/noise"] == pytest.approx(0.3, rel=0.1)
+    assert metrics["reward/a/noise_to_spread"] == pytest.approx(0.3 / math.sqrt(1.25 + 0.09), rel=0.1)
+    assert "reward/b/noise" not in metrics and not any("repeat" in key for key in metrics)
+
+
+def pictures(num: int, inside: float, outside: float) -> Candidates:
+    task = shapes.task("validation", 0)
+    drawn = torch.randn(num, *task.source.shape, generator=torch.Generator().manual_seed(0))
+    level = torch.where(task.edit_mask[..., None], inside, outside)
+    images = (128 + 255 * level * drawn).round().clamp(0, 255).to(torch.uint8)
+    return Candidates(task=task, images=images, attention=torch.ones(num, 1), token_mask=torch.ones(1, dtype=torch.bool))
+
+
+def test_the_share_of_pixel_variance_inside_the_mask_is_that_of_the_candidates_differences() -> None:
+    group = pictures(64, inside=0.1, outside=0.05)
+    parts = statistics.change_variance(group)
+    share = group.task.edit_mask.float().mean().item()
+    expected = share * 0.01 / (share * 0.01 + (1 - share) * 0.0025)
+    metrics = reward_metrics([table([[0.0, 0.0]] * 64, components=parts)])
+    assert metrics["change/variance_inside_share"] == pytest.approx(expected, rel=0.05)
+    assert metrics["change/variance_outside/mean"] == pytest.approx((1 - share) * 0.0025, rel=0.05)
+
+
+def test_pixel_variance_of_a_group_in_chunks_is_that_of_the_whole() -> None:
+    group = pictures(64, inside=0.1, outside=0.05)
+    whole = statistics.change_variance(group)["change.variance_inside"]
+    chunks = [dataclasses.replace(group, images=group.images[i : i + 4], attention=group.attention[i : i + 4]) for i in range(0, 64, 4)]
+    pieces = [value for chunk in chunks for value in statistics.change_variance(chunk)["change.variance_inside"]]
+    assert sum(pieces) / 64 == pytest.approx(sum(whole) / 64, rel=0.02)
+    assert statistics.change_variance(pictures(1, 0.1, 0.1)) == {}
+
+
+def test_identical_candidates_have_no_share_of_variance() -> None:
+    same = statistics.change_variance(pictures(3, 0.0, 0.0))
+    assert set(same["change.variance_inside"]) == {0.0}
+    assert "change/variance_inside_share" not in reward_metrics([table([[0.0, 0.0]] * 3, components=same)])
 
 
 def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:

@@ -54,10 +54,13 @@ ROOMS = {
     ),
     "services": Room(
         files=tuple(
-            f"rl_edit/{name}{end}" for name in ("rewards", "data", "evaluation", "report", "telemetry", "wire") for end in (".py", "/*.py")
+            f"rl_edit/{name}{end}"
+            for name in ("rewards", "audit", "data", "evaluation", "report", "telemetry", "wire")
+            for end in (".py", "/*.py")
         ),
         never=("ray", "actors", "learner", "rl_edit.cli", *MODEL_LIBRARIES),
     ),
+    "judges": Room(files=("rl_edit/judges/*.py",), never=("ray", "actors", "learner", "rl_edit.cli", "rl_edit.rewards", "rl_edit.config")),
     "foundation": Room(
         files=("rl_edit/__init__.py", "rl_edit/errors.py", "rl_edit/provenance.py"),
         never=("ray", "actors", "learner", "torch", "rl_edit.cli", *MODEL_LIBRARIES),

@@ -10,9 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
+from rl_edit.cli.audit_reward import audit_reward_command
+from rl_edit.cli.bench_reward import bench_reward_command
 from rl_edit.cli.dataset import dataset_app
 from rl_edit.cli.edit import edit_command
 from rl_edit.cli.evaluate import evaluate_command
+from rl_edit.cli.merge_judge import merge_judge_command
 from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.cli.report import report_command
 from rl_edit.cli.show import methods_command, presets_command, show_config_command
@@ -37,6 +40,9 @@ app.command("pretrain")(pretrain_command)
 app.command("presets")(presets_command)
 app.command("methods")(methods_command)
 app.command("show-config")(show_config_command)
+app.command("audit-reward")(audit_reward_command)
+app.command("bench-reward")(bench_reward_command)
+app.command("merge-judge")(merge_judge_command)
 app.add_typer(dataset_app, name="dataset")
 
 

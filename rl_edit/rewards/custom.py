@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from rl_edit.errors import InputError
+from rl_edit.rewards.cache import content_sha256
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.types import Candidates, Score
 
@@ -17,9 +18,12 @@ from rl_edit.types import Candidates, Score
 class PythonReward(RewardTerm):
     """``function(candidates)`` returns one number per candidate, or None for one it could not judge.
 
+    It may return a ``Score`` instead of a number, to say why there is none or to name parts of it.
+
     Attributes:
         function: "package.module:name", importable by every process of the run.
         low, high: range its values must lie in; a value outside is invalid, not clipped. ``.inf`` leaves a side open.
+        direction: which values are good. Those of "lower" are negated in the run's table, so that there higher is always better.
         requires: optional dataset fields it reads.
         needs_attention: whether it reads ``candidates.attention``.
     """
@@ -28,6 +32,7 @@ class PythonReward(RewardTerm):
     function: str
     low: float
     high: float
+    direction: Literal["higher", "lower"] = "higher"
     requires: frozenset[Literal["target", "caption", "regions"]] = frozenset()
     needs_attention: bool = False
 
@@ -43,12 +48,24 @@ class PythonReward(RewardTerm):
             raise InputError(f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could be valid. Set low < high.")
         return self
 
+    @property
+    def lower_is_better(self) -> bool:
+        return self.direction == "lower"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Includes the source of the function's module; what that imports is not looked at."""
+        module = importlib.import_module(self.function.partition(":")[0])
+        source = content_sha256(module.__file__) if module.__file__ else ""
+        return {**super().fingerprint(), "requires": sorted(self.requires), "source": source}
+
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         return tuple(_scored(self.function, value) for value in _resolve(self.function)(candidates))
 
 
 def _scored(function: str, value: object) -> Score:
     """A number of any type (Python's, NumPy's, a tensor of one element) as a score; anything else is invalid."""
+    if isinstance(value, Score):
+        return value
     if value is not None and not isinstance(value, str | bytes):
         try:
             return Score(value=float(value))  # type: ignore[arg-type]  # what has no float() is refused below

@@ -1,15 +1,25 @@
-"""What every reward term has in common: a name, a weight, and when it may be left out."""
+"""What every reward term has in common: a name, a weight, when it may be left out, where its scores are kept."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rl_edit.errors import InputError
 from rl_edit.types import Candidates, Score
+
+OPERATIONAL = frozenset(
+    {"cache", "repeat_every", "device", "gpu_memory_utilization", "tensor_parallel_size"}
+    | {"base_url", "api_key_env", "api_key_file", "timeout_s", "concurrency", "retries", "backoff_s"}
+)
+"""Settings, at any depth of a term, that say where and how it is asked, not what it answers."""
+
+_OTHER_SEED = 1_000_003
+"""Far from every seed that the passes and retries of a judge count up to."""
 
 
 class RewardTerm(BaseModel, ABC):
@@ -25,6 +35,10 @@ class RewardTerm(BaseModel, ABC):
         name: what the run's tables and curves call it; the kind unless given. Two terms of a run may not share one.
         weight: its share in the run's reward. 0 measures a term without training on it.
         when: "if_available" leaves the term out, with a note, of runs whose data lacks what it requires.
+        cache: a directory that keeps every score by the content it follows from, for repeated and resumed runs; processes may
+            share it. Only for terms that score a candidate without looking at the others; all built-in ones do.
+        repeat_every: in one of this many groups, drawn by its id, score one candidate again with another seed: the term's
+            noise, to compare with its differences within a group. 0 is never; costs one more score each time.
     """
 
     # Inputs stay out of messages: a key pasted into the wrong field must not reach a log.
@@ -34,6 +48,8 @@ class RewardTerm(BaseModel, ABC):
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_-]+$")
     weight: float = 1.0
     when: Literal["always", "if_available"] = "always"
+    cache: Path | None = None
+    repeat_every: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -52,6 +68,26 @@ class RewardTerm(BaseModel, ABC):
             )
         return weight
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether small values are good. The reward table then holds the negated value; the range speaks of the value itself."""
+        return False
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its scores follow from besides the candidates: settings without names, weights and places."""
+        return _without(self.model_dump(mode="json"), OPERATIONAL | {"name", "weight", "when"})
+
+    def reseeded(self) -> Self:
+        """The same term with other random numbers; itself where it has no seed."""
+        seed = dict(self).get("seed")
+        return self if seed is None else self.model_copy(update={"seed": seed + _OTHER_SEED})
+
     @abstractmethod
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """One score per candidate, in their order. May raise: the caller turns that into invalid scores."""
+        """One score per candidate, in their order. May raise: the caller turns that into scores without a value."""
+
+
+def _without(settings: Any, left_out: frozenset[str]) -> Any:
+    if isinstance(settings, dict):
+        return {key: _without(value, left_out) for key, value in settings.items() if key not in left_out}
+    return settings

@@ -1,0 +1,107 @@
+"""Scores kept on disk under the hash of everything they follow from, so that a repeated or resumed run asks no judge twice.
+
+An entry is one small JSON file, written whole or not at all; any number of processes may share a directory. It is never
+tidied up: delete the directory when it is no longer wanted. Only scores that passed every check are kept: a judge that
+failed is asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rl_edit.provenance import code_sha256
+from rl_edit.types import Candidates, Score
+
+_NAMES = frozenset({"task_id", "task_type"})
+"""Fields of a task that no score follows from."""
+
+
+class ScoreCache:
+    """The kept scores of one term.
+
+    A key covers the candidate, the task (source, instruction, mask, and target, caption and regions where there are any),
+    attention if the term reads it, the term's fingerprint, and the sources of this package.
+    """
+
+    def __init__(self, directory: Path, fingerprint: dict[str, Any], *, reads_attention: bool) -> None:
+        self._directory, self._reads_attention = directory, reads_attention
+        self._term = json.dumps([code_sha256(), fingerprint], sort_keys=True)
+
+    def keys(self, candidates: Candidates) -> list[str]:
+        """One per candidate, in their order."""
+        shared = hashlib.sha256()
+        _update(shared, self._term)
+        for field in fields(candidates.task):
+            if field.name not in _NAMES:
+                _update(shared, field.name)
+                _update(shared, getattr(candidates.task, field.name))
+        if self._reads_attention:
+            _update(shared, candidates.token_mask)
+        keys = []
+        for row, image in enumerate(candidates.images):
+            own = shared.copy()
+            _update(own, image)
+            if self._reads_attention:
+                _update(own, candidates.attention[row])
+            keys.append(own.hexdigest())
+        return keys
+
+    def get(self, key: str) -> Score | None:
+        """The kept score; None when there is none that can be read."""
+        try:
+            entry = json.loads(self._path(key).read_text())
+            return Score(value=float(entry["value"]), components={str(k): float(v) for k, v in entry["components"].items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def put(self, key: str, score: Score) -> bool:
+        """Keeps an ok score; False when the disk does not take it, which costs nothing but asking again."""
+        path = self._path(key)
+        entry = {"value": score.value, "components": {name: part for name, part in score.components.items() if math.isfinite(part)}}
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+                temporary = file.name
+                json.dump(entry, file)
+            os.replace(temporary, path)
+        except OSError:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            return False
+        return True
+
+    def _path(self, key: str) -> Path:
+        return self._directory / key[:2] / f"{key}.json"
+
+
+def _update(digest: hashlib._Hash, value: object) -> None:
+    """Adds a value with its type and length, so that neighbouring values cannot be mistaken for one another."""
+    if isinstance(value, Tensor):
+        content, kind = value.detach().cpu().contiguous().numpy().tobytes(), f"{value.dtype}{tuple(value.shape)}"
+    else:
+        content, kind = repr(value).encode(), type(value).__name__
+    digest.update(f"{kind}:{len(content)}:".encode() + content)
+
+
+@cache
+def content_sha256(path: str) -> str:
+    """Hash of a file, or of the settings and weights of a model directory; of the name itself when nothing is there (a hub id)."""
+    at, digest = Path(path), hashlib.sha256()
+    files = [at] if at.is_file() else sorted([*at.glob("*.json"), *at.glob("*.safetensors")])
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    if not files:
+        digest.update(path.encode())
+    return digest.hexdigest()
