@@ -1,0 +1,486 @@
+"""The audit of rewards: bad ones of every known kind are flagged for the right reason, good ones pass, and the answer is a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from typer.testing import CliRunner
+
+from rl_edit.audit import Audit, Check, Expectation, audit, expected_of
+from rl_edit.audit.checks import kendall
+from rl_edit.audit.damages import GRADED, LEVELS, SIDES, UNDONE, exhibits, reference
+from rl_edit.audit.page import render
+from rl_edit.audit.throughput import measure
+from rl_edit.cli.audit_reward import audit_reward_command
+from rl_edit.cli.bench_reward import bench_reward_command
+from rl_edit.data import shapes
+from rl_edit.errors import InputError
+from rl_edit.evaluation import metrics
+from rl_edit.rewards import Composite, Judge, Preservation, Psnr, PythonReward, Reward, Ssim
+from rl_edit.types import Candidates, EditTask, PairedTask, Score
+
+NUM_TASKS = 4
+TASKS = [shapes.task("train", index) for index in range(NUM_TASKS)]
+TWO_REGIONS = [shapes.task("train", index, task_type="two_regions") for index in range(3)]
+
+
+# --- rewards that mislead, each in a way that has been published or shipped ------------------------------------------
+
+
+def _mean_squared(group: Candidates, keep: Tensor) -> Tensor:
+    squared = (group.images.double() - group.task.source.double()).div(255).square()
+    return squared[:, keep].mean(dim=(1, 2))
+
+
+def inverted_mask(group: Candidates) -> list[float]:
+    """Background PSNR with a mask that is True where pixels must stay."""
+    return metrics.psnr(group.images, group.task.source, group.task.edit_mask, "masked").tolist()
+
+
+def summed_over_channels(group: Candidates) -> list[float]:
+    """One minus a squared error that is three times too large."""
+    return (1 - 3 * _mean_squared(group, ~group.task.edit_mask)).tolist()
+
+
+def summed_over_everything(group: Candidates) -> list[float]:
+    keep = ~group.task.edit_mask
+    return (-_mean_squared(group, keep) * 3 * int(keep.sum())).tolist()
+
+
+def decibels_summed_over_channels(group: Candidates) -> list[float]:
+    return metrics.psnr(group.images, group.task.source, ~group.task.edit_mask, "cocoedit").tolist()
+
+
+def saturated_ssim(group: Candidates) -> list[float]:
+    """Constants for 0..255 on pictures in 0..1: they swamp every window."""
+    a, b = (group.images.double() / 255, group.task.source.double() / 255)
+    return (1 - (a - b).square().mean(dim=-1) / (58.0 + a.var() + b.var()))[:, ~group.task.edit_mask].mean(dim=1).tolist()
+
+
+def generous_ssim(group: Candidates) -> list[float]:
+    """Anything from a half up is perfect."""
+    return (2 * metrics.ssim(group.images, group.task.source, ~group.task.edit_mask, "map_masked")).clamp(0, 1).tolist()
+
+
+def constant(group: Candidates) -> list[float]:
+    return [0.5] * len(group.images)
+
+
+def _background(group: Candidates) -> list[float]:
+    return (metrics.psnr(group.images, group.task.source, ~group.task.edit_mask, "masked") / 60).clamp(0, 1).tolist()
+
+
+def middle_of_the_wrong_scale(group: Candidates) -> list[float]:
+    """0..10, and 12.5, the middle of 0..25, for an answer that could not be read."""
+    return [12.5 if _drawn(image) < 0.2 else 10 * value for image, value in zip(group.images, _background(group), strict=True)]
+
+
+_CALLS = itertools.count()
+
+
+def random_fallback(group: Candidates) -> list[float]:
+    """A number out of a hat for one answer in eight."""
+    hat = torch.Generator().manual_seed(next(_CALLS))
+    draws = torch.rand(len(group.images), 2, generator=hat).tolist()
+    return [fallback if failed < 0.125 else value for value, (failed, fallback) in zip(_background(group), draws, strict=True)]
+
+
+def compares_within_the_group(group: Candidates) -> list[float]:
+    values = torch.tensor(_background(group))
+    return (values / values.max()).tolist()
+
+
+def often_silent(group: Candidates) -> list[float | None]:
+    return [None if _drawn(image) < 0.2 else value for image, value in zip(group.images, _background(group), strict=True)]
+
+
+def never_answers(group: Candidates) -> list[None]:
+    return [None] * len(group.images)
+
+
+def global_score(group: Candidates) -> list[float]:
+    """Likeness of the whole picture to the right edit, sold as that of a side."""
+    return metrics.psnr(group.images, _target(group), torch.ones_like(group.task.edit_mask), "masked").tolist()
+
+
+def global_score_in_every_region(group: Candidates) -> list[Score]:
+    regions = len(group.task.regions)  # type: ignore[attr-defined]  # shapes tasks have them
+    names = [f"region.{number}" for number in range(regions)] + ["background"]
+    return [Score(value=value, components=dict.fromkeys(names, value)) for value in global_score(group)]
+
+
+def score_of_each_region(group: Candidates) -> list[Score]:
+    places = {f"region.{number}": region for number, region in enumerate(group.task.regions)}  # type: ignore[attr-defined]
+    places["background"] = ~group.task.edit_mask
+    parts = {name: metrics.psnr(group.images, _target(group), place, "masked").tolist() for name, place in places.items()}
+    return [
+        Score(value=value, components={name: row[number] for name, row in parts.items()})
+        for number, value in enumerate(global_score(group))
+    ]
+
+
+def loves_blur(group: Candidates) -> list[float]:
+    """Likeness from afar, and a prize for smoothness."""
+    edits, source = (metrics.gaussian_mean(metrics.unit_range(p), sigma=4, radius=12) for p in (group.images, group.task.source))
+    afar = (edits - source).abs()[:, ~group.task.edit_mask].mean(dim=(1, 2))
+    rough = metrics.unit_range(group.images).diff(dim=2).abs().mean(dim=(1, 2, 3))
+    return (-afar - rough).tolist()
+
+
+def likes_what_was_asked(group: Candidates) -> list[float]:
+    """A judge without a target: it knows the task by its words, and the source by its place."""
+    right = RIGHT.get(group.task.instruction)
+    if right is None or not torch.equal(right.source, group.task.source):
+        return [0.0] * len(group.images)
+    return (metrics.psnr(group.images, right.target, torch.ones_like(right.edit_mask), "masked") / 60).tolist()
+
+
+def ignores_the_instruction(group: Candidates) -> list[float]:
+    """Follows the one task that this source belongs to, whatever it is told, and whichever picture comes first."""
+    right = next(task for task in TASKS if torch.equal(task.edit_mask, group.task.edit_mask[:: _scale(group), :: _scale(group)]))
+    target = right.target.repeat_interleave(_scale(group), 0).repeat_interleave(_scale(group), 1)
+    return (metrics.psnr(group.images, target, torch.ones_like(group.task.edit_mask), "masked") / 60).tolist()
+
+
+RIGHT = {task.instruction: task for task in TASKS}
+
+
+def _scale(group: Candidates) -> int:
+    return group.task.edit_mask.shape[0] // shapes.SIZE
+
+
+def _target(group: Candidates) -> Tensor:
+    assert isinstance(group.task, PairedTask)
+    return group.task.target
+
+
+def _drawn(image: Tensor) -> float:
+    """0..1, as good as random and the same for the same picture."""
+    return hashlib.sha256(image.numpy().tobytes()).digest()[0] / 256
+
+
+def bad(function: str, *, low: float = 0.0, high: float = 1.0, **changes: Any) -> PythonReward:
+    return PythonReward(function=f"{__name__}:{function}", name=function, low=low, high=high, **changes)
+
+
+@cache
+def audited(function: str, expects: str, **options: Any) -> dict[str, Check]:
+    return checks(bad(function, **{key: frozenset(value) if key == "requires" else value for key, value in options.items()}), expects)
+
+
+def checks(term: Reward, expects: str | None = None, tasks: list[Any] = TASKS) -> dict[str, Check]:
+    (found,) = audit([(term, expected_of(term, expects))], tasks, seed=0).terms
+    return {check.name: check for check in found.checks}
+
+
+def failed(found: dict[str, Check]) -> set[str]:
+    return {name for name, check in found.items() if check.verdict == "fail"}
+
+
+def test_an_inverted_mask_fails_because_the_wrong_side_is_felt() -> None:
+    found = audited("inverted_mask", "outside", high=60.0)
+    assert {"response", "localisation", "order of damages outside"} <= failed(found)
+    assert found["localisation"].numbers["auroc_mean"] < 0.1
+    assert "Inverted" in found["localisation"].sentence
+
+
+def test_a_squared_error_summed_over_channels_leaves_its_declared_range() -> None:
+    found = audited("summed_over_channels", "outside")
+    assert "range" in failed(found)
+    assert "outside its declared range 0..1" in found["range"].sentence
+
+
+def test_a_squared_error_summed_over_pixels_grows_with_the_picture() -> None:
+    found = audited("summed_over_everything", "outside", low=-math.inf, high=0.0)
+    assert failed(found) == {"image size"}
+    assert found["image size"].numbers["factor"] == pytest.approx(4.0, rel=0.01)
+
+
+def test_a_psnr_of_summed_channels_is_recognised_by_its_offset() -> None:
+    found = audited("decibels_summed_over_channels", "outside", low=-5.0, high=60.0)
+    assert found["PSNR convention"].verdict == "warn"
+    assert found["PSNR convention"].numbers["offset_db"] == pytest.approx(-4.77, abs=0.02)
+
+
+@pytest.mark.parametrize(("function", "word"), [("saturated_ssim", "Flat"), ("generous_ssim", "Saturated"), ("constant", "Constant")])
+def test_a_reward_that_cannot_tell_edits_apart_fails_in_its_response(function: str, word: str) -> None:
+    found = audited(function, "outside")
+    assert "response" in failed(found)
+    assert found["response"].sentence.startswith(word)
+
+
+def test_a_made_up_score_beyond_the_scale_fails_the_range_and_counts_as_no_score() -> None:
+    found = audited("middle_of_the_wrong_scale", "outside", high=10.0)
+    assert {"range", "valid"} <= failed(found)
+    assert "12.5" in found["range"].sentence
+
+
+def test_a_made_up_score_within_a_wider_scale_fails_where_it_beats_the_right_edit() -> None:
+    found = audited("middle_of_the_wrong_scale", "outside", high=25.0)
+    assert failed(found)
+
+
+def test_a_random_fallback_fails_the_repeats() -> None:
+    found = audited("random_fallback", "outside")
+    assert "repeats" in failed(found)
+    assert found["repeats"].numbers["jumps"] > 0.02
+
+
+def test_a_score_that_depends_on_its_group_is_seen_in_the_repeats() -> None:
+    found = audited("compares_within_the_group", "outside")
+    assert found["repeats"].verdict in ("warn", "fail")
+    assert found["repeats"].numbers["largest_gap"] > 0.1
+
+
+def test_missing_scores_are_counted_and_fail() -> None:
+    found = audited("often_silent", "outside")
+    assert "valid" in failed(found)
+    assert 0.1 < found["valid"].numbers["share"] < 0.3
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_global_score_declared_for_one_side_fails_the_localisation(side: str) -> None:
+    found = audited("global_score", side, high=60.0, requires=("target",))
+    assert "localisation" in failed(found)
+    assert found["localisation"].numbers["auroc_mean"] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("tasks", [TASKS, TWO_REGIONS], ids=["one region", "two regions"])
+def test_a_global_score_copied_into_every_region_fails_the_localisation_of_each(tasks: list[Any]) -> None:
+    found = checks(bad("global_score_in_every_region", high=60.0, requires=frozenset({"target", "regions"})), "both", tasks)
+    parts = {name: check for name, check in found.items() if name.startswith("localisation of ")}
+    assert set(parts) >= {"localisation of background", "localisation of region.0"}
+    assert set(parts) <= failed(found)
+    for part in parts.values():
+        assert part.numbers["auroc_mean"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_scores_of_their_own_region_pass_the_localisation_of_each() -> None:
+    found = checks(bad("score_of_each_region", high=60.0, requires=frozenset({"target", "regions"})), "both", TWO_REGIONS)
+    for part in ("region.0", "region.1", "background"):
+        assert found[f"localisation of {part}"].verdict == "pass"
+        assert found[f"localisation of {part}"].numbers["auroc_mean"] == 1.0
+
+
+def test_a_reward_that_one_damage_raises_fails_and_the_damage_is_named() -> None:
+    found = audited("loves_blur", "outside", low=-2.0)
+    assert "order of damages outside" in failed(found)
+    assert "blur" in found["order of damages outside"].sentence
+
+
+def test_a_reward_blind_to_the_side_it_is_declared_for_fails_there() -> None:
+    found = checks(Preservation(), "both")
+    assert "order of damages inside" in failed(found)
+    assert found["order of damages outside"].verdict == "pass"
+
+
+def test_a_judge_without_target_is_asked_another_instruction_and_the_exchanged_pair() -> None:
+    found = audited("ignores_the_instruction", "both")
+    assert failed(found) == {"wrong instruction"}
+    assert found["wrong instruction"].numbers["auroc_mean"] == 0.5
+    assert found["image order"].verdict == "pass"
+    follows = audited("likes_what_was_asked", "both")
+    assert follows["wrong instruction"].verdict == follows["image order"].verdict == "pass"
+
+
+# --- rewards that are sound ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "term",
+    [Judge(), Judge(coarse=True), Preservation(), Psnr(), Psnr(convention="zero_filled"), Ssim(), Composite(of=Judge())],
+    ids=["judge", "coarse judge", "preservation", "masked psnr", "zero-filled psnr", "ssim", "composite"],
+)
+def test_the_built_in_pixel_rewards_pass_every_check(term: Reward) -> None:
+    found = checks(term)
+    assert {name: check.sentence for name, check in found.items() if check.verdict not in ("pass", "n/a")} == {}
+    assert found["response"].verdict == "pass"
+
+
+def test_a_cache_does_not_hide_noise_from_the_repeats(tmp_path: Path) -> None:
+    assert "repeats" in failed(checks(bad("random_fallback", cache=tmp_path / "scores"), "outside"))
+    assert not (tmp_path / "scores").exists()
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_damage_stays_on_its_side_and_grows_with_its_level(side: str) -> None:
+    shown = exhibits(reference(TASKS[0]), seed=0)
+    other = ~shown.task.edit_mask if side == "inside" else shown.task.edit_mask
+    for (damage, where), pictures in shown.graded.items():
+        if where != side:
+            continue
+        errors = [float((picture.double() - shown.clean.double()).square().mean()) for picture in pictures]
+        assert len(pictures) == LEVELS
+        assert all(torch.equal(picture[other], shown.clean[other]) for picture in pictures), damage
+        assert errors == sorted(errors) and errors[0] > 0, damage
+
+
+def test_every_damage_is_done_on_both_sides_and_only_the_edit_can_be_undone() -> None:
+    shown = exhibits(reference(TASKS[0]), seed=0)
+    assert set(shown.graded) == {(damage, side) for damage in GRADED for side in SIDES} | {(UNDONE, "inside")}
+    assert torch.equal(shown.graded[UNDONE, "inside"][-1], shown.task.source)
+
+
+def test_dabs_at_home_and_away_carry_exactly_the_same_squared_error() -> None:
+    for pairs in exhibits(reference(TWO_REGIONS[0]), seed=0).dabs.values():
+        for home, away in pairs:
+            clean = TWO_REGIONS[0].target.double()
+            assert float((home - clean).square().sum()) == float((away - clean).square().sum()) > 0
+
+
+def test_an_edit_pasted_elsewhere_leaves_its_place_untouched_where_it_does_not_overlap() -> None:
+    shown = exhibits(reference(TASKS[0]), seed=0)
+    assert shown.elsewhere is not None
+    changed = (shown.elsewhere != shown.task.source).any(dim=-1)
+    assert int((changed & shown.task.edit_mask).sum()) < int((changed & ~shown.task.edit_mask).sum())
+
+
+def test_without_a_target_the_mask_is_painted_and_the_instruction_says_so() -> None:
+    task = unpaired(TASKS[0])
+    right = reference(task)
+    assert torch.equal(right.edit[~task.edit_mask], task.source[~task.edit_mask])
+    assert bool((right.edit != task.source)[task.edit_mask].any())
+    assert re.fullmatch(r"paint the area in the [a-z ]+ of the picture (red|green|blue|yellow)", right.task.instruction)
+
+
+def unpaired(task: PairedTask) -> EditTask:
+    return EditTask(**{field.name: getattr(task, field.name) for field in dataclasses.fields(EditTask)})
+
+
+def test_preservation_passes_on_data_without_targets() -> None:
+    found = checks(Preservation(), tasks=[unpaired(task) for task in TASKS])
+    assert {name for name, check in found.items() if check.verdict not in ("pass", "n/a")} == set()
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_kendall_is_plus_one_for_falling_scores_and_changes_sign_when_reversed(scores: list[float]) -> None:
+    assert kendall(scores) == pytest.approx(-kendall(scores[::-1]))
+    if len(set(scores)) == len(scores):
+        assert kendall(sorted(scores, reverse=True)) == 1.0
+
+
+def test_what_a_term_responds_to_must_be_declared() -> None:
+    with pytest.raises(InputError, match="--expects inside, outside or both"):
+        expected_of(bad("constant"), None)
+    assert expected_of(Preservation(), None).sides == ("outside",)
+    assert expected_of(Judge(), None).sides == SIDES
+    assert expected_of(Judge(), "inside").sides == ("inside",)
+
+
+def test_a_class_may_declare_what_it_responds_to_and_the_command_line_goes_first() -> None:
+    class Framing(PythonReward):
+        expects: ClassVar[str] = "inside"
+        reads_instruction: ClassVar[bool] = False
+
+    term = Framing(function=f"{__name__}:constant", low=0, high=1)
+    assert expected_of(term, None) == Expectation(sides=("inside",), reads_instruction=False)
+    assert expected_of(term, "both", reads_instruction=True) == Expectation(sides=SIDES, reads_instruction=True)
+
+
+def test_a_reward_without_a_score_for_the_right_edit_is_not_asked_further() -> None:
+    found = audited("never_answers", "outside")
+    assert found["valid"].numbers["scored"] == NUM_TASKS
+    assert failed(found) == {"valid", "response"}
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def report() -> Audit:
+    terms: list[Reward] = [Preservation(), bad("middle_of_the_wrong_scale", high=10.0)]
+    return audit([(term, expected_of(term, "outside")) for term in terms], TASKS[:2], seed=3)
+
+
+def test_the_same_seed_gives_the_same_json_but_for_times() -> None:
+    term = Preservation()
+    texts = [audit([(term, expected_of(term, None))], TASKS[:2], seed=3).to_json() for _ in range(2)]
+    first, second = (re.sub(r'"seconds": [^,]+', "", text) for text in texts)
+    assert first == second
+
+
+def test_the_json_has_a_schema_version_and_no_number_that_json_lacks() -> None:
+    content = json.loads(report().to_json(run="r"), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert content["schema"] == "rl-edit/audit-reward/1"
+    assert content["verdict"] == "fail"
+    assert [term["verdict"] for term in content["terms"]] == ["pass", "fail"]
+    assert {"noise", "blur", "JPEG", "shift", "recolour", "no edit"} == {curve["damage"] for curve in content["terms"][0]["curves"]}
+
+
+def test_the_page_is_self_contained_and_shows_curves_and_damaged_pictures() -> None:
+    page = render(report(), title="<b>r</b>")
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert "<b>r</b>" not in page and "&lt;b&gt;r&lt;/b&gt;" in page
+    assert page.count("<polyline") >= 11
+    assert page.count("data:image/png") == 2 + 1 + 11 * LEVELS + 5
+    assert "12.5" in page
+
+
+app = typer.Typer()
+app.command("audit-reward")(audit_reward_command)
+app.command("bench-reward")(bench_reward_command)
+
+RUN = ["--preset", "tiny-rc-grpo"]
+
+
+def test_the_command_writes_both_files_and_exits_with_zero_for_sound_rewards(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["audit-reward", *RUN, "--tasks", "2", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert [term["name"] for term in content["terms"]] == ["judge", "preservation"]
+    assert list(content["left_out"]) == ["attention"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_the_command_exits_with_three_when_a_reward_would_mislead(tmp_path: Path) -> None:
+    flat = f"rewards.flat={{kind: python, function: '{__name__}:constant', low: 0, high: 1}}"
+    command = ["audit-reward", *RUN, flat, "--term", "flat", "--expects", "both", "--tasks", "1", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 3, result.output
+    assert "would mislead training: flat" in result.output
+
+
+def test_the_command_names_the_rewards_there_are_when_asked_for_another() -> None:
+    result = CliRunner().invoke(app, ["audit-reward", *RUN, "--term", "jugde"])
+    assert isinstance(result.exception, InputError)
+    assert "judge, preservation, attention" in str(result.exception)
+
+
+def test_throughput_counts_calls_candidates_and_missing_scores() -> None:
+    references = [reference(task) for task in TASKS]
+    found = measure(bad("often_silent"), references, seconds=0.0, concurrency=2, group_size=8, seed=0)
+    assert found.calls == 2
+    assert found.candidates_per_s == pytest.approx(16 / found.seconds)
+    assert 0 < found.p50_s <= found.p90_s <= found.p99_s <= found.max_s <= found.seconds
+    assert 0 < found.invalid_share < 1
+    assert "returned None" in found.reason
+
+
+def test_bench_reward_writes_one_result_a_reward_and_concurrency(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    command = ["bench-reward", *RUN, "--seconds", "0.01", "--concurrency", "1", "--concurrency", "2", "--tasks", "1", "--out", str(file)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    content = json.loads(file.read_text())
+    assert content["schema"] == "rl-edit/bench-reward/1"
+    assert [(row["term"], row["concurrency"]) for row in content["results"]] == [
+        (name, number) for name in ("judge", "preservation") for number in (1, 2)
+    ]
