@@ -12,6 +12,7 @@ import torch
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.evaluation.diagnostics import diagnostics
+from rl_edit.evaluation.drift import drift
 from rl_edit.rewards import available, score_candidates
 from rl_edit.rewards.statistics import change_variance
 from rl_edit.types import Candidates, RewardTable, RolloutGroup
@@ -34,8 +35,8 @@ class RewardActor:
         return wire.pack(self.table(group.candidates, group_id=group.group_id))
 
     def table(self, candidates: Candidates, *, group_id: str) -> RewardTable:
-        """Terms plus the diagnostics every run reports: background PSNR and SSIM, change inside, concentration."""
+        """Terms plus the diagnostics every run reports: background PSNR, SSIM and drift, change inside, concentration."""
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, group_id=group_id)
-        measured = {**diagnostics(candidates), **change_variance(candidates)}
+        measured = {**diagnostics(candidates), **drift(candidates), **change_variance(candidates)}
         return replace(table, components={**table.components, **measured}, seconds=time.perf_counter() - start)

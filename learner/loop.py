@@ -11,6 +11,7 @@
                slot order                       blobs, held
     commit     held blobs                       checkpoint directory     the disk                     -
     publish    adapter blob                     -                        -                            an actor's next item
+    look       adapter, held-out tasks          line of heldout.jsonl    every probe, when it is due  the last score
 
 Groups are bound to updates, slots and adapter versions by number: arrival order and the number of actors never change a
 result. At most ``(max_lag + 1) * groups_per_update`` groups are in flight, so whatever is admitted can be trained on and
@@ -33,7 +34,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from learner import checkpoint, planning, preflight
+from learner import checkpoint, gold, planning, preflight
 from learner.capacity import Capacity
 from learner.executor import Executor, Ref
 from learner.group import Held, LearnerGroup
@@ -63,10 +64,15 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: updates done and the adapter it made; None when it was stopped before there was one."""
+    """How a run ended: updates done and the adapter it made; None when it was stopped before there was one.
+
+    Attributes:
+        early: why the run itself ended before its last update; "" when it did not.
+    """
 
     updates_done: int
     adapter: AdapterWeights | None
+    early: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,7 @@ class Run:
         pixels_per_token: edge of an image token, to which tasks are fitted.
         capacity: what the workers occupy, for the efficiency.
         allow_drift: dotted settings that may differ from a checkpoint's.
+        probes: the held-out tasks to look at while training; None looks at none.
     """
 
     config: RunConfig
@@ -88,6 +95,7 @@ class Run:
     code_version: str = ""
     capacity: Capacity = field(default_factory=Capacity)
     allow_drift: frozenset[str] = frozenset()
+    probes: gold.Probes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +169,15 @@ class TrainingLoop:
         self.ledger = Ledger()
         self.cursor = TaskCursor(run.dataset, seed=self.config.seed, groups_per_update=self.config.train.groups_per_update)
         self.metrics = telemetry.JsonlFile(run.directory / telemetry.METRICS)
+        self.gold = gold.Watch(
+            run.probes,
+            self.config,
+            run.directory,
+            pixels_per_token=run.pixels_per_token,
+            lease=lease,
+            events=events,
+            note=observer.note,
+        )
         self.checkpoints = run.directory / "checkpoints"
         self.acting: dict[int, tuple[AdapterId, Ref]] = {}
         self.held: Held | None = None
@@ -193,6 +210,8 @@ class TrainingLoop:
             try:
                 await work
             except asyncio.CancelledError:
+                if not self.stop.requested:
+                    raise
                 if self.held is None:
                     return Outcome(updates_done=0, adapter=None)
             except (TrainingFailed, WorkerLost, WorkFailed, BlobLost) as error:
@@ -207,7 +226,8 @@ class TrainingLoop:
                 ) from error
             await self._commit_newest()
             weights: AdapterWeights = wire.unpack(await self.executor.fetch(self._held().adapter))
-            return Outcome(updates_done=self._held().updates_done, adapter=weights)
+            done = self._held().updates_done
+            return Outcome(updates_done=done, adapter=weights, early=self.gold.over(done))
         finally:
             tasks: list[asyncio.Future[Any]] = [
                 work,
@@ -231,8 +251,12 @@ class TrainingLoop:
             )
             self.events("preflight", **asdict(proof))
             await self._require_room()
+        await self._look()
         while self._held().updates_done < self.config.train.updates and not self.stop.requested:
+            if self.gold.over(self._held().updates_done):
+                break
             await self._update(self._held().updates_done)
+            await self._look()
 
     def _held(self) -> Held:
         assert self.held is not None, "nothing is held before the actors have started"
@@ -267,6 +291,7 @@ class TrainingLoop:
         self.committed = self.held.updates_done
         self.metrics.rewind(self.committed)
         self.events.rewind(self.committed)
+        self.gold.rewind(self.committed)
         self.events("started" if found is None else "resumed", updates_done=self.committed, adapter=str(self.held.id))
         for named, adapter in self.acting.values():
             await self.supervisor.tell("rollout", f"publishing {named}", "load", adapter)
@@ -301,7 +326,8 @@ class TrainingLoop:
         self.acting[held.updates_done] = (held.id, held.adapter)
         for old in [step for step in self.acting if step < held.updates_done - self.config.train.max_lag]:
             del self.acting[old]
-        if not self.stop.requested and held.updates_done < self.config.train.updates:
+        wanted = held.updates_done < self.config.train.updates or self.gold.due(held.updates_done)
+        if wanted and not self.stop.requested:
             self.supervisor.announce("rollout", f"publishing {held.id}", "load", held.adapter)
         self._commit_s = time.perf_counter() - told
         self._advise(cost)
@@ -349,6 +375,29 @@ class TrainingLoop:
         self.observer.update_done(record)
         return cost
 
+    async def _look(self) -> None:
+        """Rolls out and scores the held-out probes under the newest weights, when they are due: with any group's calls and checks."""
+        held = self._held()
+        if self.stop.requested or not self.gold.due(held.updates_done):
+            return
+        began = time.perf_counter()
+        probes = [asyncio.ensure_future(self._group([item], kind="probe")) for item in self.gold.items(held.updates_done, held.id)]
+        try:
+            for probe in asyncio.as_completed(probes):
+                await probe
+                self._progress = time.monotonic()
+        finally:
+            for probe in probes:
+                probe.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+            self.ledger.close(held.updates_done - 1)
+        groups = [probe.result() for probe in probes]
+        if lost := [group.lost for group in groups if group.lost]:
+            self.events("evaluation_skipped", update=held.updates_done - 1, reason=lost[0])
+            return
+        packed = await self.executor.fetch(held.adapter)
+        self.gold.saw(held.id, packed, [_table(group) for group in groups], seconds=time.perf_counter() - began)
+
     def _dispatch(self, update: int) -> None:
         """Starts an update's groups once, under the version that ``max_lag`` assigns to it."""
         if update not in self.in_flight:
@@ -377,11 +426,11 @@ class TrainingLoop:
             for chunk in self.config.rollout.chunks
         ]
 
-    async def _group(self, items: Sequence[WorkItem]) -> Group:
-        """One group: its chunks side by side, each scored as soon as it is rolled out. Whole or lost."""
+    async def _group(self, items: Sequence[WorkItem], *, kind: str = "") -> Group:
+        """One group: its chunks side by side, each scored as soon as it is rolled out. Whole or lost. ``kind``: of usual duration."""
         for item in items:
             self.ledger.plan(item)
-        chunks = [asyncio.ensure_future(self._chunk(item)) for item in items]
+        chunks = [asyncio.ensure_future(self._chunk(item, kind)) for item in items]
         try:
             return Group(group_id=items[0].group_id, chunks=tuple(await asyncio.gather(*chunks)))
         except GivenUp as error:
@@ -391,12 +440,12 @@ class TrainingLoop:
             for chunk in chunks:
                 chunk.cancel()
 
-    async def _chunk(self, item: WorkItem) -> Chunk:
+    async def _chunk(self, item: WorkItem, kind: str) -> Chunk:
         lost = 0
         while True:
-            rolled, blob = await self._rollout(item)
+            rolled, blob = await self._rollout(item, kind)
             try:
-                table, packed = await self._score(item, blob)
+                table, packed = await self._score(item, blob, kind)
             except BlobLost as error:
                 lost += 1
                 self.events("blob_lost", work_id=item.work_id, update=item.update, reason=str(error))
@@ -407,7 +456,7 @@ class TrainingLoop:
             self.ledger.scored(item.work_id)
             return Chunk(rolled=rolled, blob=blob, table=table, packed=packed)
 
-    async def _rollout(self, item: WorkItem) -> tuple[Rolled, Ref]:
+    async def _rollout(self, item: WorkItem, kind: str) -> tuple[Rolled, Ref]:
         """The first valid result of an item."""
 
         def judged(answer: tuple[Rolled, Ref]) -> str:
@@ -426,7 +475,7 @@ class TrainingLoop:
         what = f"rollout of {item.work_id}"
         try:
             await self.supervisor.call(
-                "rollout", what, "run", lambda: (wire.pack(item),), blobs=1, check=judged, late=judged, attempt=attempt
+                "rollout", what, "run", lambda: (wire.pack(item),), blobs=1, kind=kind, check=judged, late=judged, attempt=attempt
             )
         except GivenUp:
             if self.ledger.open[item.work_id].result is None:
@@ -434,7 +483,7 @@ class TrainingLoop:
         result: tuple[Rolled, Ref] = self.ledger.open[item.work_id].result
         return result
 
-    async def _score(self, item: WorkItem, blob: Ref) -> tuple[RewardTable, np.ndarray]:
+    async def _score(self, item: WorkItem, blob: Ref, kind: str) -> tuple[RewardTable, np.ndarray]:
         sound: list[RewardTable] = []
 
         def problem(packed: np.ndarray) -> str:
@@ -451,7 +500,7 @@ class TrainingLoop:
             sound.append(table)
             return ""
 
-        packed = await self.supervisor.call("reward", f"scoring of {item.work_id}", "score", lambda: (blob,), check=problem)
+        packed = await self.supervisor.call("reward", f"scoring of {item.work_id}", "score", lambda: (blob,), kind=kind, check=problem)
         return sound[-1], packed
 
     async def _gather(self, update: int) -> list[Group]:

@@ -127,6 +127,7 @@ class Supervisor:
         given: Callable[[], Sequence[Any]] = tuple,
         *,
         blobs: int = 0,
+        kind: str = "",
         check: Check = lambda answer: "",
         late: Callable[[Any], object] = lambda answer: None,
         attempt: Callable[[str], None] = lambda worker: None,
@@ -135,6 +136,7 @@ class Supervisor:
 
         Args:
             given: makes the arguments, once a worker is idle: a packed item holds a picture, and hundreds may be waiting.
+            kind: of what usual duration it is; the method's unless given. A small piece of work says nothing about a large one.
             check: says what is wrong with an answer ("" when nothing is). A worker that answers wrongly counts as lost.
             late: is shown an answer that arrives after its deadline.
             attempt: is told of every try.
@@ -151,7 +153,7 @@ class Supervisor:
             try:
                 if seat.announced is not None:
                     await seat.announced
-                answer = await self.timed(method, what, seat, role, method, *given(), blobs=blobs, late=late)
+                answer = await self.timed(kind or method, what, seat, role, method, *given(), blobs=blobs, late=late)
                 if wrong := check(answer):
                     raise WorkerLost(wrong)
                 return answer
@@ -238,6 +240,9 @@ class Supervisor:
                 call.add_done_callback(lambda finished: _show(finished, late))
                 seat.worker.kill()
                 raise WorkerLost(f"no answer within {limit:g} s, killed")
+            if call.cancelled():
+                # Not us: whoever ran it dropped it. Left alone, this would look like the end of the run itself.
+                raise WorkerLost("the call was dropped before it began")
             answer = call.result()
         except asyncio.CancelledError:
             call.cancel()

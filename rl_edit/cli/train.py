@@ -79,6 +79,7 @@ def train(
     allow_skew: bool = False,
 ) -> adapters.AdapterWeights | None:
     """Runs ``config`` in ``directory``; returns the final adapter. Everything that can be checked is checked before a file is written."""
+    from learner import gold
     from learner.lease import Lease
     from learner.loop import Run, Stop, TrainingLoop
 
@@ -103,6 +104,7 @@ def train(
         code_version=code_sha256(),
         capacity=_capacity(config),
         allow_drift=allow_drift,
+        probes=gold.probes(config, terms, pixels_per_token=facts.pixels_per_token),
     )
     if resume:
         _require_same_run(run)
@@ -128,7 +130,8 @@ def train(
                 outcome = asyncio.run(loop.run(resume=resume))
         if outcome.adapter is not None:
             adapters.save(directory / "adapter", outcome.adapter, config.lora)
-        status = "done" if outcome.updates_done == config.train.updates else "stopped"
+            _save_best(directory, outcome.adapter, config, console)
+        status = "done" if outcome.updates_done == config.train.updates else "done early" if outcome.early else "stopped"
         name = str(outcome.adapter.id) if outcome.adapter is not None else None
         events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
         finished = {"status": status, "adapter": name, "finished": time.time(), "seconds": time.time() - started}
@@ -157,6 +160,14 @@ def train(
         )
         raise typer.Exit(128 + signals.received)
     assert outcome.adapter is not None
+    if status == "done early":
+        console.print(
+            f"ended after update {outcome.updates_done} of {config.train.updates} (evaluation.stop_on_alarm): {outcome.early}. Go on "
+            f"nevertheless with: rl-edit train --run-dir {directory} --resume evaluation.stop_on_alarm=false",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(
         f"adapter {outcome.adapter.id} in {directory / 'adapter'}; next: rl-edit evaluate {directory}; rl-edit report {directory}",
         highlight=False,
@@ -164,6 +175,28 @@ def train(
         soft_wrap=True,
     )
     return outcome.adapter
+
+
+def _save_best(directory: Path, last: adapters.AdapterWeights, config: RunConfig, console: Console) -> None:
+    """``adapter_best/`` beside ``adapter/``, when the adapter that held-out tasks liked best is not the last one."""
+    from learner import gold
+
+    shutil.rmtree(directory / "adapter_best", ignore_errors=True)
+    try:
+        found = gold.read_best(directory / gold.BEST)
+    except ValueError as error:  # damaged, or of another version: what was trained is saved already
+        console.print(f"[yellow]note[/yellow] {error}", highlight=False, soft_wrap=True)
+        return
+    if found is None or found[1].id.sha256 == last.id.sha256:
+        return
+    best, weights = found
+    adapters.save(directory / "adapter_best", weights, config.lora)
+    console.print(
+        f"the best adapter by held-out {best.protocol} is {weights.id} with {best.gold:.4g}: {directory / 'adapter_best'}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _require_same_run(run: Any) -> None:

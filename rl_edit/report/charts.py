@@ -1,4 +1,6 @@
-"""Charts as inline SVG, drawn here: lines over updates, stacked seconds, intervals around zero. No script, no outside font.
+"""Charts as inline SVG, drawn here: lines over updates, two lines on two axes, stacked seconds, intervals around zero.
+
+No script, no outside font.
 
 Colours are CSS classes (``c0`` ... ``c7``), so that one drawing serves the light and the dark page.
 """
@@ -26,6 +28,14 @@ MAX_BARS = 60
 class Series:
     label: str
     points: Points
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """An update worth a vertical line, and the word beside it."""
+
+    label: str
+    update: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +137,31 @@ def line_chart(
     return Chart(title=title, unit=unit, legend=legend, svg=_svg(title, parts), note=note)
 
 
+def twin_chart(*, title: str, left: Series, right: Series, marks: Sequence[Mark] = (), note: str = "") -> Chart | None:
+    """Two quantities of different units over updates: directions can be compared, heights cannot. None when one has no point.
+
+    Args:
+        left: read from the left axis; ``right``: from the right one, dashed.
+    """
+    if not left.points or not right.points:
+        return None
+    xs = [x for entry in (left, right) for x, _ in entry.points] + [mark.update for mark in marks]
+    frames = [_Frame.around(xs=xs, ys=[y for _, y in entry.points], right=LEFT) for entry in (left, right)]
+    parts = [frames[0].axes(left.label), frames[1].right_axis(right.label)]
+    for place, mark in enumerate(marks):
+        x = frames[0].x(mark.update)
+        parts.append(f'<g class="mark"><line x1="{x:.1f}" y1="{TOP:.0f}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM:.0f}"/>')
+        parts.append(f'<text class="mid" x="{x:.1f}" y="{TOP + 10 + 12 * place:.0f}">{escape(mark.label)}</text></g>')
+    for index, (frame, entry) in enumerate(zip(frames, (left, right), strict=True)):
+        points = _thin(list(entry.points), MAX_POINTS)
+        dots = "".join(f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.2"/>' for x, y in points)
+        dashed = " dashed" if entry is right else ""
+        parts.append(f'<g class="dots solid c{index}">{dots}</g><path class="line c{index}{dashed}" d="{frame.path(points)}"/>')
+    parts.append(_hover(frames[0], (left, right), ""))
+    legend = tuple(LegendEntry(colour=f"c{i}", label=entry.label, last=plain(entry.points[-1][1])) for i, entry in enumerate((left, right)))
+    return Chart(title=title, unit="", legend=legend, svg=_svg(title, parts), note=note)
+
+
 def stacked_chart(*, title: str, unit: str, phases: Mapping[str, Points], total: Points = (), note: str = "") -> Chart | None:
     """Bars over updates, one layer a phase; many updates share a bar, which then shows their mean. ``total`` is drawn as a line."""
     phases = {name: points for name, points in list(phases.items())[:NUM_COLOURS] if points}
@@ -186,15 +221,18 @@ def interval_bar(interval: Interval, *, limit: float, verdict: str, width: int =
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """The plotting area: data ranges, ticks, and the maps from data to drawing units."""
+    """The plotting area: data ranges, ticks, and the maps from data to drawing units. ``right`` is the margin on that side."""
 
     x_low: float
     x_high: float
     x_ticks: tuple[float, ...]
     y_ticks: tuple[float, ...]
+    right: float = RIGHT
 
     @classmethod
-    def around(cls, *, xs: Sequence[float], ys: Sequence[float], ticks_at: tuple[float, float] | None = None) -> _Frame:
+    def around(
+        cls, *, xs: Sequence[float], ys: Sequence[float], ticks_at: tuple[float, float] | None = None, right: float = RIGHT
+    ) -> _Frame:
         low, high = min(xs), max(xs)
         first, last = ticks_at or (low, high)
         if low == high:
@@ -203,10 +241,11 @@ class _Frame:
         inner = (
             [tick for tick in nice_ticks(first, last, 5) if first + gap < tick < last - gap and tick == int(tick)] if last > first else []
         )
-        return cls(x_low=low, x_high=high, x_ticks=tuple(dict.fromkeys((first, *inner, last))), y_ticks=tuple(nice_ticks(min(ys), max(ys))))
+        ticks = tuple(dict.fromkeys((first, *inner, last)))
+        return cls(x_low=low, x_high=high, x_ticks=ticks, y_ticks=tuple(nice_ticks(min(ys), max(ys))), right=right)
 
     def x(self, value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x_low) / (self.x_high - self.x_low)
+        return LEFT + (WIDTH - LEFT - self.right) * (value - self.x_low) / (self.x_high - self.x_low)
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -215,20 +254,28 @@ class _Frame:
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
 
-    def axes(self, unit: str) -> str:
+    def labels(self) -> list[tuple[float, str]]:
+        """(place, text) of each tick of the vertical axis."""
         step = self.y_ticks[1] - self.y_ticks[0]
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         if round(step * 10**digits, 6) != round(step * 10**digits):
             digits += 1  # steps of 2.5
+        return [(self.y(tick), plain(tick, digits) if digits <= 4 and abs(tick) < 1e5 else plain(tick)) for tick in self.y_ticks]
+
+    def right_axis(self, unit: str) -> str:
+        edge, middle = WIDTH - self.right, TOP + (HEIGHT - TOP - BOTTOM) / 2
+        texts = [f'<text x="{edge + 6:.0f}" y="{y + 3.8:.1f}">{label}</text>' for y, label in self.labels()]
+        name = f'<text class="mid name" transform="translate({WIDTH - 6:.0f} {middle:.0f}) rotate(-90)">{escape(unit)}</text>'
+        return f'<g class="axes">{"".join(texts)}{name}</g>'
+
+    def axes(self, unit: str) -> str:
         parts = ['<g class="axes">']
-        for tick in self.y_ticks:
-            label = plain(tick, digits) if digits <= 4 and abs(tick) < 1e5 else plain(tick)
-            y = self.y(tick)
-            parts.append(f'<line x1="{LEFT:.0f}" y1="{y:.1f}" x2="{WIDTH - RIGHT:.0f}" y2="{y:.1f}"/>')
+        for y, label in self.labels():
+            parts.append(f'<line x1="{LEFT:.0f}" y1="{y:.1f}" x2="{WIDTH - self.right:.0f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="end" x="{LEFT - 6:.0f}" y="{y + 3.8:.1f}">{label}</text>')
         for tick in self.x_ticks:
             parts.append(f'<text class="mid" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16:.1f}">{plain(tick)}</text>')
-        parts.append(f'<text class="mid name" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 5:.0f}">update</text>')
+        parts.append(f'<text class="mid name" x="{(LEFT + WIDTH - self.right) / 2:.0f}" y="{HEIGHT - 5:.0f}">update</text>')
         middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
         parts.append(f'<text class="mid name" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(unit)}</text></g>')
         return "".join(parts)
@@ -253,12 +300,12 @@ def _hover(frame: _Frame, series: Sequence[Series], unit: str) -> str:
     for entry in series:
         name = f"{entry.label}: " if len(series) > 1 else ""
         for x, y in entry.points:
-            columns.setdefault(x, []).append(f"{name}{plain(y)} {unit}")
+            columns.setdefault(x, []).append(f"{name}{plain(y)} {unit}".rstrip())
     updates = [x for x, _ in _thin([(x, 0.0) for x in sorted(columns)], MAX_HOVER_STRIPS)]
     parts = ['<g class="hover">']
     for index, update in enumerate(updates):
         left = LEFT if index == 0 else frame.x((updates[index - 1] + update) / 2)
-        right = WIDTH - RIGHT if index == len(updates) - 1 else frame.x((update + updates[index + 1]) / 2)
+        right = WIDTH - frame.right if index == len(updates) - 1 else frame.x((update + updates[index + 1]) / 2)
         told = "\n".join([f"update {plain(update)}", *columns[update]])
         size = f'width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM:.0f}"'
         parts.append(f'<rect x="{left:.1f}" y="{TOP:.0f}" {size}><title>{escape(told)}</title></rect>')

@@ -18,17 +18,26 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rl_edit.errors import InputError
-from rl_edit.report.charts import Chart, Series, interval_bar, line_chart, plain, signed, smoothing_span, stacked_chart
+from rl_edit.report.charts import Chart, Mark, Series, interval_bar, line_chart, plain, signed, smoothing_span, stacked_chart, twin_chart
 from rl_edit.report.run_files import Comparison, Evaluation, Interval, RunFiles, number, read_run
 from rl_edit.report.strips import DIFFERENCE_GAIN, Strip, read_strip
 
 OPEN_STRIPS = 16
 NUM_LAST_EVENTS = 40
 NOTABLE = re.compile(
-    r"warn|drop|declin|refus|reject|stale|invalid|error|fail|retr|restart|resum|timeout|interrupt|lost|died", re.IGNORECASE
+    r"warn|drop|declin|refus|reject|stale|invalid|error|fail|retr|restart|resum|timeout|interrupt|lost|died|alarm|evaluation_",
+    re.IGNORECASE,
 )
 # Terms that are measured outside the mask are recognised by these words in their name.
-OUTSIDE = re.compile(r"background|preserv|outside", re.IGNORECASE)
+OUTSIDE = re.compile(r"background|preserv|outside|lpips|psnr|ssim", re.IGNORECASE)
+DRIFT = {
+    "seam": ("Seam around the mask", "change", "change just outside the mask minus further away; 0 is none"),
+    "brightness": ("Brightness shift", "luma", "mean luma minus the source's, on a scale of 1; below 0 is darker"),
+    "edges": ("Edge density", "times the source's", "below 1 is smoother than the source, above 1 rougher"),
+    "entropy": ("Entropy difference", "bits", "of the tones, minus the source's"),
+    "spectrum": ("Strongest wave in the change", "amplitude", "a grid gathers in one wave what noise spreads over all"),
+}
+"""Title, unit and note of ``background/NAME/mean``: measures that say in which way the background changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +292,18 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
             from_zero=True,
             note="how much the candidates of one task differ",
         ),
-        *(line(key, f"Background {_spaced(rest)}", "") for key, rest in matching(r"background/(?!psnr/(?:mean|spread)$)(.+)")),
+        *(
+            line(key, f"Background {_spaced(rest)}", "")
+            for key, rest in matching(rf"background/(?!psnr/(?:mean|spread)$|(?:{'|'.join(DRIFT)})/)(.+)")
+        ),
         *(line(key, title, unit) for key, title, term, unit in parts if OUTSIDE.search(term)),
     ]
+    drift = []
+    for name, (title, unit, note) in DRIFT.items():
+        keys = {f"background/{name}/mean": "mean over candidates", f"background/{name}/spread": "spread within a group"}
+        used.update(keys)
+        series = [Series(label=label, points=files.column(key)) for key, label in keys.items()]
+        drift.append(line_chart(title=title, unit=unit, series=series, note=note))
     attention = [
         line(key, f"Concentration, {_spaced(rest)}", "concentration", from_zero=rest == "spread")
         for key, rest in matching(r"concentration/(.+)")
@@ -342,6 +360,13 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
     planned = (
         ("Inside the mask", "Does the edit do what the instruction says?", inside),
         ("Outside the mask", "Does everything else stay as it was?", outside),
+        ("Background drift", "In which way it changes, if it does: each of these hides behind a good PSNR for a while.", drift),
+        (
+            "Held-out tasks",
+            "Gold is the reward that is trusted, on tasks that are not trained on. When it falls while the training reward rises, the "
+            "training reward is earned by something else than was wanted.",
+            _heldout_charts(files),
+        ),
         ("Where the editor looks", "How much of the text-to-image attention falls on the region to edit.", attention),
         (
             "Spread within a group",
@@ -354,6 +379,29 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
     )
     drawn = (ChartGroup(title=title, about=about, charts=tuple(c for c in charts if c is not None)) for title, about, charts in planned)
     return [group for group in drawn if group.charts]
+
+
+def _heldout_charts(files: RunFiles) -> list[Chart | None]:
+    """Gold against what is trained on, with the alarms and the adapter that was kept; nothing for a run without evaluations."""
+    alarms = dict.fromkeys(number(row.get("update")) for row in files.events.rows if row.get("event") == "gold_alarm")
+    marks = [Mark(label="alarm", update=update) for update in alarms if update is not None]
+    if (best := number(files.best.get("update"))) is not None:
+        marks.insert(0, Mark(label="best", update=best))
+
+    def line(key: str, title: str, unit: str) -> Chart | None:
+        return line_chart(title=title, unit=unit, series=[Series(label="held-out", points=files.heldout_column(key))], smooth=False)
+
+    return [
+        twin_chart(
+            title="Held-out gold against training reward",
+            left=Series(label="gold, held-out", points=files.heldout_column("gold")),
+            right=Series(label="total reward, training", points=files.heldout_column("training")),
+            marks=marks,
+            note="two axes: compare directions, not heights; training reward is the mean since the evaluation before",
+        ),
+        line("total", "Total reward, held-out", "reward"),
+        line("background_psnr", "Background PSNR, held-out", "dB"),
+    ]
 
 
 def _strips(examples: Iterable[Path]) -> tuple[list[Strip], list[tuple[str, str]]]:

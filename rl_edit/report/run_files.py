@@ -61,13 +61,18 @@ class JsonLines:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """One run directory. An absent file is an empty value here; ``evaluation`` is None before the first evaluation."""
+    """One run directory. An absent file is an empty value here; ``evaluation`` is None before the first evaluation.
+
+    ``heldout`` has the held-out evaluations made while training, ``best`` the one whose adapter was kept.
+    """
 
     directory: Path
     run: dict[str, Any]
     config: str
     metrics: JsonLines
     events: JsonLines
+    heldout: JsonLines
+    best: dict[str, Any]
     evaluation: Evaluation | None
     examples: tuple[Path, ...]
 
@@ -77,8 +82,16 @@ class RunFiles:
 
     def column(self, key: str) -> Points:
         """(update, value) for each update where ``key`` is a finite number."""
-        pairs = ((number(row["update"]), number(row.get(key))) for row in self.metrics.rows)
-        return tuple((update, value) for update, value in pairs if update is not None and value is not None)
+        return _column(self.metrics, key)
+
+    def heldout_column(self, key: str) -> Points:
+        """(update, value) for each evaluation on held-out tasks where ``key`` is a finite number."""
+        return _column(self.heldout, key)
+
+
+def _column(lines: JsonLines, key: str) -> Points:
+    pairs = ((number(row["update"]), number(row.get(key))) for row in lines.rows)
+    return tuple((update, value) for update, value in pairs if update is not None and value is not None)
 
 
 def number(value: object) -> float | None:
@@ -104,6 +117,8 @@ def read_run(directory: Path) -> RunFiles:
         config=_read_text(directory / "config.yaml"),
         metrics=_by_update(_read_lines(directory / "metrics.jsonl")),
         events=_read_lines(directory / "events.jsonl"),
+        heldout=_by_update(_read_lines(directory / "heldout.jsonl")),
+        best=_read_object(directory / "best" / "best.json"),
         evaluation=_read_evaluation(directory / "evaluation.json"),
         examples=_example_directories(directory / "evaluation" / "images"),
     )
