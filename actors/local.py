@@ -36,6 +36,11 @@ class LocalWorker:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, method, args)
         except (InputError, TrainingFailed, WorkerLost):
             raise
+        except asyncio.CancelledError as error:
+            if self.alive:
+                raise
+            # Killed before its thread came to this call, which looks like a cancellation and would end the whole run.
+            raise WorkerLost(f"{self._name} is gone") from error
         except Exception as error:
             raise WorkFailed(f"{type(error).__name__}: {error}") from error
 

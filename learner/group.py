@@ -7,15 +7,17 @@ before the update, and the update is replayed. Nobody saw the new weights meanwh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from learner.executor import Ref
 from learner.supervisor import Supervisor
 from rl_edit.errors import BlobLost, WorkerLost, WorkFailed
 from rl_edit.types import AdapterId, LearnOrder, LearnReport
 from rl_edit.update import TrainingFailed
+
+T = TypeVar("T")
 
 ROLE = "learner"
 
@@ -49,13 +51,38 @@ class LearnerGroup:
             await self._everyone("join", "joining the ranks", [(rank, self.ranks, address) for rank in range(self.ranks)])
 
     async def export(self, updates_done: int) -> Held:
-        """The weights and state as they are."""
-        seat = self.supervisor.seats(ROLE)[0]
-        adapter_id, adapter, state = await self.supervisor.timed("export", "export of the learner's state", seat, ROLE, "export", blobs=2)
-        return Held(updates_done=updates_done, id=adapter_id, adapter=adapter, state=state)
+        """The weights and state of a learner that has just been started or restored."""
+
+        async def ask() -> Held:
+            seat = self.supervisor.seats(ROLE)[0]
+            answer = await self.supervisor.timed("export", "export of the learner's state", seat, ROLE, "export", blobs=2)
+            adapter_id, adapter, state = answer
+            return Held(updates_done=updates_done, id=adapter_id, adapter=adapter, state=state)
+
+        return await self._anew("export", ask)
 
     async def restore(self, state: Ref) -> None:
+        """Brings a learner that has just been started to a state."""
+        await self._anew("restore", lambda: self._restore(state))
+
+    async def _restore(self, state: Ref) -> None:
         await self._everyone("restore", "restoring the learner", [(state,)] * self.ranks)
+
+    async def _anew(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
+        """A call before the first update, when a lost learner has nothing to lose: it is started again."""
+        lost = 0
+        while True:
+            try:
+                if lost:
+                    await self.supervisor.respawn(ROLE)
+                    await self.start()
+                return await call()
+            except WorkerLost as error:
+                lost += 1
+                self.event("learner_lost", during=what, attempt=lost, reason=str(error))
+                if lost > self.supervisor.config.infra_retries:
+                    raise
+                self.supervisor.retries["infra"] += 1
 
     async def ratio(self, group: Ref) -> float:
         """Largest |ratio - 1| at the present weights on a group: the preflight's question. Every rank answers, for a sharded base."""
@@ -99,7 +126,7 @@ class LearnerGroup:
         await self.supervisor.respawn(ROLE)
         await self.start()
         try:
-            await self.restore(held.state)
+            await self._restore(held.state)
         except BlobLost as error:
             raise TrainingFailed(
                 f"the learner and its state after update {held.updates_done} were lost together ({error}): continue with --resume from "

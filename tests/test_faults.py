@@ -334,6 +334,15 @@ def test_a_learner_that_dies_is_rebuilt_and_no_update_is_applied_twice_or_seen_e
     assert durable == [(step, True) for step in range(3)]  # nobody needs the last
 
 
+def test_a_learner_lost_before_the_first_update_is_started_again(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+    outcome = fakes(tmp_path, faults=(Fault("learner", "export", 1, "lose"),))
+    assert story(outcome, tmp_path) == undisturbed()
+    assert [e["during"] for e in events_of(tmp_path, "learner_lost")] == ["export"]
+    (tmp_path / "checkpoints" / "step_000003" / "state.json").unlink()  # so that the run resumes from the one before
+    again = fakes(tmp_path, resume=True, faults=(Fault("learner", "restore", 1, "lose"),))
+    assert story(again, tmp_path) == undisturbed()
+
+
 def test_a_learner_that_cannot_be_kept_alive_ends_the_run_and_what_was_done_is_kept(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:

@@ -25,7 +25,7 @@ class Scripted:
             raise WorkerLost("it is dead")
         step = self.executor.script.get(method, [])
         said = step.pop(0) if step else None
-        if isinstance(said, Exception):
+        if isinstance(said, BaseException):
             raise said
         if said == "hang":
             await self.killed.wait()
@@ -130,6 +130,12 @@ def test_a_deadline_is_not_shorter_than_a_minute_unless_it_was_configured_so() -
 
     assert supervised(Puppets(), body, deadline_s=600)[0] == SHORTEST_DEADLINE_S
     assert supervised(Puppets(), body, deadline_s=5)[0] == 5
+
+
+def test_a_call_that_was_dropped_with_its_worker_is_made_again_and_does_not_end_the_run_as_if_it_had_been_stopped() -> None:
+    answer, told = supervised(Puppets(run=[asyncio.CancelledError()]), work)
+    assert answer == "rollout-0#2"
+    assert told.names() == ["actor_lost", "actor_replaced"]
 
 
 def test_a_call_past_its_deadline_is_killed_and_made_again_by_the_next_incarnation() -> None:
