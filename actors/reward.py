@@ -23,6 +23,7 @@ class RewardActor:
 
     def __init__(self, config: RunConfig, fields: frozenset[str], threads: int) -> None:
         torch.set_num_threads(threads)
+        self._group_size = config.rollout.group_size
         self.terms, _ = available(tuple(config.rewards.values()), fields)
 
     def ready(self) -> int:
@@ -38,5 +39,7 @@ class RewardActor:
         """Terms plus the diagnostics every run reports: background PSNR, SSIM and drift, change inside, concentration."""
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, group_id=group_id)
-        measured = {**diagnostics(candidates), **drift(candidates), **change_variance(candidates)}
+        measured = {**diagnostics(candidates), **drift(candidates)}
+        if len(candidates.images) == self._group_size:  # a variance within the group cannot be told from a chunk of it
+            measured |= change_variance(candidates)
         return replace(table, components={**table.components, **measured}, seconds=time.perf_counter() - start)
