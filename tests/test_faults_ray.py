@@ -106,6 +106,7 @@ def test_a_rollout_actor_killed_while_denoising_costs_its_chunk_and_no_other(
     assert max(begun.values()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [("rollout", "SIGSTOP")], indirect=True)
 def test_one_of_two_rollout_actors_that_hangs_is_killed_at_its_deadline(
     ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, fault: Fault
@@ -153,6 +154,7 @@ def test_a_learner_rank_killed_in_an_update_takes_the_group_with_it_and_the_repl
     assert updates_applied(tmp_path / "run") == [0, 1]
 
 
+@pytest.mark.slow
 def test_an_actor_that_ignores_an_update_is_found_out_by_its_first_item(
     ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -175,6 +177,7 @@ def test_two_colocated_processes_give_the_bytes_of_separate_ones(
     assert adapter_bytes(run_on_cluster(small_config(small_editor, *SMALL, *places), tmp_path)) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_resumed_on_more_rollout_actors_and_learner_ranks_gives_the_same_bytes(
     ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -244,6 +247,7 @@ def test_a_first_signal_commits_the_newest_update_and_leaves_no_process(tmp_path
     assert f"--run-dir {directory} --resume" in " ".join(ended.out.split())
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_driver_at_once(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     hung = Fault(point="post-step", kind="SIGSTOP", update=0, marker=tmp_path / "struck")
