@@ -68,6 +68,17 @@ def connect(config: RunConfig) -> None:
         _join_or_start(config)
 
 
+def probe() -> None:
+    """Asks whether anybody listens at ``RAY_ADDRESS``, if one is set: before minutes or even seconds go into anything else.
+
+    Raises:
+        ClusterUnreachable: naming the address.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local" and not ray.is_initialized():
+        _probe(address)
+
+
 def reserve(config: RunConfig, crew: Crew, *, note: Callable[[str], None]) -> Places:
     """Reserves the GPUs of every process at once, so that a run never starts with half of its actors.
 

@@ -91,6 +91,10 @@ def train(
         raise InputError(f"run directory {directory} already holds a run: add --resume to continue it, or give another --run-dir")
     if resume and not occupied:
         raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
+    if config.actors.runtime == "ray" and not dry_run:
+        from actors import pool
+
+        pool.probe()
     facts = inspect_editor(config.editor)
     dataset = open_dataset(config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
