@@ -117,7 +117,7 @@ def _join_or_start(config: RunConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":
-        probe()
+        _probe(address)
         try:
             ray.init(log_to_driver=False)
         except ConnectionError as error:
