@@ -13,7 +13,7 @@ from actors.rollout import RolloutActor
 from rl_edit import adapters
 from rl_edit.config import RunConfig
 from rl_edit.editors import load_editor
-from rl_edit.types import AdapterId, LearnOrder, LearnReport, Rolled
+from rl_edit.types import AdapterId, LearnAnswer, LearnOrder, Rolled
 
 
 class Colocated:
@@ -47,15 +47,15 @@ class Colocated:
     def join(self, rank: int, world: int, address: str) -> None:
         self.learner.join(rank, world, address)
 
-    def export(self) -> tuple[AdapterId, np.ndarray, np.ndarray]:
-        exported: tuple[AdapterId, np.ndarray, np.ndarray] = self.learner.export()
+    def export(self) -> LearnAnswer:
+        exported: LearnAnswer = self.learner.export()
         return exported
 
     def restore(self, state: np.ndarray) -> None:
         self.learner.restore(state)
 
-    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> tuple[LearnReport, np.ndarray, np.ndarray]:
-        answer: tuple[LearnReport, np.ndarray, np.ndarray] = self.learner.learn(order, *blobs)
+    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> LearnAnswer:
+        answer: LearnAnswer = self.learner.learn(order, *blobs)
         return answer
 
     def ratio(self, blob: np.ndarray) -> float:

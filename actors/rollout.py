@@ -15,7 +15,10 @@ from rl_edit.attention import MassTally
 from rl_edit.config import RunConfig
 from rl_edit.editors import Editor, load_editor
 from rl_edit.rollout import blank_task, denoise
-from rl_edit.types import AdapterId, AdapterWeights, Candidates, Rolled, RolloutGroup, WorkItem
+from rl_edit.types import AdapterId, AdapterWeights, Candidates, Rolled, RolloutGroup, WorkItem, areas_of
+
+KEPT = 3
+"""Adapters an actor keeps besides those the lag needs: one that is being published, and one that is evaluated."""
 
 
 class UnknownAdapter(RuntimeError):
@@ -39,7 +42,7 @@ class RolloutActor:
         self.editor = load_editor(config.editor) if editor is None else editor
         adapters.attach(self.editor.transformer, config.lora, seed=config.seed, slot=slot)
         self._published: dict[AdapterId, AdapterWeights] = {}
-        self._loaded: AdapterId | None = None
+        self._loaded: AdapterWeights | None = None
 
     def ready(self) -> int:
         """Answers once construction is over: the process id."""
@@ -51,7 +54,7 @@ class RolloutActor:
         name = AdapterId(weights.id.step, adapters.digest(weights.tensors))
         self._published.pop(name, None)
         self._published[name] = replace(weights, id=name)
-        while len(self._published) > self.config.train.max_lag + 2:
+        while len(self._published) > self.config.train.max_lag + KEPT:
             del self._published[next(iter(self._published))]  # the first given, not the lowest step: a replay publishes low steps anew
         return name
 
@@ -66,7 +69,7 @@ class RolloutActor:
             sha256=hashlib.sha256(packed.data).hexdigest(),
             nbytes=packed.nbytes,
             finite=all(bool(part.isfinite().all()) for part in (group.latents, group.next_latents, group.velocities)),
-            token_mask=group.candidates.token_mask,
+            areas=group.areas,
             seconds=seconds,
         )
         return rolled, packed
@@ -77,37 +80,49 @@ class RolloutActor:
         Every draw is keyed by the candidate's place in the group, so a candidate does not depend on its chunk.
         """
         start = time.perf_counter()
-        self._use(item.adapter)
+        weights = self._use(item.adapter)
         first, past = item.chunk
         algorithm, settings = self.config.algorithm, self.config.rollout
+        noise = algorithm.initial_noise.at(weights.exploration, item.task.task_type)
         source = exploration.NoiseSource(item.run_seed, item.task.task_id, item.draw)
         conditioning = self.editor.encode(item.task)
         mask = regions.token_mask(item.task.edit_mask, conditioning.grid)
         shape = self.editor.latent_shape(conditioning)
-        initial = algorithm.initial_noise(item.num_candidates, shape, mask, source)[first:past]
+        initial = noise(item.num_candidates, shape, mask, source)
+        # A chunk that is pulled to the reference candidate integrates it too, and leaves it out at the end.
+        guests = [0] if noise.locality > 0 and first > 0 else []
+        rows = [*guests, *range(first, past)]
         encoded = time.perf_counter()
         tally = MassTally()
+        levels = algorithm.step_noise(item.update, settings.num_steps)
         trajectory = denoise(
             lambda latents, sigma: self.editor.velocity(latents, sigma, conditioning, tally),
-            initial,
+            initial[rows],
             self.editor.sigmas(settings.num_steps, conditioning),
-            keep=algorithm.objective.trained_steps(settings.num_steps, source.generator("trained steps")),
-            step_noise=algorithm.step_noise(item.update, settings.num_steps),
-            normal=lambda step: torch.stack([source.normal(f"step {step}", i, shape) for i in range(first, past)]),
+            keep=algorithm.objective.trained_steps(levels, source.generator("trained steps")),
+            solver=settings.solver,
+            step_noise=levels,
+            sde=algorithm.step_noise.sde,
+            normal=lambda step: torch.stack([source.normal(f"step {step}", i, shape) for i in rows]),
+            settle=(lambda states: exploration.pulled_home(states, mask, noise.locality)) if noise.locality > 0 else None,
         )
         integrated = time.perf_counter()
-        images = self.editor.decode(trajectory.final, conditioning)
+        own = slice(len(guests), None)
+        images = self.editor.decode(trajectory.final[own], conditioning)
         group = RolloutGroup(
             group_id=item.group_id,
             adapter=adapters.export(self.editor.transformer, step=item.adapter.step, slot=self.slot).id,
-            candidates=Candidates(task=item.task, images=images, attention=tally.mean(), token_mask=mask),
+            candidates=Candidates(task=item.task, images=images, attention=tally.mean()[own], token_mask=mask),
             conditioning=conditioning,
-            latents=trajectory.latents,
-            next_latents=trajectory.next_latents,
-            velocities=trajectory.velocities,
+            latents=trajectory.latents[own],
+            next_latents=trajectory.next_latents[own],
+            velocities=trajectory.velocities[own],
             sigmas=trajectory.sigmas,
             sigmas_next=trajectory.sigmas_next,
             step_noise=trajectory.step_noise,
+            sde=algorithm.step_noise.sde,
+            schedule=self.editor.sigmas(settings.num_steps, conditioning),
+            areas=regions.token_areas(areas_of(item.task), conditioning.grid),
         )
         return group, {"encode": encoded - start, "denoise": integrated - encoded, "decode": time.perf_counter() - integrated}
 
@@ -143,12 +158,13 @@ class RolloutActor:
         after = adapters.export(transformer, step=0, slot=self.slot).id
         return "" if after == before.id else f"weights {before.id} were put back but {after} are found in the model"
 
-    def _use(self, wanted: AdapterId) -> None:
-        """The wanted weights, in the slot that the next forward uses."""
-        if self._loaded != wanted:
+    def _use(self, wanted: AdapterId) -> AdapterWeights:
+        """The wanted weights, put into the slot that the next forward uses."""
+        if self._loaded is None or self._loaded.id != wanted:
             if wanted not in self._published:
                 known = ", ".join(str(i) for i in sorted(self._published)) or "none"
                 raise UnknownAdapter(f"work asks for adapter {wanted}; this actor holds {known}. The publish did not reach it.")
-            adapters.load(self.editor.transformer, self._published[wanted], slot=self.slot)
-            self._loaded = wanted
+            self._loaded = self._published[wanted]
+            adapters.load(self.editor.transformer, self._loaded, slot=self.slot)
         adapters.set_active(self.editor.transformer, True, slot=self.slot)
+        return self._loaded

@@ -95,9 +95,9 @@ class Bare:
             table = self.reward.table(group.candidates, group_id=group.group_id)
             seconds += time.perf_counter() - began
             blobs.append(wire.pack(group))
-            slots.append(LearnSlot(token_mask=group.candidates.token_mask, tables=(wire.pack(table),)))
+            slots.append(LearnSlot(task_type=item.task.task_type, areas=group.areas, tables=(wire.pack(table),)))
         began = time.perf_counter()
-        answer, blob, _ = self.learner.learn(LearnOrder(update=update, plan=str(update), slots=tuple(slots)), *blobs)
+        answer, blob, _, _ = self.learner.learn(LearnOrder(update=update, plan=str(update), slots=tuple(slots)), *blobs)
         self.rollout.load(blob)
         self.adapter = answer.adapter
         return seconds + time.perf_counter() - began

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from actors.crew import Crew, Post
 from rl_edit import wire
 from rl_edit.adapters import digest
-from rl_edit.types import AdapterId, AdapterWeights, LearnerState, LearnOrder, LearnReport, RewardTable, Rolled
+from rl_edit.types import AdapterId, AdapterWeights, LearnAnswer, LearnerState, LearnOrder, LearnReport, RewardTable, Rolled
 
 REWARDS = {"judge": 1.0, "preservation": 0.6, "attention": 0.1}
 COMPONENTS = ("background.psnr", "background.ssim", "change.inside", "concentration", "judge.instruction", "judge.quality")
@@ -61,8 +61,8 @@ class Sleeper:
         group_id, chunk = item["group_id"], item["chunk"]["$tuple"]
         work_id = f"{group_id}.{chunk[0]}-{chunk[1]}"
         group = np.frombuffer(json.dumps({"group_id": group_id, "rows": chunk[1] - chunk[0]}).encode(), dtype=np.uint8)
-        token_mask = torch.zeros(self.naps.tokens, dtype=torch.bool)
-        token_mask[0] = True
+        areas = torch.zeros(1, 1, self.naps.tokens, dtype=torch.bool)
+        areas[0, 0, 0] = True
         _sleep_until(began + self.naps.rollout_s)
         rolled = Rolled(
             work_id=work_id,
@@ -70,7 +70,7 @@ class Sleeper:
             sha256=hashlib.sha256(work_id.encode()).hexdigest(),
             nbytes=group.nbytes,
             finite=True,
-            token_mask=token_mask,
+            areas=areas,
             seconds={"denoise": time.perf_counter() - began},
         )
         return rolled, group
@@ -98,18 +98,22 @@ class Sleeper:
     def join(self, rank: int, world: int, address: str) -> None:
         """Sleepers need not meet."""
 
-    def export(self) -> tuple[AdapterId, np.ndarray, np.ndarray]:
+    def export(self) -> LearnAnswer:
+        return self._answer(plan="", used=0, seconds=0.0)
+
+    def _answer(self, *, plan: str, used: int, seconds: float) -> LearnAnswer:
         tensors = {"weight": torch.tensor([float(self.updates_done)])}
         weights = AdapterWeights(id=AdapterId(self.updates_done, digest(tensors)), tensors=tensors)
-        return weights.id, wire.pack(weights), wire.pack(LearnerState(updates_done=self.updates_done, tensors=tensors))
+        report = LearnReport(adapter=weights.id, result=weights.id, plan=plan, metrics={}, used=used, seconds=seconds)
+        state = wire.pack(LearnerState(updates_done=self.updates_done, tensors=tensors))
+        return report, wire.pack(weights), state, np.empty(0, dtype=np.uint8)
 
-    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> tuple[LearnReport, np.ndarray, np.ndarray]:
+    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> LearnAnswer:
         began = time.perf_counter()
         self.updates_done = order.update + 1
-        adapter_id, adapter, state = self.export()
+        answer = self._answer(plan=order.plan, used=len(order.slots), seconds=0.0)
         _sleep_until(began + len(blobs) * self.naps.learn_s + self.naps.step_s)
-        seconds = time.perf_counter() - began
-        return LearnReport(adapter=adapter_id, plan=order.plan, metrics={}, used=len(order.slots), seconds=seconds), adapter, state
+        return replace(answer[0], seconds=time.perf_counter() - began), *answer[1:]
 
 
 def sleeping_crew(naps: Naps, *, colocated: bool = False) -> Crew:

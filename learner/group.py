@@ -27,13 +27,30 @@ class Held:
     """What the driver holds of the learner after an update, so that losing the learner loses nothing.
 
     Attributes:
-        adapter: packed weights, for actors; ``state``: packed adapter and optimizer, for a rebuilt learner and checkpoints.
+        id, adapter: the acting weights, named and packed, for actors.
+        state: packed adapter and optimizer, for a rebuilt learner and checkpoints.
+        result_id, result: the weights that are evaluated and saved, named and packed; the acting ones where they are the same.
     """
 
     updates_done: int
     id: AdapterId
     adapter: Ref
     state: Ref
+    result_id: AdapterId
+    result: Ref
+
+    @staticmethod
+    def of(updates_done: int, answer: tuple[LearnReport, Ref, Ref, Ref]) -> Held:
+        """What rank 0 answered after an update."""
+        report, adapter, state, result = answer
+        return Held(
+            updates_done=updates_done,
+            id=report.adapter,
+            adapter=adapter,
+            state=state,
+            result_id=report.result,
+            result=adapter if report.result == report.adapter else result,
+        )
 
 
 class LearnerGroup:
@@ -55,9 +72,8 @@ class LearnerGroup:
 
         async def ask() -> Held:
             seat = self.supervisor.seats(ROLE)[0]
-            answer = await self.supervisor.timed("export", "export of the learner's state", seat, ROLE, "export", blobs=2)
-            adapter_id, adapter, state = answer
-            return Held(updates_done=updates_done, id=adapter_id, adapter=adapter, state=state)
+            answer = await self.supervisor.timed("export", "export of the learner's state", seat, ROLE, "export", blobs=3)
+            return Held.of(updates_done, answer)
 
         return await self._anew("export", ask)
 
@@ -102,9 +118,8 @@ class LearnerGroup:
                 if lost or failed:
                     await self._rebuild(held)
                 arguments = [(order, *shard) for shard in shards]
-                answers = await self._everyone("learn", f"update {order.update}", arguments, blobs=2)
-                report, adapter, state = answers[0]
-                return report, Held(updates_done=order.update + 1, id=report.adapter, adapter=adapter, state=state)
+                answers = await self._everyone("learn", f"update {order.update}", arguments, blobs=3)
+                return answers[0][0], Held.of(order.update + 1, answers[0])
             except WorkerLost as error:
                 lost += 1
                 self.event("learner_lost", during=f"update {order.update}", attempt=lost, reason=str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,20 +17,35 @@ from torch import Tensor
 
 from learner.collective import Alone, Ranks, free_address
 from rl_edit import adapters, wire
+from rl_edit.algorithms import Latest
 from rl_edit.config import RunConfig
 from rl_edit.editors import Editor, load_editor
 from rl_edit.errors import InputError
+from rl_edit.objectives import Policy
 from rl_edit.regions import UniformRows
-from rl_edit.rollout import blank_task, joined, merged
-from rl_edit.types import AdapterId, Advantages, Conditioning, LearnerState, LearnOrder, LearnReport, RolloutGroup, moved
-from rl_edit.update import Collective, LearningConfig, StepResult, TrainingFailed, learning_step
+from rl_edit.rollout import blank_group, blank_task, joined, merged
+from rl_edit.types import (
+    AdapterId,
+    AdapterWeights,
+    Advantages,
+    Conditioning,
+    LearnAnswer,
+    LearnerState,
+    LearnOrder,
+    LearnReport,
+    RolloutGroup,
+    moved,
+)
+from rl_edit.update import Collective, ConditionedVelocity, LearningConfig, StepResult, TrainingFailed, learning_step, losses
 
-Answer = tuple[LearnReport, np.ndarray, np.ndarray]
-"""The report of an update, the packed adapter and the packed state; the arrays are empty on ranks other than 0."""
+BLANK = np.empty(0, dtype=np.uint8)
 
 
 class Learner:
-    """Holds the trained adapter on a frozen base and its optimizer.
+    """Holds the trained adapter on a frozen base and its optimizer; beside it, where the run asks for them, two averages of it.
+
+    The acting weights are what the actors run: the policy itself, or a decayed average (``algorithm.acting``). The resulting weights
+    are what is evaluated and saved: the policy itself, or an exponential moving average (``train.ema_decay``).
 
     Args:
         editor: one to share with others in this process; None loads one.
@@ -47,7 +63,18 @@ class Learner:
         self.ranks: Collective = Alone()
         self.updates_done = 0
         self.skipped_in_a_row = 0
-        self._last: Answer | None = None
+        self.exploration: dict[str, float] = {}
+        self.acts_apart = not isinstance(config.algorithm.acting, Latest)
+        policy = {name: p.detach().clone() for name, p in self._named.items()}
+        self.averages: dict[str, dict[str, Tensor]] = {}
+        if self.acts_apart:
+            self.averages["acting"] = policy
+        if config.train.ema_decay is not None:
+            self.averages["result"] = {name: value.clone() for name, value in policy.items()}
+        if "acting" in config.algorithm.objective.policies:
+            adapters.attach(self.editor.transformer, config.lora, seed=config.seed, slot=adapters.ACTING)
+        adapters.set_active(self.editor.transformer, True)
+        self._last: LearnAnswer | None = None
 
     def ready(self) -> int:
         """Answers once construction is over: the process id."""
@@ -64,12 +91,35 @@ class Learner:
             ranks.shard(self.editor.transformer, whole=self.parameters)
         self.ranks = ranks
 
-    def export(self) -> tuple[AdapterId, np.ndarray, np.ndarray]:
-        """The adapter as it is now: its name, itself packed, and all that a resumed learner needs, packed."""
-        weights = adapters.export(self.editor.transformer, step=self.updates_done)
-        return weights.id, wire.pack(weights), wire.pack(self.state())
+    def export(self) -> LearnAnswer:
+        """The weights as they are now, with all that a resumed learner needs. The report is of no update."""
+        return self._answer(plan="", result=StepResult(metrics={}))
 
-    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> Answer:
+    def _answer(self, *, plan: str, result: StepResult, declined: dict[str, tuple[str, ...]] | None = None, used: int = 0) -> LearnAnswer:
+        """What the driver is told of the present weights."""
+        acting, resulting = self._weights("acting"), self._weights("result")
+        report = LearnReport(
+            adapter=acting.id,
+            result=resulting.id,
+            plan=plan,
+            metrics=result.metrics,
+            declined=declined or {},
+            used=used,
+            skipped=result.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+        )
+        if self.ranks.rank != 0:
+            return report, BLANK, BLANK, BLANK
+        return report, wire.pack(acting), wire.pack(self.state()), BLANK if resulting.id == acting.id else wire.pack(resulting)
+
+    def _weights(self, name: str) -> AdapterWeights:
+        """The acting or the resulting weights as an adapter."""
+        tensors = adapters.exported(self.averages.get(name, self._named))
+        return AdapterWeights(
+            id=AdapterId(self.updates_done, adapters.digest(tensors)), tensors=tensors, exploration=dict(self.exploration)
+        )
+
+    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> LearnAnswer:
         """One update, applied once: the same order again gives the same answer.
 
         Args:
@@ -98,23 +148,33 @@ class Learner:
             self.skipped_in_a_row += 1
         elif credits:
             self.skipped_in_a_row = 0
+        if credits and not result.skipped:
+            self._move_averages()
+        self._explore(order)
         self.updates_done += 1
-        weights = adapters.export(self.editor.transformer, step=self.updates_done)
-        if len(set(self.ranks.exchange(str(weights.id)))) != 1:
+        answer = self._answer(plan=order.plan, result=result, declined=declined, used=len(credits))
+        if len(set(self.ranks.exchange(f"{answer[0].adapter} {answer[0].result}"))) != 1:
             raise RuntimeError(f"the ranks hold different weights after update {order.update}: they do not compute the same function")
-        report = LearnReport(
-            adapter=weights.id,
-            plan=order.plan,
-            metrics=result.metrics,
-            declined=declined,
-            used=len(credits),
-            skipped=result.skipped,
-            skipped_in_a_row=self.skipped_in_a_row,
-            seconds=time.perf_counter() - start,
-        )
-        blank = np.empty(0, dtype=np.uint8)
-        self._last = (report, wire.pack(weights), wire.pack(self.state())) if self.ranks.rank == 0 else (report, blank, blank)
+        self._last = (replace(answer[0], seconds=time.perf_counter() - start), *answer[1:])
         return self._last
+
+    @torch.no_grad()
+    def _move_averages(self) -> None:
+        """After an update: each average takes its share of the new policy."""
+        ema = self.config.train.ema_decay
+        # A young average follows closely: min((1 + n) / (10 + n), decay), as in flow_grpo.
+        kept = {
+            "acting": self.config.algorithm.acting.kept(self.updates_done),
+            "result": 0.0 if ema is None else min((1 + self.updates_done) / (10 + self.updates_done), ema),
+        }
+        for which, average in self.averages.items():
+            for name, parameter in self._named.items():
+                average[name].lerp_(parameter.detach(), 1 - kept[which])
+
+    def _explore(self, order: LearnOrder) -> None:
+        """Steers the exploration by what the update's groups scored."""
+        seen = [(slot.task_type, joined([wire.unpack(table) for table in slot.tables])) for slot in order.slots if not slot.lost]
+        self.exploration = self.config.algorithm.initial_noise.steered(self.exploration, seen)
 
     def ratio(self, blob: np.ndarray) -> float:
         """Largest deviation of the policy ratio from 1 at the present weights on a packed group, or a chunk of one; changes nothing.
@@ -129,10 +189,10 @@ class Learner:
         advantages = moved(Advantages(values=signs, regions=rows, weights=torch.ones(1)), self.device)
         objective, generator = self.config.algorithm.objective, torch.Generator().manual_seed(0)
         deviations = [torch.zeros((), device=self.device)]
-        for point in objective.replay(group, advantages, num_references=0, generator=generator):
-            base = self._reference(point.latents, point.sigma, group.conditioning) if objective.needs_reference else None
-            output = objective.loss(point, self.editor.velocity(point.latents, point.sigma, group.conditioning), base)
-            deviations += [value for name, value in output.metrics.items() if name == "ratio/max_deviation"]
+        for batch in losses(
+            self.editor.velocity, self._others(), objective, group, advantages, num_references=0, generator=generator, rows=None
+        ):
+            deviations += [value for _, output in batch for name, value in output.metrics.items() if name == "ratio/max_deviation"]
         return float(torch.stack(deviations).max())
 
     def _credit(self, order: LearnOrder) -> tuple[dict[int, Advantages], dict[str, tuple[str, ...]]]:
@@ -141,8 +201,8 @@ class Learner:
         found: dict[int, Advantages] = {}
         kept = {index: slot for index, slot in enumerate(order.slots) if not slot.lost}
         tables = [joined([wire.unpack(table) for table in slot.tables]) for slot in kept.values()]
-        masks = [slot.token_mask for slot in kept.values() if slot.token_mask is not None]
-        results = dict(zip(kept, self.config.algorithm.credit(tables, masks), strict=True))
+        areas = [slot.areas for slot in kept.values() if slot.areas is not None]
+        results = dict(zip(kept, self.config.algorithm.credit(tables, areas), strict=True))
         for index, slot in enumerate(order.slots):
             credit = results.get(index)
             if isinstance(credit, Advantages):
@@ -178,7 +238,7 @@ class Learner:
         for index in range(train.passes):
             result = learning_step(
                 self.editor.velocity,
-                self._reference,
+                self._others(),
                 self.parameters,
                 self.optimizer,
                 objective,
@@ -186,7 +246,12 @@ class Learner:
                 trained=trained,
                 ranks=self.ranks,
                 idle=self._idle if self.config.actors.shard_base else lambda: None,
-                config=LearningConfig(max_grad_norm=train.max_grad_norm, ratio_tolerance=train.ratio_tolerance, reduction=train.reduction),
+                config=LearningConfig(
+                    max_grad_norm=train.max_grad_norm,
+                    ratio_tolerance=train.ratio_tolerance,
+                    rows=train.rows,
+                    reduction=train.reduction,
+                ),
                 num_references=self.config.algorithm.initial_noise.num_references,
                 run_seed=self.config.seed,
                 update=self.updates_done,
@@ -199,14 +264,40 @@ class Learner:
 
     def _idle(self) -> None:
         """The forwards and backwards of one group, on nothing, for nothing: with a sharded base the other ranks need ours."""
-        objective = self.config.algorithm.objective
+        rollout, algorithm = self.config.rollout, self.config.algorithm
         conditioning = moved(self.editor.encode(blank_task(self.editor.pixels_per_token)), self.device)
-        latents = torch.zeros(objective.num_anchors, *self.editor.latent_shape(conditioning), device=self.device)
-        sigma = torch.full((len(latents),), 0.5, device=self.device)
-        for _ in objective.trained_steps(self.config.rollout.num_steps, torch.Generator()):
-            if objective.needs_reference:
-                self._reference(latents, sigma, conditioning)
-            self.editor.velocity(latents, sigma, conditioning).sum().backward()
+        levels = algorithm.step_noise(self.updates_done, rollout.num_steps)
+        keep = algorithm.objective.trained_steps(levels, torch.Generator())
+        group = blank_group(conditioning, self.editor.latent_shape(conditioning), size=rollout.group_size, levels=levels, keep=keep)
+        rows = UniformRows()(group.candidates.token_mask)
+        nothing = Advantages(values=torch.zeros(rollout.group_size, 1), regions=rows, weights=torch.ones(1))
+        for batch in losses(
+            self.editor.velocity,
+            self._others(),
+            algorithm.objective,
+            moved(group, self.device),
+            moved(nothing, self.device),
+            num_references=algorithm.initial_noise.num_references,
+            generator=torch.Generator(),
+            rows=self.config.train.rows,
+        ):
+            torch.stack([output.loss for _, output in batch]).sum().backward()
+
+    def _others(self) -> dict[Policy, ConditionedVelocity]:
+        """Velocities of the base editor and of the acting weights, without gradient."""
+        if "acting" in self.config.algorithm.objective.policies:
+            weights = self._weights("acting")
+            adapters.load(self.editor.transformer, weights, slot=adapters.ACTING)
+        return {"reference": self._reference, "acting": self._acting}
+
+    @torch.no_grad()
+    def _acting(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity of the weights the actors run."""
+        adapters.set_active(self.editor.transformer, True, slot=adapters.ACTING)
+        try:
+            return self.editor.velocity(latents, sigma, conditioning)
+        finally:
+            adapters.set_active(self.editor.transformer, True)
 
     @torch.no_grad()
     def _reference(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -218,8 +309,11 @@ class Learner:
             adapters.set_active(self.editor.transformer, True)
 
     def state(self) -> LearnerState:
-        """Adapter and optimizer as named tensors, and the updates skipped in a row."""
+        """Adapter, optimizer and averages as named tensors, the updates skipped in a row, and what is explored with."""
         tensors = {"skipped_in_a_row": torch.tensor(self.skipped_in_a_row)}
+        tensors |= {f"exploration/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.exploration.items()}
+        for which, average in self.averages.items():
+            tensors |= {f"average/{which}/{name}": value.cpu().clone() for name, value in average.items()}
         for name, parameter in self._named.items():
             tensors[f"parameter/{name}"] = parameter.detach().cpu().clone()
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -247,6 +341,10 @@ class Learner:
                 for key, value in state.tensors.items()
                 if key.startswith("optimizer/") and key.split("/", 2)[2] == name
             }
+        for which, average in self.averages.items():
+            for name, value in average.items():
+                value.copy_(state.tensors[f"average/{which}/{name}"])
+        self.exploration = {key.split("/", 1)[1]: float(value) for key, value in state.tensors.items() if key.startswith("exploration/")}
         self.updates_done = state.updates_done
         self.skipped_in_a_row = int(state.tensors["skipped_in_a_row"])
         self._last = None

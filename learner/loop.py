@@ -113,6 +113,7 @@ class Group:
     """A slot of an update: its chunks in candidate order, or why there are none."""
 
     group_id: str
+    task_type: str
     chunks: tuple[Chunk, ...] = ()
     lost: str = ""
 
@@ -225,7 +226,7 @@ class TrainingLoop:
                     f"{self.committed}"
                 ) from error
             await self._commit_newest()
-            weights: AdapterWeights = wire.unpack(await self.executor.fetch(self._held().adapter))
+            weights: AdapterWeights = wire.unpack(await self.executor.fetch(self._held().result))
             done = self._held().updates_done
             return Outcome(updates_done=done, adapter=weights, early=self.gold.over(done))
         finally:
@@ -278,8 +279,7 @@ class TrainingLoop:
             await self.learners.restore(state)
             self.acting = {named.step: (named, self.executor.put(blob)) for named, blob in found.acting.items()}
             self.ledger.restore(found.ledger)
-            named, adapter = self.acting[found.updates_done]
-            self.held = Held(updates_done=found.updates_done, id=named, adapter=adapter, state=state)
+            self.held = await self.learners.export(found.updates_done)
         else:
             if resume and (lost := [path.name for path in self.checkpoints.glob(".corrupt-*")]):
                 raise InputError(
@@ -300,6 +300,8 @@ class TrainingLoop:
         """A new rollout actor gets the adapters in use. One that is published meanwhile it is told of like every other actor."""
         for _, adapter in list(self.acting.values()):
             await worker.call("load", adapter)
+        if self.held is not None and self.held.result_id != self.held.id:
+            await worker.call("load", self.held.result)
 
     async def _update(self, update: int) -> None:
         began = time.perf_counter()
@@ -381,7 +383,9 @@ class TrainingLoop:
         if self.stop.requested or not self.gold.due(held.updates_done):
             return
         began = time.perf_counter()
-        probes = [asyncio.ensure_future(self._group([item], kind="probe")) for item in self.gold.items(held.updates_done, held.id)]
+        if held.result_id != held.id:
+            self.supervisor.announce("rollout", f"publishing {held.result_id} to look at", "load", held.result)
+        probes = [asyncio.ensure_future(self._group([item], kind="probe")) for item in self.gold.items(held.updates_done, held.result_id)]
         try:
             for probe in asyncio.as_completed(probes):
                 await probe
@@ -395,8 +399,8 @@ class TrainingLoop:
         if lost := [group.lost for group in groups if group.lost]:
             self.events("evaluation_skipped", update=held.updates_done - 1, reason=lost[0])
             return
-        packed = await self.executor.fetch(held.adapter)
-        self.gold.saw(held.id, packed, [_table(group) for group in groups], seconds=time.perf_counter() - began)
+        packed = await self.executor.fetch(held.result)
+        self.gold.saw(held.result_id, packed, [_table(group) for group in groups], seconds=time.perf_counter() - began)
 
     def _dispatch(self, update: int) -> None:
         """Starts an update's groups once, under the version that ``max_lag`` assigns to it."""
@@ -432,10 +436,10 @@ class TrainingLoop:
             self.ledger.plan(item)
         chunks = [asyncio.ensure_future(self._chunk(item, kind)) for item in items]
         try:
-            return Group(group_id=items[0].group_id, chunks=tuple(await asyncio.gather(*chunks)))
+            return Group(group_id=items[0].group_id, task_type=items[0].task.task_type, chunks=tuple(await asyncio.gather(*chunks)))
         except GivenUp as error:
             self.events("group_lost", group_id=items[0].group_id, update=items[0].update, reason=str(error))
-            return Group(group_id=items[0].group_id, lost=str(error))
+            return Group(group_id=items[0].group_id, task_type=items[0].task.task_type, lost=str(error))
         finally:
             for chunk in chunks:
                 chunk.cancel()
@@ -661,7 +665,8 @@ def _order(update: int, groups: Sequence[Group]) -> LearnOrder:
             content.update(chunk.rolled.sha256.encode() + hashlib.sha256(chunk.packed.tobytes()).digest())
     slots = tuple(
         LearnSlot(
-            token_mask=group.chunks[0].rolled.token_mask if group.chunks else None,
+            task_type=group.task_type,
+            areas=group.chunks[0].rolled.areas if group.chunks else None,
             tables=tuple(chunk.packed for chunk in group.chunks),
             lost=group.lost,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,9 @@ POLICY = "policy"
 
 BEHAVIOUR = "behaviour"
 """Slot that rollouts use beside a learner on the same transformer: its weights may be older than the policy's."""
+
+ACTING = "acting"
+"""Slot that a learner keeps the acting weights in, for objectives that read their velocity while the policy moves on."""
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -78,11 +82,14 @@ def parameters(transformer: nn.Module, *, slot: str = POLICY) -> list[nn.Paramet
 
 def export(transformer: nn.Module, *, step: int, slot: str = POLICY) -> AdapterWeights:
     """A copy of the adapter as it is loaded now, under its content name."""
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(transformer, adapter_name=slot)
-    tensors = {name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in sorted(state)}
+    tensors = exported(named_parameters(transformer, slot=slot), slot=slot)
     return AdapterWeights(id=AdapterId(step, digest(tensors)), tensors=tensors)
+
+
+def exported(named: Mapping[str, Tensor], *, slot: str = POLICY) -> dict[str, Tensor]:
+    """Copies of tensors named as a slot's parameters, fp32 on the CPU, under the names that PEFT saves them by: without the slot."""
+    free = {name.replace(f".{slot}.", "."): value for name, value in named.items()}
+    return {name: free[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in sorted(free)}
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

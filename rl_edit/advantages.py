@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from rl_edit.regions import Rows, UniformRows
+from rl_edit.plugged import Plugged
+from rl_edit.regions import Rows, UniformRows, softened
 from rl_edit.types import Advantages, RewardTable
 
 NEGLIGIBLE = 1e-5
@@ -55,6 +56,25 @@ def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor,
     return centred / norm.clamp(min=1e-12) * values.shape[-1] ** 0.5
 
 
+def bounded(values: Float[Tensor, group * region], limit: float | None) -> Float[Tensor, group * region]:
+    """Advantages no larger than ``limit``: a group that exceeds it is scaled down whole, per region.
+
+    So the sum stays 0. Clamping each candidate, as released trainers do, breaks the sum and adds a pull towards all candidates alike.
+    """
+    if limit is None:
+        return values
+    largest = values.abs().amax(dim=0, keepdim=True)
+    return values * (limit / largest.clamp(min=limit))
+
+
+Areas = Sequence[Bool[Tensor, "_area _rows _columns"]]
+"""The edit areas of each group of an update, on its token grid; canvases may differ."""
+
+
+def _edited(areas: Bool[Tensor, "area rows columns"]) -> Bool[Tensor, " token"]:
+    return areas.any(dim=0).flatten()
+
+
 class GroupCredit(BaseModel):
     """Group-relative credit: normalise each term, add with its weight, standardise in the group.
 
@@ -69,19 +89,22 @@ class GroupCredit(BaseModel):
             there; a group in which no weighted term speaks is declined.
         deviation: what the combined, group-centred reward is divided by. "group": its own deviation (RC-GRPO-Editing Eq. 4),
             which lifts a group whose candidates hardly differ to the same size as one that holds success and failure;
-            "batch": the mean deviation over the update's groups, which keeps the difference (flow_grpo's global std).
+            "batch": the mean deviation over the update's groups, which keeps the difference (flow_grpo's global std);
+            "none": nothing: with ``normalise: group`` the sum of each term's own advantages (MixGRPO).
         quasi_norm: p of Neighbor GRPO's reweighting in place of the group's deviation (0.8 there); None is off.
+        limit: largest absolute advantage (:func:`bounded`); 5 throughout the field, which standardised groups of up to 26 never reach.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["group"] = "group"
-    deviation: Literal["group", "batch"] = "group"
+    deviation: Literal["group", "batch", "none"] = "group"
     normalise: Literal["minibatch", "group", "none"] = "minibatch"
     rows: Rows = UniformRows()
     min_spread: float = Field(default=NEGLIGIBLE, ge=0)
     quasi_norm: float | None = Field(default=None, gt=0, le=2)
+    limit: float | None = Field(default=None, gt=0)
 
-    def __call__(self, tables: Sequence[RewardTable], masks: Sequence[Bool[Tensor, " _token"]]) -> list[Advantages | Declined]:
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
         """One result per table, in order; canvases may differ. Only terms with a positive weight decide, the others are measured."""
         terms = [self._terms(table) for table in tables]
         usable = [t for t in terms if not isinstance(t, Declined)]
@@ -89,7 +112,9 @@ class GroupCredit(BaseModel):
         combined = [t if isinstance(t, Declined) else self._combined(table, t, pooled) for table, t in zip(tables, terms, strict=True)]
         heard = [c.square().mean() for c in combined if not isinstance(c, Declined)]
         batch_deviation = torch.stack(heard).mean().sqrt() if heard else torch.ones(())
-        return [c if isinstance(c, Declined) else self._credit(c, batch_deviation, mask) for c, mask in zip(combined, masks, strict=True)]
+        return [
+            c if isinstance(c, Declined) else self._credit(c, batch_deviation, _edited(a)) for c, a in zip(combined, areas, strict=True)
+        ]
 
     def _terms(self, table: RewardTable) -> Float[Tensor, "reward group"] | Declined:
         """The weighted terms of a group, or why it has none."""
@@ -121,10 +146,18 @@ class GroupCredit(BaseModel):
     def _credit(self, combined: Float[Tensor, " group"], batch_deviation: Float[Tensor, ""], mask: Bool[Tensor, " token"]) -> Advantages:
         if self.quasi_norm is not None:
             values = quasi_norm(combined, self.quasi_norm)
+        elif self.deviation == "none":
+            values = combined
         else:
             values = standardise(combined) if self.deviation == "group" else combined / batch_deviation
         rows = self.rows(mask)
-        return Advantages(values=values.float()[:, None].expand(-1, rows.shape[0]), regions=rows, weights=torch.ones(1))
+        return Advantages(
+            values=bounded(values, self.limit).float()[:, None].expand(-1, rows.shape[0]), regions=rows, weights=torch.ones(1)
+        )
+
+    def needed_components(self) -> tuple[str, ...]:
+        """Reward terms whose scores by region the rule reads."""
+        return ()
 
 
 class SplitCredit(BaseModel):
@@ -139,6 +172,9 @@ class SplitCredit(BaseModel):
         background_terms: names of the reward terms that judge what should stay; all others judge the edit.
         edit_share: weight of the edit region in the objective; the background has the rest.
         normalise: how terms are scaled within each part, as in :class:`GroupCredit`.
+        soft_border: tokens to either side of the mask's border over which one row fades into the other, so that the border follows
+            both signals (Edit-GRPO names inconsistency there; the form is ours). 0 is a hard border.
+        limit: largest absolute advantage, as in :class:`GroupCredit`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -146,32 +182,124 @@ class SplitCredit(BaseModel):
     background_terms: tuple[str, ...] = ("preservation",)
     edit_share: float = Field(default=0.5, ge=0, le=1)
     normalise: Literal["minibatch", "group", "none"] = "group"
+    soft_border: int = Field(default=0, ge=0)
+    limit: float | None = Field(default=None, gt=0)
 
-    def __call__(self, tables: Sequence[RewardTable], masks: Sequence[Bool[Tensor, " _token"]]) -> list[Advantages | Declined]:
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
         """One result per table, in order; a group is declined when neither area has anything to learn from it."""
-        part = GroupCredit(normalise=self.normalise)
-        edits = part([self._only(table, background=False) for table in tables], masks)
-        keeps = part([self._only(table, background=True) for table in tables], masks)
-        return [self._joined(table, edit, keep, mask) for table, edit, keep, mask in zip(tables, edits, keeps, masks, strict=True)]
-
-    def _only(self, table: RewardTable, *, background: bool) -> RewardTable:
-        shares = zip(table.names, table.weights, strict=True)
-        return replace(table, weights=tuple(w if (name in self.background_terms) == background else 0.0 for name, w in shares))
+        part = GroupCredit(normalise=self.normalise, limit=self.limit)
+        edits = part([_only(table, self.background_terms, background=False) for table in tables], areas)
+        keeps = part([_only(table, self.background_terms, background=True) for table in tables], areas)
+        return [self._joined(table, edit, keep, where) for table, edit, keep, where in zip(tables, edits, keeps, areas, strict=True)]
 
     def _joined(
-        self, table: RewardTable, edit: Advantages | Declined, keep: Advantages | Declined, mask: Bool[Tensor, " token"]
+        self, table: RewardTable, edit: Advantages | Declined, keep: Advantages | Declined, areas: Bool[Tensor, "area rows columns"]
     ) -> Advantages | Declined:
         refused = [part for part in (edit, keep) if isinstance(part, Declined)]
         for part in refused:
             if part.kind == "invalid" or len(refused) == 2:
                 return part
         columns = [torch.zeros(len(table.values)) if isinstance(p, Declined) else p.values[:, 0] for p in (edit, keep)]
-        areas = torch.stack([mask, ~mask]).float()
+        inside = softened(areas.any(dim=0).float(), self.soft_border).flatten()
+        shares = torch.stack([inside, 1 - inside])
         return Advantages(
             values=torch.stack(columns, dim=1),
-            regions=areas / areas.sum(dim=1, keepdim=True).clamp(min=1),
+            regions=shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-6),
             weights=torch.tensor([self.edit_share, 1 - self.edit_share]),
         )
 
+    def needed_components(self) -> tuple[str, ...]:
+        return ()
 
-CreditRule = Annotated[GroupCredit | SplitCredit, Field(discriminator="kind")]
+
+class RegionCredit(BaseModel):
+    """Every edit area and the background with a reward, and so an advantage, of its own (SpatialFlow-GRPO, arXiv 2606.26872).
+
+    One pooling row per area and one for the background. The reward of an area is its component of the region judge
+    (``TERM.region.N``, ``TERM.background``, Eq. 3) and, normalised in the group, the table's other weighted terms: those of
+    ``background_terms`` count for the background only, all others for the edit areas. Each is standardised over the group by
+    itself. The paper's weights of regions are not public: ``area_power`` names the choice.
+
+    Attributes:
+        term: the reward term with scores by region.
+        background_terms: terms that judge what should stay.
+        area_power: gamma of the objective's weights ``|M_r|^gamma``. 1 weighs by area, which at the old weights is the gradient
+            of whole-image credit when all regions agree; 0 weighs all regions alike.
+        limit: largest absolute advantage, as in :class:`GroupCredit`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["region"] = "region"
+    term: str = "judge"
+    background_terms: tuple[str, ...] = ("preservation",)
+    area_power: float = Field(default=1.0, ge=0, le=1)
+    normalise: Literal["group"] = "group"
+    limit: float | None = Field(default=None, gt=0)
+
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
+        """One result per table, in order; a group is declined when no region has anything to learn from it."""
+        return [self._credit(table, where) for table, where in zip(tables, areas, strict=True)]
+
+    def _credit(self, table: RewardTable, areas: Bool[Tensor, "area rows columns"]) -> Advantages | Declined:
+        decides = torch.tensor(table.weights) > 0
+        if not bool(table.valid[:, decides].all()):
+            return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
+        names = [*(f"{self.term}.region.{number}" for number in range(len(areas))), f"{self.term}.background"]
+        if missing := [name for name in names if name not in table.components]:
+            return Declined("invalid", f"reward {self.term!r} gave no {missing[0]}: it does not score these regions")
+        scores = torch.tensor([table.components[name] for name in names], dtype=torch.float64)
+        if not bool(scores.isfinite().all()):
+            return Declined("invalid", f"reward {self.term!r} lacks a score of a region")
+        weight = table.weights[table.names.index(self.term)]
+        edit, keep = self._others(table, background=False), self._others(table, background=True)
+        combined = weight * standardise(scores) + torch.stack([edit] * len(areas) + [keep])
+        if not bool(speaks(combined).any()):
+            return Declined("spread", "no region's reward differs between the candidates")
+        rows = torch.cat([areas.flatten(1), ~_edited(areas)[None]]).float()
+        sizes = rows.sum(dim=1)
+        shares = sizes**self.area_power * (sizes > 0)
+        return Advantages(
+            values=bounded(standardise(combined).T, self.limit).float(),
+            # A region without a token of its own speaks about none and weighs nothing; its row stays uniform to sum to 1.
+            regions=torch.where(sizes[:, None] > 0, rows / sizes[:, None].clamp(min=1), 1 / rows.shape[1]),
+            weights=shares / shares.sum(),
+        )
+
+    def _others(self, table: RewardTable, *, background: bool) -> Float[Tensor, " group"]:
+        """The weighted sum of the other terms of one side, each standardised in the group."""
+        total = torch.zeros(len(table.values), dtype=torch.float64)
+        for index, (name, weight) in enumerate(zip(table.names, table.weights, strict=True)):
+            if weight > 0 and name != self.term and (name in self.background_terms) == background:
+                total = total + weight * standardise(table.values[:, index].double())
+        return total
+
+    def needed_components(self) -> tuple[str, ...]:
+        return (self.term,)
+
+
+def _only(table: RewardTable, background_terms: tuple[str, ...], *, background: bool) -> RewardTable:
+    """The table with the weights of one side only."""
+    shares = zip(table.names, table.weights, strict=True)
+    return replace(table, weights=tuple(w if (name in background_terms) == background else 0.0 for name, w in shares))
+
+
+@runtime_checkable
+class CreditLaw(Protocol):
+    """What a credit rule does. A class of yours that does it, named ``module:Class`` as ``kind``, is one."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def normalise(self) -> Literal["minibatch", "group", "none"]:
+        """How terms are scaled before they are added, for the log of their shares."""
+
+    def needed_components(self) -> tuple[str, ...]:
+        """Reward terms whose scores by region the rule reads."""
+
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
+        """One result per table, in order. It may decline a group, which is counted."""
+
+
+CreditRule = Annotated[GroupCredit | SplitCredit | RegionCredit, Field(discriminator="kind"), Plugged("algorithm.credit", CreditLaw)]
+"""Seam: from the reward tables of an update to advantages."""

@@ -18,13 +18,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rl_edit.adapters import LoraConfig
-from rl_edit.algorithms import BUNDLES, Algorithm
+from rl_edit.algorithms import METHODS, Algorithm
 from rl_edit.data import DataConfig
 from rl_edit.editors import EditorConfig
 from rl_edit.errors import InputError
 from rl_edit.evaluation import EvaluationConfig
-from rl_edit.objectives import BackgroundAnchored
 from rl_edit.rewards import Reward
+from rl_edit.rollout import Solver
 
 OPERATIONAL_TRAIN = frozenset(
     {"updates", "checkpoint_every", "keep_checkpoints", "max_dropped_groups", "max_skipped"}
@@ -40,6 +40,8 @@ class RolloutConfig(BaseModel):
     Attributes:
         group_size: candidates per task (G). 12 in Neighbor GRPO; the reference candidate counts as one.
         num_steps: solver steps per trajectory (T). Neighbor GRPO rolls out 8.
+        solver: "euler", or "dpm++": DPM-Solver++(2M), second order. Surrogates over deterministic rollouts form old and new anchors by
+            the same one-step train solver either way (Neighbor GRPO's solver decoupling), so their ratio stays exactly 1.
         chunk: candidates per work item: a group's chunks run on any actors, are scored as they arrive, and only a lost chunk is
             run again. A multiple of editor.micro_batch, so that results do not depend on it. None is the whole group.
     """
@@ -47,6 +49,7 @@ class RolloutConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     group_size: int = Field(default=8, ge=1)
     num_steps: int = Field(default=6, ge=2)
+    solver: Solver = "euler"
     chunk: int | None = Field(default=None, ge=1)
 
     @property
@@ -65,6 +68,10 @@ class TrainConfig(BaseModel):
         learning_rate, weight_decay: AdamW; 3e-4 and 1e-4 are the LoRA values of flow_grpo and CoCoEdit.
         max_grad_norm: 1.0 throughout the field.
         passes: optimizer steps per batch of groups; from the second on the ratio leaves 1 and the clip acts.
+        rows: states (anchors or candidates, at some step) of one forward and backward: more of them use a GPU better, fewer save memory.
+            The gradient is the same up to rounding. None is one trained step at a time. editor.micro_batch splits forwards further.
+        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated and saved; the policy and
+            the actors do without. 0.9 in flow_grpo; None saves the policy. It starts short: min((1 + n) / (10 + n), ema_decay).
         max_lag: 0 is strictly on-policy; 1 is one-step-off: groups of update u are rolled out with the weights of u - 1,
             while update u - 1 is learnt. Groups are assigned to versions by number, so timing never changes a result.
         ratio_tolerance: largest |ratio - 1| accepted on-policy; exactly 0 is reached in fp32 with equal micro-batches.
@@ -84,6 +91,8 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     passes: int = Field(default=1, ge=1)
+    rows: int | None = Field(default=None, ge=1)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     max_lag: int = Field(default=0, ge=0, le=1)
     ratio_tolerance: float = Field(default=1e-6, ge=0)
     reduction: Literal["ordered", "allreduce"] = "ordered"
@@ -188,12 +197,12 @@ class RunConfig(BaseModel):
     @classmethod
     def _bundle(cls, value: Any) -> Any:
         """A known ``algorithm.name`` supplies every seam; the other keys adjust it."""
-        if isinstance(value, Mapping) and value.get("name", "custom") in BUNDLES:
-            return _merge(BUNDLES[value["name"]]().model_dump(mode="json"), value)
+        if isinstance(value, Mapping) and value.get("name", "custom") in METHODS:
+            return _merge(METHODS[value["name"]].algorithm.model_dump(mode="json"), value)
         if isinstance(value, Mapping) and value.get("name", "custom") != "custom":
-            near = difflib.get_close_matches(str(value["name"]), [*BUNDLES, "custom"], n=1)
+            near = difflib.get_close_matches(str(value["name"]), [*METHODS, "custom"], n=1)
             raise ValueError(
-                f"unknown method {value['name']!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(BUNDLES)}, custom)"
+                f"unknown method {value['name']!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(METHODS)}, custom)"
             )
         return value
 
@@ -207,28 +216,16 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         """Impossible combinations, before anything is loaded."""
-        size, references = self.rollout.group_size, self.algorithm.initial_noise.num_references
-        if size < 2:
-            raise ValueError(
-                f"algorithm.objective {self.algorithm.objective.kind!r} needs at least 2 candidates, got rollout.group_size {size}: "
-                "with one every advantage is zero. Raise rollout.group_size."
-            )
-        anchors, perturbed = self.algorithm.objective.num_anchors, size - references
-        wrapped = isinstance(self.algorithm.objective, BackgroundAnchored)
-        where = "algorithm.objective" + (".inner" if wrapped else "")
-        if anchors > perturbed:
-            reference = " (one is the unperturbed reference)" if references else ""
-            raise ValueError(
-                f"{where}.num_anchors {anchors} exceeds the {perturbed} perturbed candidates of "
-                f"rollout.group_size {size}{reference}: lower the anchors or raise the group."
-            )
-        objective = self.algorithm.objective
-        surrogate = objective.inner if isinstance(objective, BackgroundAnchored) else objective
-        if surrogate.skip_first + surrogate.skip_last >= self.rollout.num_steps:
-            raise ValueError(
-                f"algorithm.objective skips {surrogate.skip_first} first and {surrogate.skip_last} last steps of rollout.num_steps "
-                f"{self.rollout.num_steps}: none is left to train. Skip fewer or roll out more steps."
-            )
+        self.algorithm.check(group_size=self.rollout.group_size, num_steps=self.rollout.num_steps, multistep=self.rollout.solver != "euler")
+        for name in self.algorithm.credit.needed_components():
+            term = self.rewards.get(name)
+            if term is None or not term.gives_regions or term.weight <= 0:
+                able = [other for other, candidate in self.rewards.items() if candidate.gives_regions]
+                raise ValueError(
+                    f"algorithm.credit {self.algorithm.credit.kind!r} reads scores by region from reward {name!r}, "
+                    f"{'which is not among rewards' if term is None else 'which gives none or has no weight'}: name one that does in "
+                    f"algorithm.credit.term ({', '.join(able) or 'e.g. a reward of kind region_judge'})."
+                )
         chunk, rows = self.rollout.chunk, self.editor.micro_batch
         if chunk is not None and chunk % rows:
             raise ValueError(
@@ -239,11 +236,6 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"actors.num_learner {self.actors.num_learner} exceeds train.groups_per_update {self.train.groups_per_update}: "
                 "some ranks would have nothing to learn from. Lower num_learner or raise groups_per_update."
-            )
-        noise = self.algorithm.initial_noise
-        if noise.inside == 0 and noise.outside == 0:
-            raise ValueError(
-                "algorithm.initial_noise has no spread (inside 0, outside 0): all candidates would be one. Set inside above 0, e.g. 0.3."
             )
         attention = [name for name, term in self.rewards.items() if term.needs_attention and term.weight > 0]
         if attention and self.editor.attention_layers == 0:

@@ -7,13 +7,17 @@ recomputed bit for bit by any actor, whatever ran before on it.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
+
+from rl_edit.types import SDE, RewardTable
 
 
 def keyed_seed(*parts: object) -> int:
@@ -37,20 +41,13 @@ class NoiseSource:
         return torch.Generator().manual_seed(keyed_seed(self.run_seed, purpose, self.task_id, self.draw, candidate))
 
 
-class InitialNoise(Protocol):
-    """Seam: the initial noises of a group."""
-
-    def __call__(
-        self, num_candidates: int, shape: tuple[int, int], mask: Bool[Tensor, " token"], source: NoiseSource
-    ) -> Float[Tensor, "group token channel"]: ...
-
-
 class Perturbation(BaseModel):
     """Neighbours of one shared noise: ``e_i = sqrt(1 - a^2) * e + a * d_i``, element-wise of unit variance.
 
     ``a`` is ``inside`` on tokens of the edit region and ``outside`` elsewhere: the region-decoupled map of
     RC-GRPO-Editing (arXiv 2604.09386, Eq. 10-11). With ``inside == outside`` it is Neighbor GRPO's global neighbourhood
-    (arXiv 2511.16955, Eq. 7); with both 1 the candidates are independent; with both 0 they are one.
+    (arXiv 2511.16955, Eq. 7); with both 1 the candidates are independent; with both 0 they are one, as methods that explore by
+    step noise start.
 
     Attributes:
         inside: spread in the edit region. Neighbor GRPO found 0.3 best of {.1, .2, .3, .5, .7} for whole images; the
@@ -58,6 +55,9 @@ class Perturbation(BaseModel):
         outside: spread elsewhere; small but positive in the paper ("numerical stability").
         keep_reference: candidate 0 is the unperturbed shared noise (RC-GRPO-Editing); it sits at half the squared
             distance of two perturbed candidates, so it is never an anchor.
+        locality: how far each step pulls tokens outside the mask back to where the reference candidate's are, 0 (not) to 1 (all the
+            way). The perturbation is local at its start only: attention carries it into the background on the way. With 1 every
+            candidate shows the reference's background; ours, the papers name the leak as open.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +65,29 @@ class Perturbation(BaseModel):
     inside: float = Field(default=0.3, ge=0, le=1)
     outside: float = Field(default=0.02, ge=0, le=1)
     keep_reference: bool = True
+    locality: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Perturbation:
+        if self.locality > 0 and not self.keep_reference:
+            raise ValueError(
+                f"locality {self.locality:g} pulls backgrounds to the reference candidate's, and keep_reference is false: set it to true, "
+                "or locality to 0."
+            )
+        return self
+
+    @property
+    def spreads(self) -> bool:
+        """Whether candidates start apart."""
+        return self.inside > 0 or self.outside > 0
+
+    def at(self, state: Mapping[str, float], task_type: str) -> Perturbation:
+        """The law for one task, given what was steered so far: this one."""
+        return self
+
+    def steered(self, state: Mapping[str, float], seen: Sequence[tuple[str, RewardTable]]) -> dict[str, float]:
+        """What to explore with after an update, by task type: nothing is steered."""
+        return {}
 
     @property
     def num_references(self) -> int:
@@ -81,15 +104,240 @@ class Perturbation(BaseModel):
         return torch.stack([shared] * self.num_references + perturbed)
 
 
+def pulled_home(
+    states: Float[Tensor, "group token channel"], mask: Bool[Tensor, " token"], locality: float
+) -> Float[Tensor, "group token channel"]:
+    """States whose tokens outside the mask have moved by ``locality`` of the way to those of the first, the reference candidate."""
+    home = states[:1].lerp(states, 1 - locality) if locality < 1 else states[:1].expand_as(states)
+    return torch.where(mask[None, :, None].to(states.device), states, home)
+
+
+class AdaptiveSpread(BaseModel):
+    """A perturbation whose in-mask spread is steered so that a group's scores differ neither too little nor too much.
+
+    Candidates that all succeed or all fail teach nothing, and the spread that separates them differs by kind of edit. After each
+    update the spread of every task type is multiplied by ``exp(rate)`` when the mean within-group deviation of the watched score
+    lay below ``band`` and divided by it when it lay above. The state travels with the adapter. Ours; the papers fix the spread.
+
+    Attributes:
+        start: the law to begin with; its ``inside`` is what is steered.
+        watch: reward term, or component of one (``judge.instruction``), whose within-group deviation is steered.
+        band: wanted deviation (low, high), in the unit of the watched score.
+        rate: largest change of the logarithm of the spread per update.
+        least, most: bounds of the spread.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["adaptive"] = "adaptive"
+    start: Perturbation = Perturbation()
+    watch: str = "judge.instruction"
+    band: tuple[float, float] = (0.8, 1.6)
+    rate: float = Field(default=0.05, gt=0)
+    least: float = Field(default=0.05, gt=0, le=1)
+    most: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> AdaptiveSpread:
+        if not 0 <= self.band[0] < self.band[1]:
+            raise ValueError(f"band {self.band} is not (low, high) with 0 <= low < high: give a wanted range of deviations.")
+        if not self.least <= self.start.inside <= self.most:
+            raise ValueError(
+                f"start.inside {self.start.inside:g} lies outside {self.least:g}..{self.most:g} (least..most): move it or them."
+            )
+        return self
+
+    @property
+    def num_references(self) -> int:
+        return self.start.num_references
+
+    @property
+    def spreads(self) -> bool:
+        return True
+
+    @property
+    def locality(self) -> float:
+        return self.start.locality
+
+    def at(self, state: Mapping[str, float], task_type: str) -> Perturbation:
+        """The law for one task: its type's spread so far, else the one to begin with."""
+        return self.start.model_copy(update={"inside": state.get(task_type, self.start.inside)})
+
+    def steered(self, state: Mapping[str, float], seen: Sequence[tuple[str, RewardTable]]) -> dict[str, float]:
+        """The spreads after an update, by task type.
+
+        Args:
+            state: the spreads of the update's groups.
+            seen: (task type, reward table) of each group; groups in which the watched score is missing say nothing.
+        """
+        deviations: dict[str, list[float]] = {}
+        for task_type, table in seen:
+            scores = _watched(table, self.watch)
+            if scores is not None:
+                deviations.setdefault(task_type, []).append(float(scores.std(correction=0)))
+        result = dict(state)
+        for task_type, values in deviations.items():
+            mean = sum(values) / len(values)
+            direction = (mean < self.band[0]) - (mean > self.band[1])
+            spread = state.get(task_type, self.start.inside) * math.exp(self.rate * direction)
+            result[task_type] = min(max(spread, self.least), self.most)
+        return result
+
+
+def _watched(table: RewardTable, name: str) -> Float[Tensor, " group"] | None:
+    """A term's or component's scores; None when the table lacks them or some candidate has none."""
+    if name in table.names:
+        scores = table.values[:, table.names.index(name)].double()
+    elif name in table.components:
+        scores = torch.tensor(table.components[name], dtype=torch.float64)
+    else:
+        return None
+    return scores if bool(scores.isfinite().all()) else None
+
+
+def _perturbation_unless_said(value: Any) -> Any:
+    return {"kind": "perturbation", **value} if isinstance(value, Mapping) else value
+
+
+InitialNoise = Annotated[Perturbation | AdaptiveSpread, Field(discriminator="kind"), BeforeValidator(_perturbation_unless_said)]
+"""Seam: the initial noises of a group."""
+
+
 class NoStepNoise(BaseModel):
     """Deterministic rollouts: the probability-flow ODE at every step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["none"] = "none"
 
+    @property
+    def sde(self) -> SDE:
+        """The law of stochastic steps, of which there are none."""
+        return "flow"
+
     def __call__(self, update: int, num_steps: int) -> Float[Tensor, " step"]:
+        """SDE level of each rollout step of an update."""
         return torch.zeros(num_steps)
 
+    def check(self, num_steps: int) -> None:
+        """Raises ValueError for a schedule the law does not fit."""
 
-StepNoise = NoStepNoise
-"""Seam: SDE level of each rollout step, ``(update, num_steps) -> [step]``. Deterministic rollouts are the only law so far."""
+
+class ConstantNoise(BaseModel):
+    """Stochastic steps all along, but for the last (Flow-GRPO, arXiv 2505.05470): its density is too sharp to be a policy.
+
+    Attributes:
+        level: a of ``flow.moments``. 0.7 in Flow-GRPO; 0.9 for FLUX.1-Kontext, 1.0 for Qwen-Image-Edit in its released configs.
+        sde: which law.
+        skip_last: trailing steps that stay deterministic (the released ``timestep_fraction`` 0.99).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["constant"] = "constant"
+    level: float = Field(default=0.7, gt=0)
+    sde: SDE = "flow"
+    skip_last: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> ConstantNoise:
+        _require_level(self.sde, self.level)
+        return self
+
+    def __call__(self, update: int, num_steps: int) -> Float[Tensor, " step"]:
+        levels = torch.full((num_steps,), self.level)
+        levels[num_steps - self.skip_last :] = 0
+        return levels
+
+    def check(self, num_steps: int) -> None:
+        if self.skip_last >= num_steps:
+            raise ValueError(
+                f"algorithm.step_noise.skip_last {self.skip_last} leaves no stochastic step of rollout.num_steps {num_steps}: "
+                "lower it, or roll out more steps."
+            )
+
+
+class NoiseWindow(BaseModel):
+    """Stochastic steps in a window that moves over the updates, the ODE elsewhere (MixGRPO, arXiv 2507.21802; Flow-GRPO-Fast).
+
+    Attributes:
+        level, sde: as in :class:`ConstantNoise`.
+        size: steps in the window.
+        schedule: how its first step moves. "progressive": by ``stride`` every ``every`` updates; "exponential": it stays
+            ``every * exp(-decay * max(position - threshold, 0))`` updates (rounded up) at each position, so that later steps get less;
+            "random": anew for each update; "fixed": never.
+        first, stop: window starts lie in ``[first, stop - size]``; ``stop`` None ends two steps before the end, as released.
+            Past the last start the window rolls back to ``first``. It never shrinks and is never empty.
+        seed: of the random schedule: a function of the update, so that every actor draws the same.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["window"] = "window"
+    level: float = Field(default=0.7, gt=0)
+    sde: SDE = "flow"
+    size: int = Field(default=4, ge=1)
+    schedule: Literal["progressive", "exponential", "random", "fixed"] = "progressive"
+    every: int = Field(default=25, ge=1)
+    stride: int = Field(default=1, ge=1)
+    decay: float = Field(default=0.1, ge=0)
+    threshold: int = Field(default=13, ge=0)
+    first: int = Field(default=0, ge=0)
+    stop: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> NoiseWindow:
+        _require_level(self.sde, self.level)
+        return self
+
+    def starts(self, num_steps: int) -> range:
+        """Where the window may start."""
+        stop = max(num_steps - 2, 1) if self.stop is None else self.stop
+        return range(self.first, stop - self.size + 1)
+
+    def start(self, update: int, num_steps: int) -> int:
+        """Where the window of an update starts."""
+        starts = self.starts(num_steps)
+        if self.schedule == "fixed":
+            return starts[0]
+        if self.schedule == "random":
+            seed = keyed_seed(self.seed, "window", update)
+            return starts[int(torch.randint(len(starts), (), generator=torch.Generator().manual_seed(seed)))]
+        positions = starts[:: self.stride]
+        stays = [self._stay(position) for position in positions]
+        left = update % sum(stays)
+        for position, stay in zip(positions, stays, strict=True):
+            if left < stay:
+                return position
+            left -= stay
+        raise AssertionError("the remainder of a sum is below it")
+
+    def _stay(self, position: int) -> int:
+        if self.schedule == "progressive":
+            return self.every
+        return max(1, math.ceil(self.every * math.exp(-self.decay * max(position - self.threshold, 0))))
+
+    def __call__(self, update: int, num_steps: int) -> Float[Tensor, " step"]:
+        start = self.start(update, num_steps)
+        levels = torch.zeros(num_steps)
+        levels[start : start + self.size] = self.level
+        return levels
+
+    def check(self, num_steps: int) -> None:
+        stop = max(num_steps - 2, 1) if self.stop is None else self.stop
+        if stop > num_steps - 1:
+            raise ValueError(
+                f"algorithm.step_noise.stop {stop} reaches the last of rollout.num_steps {num_steps}, whose density is too sharp to train: "
+                f"use at most {num_steps - 1}."
+            )
+        if not self.starts(num_steps):
+            raise ValueError(
+                f"algorithm.step_noise.size {self.size} does not fit between step {self.first} and step {stop} of rollout.num_steps "
+                f"{num_steps}: use a smaller window or roll out more steps."
+            )
+
+
+def _require_level(sde: SDE, level: float) -> None:
+    if sde == "cps" and level > 1:
+        raise ValueError(f"level {level:g} with sde 'cps' is beyond 1, where all noise is fresh: use at most 1.")
+
+
+StepNoise = Annotated[NoStepNoise | ConstantNoise | NoiseWindow, Field(discriminator="kind")]
+"""Seam: SDE level of each rollout step, ``(update, num_steps) -> [step]``, and the law of the stochastic ones."""

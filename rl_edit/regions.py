@@ -29,6 +29,37 @@ def token_mask(edit_mask: Bool[Tensor, "height width"], grid: tuple[int, int]) -
     return pooled.flatten().bool()
 
 
+def token_areas(areas: Bool[Tensor, "area height width"], grid: tuple[int, int]) -> Bool[Tensor, "kept rows columns"]:
+    """Separate edit areas on the token grid: a token belongs to an area if any of its pixels does, to the smallest of several.
+
+    The areas stay disjoint, their union is :func:`token_mask` of theirs, and one that others cover whole is left empty, so that
+    their order and number are the task's.
+    """
+    rows, columns = grid
+    flat = torch.stack([token_mask(area, grid) for area in areas]).reshape(-1, rows, columns)
+    taken = torch.zeros(rows, columns, dtype=torch.bool)
+    kept = torch.zeros_like(flat)
+    for index in areas.flatten(1).sum(dim=1).argsort(stable=True).tolist():
+        kept[index] = flat[index] & ~taken
+        taken |= flat[index]
+    return kept
+
+
+def softened(share: Float[Tensor, "rows columns"], width: int) -> Float[Tensor, "rows columns"]:
+    """A mask whose border is blended over ``width`` tokens to either side (a box mean that never looks beyond the picture)."""
+    if width == 0:
+        return share
+    kernel = 2 * width + 1
+    return F.avg_pool2d(share[None, None], kernel, stride=1, padding=width, count_include_pad=False)[0, 0]
+
+
+def eroded(mask: Bool[Tensor, "rows columns"], radius: int) -> Bool[Tensor, "rows columns"]:
+    """Tokens of a mask that lie at least ``radius`` (in rows and columns) inside it; the picture's own border does not erode."""
+    if radius == 0:
+        return mask
+    return ~F.max_pool2d((~mask).float()[None, None], 2 * radius + 1, stride=1, padding=radius)[0, 0].bool()
+
+
 class UniformRows(BaseModel):
     """Whole image: every token weighs the same. The plain metric of Neighbor GRPO (arXiv 2511.16955), mean-reduced."""
 

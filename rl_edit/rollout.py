@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rl_edit import flow
-from rl_edit.types import EditTask, RewardTable, RolloutGroup
+from rl_edit.types import SDE, AdapterId, Candidates, Conditioning, EditTask, RewardTable, RolloutGroup
 
+Solver = Literal["euler", "dpm++"]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``(latents [batch, token, channel], sigma [batch]) -> velocity [batch, token, channel]``."""
 
@@ -41,32 +43,48 @@ def denoise(
     sigmas: Float[Tensor, " step_plus_1"],
     *,
     keep: tuple[int, ...] = (),
+    solver: Solver = "euler",
     step_noise: Float[Tensor, " all_steps"] | None = None,
+    sde: SDE = "flow",
     normal: Callable[[int], Tensor] | None = None,
+    settle: Callable[[Tensor], Tensor] | None = None,
 ) -> Trajectory:
     """Integrates every candidate over the whole grid and keeps the named steps. Latents stay fp32 throughout.
 
     Args:
         sigmas: decreasing grid from (near) 1 to 0.
         keep: indices of the steps to store, ascending.
-        step_noise: SDE level per step; None is the ODE.
+        solver: "euler", or "dpm++": DPM-Solver++(2M), second order from the steps before. Kept velocities serve either.
+        step_noise: SDE level per step; None is the ODE. A multistep solver has none.
+        sde: the law of stochastic steps.
         normal: standard normals for stochastic steps, by step index.
+        settle: what is done to the candidates' states after each step but the last.
     """
     num_steps = len(sigmas) - 1
     levels = torch.zeros(num_steps) if step_noise is None else step_noise
     latents = initial.float()
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    clean: Tensor | None = None
     for step in range(num_steps):
         rate = velocity(latents, sigmas[step].expand(len(latents)))
         level = float(levels[step])
-        following = flow.transition(
-            latents,
-            rate,
-            sigma=float(sigmas[step]),
-            sigma_next=float(sigmas[step + 1]),
-            level=level,
-            noise=normal(step).to(latents) if level and normal is not None else None,
-        )
+        before, clean = clean, flow.clean_from_velocity(latents, rate, sigmas[step])
+        if solver == "dpm++" and before is not None and sigmas[step + 1] > 0 and sigmas[step - 1] < 1:
+            assert level == 0, "a multistep solver has no stochastic steps"
+            grid = [float(sigmas[i]) for i in (step - 1, step, step + 1)]
+            following = flow.multistep(latents, clean, before, sigma_before=grid[0], sigma=grid[1], sigma_next=grid[2])
+        else:
+            following = flow.transition(
+                latents,
+                rate,
+                sigma=float(sigmas[step]),
+                sigma_next=float(sigmas[step + 1]),
+                level=level,
+                sde=sde,
+                noise=normal(step).to(latents) if level and normal is not None else None,
+            )
+        if settle is not None and step + 1 < num_steps:
+            following = settle(following)
         if step in keep:
             kept.append((latents, following, rate))
         latents = following
@@ -92,6 +110,40 @@ def blank_task(pixels_per_token: int) -> EditTask:
     mask[:pixels_per_token] = True
     source = torch.full((side, side, 3), 128, dtype=torch.uint8)
     return EditTask(task_id="blank", task_type="edit", source=source, instruction="nothing", edit_mask=mask)
+
+
+def blank_group(conditioning: Conditioning, shape: tuple[int, int], *, size: int, levels: Tensor, keep: tuple[int, ...]) -> RolloutGroup:
+    """A group of zeros with every record a real one has, for forwards whose result nobody looks at.
+
+    Args:
+        conditioning: of :func:`blank_task`; ``shape``: (token, channel) of its latents.
+        levels: SDE level of each rollout step; ``keep``: the kept ones.
+    """
+    areas = torch.zeros(1, *conditioning.grid, dtype=torch.bool)
+    areas[0, 0, 0] = True
+    task, kept = blank_task(1), list(keep)
+    grid = torch.linspace(1, 0, len(levels) + 1)
+    states = torch.zeros(size, len(kept), *shape)
+    return RolloutGroup(
+        group_id="blank",
+        adapter=AdapterId(0, "blank"),
+        candidates=Candidates(
+            task=task,
+            images=task.source.expand(size, -1, -1, -1),
+            attention=torch.full((size, shape[0]), 1 / shape[0]),
+            token_mask=areas.any(dim=0).flatten(),
+        ),
+        conditioning=conditioning,
+        latents=states,
+        next_latents=states,
+        velocities=states,
+        sigmas=grid[kept],
+        sigmas_next=grid[[step + 1 for step in kept]],
+        step_noise=levels[kept],
+        sde="flow",
+        schedule=grid,
+        areas=areas,
+    )
 
 
 def merged(chunks: Sequence[RolloutGroup]) -> RolloutGroup:

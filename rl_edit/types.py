@@ -38,6 +38,11 @@ T = TypeVar("T")
 Status = Literal["ok", "invalid", "timeout", "refused"]
 """What became of one score."""
 
+SDE = Literal["flow", "dance", "cps"]
+"""Law of a stochastic sampling step (``flow.moments``). "flow": Flow-GRPO (arXiv 2505.05470), keeps the marginals of the flow.
+"dance": DanceGRPO (arXiv 2505.07818), constant noise and its score correction. "cps": coefficient-preserving sampling (Flow-CPS,
+arXiv 2509.05952), keeps the mix of predicted clean sample and noise, not the marginals."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditTask:
@@ -69,6 +74,12 @@ class PairedTask(EditTask):
 
     target: UInt8[Tensor, "height width 3"]
     caption: str = ""
+
+
+def areas_of(task: EditTask) -> Bool[Tensor, "area height width"]:
+    """The separate places that an instruction may change: the task's own regions; its edit mask where it lists none."""
+    regions: Tensor | None = getattr(task, "regions", None)
+    return task.edit_mask[None] if regions is None else regions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +114,16 @@ class AdapterId:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterWeights:
-    """LoRA tensors under their content name."""
+    """LoRA tensors under their content name.
+
+    Attributes:
+        exploration: what the learner steers beside the weights: in-mask noise spread by task type, for laws that adapt it. It travels
+            with the weights, so that whoever rolls out under them explores alike, after a resume too.
+    """
 
     id: AdapterId
     tensors: dict[str, Tensor]
+    exploration: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +188,9 @@ class RolloutGroup:
         velocities: velocity under the behaviour weights at ``latents``.
         sigmas, sigmas_next: noise level at the start and end of each kept step.
         step_noise: SDE level of each kept step; 0 is the ODE.
+        sde: the law of the stochastic ones.
+        schedule: the whole grid of noise levels, from (near) 1 to 0.
+        areas: separate edit areas on the token grid, disjoint; their union is the token mask. Credit by region reads them.
         candidates: the finished edits, with the task, the token mask and the attention.
     """
 
@@ -184,6 +204,9 @@ class RolloutGroup:
     sigmas: Float[Tensor, " step"]
     sigmas_next: Float[Tensor, " step"]
     step_noise: Float[Tensor, " step"]
+    sde: SDE
+    schedule: Float[Tensor, " grid"]
+    areas: Bool[Tensor, "area rows columns"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +217,7 @@ class Rolled:
         adapter: id computed from the tensors the actor really had loaded.
         sha256: of the blob's bytes. Two results of one item must agree.
         finite: whether every latent and velocity is.
-        token_mask: the edit region's tokens, which credit needs and which is small.
+        areas: the separate edit areas on the token grid, which credit needs and which are small.
         seconds: actor-side time by phase.
     """
 
@@ -203,7 +226,7 @@ class Rolled:
     sha256: str
     nbytes: int
     finite: bool
-    token_mask: Bool[Tensor, " token"]
+    areas: Bool[Tensor, "area rows columns"]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -220,12 +243,14 @@ class LearnSlot:
     """One group of an update, as the learner is told of it; its blobs travel beside it to the rank that trains on it.
 
     Attributes:
-        token_mask: the edit region's tokens; None when the group was lost.
+        task_type: the kind of edit, by which exploration may be steered.
+        areas: the separate edit areas on the token grid; None when the group was lost.
         tables: packed reward tables, one per chunk in candidate order; empty when the group was lost.
         lost: why there is no group ("" when there is one): it failed beyond its retry budget.
     """
 
-    token_mask: Bool[Tensor, " token"] | None
+    task_type: str
+    areas: Bool[Tensor, "area rows columns"] | None
     tables: tuple[NDArray[np.uint8], ...]
     lost: str = ""
 
@@ -244,7 +269,9 @@ class LearnReport:
     """What one update did, without its tensors.
 
     Attributes:
-        adapter: name of the new weights.
+        adapter: name of the new acting weights, which the actors run.
+        result: name of the new weights that are evaluated and saved: the same, unless the method acts on a decayed average or
+            the run saves one.
         plan: hash of what was applied (update, work items, reward tables); the same plan is applied once.
         metrics: loss, ratio, clip and gradient statistics; empty when no group was trained.
         declined: why groups were not trained, by kind ("lost", "invalid", "spread").
@@ -254,6 +281,7 @@ class LearnReport:
     """
 
     adapter: AdapterId
+    result: AdapterId
     plan: str
     metrics: dict[str, float]
     declined: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -261,6 +289,11 @@ class LearnReport:
     skipped: str = ""
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+
+
+LearnAnswer = tuple[LearnReport, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+"""What a learner answers: the report, the packed acting adapter, the packed state and the packed resulting adapter. The last is empty
+when it is the acting one; all are empty on ranks other than 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from rl_edit.exploration import NoiseSource
-from rl_edit.objectives import Objective
-from rl_edit.types import Advantages, Conditioning, RolloutGroup
+from rl_edit.objectives import ObjectiveLaw, Policy, ReplayPoint, Velocities
+from rl_edit.types import Advantages, Conditioning, LossOutput, RolloutGroup
 
 ConditionedVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""``(latents [batch, token, channel], sigma [batch], conditioning of one task) -> velocity [batch, token, channel]``."""
 
 
 class TrainingFailed(RuntimeError):
@@ -51,12 +52,14 @@ class LearningConfig:
     Attributes:
         max_grad_norm: gradients above this norm are scaled down to it.
         ratio_tolerance: largest |ratio - 1| accepted on-policy before the optimizer may step.
+        rows: states of one forward and backward: points are split and joined to fit it. None is a point at a time.
         reduction: "ordered" adds gradients slot by slot, whatever the number of ranks; "allreduce" adds each rank's own
             first and leaves the rest to the library, which is faster and equal up to rounding.
     """
 
     max_grad_norm: float
     ratio_tolerance: float
+    rows: int | None = None
     reduction: Literal["ordered", "allreduce"] = "ordered"
 
 
@@ -70,10 +73,10 @@ class StepResult:
 
 def learning_step(
     velocity: ConditionedVelocity,
-    reference: ConditionedVelocity,
+    others: Mapping[Policy, ConditionedVelocity],
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
-    objective: Objective,
+    objective: ObjectiveLaw,
     own: Mapping[int, tuple[RolloutGroup, Advantages]],
     *,
     trained: Sequence[int],
@@ -91,7 +94,7 @@ def learning_step(
     A loss or gradient that is not finite leaves parameters and optimizer as they are.
 
     Args:
-        reference: the base editor's velocity, without gradient; it is evaluated only for objectives that need it.
+        others: velocities under other weights, without gradient; those that the objective names are evaluated.
         own: this rank's trained groups by slot.
         trained: the trained slots of all ranks, ascending.
         idle: what a rank does in a round of slots in which it has none to train.
@@ -108,15 +111,15 @@ def learning_step(
         if slot in own:
             group, advantages = own[slot]
             generator = NoiseSource(run_seed, group.group_id, update).generator("anchors", pass_index)
-            points = objective.replay(group, advantages, num_references=num_references, generator=generator)
             tally: dict[str, list[Tensor]] = defaultdict(list)
-            for point in points:
-                base = reference(point.latents, point.sigma, group.conditioning) if objective.needs_reference else None
-                output = objective.loss(point, velocity(point.latents, point.sigma, group.conditioning), base)
-                (output.loss / (len(points) * len(trained))).backward()
-                tally["loss"].append(output.loss.detach())
-                for name, value in output.metrics.items():
-                    tally[name].append(value)
+            for batch in losses(
+                velocity, others, objective, group, advantages, num_references=num_references, generator=generator, rows=config.rows
+            ):
+                torch.stack([output.loss * (point.weight / len(trained)) for point, output in batch]).sum().backward()
+                for _, output in batch:
+                    tally["loss"].append(output.loss.detach())
+                    for name, value in output.metrics.items():
+                        tally[name].append(value)
             tallies[slot] = {name: torch.stack(values).tolist() for name, values in tally.items()}
             if group.adapter.sha256 == on_policy:
                 tallies[slot][_ON_POLICY] = tallies[slot].get("ratio/max_deviation", [])
@@ -133,6 +136,50 @@ def learning_step(
     if config.reduction == "allreduce":
         total = ranks.total(total)
     return _step(parameters, optimizer, total, _together(ranks, tallies), config)
+
+
+def losses(
+    velocity: ConditionedVelocity,
+    others: Mapping[Policy, ConditionedVelocity],
+    objective: ObjectiveLaw,
+    group: RolloutGroup,
+    advantages: Advantages,
+    *,
+    num_references: int,
+    generator: torch.Generator,
+    rows: int | None,
+) -> Iterator[list[tuple[ReplayPoint, LossOutput]]]:
+    """A group's points with their losses, a batch per forward, so that one batch's graph is alive at a time."""
+    points = objective.replay(group, advantages, num_references=num_references, generator=generator, rows=rows)
+    for batch in _batches(points, rows):
+        found = _velocities(velocity, others, objective.policies, batch, group.conditioning)
+        yield [(point, objective.loss(point, at)) for point, at in zip(batch, found, strict=True)]
+
+
+def _batches(points: Sequence[ReplayPoint], rows: int | None) -> list[list[ReplayPoint]]:
+    """Neighbouring points that one forward of at most ``rows`` states can hold."""
+    batches: list[list[ReplayPoint]] = []
+    for point in points:
+        if rows is not None and batches and sum(len(p.latents) for p in batches[-1]) + len(point.latents) <= rows:
+            batches[-1].append(point)
+        else:
+            batches.append([point])
+    return batches
+
+
+def _velocities(
+    velocity: ConditionedVelocity,
+    others: Mapping[Policy, ConditionedVelocity],
+    policies: frozenset[Policy],
+    points: Sequence[ReplayPoint],
+    conditioning: Conditioning,
+) -> list[Velocities]:
+    """Velocities at every point, in one forward per policy. The trained one comes last: it alone keeps its gradient."""
+    latents, sigma = torch.cat([point.latents for point in points]), torch.cat([point.sigma for point in points])
+    sizes = [len(point.latents) for point in points]
+    fixed = {name: others[name](latents, sigma, conditioning).split(sizes) for name in sorted(policies)}
+    current = velocity(latents, sigma, conditioning).split(sizes)
+    return [Velocities(policy=part, **{name: values[i] for name, values in fixed.items()}) for i, part in enumerate(current)]
 
 
 _ON_POLICY = "on-policy deviation"

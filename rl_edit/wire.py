@@ -18,7 +18,7 @@ from torch import Tensor
 from rl_edit import types
 from rl_edit.data.shapes import ShapesTask
 
-SCHEMA = 2
+SCHEMA = 3
 RECORDS = {
     record.__name__: record
     for record in (

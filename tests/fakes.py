@@ -21,7 +21,7 @@ from actors.crew import Crew, Post
 from rl_edit import wire
 from rl_edit.adapters import digest
 from rl_edit.errors import BlobLost, WorkerLost, WorkFailed
-from rl_edit.types import AdapterId, AdapterWeights, LearnerState, LearnOrder, LearnReport, RewardTable, Rolled, WorkItem
+from rl_edit.types import AdapterId, AdapterWeights, LearnAnswer, LearnerState, LearnOrder, LearnReport, RewardTable, Rolled, WorkItem
 
 REWARDS = ("preservation", "attention")
 
@@ -63,7 +63,7 @@ class FakeRollout:
             sha256=hashlib.sha256(group.tobytes()).hexdigest(),
             nbytes=group.nbytes,
             finite=True,
-            token_mask=torch.tensor([True, False]),
+            areas=torch.tensor([[[True, False]]]),
             seconds={"denoise": 0.001},
         )
         return rolled, group
@@ -98,18 +98,31 @@ class FakeLearner:
     def ratio(self, group: np.ndarray) -> float:
         return 0.0
 
-    def export(self) -> tuple[AdapterId, np.ndarray, np.ndarray]:
+    def export(self) -> LearnAnswer:
+        return self.answer(plan="")
+
+    def answer(self, *, plan: str, used: int = 0, lost: tuple[str, ...] = ()) -> LearnAnswer:
         tensors = {"weight": self.weight.clone()}
         weights = AdapterWeights(id=AdapterId(self.updates_done, digest(tensors)), tensors=tensors)
-        return weights.id, wire.pack(weights), wire.pack(LearnerState(updates_done=self.updates_done, tensors=tensors))
+        report = LearnReport(
+            adapter=weights.id,
+            result=weights.id,
+            plan=plan,
+            metrics={},
+            declined={"lost": lost} if lost else {},
+            used=used,
+            seconds=0.001,
+        )
+        state = LearnerState(updates_done=self.updates_done, tensors=tensors)
+        return report, wire.pack(weights), wire.pack(state), np.empty(0, dtype=np.uint8)
 
     def restore(self, blob: np.ndarray) -> None:
         state: LearnerState = wire.unpack(blob)
         self.updates_done, self.weight = state.updates_done, state.tensors["weight"].clone()
 
-    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> tuple[LearnReport, np.ndarray, np.ndarray]:
+    def learn(self, order: LearnOrder, *blobs: np.ndarray) -> LearnAnswer:
         if order.update == self.updates_done - 1 and order.plan in self.answers:
-            answer: tuple[LearnReport, np.ndarray, np.ndarray] = self.answers[order.plan]
+            answer: LearnAnswer = self.answers[order.plan]
             return answer
         if order.update != self.updates_done:
             raise RuntimeError(f"asked for update {order.update}, done {self.updates_done}")
@@ -121,17 +134,8 @@ class FakeLearner:
                 content.update(wire.unpack(table).values.numpy().tobytes())
         self.weight = torch.tensor([float(byte) for byte in content.digest()[:4]])
         self.updates_done += 1
-        named, adapter, state = self.export()
         lost = tuple(slot.lost for slot in order.slots if slot.lost)
-        report = LearnReport(
-            adapter=named,
-            plan=order.plan,
-            metrics={},
-            declined={"lost": lost} if lost else {},
-            used=len(order.slots) - len(lost),
-            seconds=0.001,
-        )
-        self.answers = {order.plan: (report, adapter, state)}
+        self.answers = {order.plan: self.answer(plan=order.plan, used=len(order.slots) - len(lost), lost=lost)}
         return self.answers[order.plan]
 
 

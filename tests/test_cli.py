@@ -379,11 +379,11 @@ def test_edit_refuses_what_it_cannot_read_or_write(
 
 
 def test_the_lists_name_every_preset_and_method(rl_edit: Command) -> None:
-    from rl_edit.algorithms import BUNDLES
+    from rl_edit.algorithms import METHODS
     from rl_edit.config import presets
 
     assert all(name in rl_edit("presets")[1] for name in presets())
-    assert all(name in rl_edit("methods")[1] for name in BUNDLES)
+    assert all(name in rl_edit("methods")[1] for name in METHODS)
 
 
 def test_make_shapes_writes_what_train_reads(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from runs import command, small_config
 
-from rl_edit.algorithms import BUNDLES
+from rl_edit.algorithms import METHODS
 from rl_edit.config import RunConfig, load_config, presets, validated
 from rl_edit.errors import InputError
 
@@ -86,11 +86,11 @@ def test_what_is_no_override_is_said_to_be_none(override: str) -> None:
 
 
 def test_a_named_method_supplies_every_seam_and_other_keys_adjust_it() -> None:
-    raw: dict[str, Any] = {"rewards": {"keep": {"kind": "preservation"}}, "rollout": {"group_size": 8}}
-    for name, bundle in BUNDLES.items():
-        assert validated({**raw, "algorithm": {"name": name}}, "test").algorithm == bundle()
+    raw: dict[str, Any] = {"rewards": {"judge": {"kind": "shapes_judge"}}, "rollout": {"group_size": 8}}
+    for name, method in METHODS.items():
+        assert validated({**raw, "algorithm": {"name": name}}, "test").algorithm == method.algorithm
     adjusted = validated({**raw, "algorithm": {"name": "neighbor-grpo", "initial_noise": {"inside": 0.5}}}, "test").algorithm
-    plain = BUNDLES["neighbor-grpo"]()
+    plain = METHODS["neighbor-grpo"].algorithm
     assert adjusted.initial_noise == plain.initial_noise.model_copy(update={"inside": 0.5})
     assert (adjusted.credit, adjusted.objective) == (plain.credit, plain.objective)
 
@@ -122,7 +122,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest(given: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("rollout.group_size=1",), ("rollout.group_size 1", "at least 2")),
+        (("rollout.group_size=1",), ("rollout.group_size is 1", "Raise rollout.group_size")),
         (("rollout.group_size=4",), ("num_anchors 4", "3 perturbed", "group_size 4")),
         (("algorithm.objective.inner.num_anchors=8",), ("num_anchors 8", "7 perturbed")),
         (("algorithm.objective.inner.num_anchors=0",), ("algorithm.objective.inner.num_anchors", "got 0")),
@@ -136,7 +136,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest(given: str) -> None:
         (("train.updates=0",), ("train.updates", "got 0")),
         (("train.updates=many",), ("train.updates", "'many'")),
         (("train.max_lag=2",), ("train.max_lag", "got 2")),
-        (("algorithm.step_noise={kind: constant, level: 0.7}",), ("algorithm.step_noise.kind", "'none'", "'constant'")),
+        (("algorithm.step_noise={kind: constant, level: 0.7}",), ("deterministic trajectories", "algorithm.step_noise", "transition")),
         (("data.path=builtin:circles",), ("'builtin:circles'", "builtin:shapes")),
         (("actors.runtime=slurm",), ("actors.runtime", "'slurm'")),
     ],
@@ -148,7 +148,7 @@ def test_what_cannot_work_is_refused_with_its_value_before_anything_is_loaded(ov
 
 def test_anchors_may_be_all_perturbed_candidates_but_not_the_reference() -> None:
     exact = ("rollout.group_size=5", "algorithm.objective.inner.num_anchors=4")
-    assert load_config(preset=TINY, overrides=exact).algorithm.objective.num_anchors == 4
+    assert load_config(preset=TINY, overrides=exact).algorithm.objective.inner.num_anchors == 4
     assert "one is the unperturbed reference" in problem("rollout.group_size=4", "algorithm.objective.inner.num_anchors=4")
     without = ("rollout.group_size=4", "algorithm.initial_noise.keep_reference=false")
     assert load_config(preset=TINY, overrides=without).rollout.group_size == 4
@@ -168,7 +168,7 @@ def test_several_problems_are_one_line_that_counts_them() -> None:
 def test_every_preset_is_valid_and_says_what_it_is(preset: str) -> None:
     config = load_config(preset=preset)
     assert config.name == preset
-    assert config.algorithm.name in BUNDLES
+    assert config.algorithm.name in METHODS
     assert presets()[preset]
 
 

@@ -198,9 +198,9 @@ def test_whatever_a_judge_answers_no_advantage_is_anything_but_finite(answers: l
     for said in (answers, [0.1, 0.4, 0.2, 0.9]):
         ANSWERS[:] = said
         tables.append(score_candidates(terms, small_group(4), group_id="w"))
-    token_mask = torch.tensor([True, True, False, False])
+    areas = torch.tensor([[[True, True, False, False]]])
     for credit in CREDITS:
-        first, second = credit(tables, [token_mask, token_mask])
+        first, second = credit(tables, [areas, areas])
         assert isinstance(first, Declined) or bool(first.values.isfinite().all())
         assert isinstance(first, Declined) or bool(tables[0].valid.all())
         assert not isinstance(second, Declined) and bool(second.values.isfinite().all())
@@ -258,12 +258,12 @@ class Skipping(FakeLearner):
 
     def learn(self, order: LearnOrder, *blobs: np.ndarray) -> Any:
         before = self.weight.clone()
-        report, adapter, state = super().learn(order, *blobs)
+        report, *blobs_of = super().learn(order, *blobs)
         if order.update != 1:
-            return report, adapter, state
+            return report, *blobs_of
         self.weight = before
-        named, adapter, state = self.export()
-        return replace(report, adapter=named, skipped="the loss is nan", skipped_in_a_row=1, metrics={"loss": math.nan}), adapter, state
+        named, *blobs_of = self.export()
+        return replace(report, adapter=named.adapter, result=named.result, skipped="the loss is nan", skipped_in_a_row=1, metrics={"loss": math.nan}), *blobs_of
 
 
 def test_a_skipped_step_is_told_and_its_evidence_kept_and_the_run_goes_on(tmp_path: Path) -> None:

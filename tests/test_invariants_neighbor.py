@@ -16,7 +16,7 @@ from torch import Tensor
 from rl_edit import flow
 from rl_edit.advantages import quasi_norm
 from rl_edit.exploration import NoiseSource, Perturbation
-from rl_edit.objectives import NeighborSurrogate, ReplayPoint
+from rl_edit.objectives import NeighborSurrogate, ReplayPoint, Velocities
 from rl_edit.regions import UniformRows
 from rl_edit.types import AdapterId, Advantages, Candidates, Conditioning, EditTask, RolloutGroup
 
@@ -52,6 +52,9 @@ def group_of(states: Tensor, velocities: Tensor) -> RolloutGroup:
         sigmas=sigmas,
         sigmas_next=sigmas_next,
         step_noise=torch.zeros(1),
+        sde="flow",
+        schedule=torch.tensor([0.9, 0.55, 0.0]),
+        areas=MASK.reshape(1, 1, L),
     )
 
 
@@ -81,7 +84,7 @@ def restricted(point: ReplayPoint, anchors: tuple[int, ...]) -> ReplayPoint:
     """The same point with some of its anchors only."""
     index = list(anchors)
     context = replace(point.context, old_log_policy=point.context.old_log_policy[index])
-    return ReplayPoint(latents=point.latents[index], sigma=point.sigma[index], context=context)
+    return replace(point, latents=point.latents[index], sigma=point.sigma[index], context=context)
 
 
 def test_every_noise_has_unit_variance() -> None:
@@ -114,7 +117,7 @@ def test_spread_zero_is_one_noise() -> None:
 def test_ratio_is_one_at_the_old_weights() -> None:
     group = random_group()
     objective, point = every_anchor(group, some_credit())
-    metrics = objective.loss(point, group.velocities[:, 0]).metrics
+    metrics = objective.loss(point, Velocities(policy=group.velocities[:, 0])).metrics
     assert float(metrics["ratio/min"]) == float(metrics["ratio/max"]) == 1.0
 
 
@@ -124,7 +127,7 @@ def test_gradient_at_the_old_weights_is_the_closed_form(temperature: float) -> N
     group, advantages = random_group(), some_credit()
     objective, point = every_anchor(group, advantages, temperature=temperature)
     velocity = group.velocities[:, 0].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(objective.loss(point, velocity).loss, velocity)
+    (gradient,) = torch.autograd.grad(objective.loss(point, Velocities(policy=velocity)).loss, velocity)
     centroid = np.einsum("g,glc->lc", advantages.values[:, 0].numpy(), group.next_latents[:, 0].numpy())
     step = float(group.sigmas_next[0] - group.sigmas[0])
     expected = -step / G * 2 / (G * temperature * L * C) * centroid
@@ -141,7 +144,9 @@ def test_permuting_candidates_permutes_the_policy_and_leaves_the_objective(order
     objective, point = every_anchor(group, advantages)
     _, other = every_anchor(shuffled, credit(advantages.values[order, 0]))
     assert torch.allclose(other.context.old_log_policy, point.context.old_log_policy[order][:, order], atol=1e-12)
-    assert float(objective.loss(other, new[order]).loss) == pytest.approx(float(objective.loss(point, new).loss), rel=1e-9, abs=1e-12)
+    assert float(objective.loss(other, Velocities(policy=new[order])).loss) == pytest.approx(
+        float(objective.loss(point, Velocities(policy=new)).loss), rel=1e-9, abs=1e-12
+    )
 
 
 # --- quasi-norm ------------------------------------------------------------------------------------------------------
@@ -186,8 +191,8 @@ def test_all_anchors_average_to_the_full_objective() -> None:
     group, advantages = random_group(), some_credit()
     objective, point = every_anchor(group, advantages)
     new = group.velocities[:, 0] + 0.3
-    each = [float(objective.loss(restricted(point, (a,)), new[[a]]).loss) for a in range(G)]
-    assert float(objective.loss(point, new).loss) == pytest.approx(np.mean(each), rel=1e-9)
+    each = [float(objective.loss(restricted(point, (a,)), Velocities(policy=new[[a]])).loss) for a in range(G)]
+    assert float(objective.loss(point, Velocities(policy=new)).loss) == pytest.approx(np.mean(each), rel=1e-9)
     assert len({round(value, 9) for value in each}) == G
 
 
@@ -201,7 +206,7 @@ def test_expectation_over_anchor_subsets_of_the_gradient_is_the_full_gradient(nu
     def gradient(anchors: tuple[int, ...]) -> Tensor:
         shared = start.clone().requires_grad_()
         velocity = group.velocities[list(anchors), 0] + shared * torch.arange(1, G + 1)[list(anchors), None, None]
-        return torch.autograd.grad(objective.loss(restricted(point, anchors), velocity).loss, shared)[0]
+        return torch.autograd.grad(objective.loss(restricted(point, anchors), Velocities(policy=velocity)).loss, shared)[0]
 
     full = gradient(tuple(range(G)))
     mean = torch.stack([gradient(subset) for subset in combinations(range(G), num_anchors)]).mean(dim=0)

@@ -18,7 +18,7 @@ from rl_edit.editors import EditorConfig
 from rl_edit.editors.flux_kontext import FluxKontextEditor
 from rl_edit.editors.pretrain import new_editor
 from rl_edit.exploration import NoiseSource, Perturbation
-from rl_edit.objectives import NeighborSurrogate, ReplayPoint
+from rl_edit.objectives import NeighborSurrogate, ReplayPoint, Velocities
 from rl_edit.objectives.neighbor import region_distances
 from rl_edit.regions import MaskedRows, UniformRows
 from rl_edit.rollout import denoise
@@ -70,6 +70,9 @@ def group_of(*, dtype: torch.dtype = torch.float32, num: int = G, seed: int = 0,
         sigmas=sigmas,
         sigmas_next=sigmas_next,
         step_noise=torch.zeros(1),
+        sde="flow",
+        schedule=torch.tensor([0.9, 0.55, 0.0]),
+        areas=mask.reshape(1, 1, -1),
     )
 
 
@@ -213,7 +216,7 @@ def test_on_policy_every_ratio_is_one_bitwise(seed: int, temperature: float, mas
     group = group_of(seed=seed)
     objective = NeighborSurrogate(num_anchors=num_anchors, temperature=temperature)
     point = point_of(objective, group, credit(group, MaskedRows(inside=0.5) if masked else UniformRows()), seed=seed)
-    metrics = objective.loss(point, stored_velocity(group, point)).metrics
+    metrics = objective.loss(point, Velocities(policy=stored_velocity(group, point))).metrics
     assert (float(metrics["ratio/min"]), float(metrics["ratio/max"]), float(metrics["ratio/max_deviation"])) == (1.0, 1.0, 0.0)
 
 
@@ -240,7 +243,7 @@ def test_objective_at_old_weights_is_mean_advantage_zero() -> None:
     group = group_of()
     objective = NeighborSurrogate()
     point = point_of(objective, group, credit(group, MaskedRows()))
-    assert abs(float(objective.loss(point, stored_velocity(group, point)).loss)) < 1e-7
+    assert abs(float(objective.loss(point, Velocities(policy=stored_velocity(group, point))).loss)) < 1e-7
 
 
 # --- 4. the gradient -------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_gradient_at_old_weights_is_the_closed_form(dtype: torch.dtype, toleranc
     objective = NeighborSurrogate(num_anchors=3, temperature=temperature)
     point = point_of(objective, group, advantages)
     velocity = stored_velocity(group, point).clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(objective.loss(point, velocity).loss, velocity)
+    (gradient,) = torch.autograd.grad(objective.loss(point, Velocities(policy=velocity)).loss, velocity)
 
     row = advantages.regions[0].double()
     centroid = torch.einsum("g,glc->lc", advantages.values[:, 0].double(), group.next_latents[:, 0].double())
@@ -272,7 +275,7 @@ def test_descending_the_loss_moves_an_anchor_towards_the_candidates_with_positiv
     objective = NeighborSurrogate(num_anchors=4)
     point = point_of(objective, group, advantages)
     velocity = stored_velocity(group, point).clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(objective.loss(point, velocity).loss, velocity)
+    (gradient,) = torch.autograd.grad(objective.loss(point, Velocities(policy=velocity)).loss, velocity)
     winner, others = group.next_latents[1, 0], group.next_latents[[0, 2, 3, 4], 0].mean(dim=0)
     change = (group.sigmas_next[0] - group.sigmas[0]) * -gradient
     assert all(float((part * (winner - others)).sum()) > 0 for part in change)
@@ -288,7 +291,7 @@ def test_off_policy_loss_is_the_clipped_objective_of_the_paper(clip: float) -> N
     expected = plain_loss(
         group, advantages, anchors_of(group, point), new, weights=advantages.regions[0].double().numpy(), temperature=0.7, clip=clip
     )
-    output = objective.loss(point, new)
+    output = objective.loss(point, Velocities(policy=new))
     assert abs(expected) > 1e-3
     assert float(output.loss) == pytest.approx(expected, rel=1e-4)
     assert (float(output.metrics["clip/share"]) > 0) == (clip < 10)
@@ -304,8 +307,8 @@ def test_full_mask_loss_is_mean_reduced_neighbor_grpo() -> None:
     masked, plain = credit(group, MaskedRows(inside=1.0, outside=0.01)), credit(group, UniformRows())
     point, other = (point_of(objective, group, advantages, num_references=0) for advantages in (masked, plain))
     new = moved_velocity(group, point, 0.8)
-    loss = float(objective.loss(point, new).loss)
-    assert loss == pytest.approx(float(objective.loss(other, new).loss), rel=1e-5)
+    loss = float(objective.loss(point, Velocities(policy=new)).loss)
+    assert loss == pytest.approx(float(objective.loss(other, Velocities(policy=new)).loss), rel=1e-5)
     weights = np.full(L, 1 / L)
     expected = plain_loss(group, plain, anchors_of(group, point), new, weights=weights, temperature=1.0, clip=objective.clip)
     assert loss == pytest.approx(expected, rel=1e-4)
@@ -428,7 +431,7 @@ def test_gradient_reaches_only_anchor_forwards(editor: FluxKontextEditor) -> Non
     stored = (point.latents, point.sigma, context.candidates, context.old_log_policy, context.advantages.values, context.advantages.regions)
     assert not any(tensor.requires_grad for tensor in stored)
     velocity = stored_velocity(group, point) * scale
-    loss = objective.loss(point, velocity).loss
+    loss = objective.loss(point, Velocities(policy=velocity)).loss
     through_velocity = torch.autograd.grad(loss, velocity, retain_graph=True)[0]
     (total,) = torch.autograd.grad(loss, scale)
     assert len(velocity) == 2
@@ -459,8 +462,8 @@ def test_the_reference_is_compared_with_though_never_an_anchor() -> None:
 
 def test_trained_steps_never_hold_the_last_of_several_and_are_a_draw_without_replacement() -> None:
     generator = torch.Generator().manual_seed(0)
-    assert NeighborSurrogate().trained_steps(6, generator) == (0, 1, 2, 3, 4)
-    assert NeighborSurrogate().trained_steps(1, generator) == (0,)
-    seen = {NeighborSurrogate(num_steps=3).trained_steps(6, generator) for _ in range(200)}
+    assert NeighborSurrogate().trained_steps(torch.zeros(6), generator) == (0, 1, 2, 3, 4)
+    assert NeighborSurrogate().trained_steps(torch.zeros(1), generator) == (0,)
+    seen = {NeighborSurrogate(num_steps=3).trained_steps(torch.zeros(6), generator) for _ in range(200)}
     assert len(seen) == 10  # all subsets of 3 of 5
     assert all(len(set(steps)) == 3 and list(steps) == sorted(steps) and max(steps) < 5 for steps in seen)

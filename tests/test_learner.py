@@ -56,7 +56,7 @@ def work(config: RunConfig, actor: Any, reward: RewardActor, adapter: AdapterId,
     slots, groups = [], []
     for slot in range(config.train.groups_per_update):
         rolled, blob = actor.run(wire.pack(item_of(config, slot, adapter, update=update)))
-        slots.append(LearnSlot(token_mask=rolled.token_mask, tables=(reward.score(blob),)))
+        slots.append(LearnSlot(task_type="edit", areas=rolled.areas, tables=(reward.score(blob),)))
         groups.append(blob)
     return Work(LearnOrder(update=update, plan=f"plan {update}", slots=tuple(slots)), tuple(groups))
 
@@ -89,7 +89,8 @@ def reward(config: RunConfig) -> RewardActor:
 @pytest.fixture(scope="module")
 def start(config: RunConfig) -> tuple[AdapterId, np.ndarray, np.ndarray]:
     """What a new learner exports."""
-    return Learner(config, 1).export()
+    report, adapter, state, _ = Learner(config, 1).export()
+    return report.adapter, adapter, state
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_a_result_says_what_its_blob_is_and_the_same_item_gives_the_same_bytes(
     assert (rolled.work_id, rolled.adapter, rolled.nbytes, rolled.finite) == (item.work_id, start[0], blob.nbytes, True)
     assert rolled.sha256 == again.sha256 and rolled.seconds.keys() == {"encode", "denoise", "decode"}
     group: RolloutGroup = wire.unpack(blob)
-    assert group.group_id == item.group_id and torch.equal(group.candidates.token_mask, rolled.token_mask)
+    assert group.group_id == item.group_id and torch.equal(group.candidates.token_mask, rolled.areas.any(dim=0).flatten())
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
@@ -202,7 +203,7 @@ def test_the_ratio_is_one_on_a_real_rollout_of_the_same_weights_and_asking_chang
     before = state_of(learner)
     assert learner.ratio(first.groups[0]) == 0.0
     assert state_of(learner) == before
-    _, adapter, _ = learner.learn(first.order, *first.groups)
+    _, adapter, _, _ = learner.learn(first.order, *first.groups)
     assert learner.ratio(first.groups[0]) > 1e-6
     trained = actor.load(adapter)
     chunk = actor.run(wire.pack(item_of(config, 1, trained, chunk=(0, 2))))[1]
@@ -215,7 +216,7 @@ def test_a_ratio_of_velocities_that_are_not_finite_is_not_called_one(learner: Le
 
 
 def test_an_update_asked_for_twice_is_applied_once_and_answered_alike(learner: Learner, first: Work, start: Any) -> None:
-    report, adapter, state = learner.learn(first.order, *first.groups)
+    report, adapter, state, _ = learner.learn(first.order, *first.groups)
     assert report.adapter != start[0] and report.adapter.step == 1 and report.used == 2 and not report.skipped
     again = learner.learn(first.order, *first.groups)
     assert again[0] == report and np.array_equal(again[1], adapter) and np.array_equal(again[2], state)
@@ -238,15 +239,15 @@ def test_a_number_of_chunks_other_than_the_order_says_is_refused(learner: Learne
 
 
 def test_a_lost_group_is_declined_and_the_others_are_trained(learner: Learner, first: Work, start: Any) -> None:
-    lost = LearnSlot(token_mask=None, tables=(), lost="gone three times")
-    report, _, _ = learner.learn(replace(first.order, slots=(lost, first.order.slots[1])), first.groups[1])
+    lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone three times")
+    report, _, _, _ = learner.learn(replace(first.order, slots=(lost, first.order.slots[1])), first.groups[1])
     assert report.declined == {"lost": ("gone three times",)} and report.used == 1 and report.adapter.sha256 != start[0].sha256
 
 
 def test_an_update_without_a_group_to_train_changes_no_weight_and_is_no_skip(learner: Learner, first: Work, start: Any) -> None:
-    lost = LearnSlot(token_mask=None, tables=(), lost="gone")
+    lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone")
     held = state_of(learner)
-    report, _, _ = learner.learn(replace(first.order, slots=(lost, lost)))
+    report, _, _, _ = learner.learn(replace(first.order, slots=(lost, lost)))
     assert (report.used, report.metrics, report.skipped, report.skipped_in_a_row) == (0, {}, "", 0)
     assert learner.updates_done == 1 and state_of(learner) == held
     assert report.adapter == AdapterId(1, start[0].sha256)
@@ -280,7 +281,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
     group: RolloutGroup = wire.unpack(first.groups[1])
     poisoned = wire.pack(replace(group, velocities=torch.full_like(group.velocities, math.nan)))
     for number in (1, 2):
-        report, adapter, state = learner.learn(replace(first.order, update=number), first.groups[0], poisoned)
+        report, adapter, state, _ = learner.learn(replace(first.order, update=number), first.groups[0], poisoned)
         assert "not finite" in report.skipped and report.skipped_in_a_row == number and learner.updates_done == number + 1
         assert state_of(learner) == held and wire.unpack(adapter).id == report.adapter
     with pytest.raises(TrainingFailed, match=r"not finite at update 3, after 2 .*train\.learning_rate, or look at RUN/diagnostics"):
@@ -296,7 +297,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
 
 
 def test_a_restored_learner_continues_bit_for_bit(learner: Learner, first: Work, config: RunConfig, start: Any) -> None:
-    _, _, state = learner.learn(first.order, *first.groups)
+    _, _, state, _ = learner.learn(first.order, *first.groups)
     second = replace(first.order, update=1)
     whole = learner.learn(second, *first.groups)
     other = Learner(config, 1)
@@ -333,14 +334,15 @@ def test_the_address_is_one_where_rank_0_can_listen(learner: Learner) -> None:
 def two_updates(config: RunConfig, load: Callable[[np.ndarray], AdapterId], actor: Any, learner: Any) -> list[bytes]:
     """Every byte that leaves the workers in two updates, with a preflight first and rollouts between the updates."""
     reward = RewardActor(config, FIELDS, 1)
-    name, adapter, _ = learner.export()
+    report, adapter, _, _ = learner.export()
+    name = report.adapter
     seen = [adapter.tobytes()]
     for update in range(2):
         load(adapter)
         assert actor.canary() == ""
         step = work(config, actor, reward, name, update=update)
         assert learner.ratio(step.groups[0]) == 0.0
-        report, adapter, state = learner.learn(step.order, *step.groups)
+        report, adapter, state, _ = learner.learn(step.order, *step.groups)
         name = report.adapter
         seen += [*(group.tobytes() for group in step.groups), adapter.tobytes(), state.tobytes()]
     return seen
@@ -356,8 +358,8 @@ def test_one_process_for_rollout_and_learning_gives_the_bytes_of_two(small_edito
 def test_one_process_rolls_out_with_older_weights_while_it_learns_newer_ones(config: RunConfig, first: Work, start: Any) -> None:
     both = Colocated(config, 1, Learner)
     both.load(start[1])
-    report, _, _ = both.learn(first.order, *first.groups)
+    report, _, _, _ = both.learn(first.order, *first.groups)
     rolled, blob = both.run(wire.pack(item_of(config, 0, start[0])))
     assert rolled.adapter == start[0] != report.adapter
     assert np.array_equal(blob, first.groups[0])
-    assert both.export()[0] == report.adapter
+    assert both.export()[0].adapter == report.adapter

@@ -20,7 +20,7 @@ def item(group_id: str = "g", update: int = 3) -> WorkItem:
 
 
 def result(work_id: str = "g.0-4", sha256: str = "1" * 64) -> Rolled:
-    return Rolled(work_id=work_id, adapter=ADAPTER, sha256=sha256, nbytes=1, finite=True, token_mask=torch.tensor([True]))
+    return Rolled(work_id=work_id, adapter=ADAPTER, sha256=sha256, nbytes=1, finite=True, areas=torch.ones(1, 1, 1, dtype=torch.bool))
 
 
 @pytest.fixture

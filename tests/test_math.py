@@ -21,7 +21,7 @@ from rl_edit.advantages import Declined, GroupCredit, SplitCredit, quasi_norm, s
 from rl_edit.attention import MassTally, concentration_density, text_to_image_mass
 from rl_edit.data import shapes
 from rl_edit.exploration import NoiseSource, NoStepNoise, Perturbation, keyed_seed
-from rl_edit.objectives import BackgroundAnchored, NeighborSurrogate
+from rl_edit.objectives import BackgroundAnchored, NeighborSurrogate, Velocities
 from rl_edit.regions import MaskedRows, UniformRows, token_mask
 from rl_edit.rollout import denoise, joined, merged
 from rl_edit.types import (
@@ -39,6 +39,7 @@ from rl_edit.types import (
 from rl_edit.update import LearningConfig, StepResult, TrainingFailed, learning_step
 
 MASK = torch.tensor([True, False, False, True, False, False, False, False])
+AREAS = MASK.reshape(1, 2, 4)
 
 
 def table(values: list[list[float]], weights: tuple[float, ...] = (1.0,), valid: Tensor | None = None) -> RewardTable:
@@ -273,7 +274,7 @@ def test_the_standard_deviation_is_the_population_one() -> None:
 def test_minibatch_credit_is_the_hand_made_two_stage_standardisation() -> None:
     """Each term z-scored over all candidates of the update, then added by weight, then standardised in the group."""
     a, b = np.array([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]]), np.array([[0.0, 5.0], [4.0, 5.0], [8.0, 65.0]])
-    results = GroupCredit(normalise="minibatch")([table(a.tolist(), (1.0, 0.25)), table(b.tolist(), (1.0, 0.25))], [MASK, MASK])
+    results = GroupCredit(normalise="minibatch")([table(a.tolist(), (1.0, 0.25)), table(b.tolist(), (1.0, 0.25))], [AREAS, AREAS])
     pooled = np.concatenate([a, b])
     for group, result in zip((a, b), results, strict=True):
         combined = ((group - pooled.mean(0)) / pooled.std(0)) @ np.array([1.0, 0.25])
@@ -283,14 +284,14 @@ def test_minibatch_credit_is_the_hand_made_two_stage_standardisation() -> None:
 
 def test_group_normalisation_gives_each_term_its_share_whatever_its_unit() -> None:
     credit = GroupCredit(normalise="group")
-    plain = credit([table([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]], (0.5, 0.5))], [MASK])[0]
-    scaled = credit([table([[1.0, 10000.0], [2.0, 30000.0], [6.0, 20000.0]], (0.5, 0.5))], [MASK])[0]
+    plain = credit([table([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]], (0.5, 0.5))], [AREAS])[0]
+    scaled = credit([table([[1.0, 10000.0], [2.0, 30000.0], [6.0, 20000.0]], (0.5, 0.5))], [AREAS])[0]
     assert isinstance(plain, Advantages) and isinstance(scaled, Advantages)
     assert torch.allclose(plain.values, scaled.values, atol=1e-3)
 
 
 def test_raw_credit_standardises_the_weighted_sum() -> None:
-    result = GroupCredit(normalise="none")([table([[1.0, 0.0], [2.0, 4.0], [6.0, 1.0]], (2.0, 0.5))], [MASK])[0]
+    result = GroupCredit(normalise="none")([table([[1.0, 0.0], [2.0, 4.0], [6.0, 1.0]], (2.0, 0.5))], [AREAS])[0]
     combined = np.array([2.0, 6.0, 12.5])
     assert isinstance(result, Advantages)
     assert np.allclose(result.values[:, 0].numpy(), (combined - combined.mean()) / combined.std(), atol=1e-6)
@@ -302,7 +303,7 @@ def test_raw_credit_standardises_the_weighted_sum() -> None:
     mode=st.sampled_from(["minibatch", "group", "none"]),
 )
 def test_advantages_of_every_trained_group_sum_to_zero(groups: list[list[float]], mode: str) -> None:
-    results = GroupCredit(normalise=mode)([table([[x] for x in group]) for group in groups], [MASK] * len(groups))  # type: ignore[arg-type]
+    results = GroupCredit(normalise=mode)([table([[x] for x in group]) for group in groups], [AREAS] * len(groups))  # type: ignore[arg-type]
     for group, result in zip(groups, results, strict=True):
         if isinstance(result, Advantages):
             assert abs(float(result.values.sum())) < 1e-4
@@ -312,15 +313,15 @@ def test_advantages_of_every_trained_group_sum_to_zero(groups: list[list[float]]
 
 def test_a_group_with_an_invalid_reward_is_declined_whole_with_its_reason() -> None:
     valid = torch.tensor([[True], [False], [True]])
-    result = GroupCredit()([table([[1.0], [math.nan], [3.0]], valid=valid)], [MASK])[0]
+    result = GroupCredit()([table([[1.0], [math.nan], [3.0]], valid=valid)], [AREAS])[0]
     assert result == Declined("invalid", "judge was down")
 
 
 def test_an_invalid_group_does_not_move_the_minibatch_statistics_of_the_others() -> None:
     good = [table([[1.0, 0.0], [2.0, 3.0], [6.0, 1.0]], (1.0, 1.0)), table([[0.0, 1.0], [2.0, 2.0], [4.0, 9.0]], (1.0, 1.0))]
     bad = table([[math.nan, 500.0], [900.0, 2.0], [4.0, 9.0]], (1.0, 1.0), torch.tensor([[False, True], [True, True], [True, True]]))
-    alone = GroupCredit()(good, [MASK] * 2)
-    mixed = GroupCredit()([good[0], bad, good[1]], [MASK] * 3)
+    alone = GroupCredit()(good, [AREAS] * 2)
+    mixed = GroupCredit()([good[0], bad, good[1]], [AREAS] * 3)
     assert isinstance(mixed[1], Declined)
     for before, after in zip(alone, (mixed[0], mixed[2]), strict=True):
         assert isinstance(before, Advantages) and isinstance(after, Advantages)
@@ -329,23 +330,23 @@ def test_an_invalid_group_does_not_move_the_minibatch_statistics_of_the_others()
 
 def test_a_group_without_spread_is_declined_not_amplified() -> None:
     for group, spread in (([0.5, 0.501, 0.5], 0.01), ([0.7, 0.7, 0.7], 0.0), ([100.0, 100.00001, 100.0], 1e-5)):
-        result = GroupCredit(normalise="group", min_spread=spread)([table([[x] for x in group])], [MASK])[0]
+        result = GroupCredit(normalise="group", min_spread=spread)([table([[x] for x in group])], [AREAS])[0]
         assert isinstance(result, Declined) and result.kind == "spread", group
 
 
 @pytest.mark.parametrize("mode", ["minibatch", "group", "none"])
 def test_a_term_that_differs_only_by_rounding_says_nothing_beside_one_that_differs(mode: str) -> None:
     credit = GroupCredit(normalise=mode)  # type: ignore[arg-type]
-    alone = credit([table([[1.0], [2.0], [6.0]])], [MASK])[0]
-    beside = credit([table([[1.0, 30.0], [2.0, 30.00001], [6.0, 30.0]], (1.0, 1.0))], [MASK])[0]
+    alone = credit([table([[1.0], [2.0], [6.0]])], [AREAS])[0]
+    beside = credit([table([[1.0, 30.0], [2.0, 30.00001], [6.0, 30.0]], (1.0, 1.0))], [AREAS])[0]
     assert isinstance(alone, Advantages) and isinstance(beside, Advantages)
     assert torch.equal(beside.values, alone.values)
 
 
 def test_a_term_of_weight_zero_is_measured_and_decides_nothing_even_when_invalid() -> None:
     valid = torch.tensor([[True, False], [True, True], [True, True]])
-    alone = GroupCredit()([table([[1.0], [2.0], [6.0]])], [MASK])[0]
-    beside = GroupCredit()([table([[1.0, math.nan], [2.0, 5.0], [6.0, 1.0]], (1.0, 0.0), valid)], [MASK])[0]
+    alone = GroupCredit()([table([[1.0], [2.0], [6.0]])], [AREAS])[0]
+    beside = GroupCredit()([table([[1.0, math.nan], [2.0, 5.0], [6.0, 1.0]], (1.0, 0.0), valid)], [AREAS])[0]
     assert isinstance(alone, Advantages) and isinstance(beside, Advantages)
     assert torch.equal(beside.values, alone.values)
 
@@ -355,14 +356,14 @@ def test_constants_standardise_to_zero() -> None:
 
 
 def test_credit_speaks_about_the_tokens_its_rows_name() -> None:
-    result = GroupCredit(rows=MaskedRows(inside=0.5))([table([[0.0], [1.0]])], [MASK])[0]
+    result = GroupCredit(rows=MaskedRows(inside=0.5))([table([[0.0], [1.0]])], [AREAS])[0]
     assert isinstance(result, Advantages)
     assert torch.equal(result.regions, MaskedRows(inside=0.5)(MASK)) and result.weights.tolist() == [1.0]
 
 
 def test_groups_of_one_update_may_lie_on_different_canvases() -> None:
     tables = [table([[0.0, 3.0], [1.0, 2.0]], (1.0, 0.5))] * 2
-    masks = [MASK, MASK[:6]]
+    masks = [AREAS, MASK[:6].reshape(1, 2, 3)]
     for credit in (GroupCredit(), SplitCredit(background_terms=("term1",))):
         results = credit(tables, masks)
         assert [r.regions.shape[1] for r in results if isinstance(r, Advantages)] == [8, 6]
@@ -370,26 +371,26 @@ def test_groups_of_one_update_may_lie_on_different_canvases() -> None:
 
 def test_judged_apart_each_area_follows_its_own_terms_only() -> None:
     split, edit, keep = SplitCredit(background_terms=("term1",), edit_share=0.25), [1.0, 2.0, 6.0], [5.0, 0.0, 1.0]
-    (result,) = split([table([list(pair) for pair in zip(edit, keep, strict=True)], (1.0, 0.1))], [MASK])
+    (result,) = split([table([list(pair) for pair in zip(edit, keep, strict=True)], (1.0, 0.1))], [AREAS])
     assert isinstance(result, Advantages)
     for column, alone in enumerate((edit, keep)):
         assert torch.allclose(result.values[:, column], standardise(torch.tensor(alone)), atol=1e-6)
     assert torch.equal(result.regions, torch.stack([MASK / 2, ~MASK / 6]).float())
     assert result.weights.tolist() == [0.25, 0.75]
-    (other,) = split([table([[e, k] for e, k in zip(edit, reversed(keep), strict=True)], (1.0, 0.1))], [MASK])
+    (other,) = split([table([[e, k] for e, k in zip(edit, reversed(keep), strict=True)], (1.0, 0.1))], [AREAS])
     assert isinstance(other, Advantages)
     assert torch.equal(other.values[:, 0], result.values[:, 0]) and not torch.equal(other.values[:, 1], result.values[:, 1])
 
 
 def test_judged_apart_a_silent_area_has_advantage_zero_and_two_silent_ones_or_an_invalid_reward_decline_the_group() -> None:
     split = SplitCredit(background_terms=("term1",))
-    (half,) = split([table([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]], (1.0, 1.0))], [MASK])
+    (half,) = split([table([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]], (1.0, 1.0))], [AREAS])
     assert isinstance(half, Advantages)
     assert bool(half.values[:, 0].all()) and not bool(half.values[:, 1].any())
-    (silent,) = split([table([[1.0, 5.0]] * 3, (1.0, 1.0))], [MASK])
+    (silent,) = split([table([[1.0, 5.0]] * 3, (1.0, 1.0))], [AREAS])
     assert isinstance(silent, Declined) and silent.kind == "spread"
     valid = torch.tensor([[True, True], [True, False], [True, True]])
-    (invalid,) = split([table([[1.0, 5.0], [2.0, math.nan], [6.0, 1.0]], (1.0, 1.0), valid)], [MASK])
+    (invalid,) = split([table([[1.0, 5.0], [2.0, math.nan], [6.0, 1.0]], (1.0, 1.0), valid)], [AREAS])
     assert invalid == Declined("invalid", "judge was down")
 
 
@@ -431,6 +432,9 @@ def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -
         sigmas=sigmas,
         sigmas_next=sigmas_next,
         step_noise=torch.zeros(steps),
+        sde="flow",
+        schedule=torch.cat([sigmas, torch.tensor([0.1, 0.0])]),
+        areas=AREAS,
     )
 
 
@@ -637,7 +641,7 @@ def learn(model: Additive, batch: list[tuple[RolloutGroup, Advantages]], **chang
     optimizer = arguments.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=1.0)
     objective = arguments.pop("objective", NeighborSurrogate(num_anchors=2))
     return learning_step(
-        model.velocity, model.velocity, list(model.parameters()), optimizer, objective, dict(enumerate(batch)), **arguments
+        model.velocity, {"reference": model.velocity}, list(model.parameters()), optimizer, objective, dict(enumerate(batch)), **arguments
     )
 
 
@@ -650,7 +654,7 @@ def test_a_learning_step_applies_the_mean_gradient_over_groups_and_steps() -> No
     for group, advantages in batch:
         for point in objective.replay(group, advantages, num_references=1, generator=NoiseSource(0, "w", 0).generator("anchors", 0)):
             other = Additive(*groups)
-            loss = objective.loss(point, other.velocity(point.latents, point.sigma, group.conditioning)).loss
+            loss = objective.loss(point, Velocities(policy=other.velocity(point.latents, point.sigma, group.conditioning))).loss
             expected += torch.autograd.grad(loss, other.offset)[0] / 4
     assert float(expected.abs().max()) > 0
     assert torch.allclose(model.offset.detach(), -expected, atol=1e-7)
@@ -747,7 +751,10 @@ def test_a_background_anchor_adds_the_mean_squared_drift_outside_the_mask_and_le
     objective = BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=0.1)
     point = objective.replay(group, credit_of(group), num_references=1, generator=torch.Generator().manual_seed(0))[0]
     velocity = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    added = objective.loss(point, velocity).loss - objective.inner.loss(point.context.inner, velocity).loss
+    added = (
+        objective.loss(point, Velocities(policy=velocity)).loss
+        - objective.inner.loss(point.context.inner, Velocities(policy=velocity)).loss
+    )
     sigma = float(point.sigma[0])
     clean = point.latents.numpy() - sigma * velocity.detach().numpy()
     error = (clean - group.conditioning.source_latents.numpy())[:, ~MASK.numpy()]
@@ -760,11 +767,12 @@ def test_a_background_anchor_adds_the_mean_squared_drift_outside_the_mask_and_le
 def test_a_background_held_at_the_reference_costs_the_velocity_distance_outside_the_mask_only() -> None:
     group = some_group()
     objective = BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=0.5, target="reference")
-    assert objective.needs_reference and not BackgroundAnchored().needs_reference and not NeighborSurrogate().needs_reference
+    assert objective.policies == {"reference"} and not BackgroundAnchored().policies and not NeighborSurrogate().policies
     point = objective.replay(group, credit_of(group), num_references=1, generator=torch.Generator().manual_seed(0))[0]
     velocity = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     reference = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(2))
-    added = objective.loss(point, velocity, reference).loss - objective.inner.loss(point.context.inner, velocity).loss
+    given = Velocities(policy=velocity, reference=reference)
+    added = objective.loss(point, given).loss - objective.inner.loss(point.context.inner, given).loss
     error = (velocity.detach() - reference).numpy()[:, ~MASK.numpy()]
     assert float(added.detach()) == pytest.approx(0.5 * float((error**2).mean()), rel=1e-4)
     (gradient,) = torch.autograd.grad(added, velocity)
@@ -785,9 +793,9 @@ def test_at_the_base_a_background_held_at_the_reference_has_no_gradient_of_its_o
 
 def test_batch_deviation_keeps_the_difference_between_groups_that_vary_much_and_little() -> None:
     tables = [table([[0.0], [1.0], [2.0]]), table([[5.0], [5.1], [5.2]])]
-    mask = torch.tensor([True, False])
-    lifted = GroupCredit(normalise="none")(tables, [mask, mask])
-    kept = GroupCredit(normalise="none", deviation="batch")(tables, [mask, mask])
+    areas = torch.tensor([[[True, False]]])
+    lifted = GroupCredit(normalise="none")(tables, [areas, areas])
+    kept = GroupCredit(normalise="none", deviation="batch")(tables, [areas, areas])
     assert all(isinstance(credit, Advantages) for credit in (*lifted, *kept))
     much, little = (credit.values.abs().max() for credit in kept)  # type: ignore[union-attr]
     assert float(much / little) == pytest.approx(10, rel=1e-3)
@@ -797,6 +805,6 @@ def test_batch_deviation_keeps_the_difference_between_groups_that_vary_much_and_
 
 def test_skipped_steps_are_never_trained_and_the_rest_are_drawn_without_replacement() -> None:
     objective = NeighborSurrogate(num_steps=2, skip_first=1, skip_last=2)
-    drawn = {objective.trained_steps(6, torch.Generator().manual_seed(seed)) for seed in range(40)}
+    drawn = {objective.trained_steps(torch.zeros(6), torch.Generator().manual_seed(seed)) for seed in range(40)}
     assert drawn == {(1, 2), (1, 3), (2, 3)}
-    assert NeighborSurrogate(skip_first=3, skip_last=0).trained_steps(6, torch.Generator()) == (3, 4, 5)
+    assert NeighborSurrogate(skip_first=3, skip_last=0).trained_steps(torch.zeros(6), torch.Generator()) == (3, 4, 5)

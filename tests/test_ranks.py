@@ -28,7 +28,7 @@ from rl_edit.types import LearnOrder, LearnSlot
 
 WORLD = 2
 PATIENCE_S = 240.0
-LOST = LearnSlot(token_mask=None, tables=(), lost="gone")
+LOST = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,9 @@ def scenarios(small_editor: str) -> dict[str, Scenario]:
         f"actors.num_learner={WORLD}",
     )
     config = small_config(small_editor, *overrides)
-    actor, (name, adapter, _) = RolloutActor(config, 1), Learner(config, 1).export()
+    actor, (report, adapter, _, _) = RolloutActor(config, 1), Learner(config, 1).export()
     actor.load(adapter)
-    step = work(config, actor, RewardActor(config, FIELDS, 1), name)
+    step = work(config, actor, RewardActor(config, FIELDS, 1), report.adapter)
     orders, groups = (step.order, replace(step.order, update=1)), (step.groups, step.groups)
     ordered = Scenario(config=config, orders=orders, groups=groups)
     sharded = small_config(small_editor, *overrides, "actors.shard_base=true", "train.passes=2")

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rl_edit.advantages import GroupCredit, SplitCredit
-from rl_edit.algorithms import BUNDLES, CITATIONS
+from rl_edit.algorithms import METHODS, Algorithm
 from rl_edit.config import load_config, presets
+from rl_edit.exploration import AdaptiveSpread
 
 
 def presets_command() -> None:
@@ -24,27 +24,56 @@ def presets_command() -> None:
 
 def methods_command() -> None:
     """List the methods and the values that make them."""
-    shown = Table("method", "initial noise", "step noise", "credit", "objective", "mask needed", "paper")
-    for name, bundle in BUNDLES.items():
-        method = bundle()
-        noise = method.initial_noise
-        where = f"{noise.inside:g} inside, {noise.outside:g} outside" if noise.inside != noise.outside else f"{noise.inside:g} everywhere"
+    shown = Table("method", "initial noise", "step noise", "credit", "objective", "acting", "mask", "attention", "paper")
+    for name, method in METHODS.items():
+        algorithm = method.algorithm
         shown.add_row(
             name,
-            where + (", centre kept" if noise.keep_reference else ""),
-            method.step_noise.kind,
-            _credit(method.credit),
-            f"{method.objective.kind}, {method.objective.num_anchors} anchors",
-            "yes" if noise.inside != noise.outside or "uniform" not in _credit(method.credit) else "no",
-            CITATIONS[name],
+            _noise(algorithm),
+            _step_noise(algorithm),
+            _credit(algorithm),
+            _objective(algorithm),
+            algorithm.acting.kind,
+            "yes" if method.needs_mask else "no",
+            "yes" if method.needs_attention else "no",
+            method.citation,
         )
-    Console(width=160).print(shown)
+    Console(width=200).print(shown)
 
 
-def _credit(credit: GroupCredit | SplitCredit) -> str:
-    if isinstance(credit, SplitCredit):
-        return f"{credit.normalise}, edit row + background row"
-    return f"{credit.normalise}, {credit.rows.kind} row" + (f", quasi-norm {credit.quasi_norm:g}" if credit.quasi_norm else "")
+def _noise(algorithm: Algorithm) -> str:
+    law = algorithm.initial_noise
+    start = law.start if isinstance(law, AdaptiveSpread) else law
+    if not start.spreads:
+        return "shared"
+    if start.inside == start.outside:
+        return "independent" if start.inside == 1 else f"{start.inside:g} everywhere"
+    return f"{start.inside:g} inside, {start.outside:g} outside" + (", centre kept" if start.keep_reference else "")
+
+
+def _step_noise(algorithm: Algorithm) -> str:
+    settings = algorithm.step_noise.model_dump()
+    kind = settings.pop("kind")
+    return (
+        kind
+        if kind == "none"
+        else f"{kind} {settings['level']:g} ({settings['sde']})"
+        + (f", {settings['size']} steps, {settings['schedule']}" if kind == "window" else "")
+    )
+
+
+def _credit(algorithm: Algorithm) -> str:
+    settings = algorithm.credit.model_dump()
+    rows = {"group": lambda: f"{settings['rows']['kind']} row", "split": lambda: "edit row + keep row", "region": lambda: "a row a region"}
+    shown = rows[settings["kind"]]() + f", terms per {settings['normalise']}"
+    return shown.replace("terms per none", "raw terms") + (f", quasi-norm {p:g}" if (p := settings.get("quasi_norm")) else "")
+
+
+def _objective(algorithm: Algorithm) -> str:
+    settings = algorithm.objective.model_dump()
+    inner = settings.get("inner")
+    shown = settings["kind"] + (f" ({settings['variant']})" if "variant" in settings else "")
+    return shown + (f" around {inner['kind']}" if inner else "")
 
 
 def show_config_command(

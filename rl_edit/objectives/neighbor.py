@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from rl_edit import flow
-from rl_edit.objectives.replay import ReplayPoint
+from rl_edit.objectives.replay import Policy, ReplayPoint, Setting, Velocities, draw, parts
 from rl_edit.types import Advantages, LossOutput, RolloutGroup
 
 
@@ -72,49 +72,71 @@ class NeighborSurrogate(BaseModel):
     skip_first: int = Field(default=0, ge=0)
     skip_last: int = Field(default=1, ge=0)
 
-    def trained_steps(self, num_rollout_steps: int, generator: torch.Generator) -> tuple[int, ...]:
-        """Indices of the steps to keep and train, ascending."""
-        eligible = range(self.skip_first, max(num_rollout_steps - self.skip_last, self.skip_first + 1))
-        if self.num_steps is None or self.num_steps >= len(eligible):
-            return tuple(eligible)
-        return tuple(sorted(eligible[i] for i in torch.randperm(len(eligible), generator=generator)[: self.num_steps].tolist()))
+    @property
+    def policies(self) -> frozenset[Policy]:
+        """Weights besides the current ones whose velocities the loss reads."""
+        return frozenset()
 
-    def replay(self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator) -> list[ReplayPoint]:
-        """One point per kept step: the anchors' stored states. Anchors come from the perturbed candidates only."""
+    def check(self, setting: Setting) -> None:
+        """Raises ValueError for a run this objective does not fit."""
+        perturbed = setting.group_size - setting.num_references
+        if self.num_anchors > perturbed:
+            reference = " (one is the unperturbed reference)" if setting.num_references else ""
+            raise ValueError(
+                f"num_anchors {self.num_anchors} exceeds the {perturbed} perturbed candidates of rollout.group_size "
+                f"{setting.group_size}{reference}: lower the anchors or raise the group."
+            )
+        if self.skip_first + self.skip_last >= setting.num_steps:
+            raise ValueError(
+                f"skips {self.skip_first} first and {self.skip_last} last steps of rollout.num_steps {setting.num_steps}: none is left to "
+                "train. Skip fewer or roll out more steps."
+            )
+        if setting.stochastic:
+            raise ValueError(
+                "compares deterministic trajectories, and algorithm.step_noise makes some steps stochastic: use step_noise "
+                "{kind: none}, or the objective transition."
+            )
+
+    def trained_steps(self, levels: Float[Tensor, " step"], generator: torch.Generator) -> tuple[int, ...]:
+        """Indices of the steps to keep and train, ascending, given the SDE level of each rollout step."""
+        return draw(range(self.skip_first, max(len(levels) - self.skip_last, self.skip_first + 1)), self.num_steps, generator)
+
+    def replay(
+        self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator, rows: int | None = None
+    ) -> list[ReplayPoint]:
+        """The anchors' stored states at every kept step. Anchors come from the perturbed candidates only.
+
+        Args:
+            num_references: leading candidates that are no anchors.
+            generator: what the anchors are drawn with.
+            rows: most states a point may have; None is a point per step.
+        """
         perturbed = torch.arange(num_references, group.latents.shape[0])
         chosen = perturbed[torch.randperm(len(perturbed), generator=generator)[: self.num_anchors]].sort().values
-        points = []
-        for step in range(group.latents.shape[1]):
-            state = group.latents[chosen, step]
-            sigma, sigma_next = group.sigmas[step], group.sigmas_next[step]
-            context = AnchorContext(
-                sigma=sigma,
-                sigma_next=sigma_next,
-                candidates=group.next_latents[:, step],
-                old_log_policy=self._log_policy(
-                    flow.euler(state, group.velocities[chosen, step], sigma=sigma, sigma_next=sigma_next),
-                    group.next_latents[:, step],
-                    advantages.regions,
-                ),
-                advantages=advantages,
-            )
-            points.append(ReplayPoint(latents=state, sigma=sigma.expand(len(chosen)), context=context))
-        return points
+        num_steps = group.latents.shape[1]
+        return [
+            self._point(group, advantages, step, part, weight=len(part) / len(chosen) / num_steps)
+            for step in range(num_steps)
+            for part in parts(chosen, rows)
+        ]
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss reads the base editor's velocities (adapter off) besides the current ones."""
-        return False
+    def _point(self, group: RolloutGroup, advantages: Advantages, step: int, anchors: Tensor, *, weight: float) -> ReplayPoint:
+        state, candidates = group.latents[anchors, step], group.next_latents[:, step]
+        sigma, sigma_next = group.sigmas[step], group.sigmas_next[step]
+        old = flow.euler(state, group.velocities[anchors, step], sigma=sigma, sigma_next=sigma_next)
+        context = AnchorContext(
+            sigma=sigma,
+            sigma_next=sigma_next,
+            candidates=candidates,
+            old_log_policy=self._log_policy(old, candidates, advantages.regions),
+            advantages=advantages,
+        )
+        return ReplayPoint(latents=state, sigma=sigma.expand(len(anchors)), context=context, weight=weight)
 
-    def loss(
-        self,
-        point: ReplayPoint,
-        velocity: Float[Tensor, "batch token channel"],
-        reference: Float[Tensor, "batch token channel"] | None = None,
-    ) -> LossOutput:
-        """Negated objective at one trained step, mean over anchors; gradient only through ``velocity``."""
+    def loss(self, point: ReplayPoint, velocities: Velocities) -> LossOutput:
+        """Negated objective at one trained step, mean over anchors; gradient only through the policy's velocity."""
         context: AnchorContext = point.context
-        anchors = flow.euler(point.latents, velocity, sigma=context.sigma, sigma_next=context.sigma_next)
+        anchors = flow.euler(point.latents, velocities.policy, sigma=context.sigma, sigma_next=context.sigma_next)
         log_policy = self._log_policy(anchors, context.candidates, context.advantages.regions)
         ratio = (log_policy - context.old_log_policy).exp()
         gain = context.advantages.values

@@ -75,9 +75,12 @@ class Judge(RewardTerm):
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 10.0
     needs_attention: ClassVar[bool] = False
+    gives_regions: ClassVar[bool] = True
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """Components, each 0..10: ``instruction, not_over_edited, clean, artefacts, SC, PQ``."""
+        """Components, each 0..10: ``instruction, not_over_edited, clean, artefacts, SC, PQ``; and, 0..1 as the region judge's,
+        ``region.N`` of every region and ``background``: ``sqrt(phi * PQ) / 10`` with phi the region's progress or the background's
+        ``not_over_edited`` (SpatialFlow-GRPO, Eq. 3)."""
         task = candidates.task
         if not isinstance(task, PairedTask):
             raise InputError(f"Task {task.task_id!r} has no target, and this judge compares with it. Use data with targets.")
@@ -88,8 +91,9 @@ class Judge(RewardTerm):
         if not bool(scene.changed.any()):
             reason = f"the target of task {task.task_id!r} equals its source inside the mask, so progress is undefined"
             return (Score(value=None, reason=reason),) * len(edits)
+        instruction, by_region = _instruction(edits, scene)
         parts = {
-            "instruction": _instruction(edits, scene),
+            "instruction": instruction,
             "not_over_edited": _not_over_edited(edits, scene),
             "clean": _clean(edits, scene),
             "artefacts": _artefacts(edits, scene),
@@ -97,13 +101,15 @@ class Judge(RewardTerm):
         if self.coarse:
             parts = {name: (part * _COARSE_STEPS / 10).round() * 10 / _COARSE_STEPS for name, part in parts.items()}
         rows = zip(*(part.tolist() for part in parts.values()), strict=True)
-        return tuple(_composed(dict(zip(parts, row, strict=True))) for row in rows)
+        return tuple(_composed(dict(zip(parts, row, strict=True)), where) for row, where in zip(rows, by_region.tolist(), strict=True))
 
 
-def _composed(parts: dict[str, float]) -> Score:
+def _composed(parts: dict[str, float], by_region: list[float]) -> Score:
     sc = (parts["instruction"], parts["not_over_edited"])
     pq = (parts["clean"], parts["artefacts"])
-    return Score(value=min(overall(sc, pq), 10.0), components={**parts, "SC": min(sc), "PQ": min(pq)})
+    regions = {f"region.{number}": overall((progress,), pq) / 10 for number, progress in enumerate(by_region)}
+    regions["background"] = overall((parts["not_over_edited"],), pq) / 10
+    return Score(value=min(overall(sc, pq), 10.0), components={**parts, "SC": min(sc), "PQ": min(pq), **regions})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +119,7 @@ class _Scene:
     Attributes:
         changed: pixels inside the mask that truly differ.
         places: the separate region each pixel of the mask belongs to, from 1; 0 outside.
+        known: how many regions the task lists one by one; 0 when places were found by connectivity.
         unit: picture size relative to the one the scales are given for.
     """
 
@@ -121,6 +128,7 @@ class _Scene:
     mask: Bool[Tensor, "height width"]
     changed: Bool[Tensor, "height width"]
     places: Int64[Tensor, "height width"]
+    known: int
     unit: float
 
     @staticmethod
@@ -130,20 +138,33 @@ class _Scene:
         known = getattr(task, "regions", None)
         places = labelled_regions(task.edit_mask) if known is None else _numbered(known)
         unit = max(min(task.edit_mask.shape) / _REFERENCE_SIZE, 1.0)
-        return _Scene(source=source, target=target, mask=task.edit_mask, changed=changed, places=places, unit=unit)
+        return _Scene(
+            source=source,
+            target=target,
+            mask=task.edit_mask,
+            changed=changed,
+            places=places,
+            known=0 if known is None else len(known),
+            unit=unit,
+        )
 
 
-def _instruction(edits: Float[Tensor, "group height width 3"], scene: _Scene) -> Float[Tensor, " group"]:
+def _instruction(
+    edits: Float[Tensor, "group height width 3"], scene: _Scene
+) -> tuple[Float[Tensor, " group"], Float[Tensor, "group region"]]:
+    """Progress, the mean over places, and that of each known region; a region in which nothing was asked has all of it."""
     sigma = _ALIGNMENT_SIGMA * scene.unit
     source, target, seen = _blurred(scene.source, sigma), _blurred(scene.target, sigma), _blurred(edits, sigma)
     remaining = (seen - target).abs().mean(dim=-1)
     asked = (source - target).abs().mean(dim=-1)
     # Summed by place rather than masked one by one: a photograph's mask may fall into thousands of specks.
-    place, num_places = scene.places[scene.changed], int(scene.places.max()) + 1
+    place, num_places = scene.places[scene.changed], max(int(scene.places.max()), scene.known) + 1
     asked_of = asked.new_zeros(num_places).index_add(0, place, asked[scene.changed])
     remaining_of = asked.new_zeros(len(edits), num_places).index_add(1, place, remaining[:, scene.changed])
     counted = asked_of > _SPECK * asked_of.max()
-    return 10 * (1 - remaining_of[:, counted] / asked_of[counted]).clamp(0, 1).mean(dim=-1)
+    progress = 10 * (1 - remaining_of / asked_of).clamp(0, 1)
+    mean = progress[:, counted].mean(dim=-1)
+    return mean, torch.where(counted, progress, 10.0)[:, 1:] if scene.known else mean[:, None]
 
 
 def _not_over_edited(edits: Float[Tensor, "group height width 3"], scene: _Scene) -> Float[Tensor, " group"]:

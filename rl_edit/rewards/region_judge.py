@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rl_edit.rewards.judged import Asked, JudgedTerm, mean_of
 from rl_edit.rewards.rubric import region_question, region_schema
-from rl_edit.types import EditTask, Score
+from rl_edit.types import EditTask, Score, areas_of
 
 _COLOURS = ("#ff0000", "#00c8ff", "#ffd000", "#ff00ff", "#00ff40", "#ff8000")
 _CROP_MARGIN = 0.25
@@ -44,9 +44,10 @@ class RegionJudge(JudgedTerm):
     show: Literal["outlined", "boxed", "cropped"] = "outlined"
 
     high: ClassVar[float] = 1.0
+    gives_regions: ClassVar[bool] = True
 
     def questions(self, task: EditTask, edited: UInt8[Tensor, "height width 3"]) -> tuple[Asked, ...]:
-        regions = regions_of(task)
+        regions = areas_of(task)
         boxes = [box_of(region) for region in regions]
         if self.show == "cropped":
             cut = [_margin(box, task.edit_mask.shape) for box in boxes]
@@ -96,12 +97,6 @@ def _parts(numbers: Sequence[float]) -> dict[str, float]:
 def _eq3(phi: float, whole: float) -> float:
     # Both are on 0..10 here, so C is 10.
     return min(math.sqrt(phi * whole) / 10, 1.0)
-
-
-def regions_of(task: EditTask) -> Bool[Tensor, "region height width"]:
-    """The task's regions; its edit mask where it lists none."""
-    regions: Tensor | None = getattr(task, "regions", None)
-    return task.edit_mask[None] if regions is None else regions
 
 
 def box_of(region: Bool[Tensor, "height width"]) -> tuple[int, int, int, int]:

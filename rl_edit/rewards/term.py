@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -28,7 +28,7 @@ class RewardTerm(BaseModel, ABC):
     Besides these fields every term has four attributes, fixed by its class or settable where that makes sense:
     ``requires``, the dataset fields it reads ("target", "caption", "regions"); ``low`` and ``high``, the range its
     values must lie in (a value outside is refused, not clipped); ``needs_attention``, whether it reads
-    ``candidates.attention``.
+    ``candidates.attention``. ``gives_regions`` says whether its components score every region (``region.0`` ..., ``background``).
 
     Attributes:
         kind: which term.
@@ -43,6 +43,8 @@ class RewardTerm(BaseModel, ABC):
 
     # Inputs stay out of messages: a key pasted into the wrong field must not reach a log.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    gives_regions: ClassVar[bool] = False
 
     kind: str
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_-]+$")

@@ -1,0 +1,63 @@
+"""Seams that are open: a class of yours takes the place of a built-in one, named by its ``kind``.
+
+``kind: my_methods:Ratio`` imports the module ``my_methods`` and reads the mapping into its class ``Ratio``, a frozen pydantic model
+whose ``kind`` is that very string. Nothing is registered anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, GetCoreSchemaHandler, ValidatorFunctionWrapHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+@dataclass(frozen=True)
+class Plugged:
+    """Annotation of a seam: besides its built-in kinds it takes any model that does what ``law`` asks.
+
+    Attributes:
+        where: the setting's dotted name, for errors.
+        law: a runtime-checkable protocol.
+        usual: the kind of a mapping that names none.
+    """
+
+    where: str
+    law: type
+    usual: str = ""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        inner = handler(source)
+
+        def validate(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+            if isinstance(value, Mapping) and "kind" not in value and self.usual:
+                value = {"kind": self.usual, **value}
+            kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+            return self._own(value, kind) if isinstance(kind, str) and ":" in kind else known(value)
+
+        return core_schema.no_info_wrap_validator_function(
+            validate, inner, serialization=core_schema.plain_serializer_function_ser_schema(_dumped, info_arg=True)
+        )
+
+    def _own(self, value: Any, kind: str) -> BaseModel:
+        module, _, name = kind.partition(":")
+        try:
+            made: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
+        except ImportError as error:
+            raise ValueError(
+                f"kind {kind!r}: module {module!r} cannot be imported ({error}): install it, or put it on PYTHONPATH"
+            ) from error
+        if not (isinstance(made, type) and issubclass(made, BaseModel) and made.model_config.get("frozen")):
+            raise ValueError(f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}: define one with that kind")
+        result = made.model_validate(value)
+        if not isinstance(result, self.law):
+            lacking = [member for member in sorted(vars(self.law)) if not member.startswith("_") and not hasattr(result, member)]
+            raise ValueError(f"kind {kind!r} lacks {', '.join(lacking)}, which {self.where} asks for")
+        return result
+
+
+def _dumped(value: BaseModel, info: Any) -> dict[str, Any]:
+    return value.model_dump(mode=info.mode)
