@@ -162,7 +162,7 @@ class Learner:
     def _move_averages(self) -> None:
         """After an update: each average takes its share of the new policy."""
         ema = self.config.train.ema_decay
-        # A young average follows closely: min((1 + n) / (10 + n), decay), as in flow_grpo.
+        # A young average follows closely: min((1 + n) / (10 + n), decay).
         kept = {
             "acting": self.config.algorithm.acting.kept(self.updates_done),
             "result": 0.0 if ema is None else min((1 + self.updates_done) / (10 + self.updates_done), ema),
