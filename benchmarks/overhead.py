@@ -81,7 +81,8 @@ class Bare:
         self.learner = Learner(config, threads)
         self.cursor = TaskCursor(dataset, seed=config.seed, groups_per_update=config.train.groups_per_update)
         self.multiple = inspect_editor(config.editor).pixels_per_token
-        self.adapter, blob, _ = self.learner.export()
+        report, blob, _, _ = self.learner.export()
+        self.adapter = report.adapter
         self.rollout.load(blob)
         torch.set_num_threads(threads)  # of the process: constructing the others may have changed it
 

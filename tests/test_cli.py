@@ -63,7 +63,7 @@ def assert_refused(outcome: tuple[int, str, Sequence[str]], run: Path | None, *w
         ("train.udpates=5", ("'train.udpates'", "did you mean 'updates'?")),
         ("optimiser.lr=5", ("'optimiser'",)),
         ("rollout.group_size=4", ("num_anchors 4", "group_size 4", "lower the anchors or raise the group")),
-        ("rollout.group_size=1", ("group_size 1", "Raise rollout.group_size")),
+        ("rollout.group_size=1", ("group_size is 1", "Raise rollout.group_size")),
         ("rewards.judge.weight=-0.5", ("weight(-0.5)", "Use 0")),
         ("data.path=no/such/folder", ("no/such/folder", "does not exist", "builtin:shapes")),
         ("editor.path=/no/such/editor", ("/no/such/editor", "save_pretrained")),

@@ -145,8 +145,8 @@ class Deaf(RolloutActor):
         self._published = {weights.id: weights for weights in [wire.unpack(blob)]}
         return None
 
-    def _use(self, wanted: Any) -> None:
-        pass
+    def _use(self, wanted: Any) -> Any:
+        return self._published[wanted]
 
 
 def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item_and_never_trained_on(small_editor: str, tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(small_edito
     class Spy(Learner):
         def learn(self, order: LearnOrder, *blobs: np.ndarray) -> Any:
             tables = [wire.unpack(slot.tables[0]) for slot in order.slots]
-            masks = [slot.token_mask for slot in order.slots if slot.token_mask is not None]
-            credits = self.config.algorithm.credit(tables, masks)
+            areas = [slot.areas for slot in order.slots if slot.areas is not None]
+            credits = self.config.algorithm.credit(tables, areas)
             seen.append({t.group_id: c.values for t, c in zip(tables, credits, strict=True) if hasattr(c, "values")})
             return super().learn(order, *blobs)
 

@@ -84,10 +84,10 @@ def test_terms_are_normalised_as_the_credit_rule_does(kind: Normalisation) -> No
     generator = torch.Generator().manual_seed(3)
     tables = [table((torch.randn(5, 2, generator=generator) * torch.tensor([1.0, 20.0])).tolist()) for _ in range(3)]
     tables.append(table([[0.1, 7.0], [0.3, 7.0], [0.2, 7.0]]))
-    masks = [torch.ones(4, dtype=torch.bool)] * len(tables)
+    areas = [torch.ones(1, 1, 4, dtype=torch.bool)] * len(tables)
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
     parts = statistics.normalised([t.values.double().T for t in tables], kind)
-    for part, credit in zip(parts, GroupCredit(normalise=kind)(tables, masks), strict=True):
+    for part, credit in zip(parts, GroupCredit(normalise=kind)(tables, areas), strict=True):
         assert isinstance(credit, Advantages)
         assert credit.values[:, 0].tolist() == pytest.approx(standardise(weights @ part).tolist(), abs=1e-5)
 
