@@ -46,7 +46,7 @@ def applied(scenario: Scenario, one: Learner, rank: int, world: int) -> dict[str
     seen: dict[str, Any] = {"ratio": one.ratio(probe), "reports": []}
     adapter = state = np.empty(0, dtype=np.uint8)
     for order, groups in zip(scenario.orders, scenario.groups, strict=True):
-        report, adapter, state = one.learn(order, *(group for group in groups[rank::world] if group is not None))
+        report, adapter, state, _ = one.learn(order, *(group for group in groups[rank::world] if group is not None))
         seen["reports"].append([str(report.adapter), report.used, report.metrics, report.declined, report.skipped])
     return {**seen, "adapter": adapter.tobytes().hex(), "state": state.tobytes().hex()}
 
