@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation test lint types walls faults golden scaling unit ray format clean
+.PHONY: help setup demo ablation methods test lint types walls faults golden scaling unit ray format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ demo: $(STAMP)  ## train the built-in editor, evaluate it, write the report: run
 	@echo "Numbers   $(DEMO)/evaluation.json  base, trained and delta with 95 % intervals"
 	@echo "Weights   $(DEMO)/adapter          the LoRA, for rl-edit edit or stock diffusers"
 
-ablation: $(STAMP)  ## compare the methods under equal budgets, 3 seeds each; stop and rerun to resume
+ablation: $(STAMP)  ## what each part of RC-GRPO does, equal budgets, 3 seeds each; stop and rerun to resume
 	$(PY) benchmarks/ablation.py
+
+methods: $(STAMP)  ## every method at equal model evaluations, 3 seeds each, under 3 hours; stop and rerun to resume
+	$(PY) benchmarks/methods.py
 
 test: lint types  ## everything CI checks: lint, types, walls, unit and Ray tests (not gpu, not slow)
 	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)

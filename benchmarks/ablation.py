@@ -11,19 +11,17 @@ writes ``benchmarks/results/ablation.md`` and ``ablation.json``. Runs use the in
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
-import subprocess
+import statistics
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+import jobs
+
+from rl_edit import telemetry
+from rl_edit.config import load_config
+from rl_edit.evaluation.comparison import TOTAL, Arm, plain
 
 SURROGATE = "{kind: neighbor, num_anchors: 4, clip: 0.2, temperature: 0.5, num_steps: 4}"
 COMMON = [
@@ -72,199 +70,63 @@ COMPARISONS = [
 ]
 
 METRICS = {
-    "instruction": ("instruction", ".3f"),
-    "background_psnr_masked": ("background PSNR, dB", ".3f"),
-    "background_ssim": ("background SSIM", ".4f"),
-    "reward": ("total reward", ".3f"),
-    "concentration": ("ACD", ".3f"),
+    "instruction": ("instruction", 3),
+    "background_psnr_masked": ("background PSNR, dB", 3),
+    "background_ssim": ("background SSIM", 4),
+    TOTAL: ("total reward", 3),
+    "concentration": ("ACD", 3),
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run of the table."""
-
-    base: str
-    editor: str
-    variant: str
-    seed: int
-
-    def directory(self, work: Path) -> Path:
-        slug = "".join(c if c.isalnum() else "-" for c in self.variant)
-        return work / self.base / slug / f"seed_{self.seed}"
+"""Label and decimals."""
 
 
 def main() -> None:
-    arguments = _arguments()
-    bases = dict(item.split("=", 1) for item in arguments.base)
-    jobs = [Job(b, path, v, s) for s in arguments.seeds for b, path in bases.items() for v in arguments.variants]
-    if arguments.one is not None:
-        run_job(jobs[arguments.one], arguments)
+    options = _options()
+    bases = dict(item.split("=", 1) for item in options.base)
+    every = [job_of(b, path, v, s, options) for s in options.seeds for b, path in bases.items() for v in options.variants]
+    if options.one is not None:
+        every[options.one].run()
         return
-    for base, path in bases.items():
-        evaluate_base(base, path, arguments)
-    todo = [i for i, job in enumerate(jobs) if not _finished(job, arguments)]
-    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} already done", flush=True)
-    failed = _run_side_by_side(todo, jobs, arguments)
-    write_table(bases, jobs, arguments)
+    failed = jobs.run_all(every, side_by_side=options.side_by_side)
+    write_table(bases, every, options)
     if failed:
         sys.exit(f"{failed} runs failed; their rows are missing above. Run the same command again to retry them.")
 
 
-def _arguments() -> argparse.Namespace:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", nargs="+", default=["shipped=builtin:tiny-kontext"], help="NAME=EDITOR pairs")
     parser.add_argument("--variants", nargs="+", default=DEFAULT_VARIANTS, choices=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=30)
-    parser.add_argument("--set", nargs="*", default=[], help="further overrides for every run")
-    parser.add_argument("--tasks", type=int, default=256)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.md")
-    parser.add_argument("--side-by-side", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    jobs.arguments(parser, name="ablation")
     return parser.parse_args()
 
 
-def _overrides(job: Job, arguments: argparse.Namespace) -> list[str]:
-    return [
-        f"editor.path={job.editor}",
-        f"seed={job.seed}",
-        f"train.updates={arguments.updates}",
-        f"evaluation.num_tasks={arguments.tasks}",
-        f"data.num_heldout={arguments.tasks}",
-        "actors.runtime=inline",
-        "actors.threads=1",
-        *VARIANTS[job.variant],
-        *arguments.set,
+def job_of(base: str, editor: str, variant: str, seed: int, options: argparse.Namespace) -> jobs.Job:
+    changes = [
+        f"editor.path={editor}",
+        f"train.updates={options.updates}",
+        *jobs.overrides(seed=seed, tasks=options.tasks),
+        *VARIANTS[variant],
+        *options.set,
     ]
-
-
-def run_job(job: Job, arguments: argparse.Namespace) -> None:
-    """Trains (or resumes) one run and evaluates its adapter; ``rows.jsonl`` appears last."""
-    import torch
-
-    from rl_edit import adapters
-    from rl_edit.cli.train import train
-    from rl_edit.config import load_config
-
-    torch.set_num_threads(1)
-    directory = job.directory(arguments.work)
-    config = load_config(preset="tiny-rc-grpo", overrides=_overrides(job, arguments))
-    started = time.time()
-    if not (directory / "adapter" / "adapter.json").is_file():
-        train(config, directory, resume=directory.is_dir() and any(directory.iterdir()))
-    trained_s = time.time() - started
-    weights, lora = adapters.read(directory / "adapter")
-    evaluation = _evaluate(config, weights, lora, ("trained",))
-    seconds = {"train": trained_s, "evaluate": time.time() - started - trained_s}
-    record = {"stamp": _stamp(config), "seconds": seconds, "adapter": str(weights.id), "commit": _commit()}
-    (directory / "ablation.json").write_text(json.dumps(record) + "\n")
-    _write_rows(directory / "rows.jsonl", evaluation.rows, "trained")
-
-
-def evaluate_base(base: str, editor: str, arguments: argparse.Namespace) -> None:
-    """The base's rows on the held-out tasks, once."""
-    from rl_edit.config import load_config
-
-    path = arguments.work / base / "base_rows.jsonl"
-    config = load_config(preset="tiny-rc-grpo", overrides=_overrides(Job(base, editor, DEFAULT_VARIANTS[0], 0), arguments))
-    stamp = _stamp(config, evaluation_only=True)
-    stamp_file = path.with_name("base.json")
-    if path.is_file():
-        if json.loads(stamp_file.read_text())["stamp"] != stamp:
-            sys.exit(f"{path} was made with other tasks, settings or editor weights: give another --work or remove {path.parent}")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stamp_file.write_text(json.dumps({"stamp": stamp, "commit": _commit()}) + "\n")
-    print(f"evaluating base {base}", flush=True)
-    evaluation = _evaluate(config, None, config.lora, ("base",))
-    _write_rows(path, evaluation.rows, "base")
-
-
-def _stamp(config: Any, *, evaluation_only: bool = False) -> str:
-    """Names what a finished run stands for, so that a rerun with other settings or weights never takes it for its own."""
-    from rl_edit.editors import editor_identity
-
-    settings = {"evaluation": config.evaluation.model_dump(mode="json"), "editor": editor_identity(config.editor)}
-    if not evaluation_only:
-        settings |= {"settings": config.sha256(), "updates": config.train.updates}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _evaluate(config: Any, weights: Any, lora: Any, variants: tuple[str, ...]) -> Any:
-    from rl_edit import adapters
-    from rl_edit.data import open_dataset
-    from rl_edit.editors import load_editor
-    from rl_edit.evaluation.evaluate import evaluate
-
-    editor = load_editor(config.editor)
-    adapters.attach(editor.transformer, lora, seed=0)
-    if weights is not None:
-        adapters.load(editor.transformer, weights)
-    dataset = open_dataset(config.data, "heldout")
-    return evaluate(
-        editor, dataset, tuple(config.rewards.values()), config.evaluation, num_steps=config.rollout.num_steps, variants=variants
+    return jobs.Job(
+        row=row_of(base, variant),
+        directory=options.work / base / jobs.slug(variant) / f"seed_{seed}",
+        config=load_config(preset="tiny-rc-grpo", overrides=changes),
     )
 
 
-def _write_rows(path: Path, rows: Any, variant: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    lines = [json.dumps({"task_id": r.task_id, "task_type": r.task_type, "values": r.values[variant]}) for r in rows]
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
+def row_of(base: str, variant: str) -> str:
+    return f"{base} | {variant}"
 
 
-def _finished(job: Job, arguments: argparse.Namespace) -> bool:
-    """Whether a run is done; one that was done with other settings stops the command rather than being reported as this one."""
-    from rl_edit.config import load_config
-
-    directory = job.directory(arguments.work)
-    if not (directory / "rows.jsonl").is_file():
-        return False
-    config = load_config(preset="tiny-rc-grpo", overrides=_overrides(job, arguments))
-    if json.loads((directory / "ablation.json").read_text())["stamp"] != _stamp(config):
-        sys.exit(f"{directory} was made with other settings or editor weights: give another --work or remove it")
-    return True
-
-
-def _run_side_by_side(todo: list[int], jobs: list[Job], arguments: argparse.Namespace) -> int:
-    """Each run in a process of its own with one thread; a failed run is named and the others go on. Returns how many failed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
-    finished, failed, total, began = 0, 0, len(todo), time.time()
-    queue = list(todo)
-    while queue or running:
-        while queue and len(running) < arguments.side_by_side:
-            index = queue.pop(0)
-            running[index] = (subprocess.Popen([sys.executable, *sys.argv, "--one", str(index)], env=environment), time.time())
-        time.sleep(1)
-        for index in [i for i, (process, _) in running.items() if process.poll() is not None]:
-            process, start = running.pop(index)
-            finished += 1
-            failed += process.returncode != 0
-            left = (time.time() - began) / finished * (total - finished)
-            state = "done" if process.returncode == 0 else f"FAILED ({process.returncode})"
-            job = jobs[index]
-            print(
-                f"[{finished}/{total}] {job.base} | {job.variant} | seed {job.seed}: "
-                f"{state} in {time.time() - start:.0f} s, about {left / 60:.0f} min left",
-                flush=True,
-            )
-    return failed
-
-
-def write_table(bases: dict[str, str], jobs: list[Job], arguments: argparse.Namespace) -> None:
+def write_table(bases: dict[str, str], every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
     """One row a variant: paired difference to base over all seeds, clustered by task, with 95 % intervals."""
-    from rl_edit.evaluation.statistics import bootstrap, paired_bootstrap
-
     lines = [
         "# Ablation on the built-in editor",
         "",
-        f"Commit `{_commit()}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {os.cpu_count()} cores, torch {_torch()}. "
-        f"{arguments.updates} updates x 8 groups x 8 candidates, {arguments.tasks} held-out tasks, seeds {arguments.seeds}; equal budgets.",
-        "",
-        f"Command: `python benchmarks/ablation.py {' '.join(_quoted(a) for a in _settings())}`",
+        *jobs.provenance("ablation.py"),
+        f"{options.updates} updates x 8 groups x 8 candidates, {options.tasks} held-out tasks, seeds {options.seeds}; equal budgets.",
         "",
         "Differences to base are paired by task and noise and averaged over seeds; "
         "brackets are 95 % bootstrap intervals over tasks (clusters). "
@@ -272,126 +134,79 @@ def write_table(bases: dict[str, str], jobs: list[Job], arguments: argparse.Name
         "PSNR spread is the mean within-group standard deviation of the background PSNR during training.",
         "",
     ]
-    record: dict[str, Any] = {"commit": _commit(), "command": _settings(), "bases": {}}
+    record: dict[str, Any] = {"commit": jobs.commit(), "command": jobs.settings(), "bases": {}}
     for base in bases:
-        base_rows = {r["task_id"]: _with_total(r["values"]) for r in _rows(arguments.work / base / "base_rows.jsonl")}
-        lines += [f"## Base: {base}", "", "| variant | seeds | " + " | ".join(label for label, _ in METRICS.values()) + " | PSNR spread |"]
-        lines += ["|---" * (len(METRICS) + 3) + "|"]
-        means = {m: bootstrap([v[m] for v in base_rows.values()], seed=0) for m in METRICS}
-        lines.append("| base | | " + " | ".join(f"{means[m].mean:{f}}" for m, (_, f) in METRICS.items()) + " | |")
-        record["bases"][base] = {"base": {m: means[m].mean for m in METRICS}}
-        for variant in arguments.variants:
-            done = [j for j in jobs if j.base == base and j.variant == variant and (j.directory(arguments.work) / "rows.jsonl").is_file()]
-            if not done:
-                lines.append(f"| {variant} | none finished |" + " |" * (len(METRICS) + 1))
-                continue
-            pairs = [
-                (r["task_id"], base_rows[r["task_id"]], _with_total(r["values"]))
-                for j in done
-                for r in _rows(j.directory(arguments.work) / "rows.jsonl")
-            ]
-            cells, deltas = [], {}
-            for metric, (_, form) in METRICS.items():
-                interval = paired_bootstrap(
-                    [b[metric] for _, b, _ in pairs], [t[metric] for _, _, t in pairs], seed=0, groups=[name for name, _, _ in pairs]
-                )
-                deltas[metric] = {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
-                cells.append(f"{interval.mean:+{form}} [{interval.low:+{form}}, {interval.high:+{form}}]")
-            spread = _spread([j.directory(arguments.work) for j in done])
-            lines.append(f"| {variant} | {len(done)} | " + " | ".join(cells) + f" | {spread:.2f} |")
-            record["bases"][base][variant] = {
-                "seeds": [j.seed for j in done],
-                "delta": deltas,
-                "psnr_spread": spread,
-                "overrides": VARIANTS[variant],
-            }
-        lines += ["", *_between(base, jobs, arguments, record["bases"][base])]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text("\n".join(lines))
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+        arms = {v: found for v in options.variants if (found := jobs.arm(row_of(base, v), every)) is not None}
+        lines += [f"## Base: {base}", "", *_gains(arms, options.variants), "", *_between(arms), *_by_seed(arms), ""]
+        record["bases"][base] = _recorded(arms)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("\n".join(lines))
+    options.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     print("\n".join(lines))
 
 
-def _between(base: str, jobs: list[Job], arguments: argparse.Namespace, record: dict[str, Any]) -> list[str]:
-    """Variant against variant, paired by task and seed; and what each seed gave by itself."""
-    from rl_edit.evaluation.statistics import paired_bootstrap
-
-    rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
-    for job in jobs:
-        file = job.directory(arguments.work) / "rows.jsonl"
-        if job.base == base and file.is_file():
-            rows[(job.variant, job.seed)] = {row["task_id"]: _with_total(row["values"]) for row in _rows(file)}
-    shown = ("instruction", "background_psnr_masked", "reward")
-    lines = ["| comparison | " + " | ".join(METRICS[m][0] for m in shown) + " |", "|---" * (len(shown) + 1) + "|"]
-    record["comparisons"] = {}
-    for one, other in COMPARISONS:
-        seeds = [seed for seed in arguments.seeds if (one, seed) in rows and (other, seed) in rows]
-        if not seeds:
+def _gains(arms: dict[str, Arm], variants: Sequence[str]) -> list[str]:
+    rows = []
+    if arms:
+        first = next(iter(arms.values()))
+        rows.append(["base", "", *(f"{_mean(first, metric):.{digits}f}" for metric, (_, digits) in METRICS.items()), ""])
+    for variant in variants:
+        if (arm := arms.get(variant)) is None:
+            rows.append([variant, "none finished", *[""] * (len(METRICS) + 1)])
             continue
-        cells = []
-        for metric in shown:
-            tasks = [(name, seed) for seed in seeds for name in rows[(one, seed)]]
-            before = [rows[(other, seed)][name][metric] for name, seed in tasks]
-            after = [rows[(one, seed)][name][metric] for name, seed in tasks]
-            interval = paired_bootstrap(before, after, seed=0, groups=[name for name, _ in tasks])
-            form = METRICS[metric][1]
-            cells.append(f"{interval.mean:+{form}} [{interval.low:+{form}}, {interval.high:+{form}}]")
-            record["comparisons"].setdefault(f"{one} - {other}", {})[metric] = [interval.mean, interval.low, interval.high]
-        lines.append(f"| {one} minus {other} | " + " | ".join(cells) + " |")
-    lines += ["", "Means by seed (instruction; background PSNR, dB), to show what the intervals over tasks do not:", ""]
-    for variant in arguments.variants:
-        means = [
-            f"{seed}: {_mean(values, 'instruction'):.3f}; {_mean(values, 'background_psnr_masked'):.2f}"
-            for (name, seed), values in sorted(rows.items())
-            if name == variant
-        ]
-        lines.append(f"- {variant}: {' | '.join(means)}")
-    return [*lines, ""]
+        cells = [jobs.cell(arm.gain(metric), digits) for metric, (_, digits) in METRICS.items()]
+        rows.append([variant, str(len(arm.runs)), *cells, f"{_spread(arm):.2f}"])
+    return jobs.table(["variant", "seeds", *(label for label, _ in METRICS.values()), "PSNR spread"], rows)
 
 
-def _mean(values: dict[str, dict[str, float]], metric: str) -> float:
-    return sum(row[metric] for row in values.values()) / len(values)
+def _between(arms: dict[str, Arm]) -> list[str]:
+    """Variant against variant, paired by task and noise."""
+    shown = ("instruction", "background_psnr_masked", TOTAL)
+    rows = [
+        [f"{one} minus {other}", *(jobs.cell(arms[one].over(arms[other], metric), METRICS[metric][1]) for metric in shown)]
+        for one, other in COMPARISONS
+        if one in arms and other in arms
+    ]
+    return [*jobs.table(["comparison", *(METRICS[metric][0] for metric in shown)], rows), ""]
 
 
-def _with_total(values: dict[str, float]) -> dict[str, float]:
-    """The same total for every variant, whatever weights it trained with."""
-    return {**values, "reward": values["reward/judge"] / 10 + values["reward/preservation"]}
+def _by_seed(arms: dict[str, Arm]) -> list[str]:
+    lines = ["Differences to base by seed (instruction; background PSNR, dB), to show what the intervals over tasks do not:", ""]
+    for variant, arm in arms.items():
+        edits, backgrounds = arm.by_seed("instruction"), arm.by_seed("background_psnr_masked")
+        lines.append(f"- {variant}: {' | '.join(f'{seed}: {edits[seed]:+.3f}; {backgrounds[seed]:+.2f}' for seed in arm.seeds)}")
+    return lines
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _recorded(arms: dict[str, Arm]) -> dict[str, Any]:
+    comparisons = {
+        f"{one} - {other}": {metric: plain(arms[one].over(arms[other], metric)) for metric in METRICS}
+        for one, other in COMPARISONS
+        if one in arms and other in arms
+    }
+    variants = {
+        variant: {
+            "seeds": list(arm.seeds),
+            "delta": {metric: plain(arm.gain(metric)) for metric in METRICS},
+            "psnr_spread": _spread(arm),
+            "overrides": VARIANTS[variant],
+        }
+        for variant, arm in arms.items()
+    }
+    base = {metric: _mean(next(iter(arms.values())), metric) for metric in METRICS} if arms else {}
+    return {"base": base, **variants, "comparisons": comparisons}
 
 
-def _spread(directories: list[Path]) -> float:
-    from rl_edit.telemetry import METRICS as FILE
-    from rl_edit.telemetry import read_jsonl
+def _mean(arm: Arm, metric: str) -> float:
+    """The base editor's."""
+    return statistics.fmean(arm.base(metric).values())
 
-    values = [line["background/psnr/spread"] for d in directories for line in read_jsonl(d / FILE) if "background/psnr/spread" in line]
+
+def _spread(arm: Arm) -> float:
+    lines = [line for run in arm.runs for line in telemetry.read_jsonl(run.directory / telemetry.METRICS)]
+    values = [line["background/psnr/spread"] for line in lines if "background/psnr/spread" in line]
     return sum(values) / max(1, len(values))
 
 
-def _commit() -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def _torch() -> str:
-    from importlib.metadata import version
-
-    return version("torch")
-
-
-def _settings() -> list[str]:
-    """The command line without the places of files, which change nothing."""
-    words = sys.argv[1:]
-    places = {i for i, word in enumerate(words) if word in ("--work", "--out")}
-    return [word for i, word in enumerate(words) if i not in places and i - 1 not in places]
-
-
-def _quoted(argument: str) -> str:
-    return f"'{argument}'" if " " in argument else argument
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

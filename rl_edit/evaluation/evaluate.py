@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -19,7 +20,7 @@ from rl_edit import adapters
 from rl_edit.attention import MassTally
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
-from rl_edit.editors import Editor
+from rl_edit.editors import Editor, editor_identity
 from rl_edit.evaluation import EvaluationConfig
 from rl_edit.evaluation.diagnostics import diagnostics
 from rl_edit.evaluation.statistics import Interval, bootstrap, paired_bootstrap
@@ -99,6 +100,7 @@ def evaluate(
     shown: dict[str, int] = defaultdict(int)
     kinds = len(getattr(dataset, "task_types", ()) or ()) or 4
     rows: list[Row] = []
+    seen = hashlib.sha256()
     done = 0
     with torch.no_grad():
         for batch in _batches(editor, tasks, max(1, config.batch_size)):
@@ -122,6 +124,8 @@ def evaluate(
                             {v: (r[0][index], r[1][index]) for v, r in results.items()},
                             scored,
                         )
+            for task, _ in batch:
+                _take_in(seen, task)
             done += len(batch)
             progress(done, count)
     adapters.set_active(editor.transformer, True)
@@ -131,6 +135,8 @@ def evaluate(
         "seed": config.seed,
         "num_steps": steps,
         "guidance": editor.config.guidance,
+        "tasks": seen.hexdigest(),
+        "editor": editor_identity(editor.config),
         "conventions": {
             "reward": "weighted sum of raw terms",
             "background_psnr_masked": "mean squared error over kept pixels only, dB",
@@ -153,6 +159,13 @@ def _batches(editor: Editor, tasks: Iterator[EditTask], size: int) -> Iterator[l
         batch.append((task, conditioning))
     if batch:
         yield batch
+
+
+def _take_in(digest: Any, task: EditTask) -> None:
+    """Adds a task, as it lies on the canvas: evaluations of equal digests saw the same pictures, masks and words."""
+    digest.update(json.dumps([task.task_id, task.task_type, task.instruction]).encode())
+    for part in (task.source, task.edit_mask, *([task.target] if isinstance(task, PairedTask) else [])):
+        digest.update(f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
 
 
 def _run(
