@@ -264,7 +264,8 @@ class NoiseWindow(BaseModel):
             ``every * exp(-decay * max(position - threshold, 0))`` updates (rounded up) at each position, so that later steps get less;
             "random": anew for each update; "fixed": never.
         first, stop: window starts lie in ``[first, stop - size]``; ``stop`` None ends two steps before the end, as released.
-            Past the last start the window rolls back to ``first``. It never shrinks and is never empty.
+            Past the last start, which a long stride does not leap over, the window rolls back to ``first``. It never shrinks and is
+            never empty.
         seed: of the random schedule: a function of the update, so that every actor draws the same.
     """
 
@@ -300,7 +301,8 @@ class NoiseWindow(BaseModel):
         if self.schedule == "random":
             seed = keyed_seed(self.seed, "window", update)
             return starts[int(torch.randint(len(starts), (), generator=torch.Generator().manual_seed(seed)))]
-        positions = starts[:: self.stride]
+        # The last whole window is always one of them, so that a cycle leaves no step out.
+        positions = sorted({*starts[:: self.stride], starts[-1]})
         stays = [self._stay(position) for position in positions]
         left = update % sum(stays)
         for position, stay in zip(positions, stays, strict=True):

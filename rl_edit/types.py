@@ -83,6 +83,14 @@ def areas_of(task: EditTask) -> Bool[Tensor, "area height width"]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NegativePrompt:
+    """Encodings of the words that guidance leads away from. Fields as in :class:`Conditioning`."""
+
+    prompt_embeds: Float[Tensor, "text text_dim"]
+    pooled: Float[Tensor, " pooled_dim"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """What an editor needs besides noise: text and source encodings of one task, and the token geometry.
 
@@ -92,6 +100,7 @@ class Conditioning:
         text_rows: True for instruction tokens (no padding, no end marker); the rows attention is read from.
         source_latents: clean packed latents of the source image, on the same grid as the target.
         grid: (rows, columns) of the token grid; ``rows * columns == token``.
+        negative: the negative branch of classifier-free guidance; None exactly where the editor runs without (true_cfg 1).
     """
 
     prompt_embeds: Float[Tensor, "text text_dim"]
@@ -99,6 +108,7 @@ class Conditioning:
     text_rows: Bool[Tensor, " text"]
     source_latents: Float[Tensor, "token channel"]
     grid: tuple[int, int]
+    negative: NegativePrompt | None = None
 
 
 @dataclass(frozen=True, order=True)

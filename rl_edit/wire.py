@@ -16,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rl_edit import types
+from rl_edit.data.rows import RegionsTask
 from rl_edit.data.shapes import ShapesTask
 
 SCHEMA = 3
@@ -24,7 +25,9 @@ RECORDS = {
     for record in (
         types.EditTask,
         types.PairedTask,
+        RegionsTask,
         ShapesTask,
+        types.NegativePrompt,
         types.Conditioning,
         types.AdapterId,
         types.AdapterWeights,

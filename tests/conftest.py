@@ -23,7 +23,19 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-MATHEMATICS = ("types", "flow", "regions", "exploration", "attention", "advantages", "objectives", "algorithms", "rollout", "update")
+MATHEMATICS = (
+    "types",
+    "flow",
+    "regions",
+    "exploration",
+    "attention",
+    "automask",
+    "advantages",
+    "objectives",
+    "algorithms",
+    "rollout",
+    "update",
+)
 """Modules whose annotated shapes are checked at every call in tests; in production the annotations cost nothing."""
 
 install_import_hook([f"rl_edit.{name}" for name in MATHEMATICS], "beartype.beartype")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fakes import Crash, Fault, faulty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import FAULTS, Answer, JudgeServer, completion, good_reply, images_of, parts_of, question_of, serving, words_of
 from pydantic import ValidationError
+from runs import metrics_of, run_inline, small_config
 
 from rl_edit.data import shapes
 from rl_edit.judges import OpenAI, Token
@@ -169,6 +173,58 @@ def test_a_judge_slower_than_the_timeout_is_a_timeout_and_not_waited_for(judge_s
     (score,) = client(judge, timeout_s=0.1, retries=1).score(small_group(1))
     assert score.value is None and score.status == "timeout" and "no answer within 0.1 s" in score.reason
     assert time.perf_counter() - began < 25
+
+
+def by_picture(body: dict[str, Any], number: int) -> Answer:
+    """Scores that follow from the edited picture alone."""
+    score = [int(images_of(body)[-1].sum()) % 26, 20]
+    return 200, completion(json.dumps({"reasoning": "", "score": score}))
+
+
+def test_a_judge_that_never_answers_about_one_group_costs_that_group_and_neither_freezes_nor_kills_the_run(
+    small_editor: str, tmp_path: Path, judge_server: Serve
+) -> None:
+    release, hung, waiting = threading.Event(), list[bytes](), list[int]()
+
+    def reply(body: dict[str, Any], number: int) -> Answer:
+        if question_of(body) == "SC":
+            source = images_of(body)[0].tobytes()
+            hung[:] = hung or [source]
+            if source in hung:
+                waiting.append(number)
+                release.wait()
+        return by_picture(body, number)
+
+    transport = {"base_url": judge_server(reply).url, "model": "judge", "timeout_s": 1.5, "concurrency": 4}
+    rewards = {"editscore": {"kind": "editscore", "transport": transport, "retries": 1, "backoff_s": 0}}
+    allowed = ("train.updates=2", "train.max_dropped_groups=1")
+    try:
+        outcome = run_inline(small_config(small_editor, *allowed, rewards=rewards), tmp_path)
+        assert len(waiting) == 8 and not release.is_set(), "every candidate was asked about twice, and none has been answered yet"
+    finally:
+        release.set()
+    lines = metrics_of(tmp_path)
+    assert outcome.updates_done == 2
+    assert [(line["groups/used"], line["groups/dropped"]) for line in lines] == [(1, 1), (2, 0)]
+    assert [line["reward/editscore/timeout_share"] for line in lines] == [0.5, 0.0]
+    (reason,) = lines[0]["groups/dropped_reasons"]["invalid"]
+    assert "SC of pass 1: no answer within 1.5 s (after 2 attempts)" in reason
+    assert [line["retries/infra"] for line in lines] == [0, 0], "no actor was lost to it"
+
+
+def test_kept_scores_survive_a_crash_and_the_resumed_run_asks_only_about_new_pictures(
+    small_editor: str, tmp_path: Path, judge_server: Serve
+) -> None:
+    judge = judge_server(by_picture)
+    rewards = {"editscore": {"kind": "editscore", "transport": {"base_url": judge.url, "model": "judge", "concurrency": 4}}}
+    config = small_config(small_editor, "train.updates=2", f"rewards.editscore.cache={tmp_path / 'scores'}", rewards=rewards)
+    with pytest.raises(Crash):
+        run_inline(config, tmp_path / "run", executor=faulty(Fault("learner", "learn", 2, "crash")))
+    asked = len(judge.requests)
+    assert asked == 2 * 2 * 4 * 2, "updates, groups, candidates, questions"
+    assert run_inline(config, tmp_path / "run", resume=True).updates_done == 2
+    assert len(judge.requests) == asked
+    assert [line["reward/editscore/cached_share"] for line in metrics_of(tmp_path / "run")] == [0.0, 1.0]
 
 
 def test_an_unreachable_judge_is_invalid() -> None:

@@ -263,7 +263,9 @@ class Skipping(FakeLearner):
             return report, *blobs_of
         self.weight = before
         named, *blobs_of = self.export()
-        return replace(report, adapter=named.adapter, result=named.result, skipped="the loss is nan", skipped_in_a_row=1, metrics={"loss": math.nan}), *blobs_of
+        return replace(
+            report, adapter=named.adapter, result=named.result, skipped="the loss is nan", skipped_in_a_row=1, metrics={"loss": math.nan}
+        ), *blobs_of
 
 
 def test_a_skipped_step_is_told_and_its_evidence_kept_and_the_run_goes_on(tmp_path: Path) -> None:

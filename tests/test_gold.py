@@ -30,6 +30,7 @@ from rl_edit import adapters, telemetry, wire
 from rl_edit.config import ActorsConfig, RunConfig
 from rl_edit.errors import InputError
 from rl_edit.report import render_report
+from rl_edit.report.charts import Mark, Series, twin_chart
 from rl_edit.rewards import available
 from rl_edit.types import Candidates, RewardTable, WorkItem
 
@@ -418,6 +419,26 @@ def test_the_command_line_ends_early_with_exit_code_0_a_sentence_and_the_best_ad
     page = render_report(run).read_text()
     chart = page[page.index("Held-out gold against training reward") :]
     assert "alarm" in chart and "best" in chart and 'class="mark' in chart
+
+
+def test_words_of_marks_and_labels_of_wide_numbers_stay_apart_in_the_chart_of_gold() -> None:
+    left = Series(label="gold", points=((0.0, 5.26512), (9.0, 5.26508)))
+    right = Series(label="training", points=((0.0, -70000.0), (9.0, 90000.0)))
+    chart = twin_chart(title="t", left=left, right=right, marks=[Mark(label="best", update=0), Mark(label="alarm", update=9)])
+    assert chart is not None
+    words = {word: (side, float(x)) for side, x, word in re.findall(r'<text class="(start|end)" x="([\d.]+)" y="[\d.]+">(\w+)<', chart.svg)}
+    line = re.search(r'<line x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"', chart.svg)
+    assert line is not None
+    plot = tuple(map(float, line.groups()))
+    assert words["best"][0] == "start" and words["alarm"][0] == "end"
+    assert plot[0] < words["best"][1] < words["alarm"][1] < plot[1]
+    widest = [
+        max(len(text) for text in re.findall(pattern, chart.svg))
+        for pattern in (r'class="end" x="\d+" [^>]*>([^<]+)<', r'<text x="[^>]+>([^<]+)<')
+    ]
+    assert plot[0] > 6.5 * widest[0] + 18 and 440 - plot[1] > 6.5 * widest[1] + 18, (
+        "room for the labels, and beside them for the axis's name"
+    )
 
 
 def test_an_unknown_gold_is_refused_before_anything_is_written(

@@ -308,6 +308,15 @@ def test_a_key_file_is_sent_and_appears_in_no_reason(tmp_path: Path) -> None:
     assert reply.final and "HTTP 401" in reply.reason and "sk-very-secret" not in reply.reason
 
 
+@pytest.mark.parametrize("before", range(140, 162, 3))
+def test_no_part_of_a_key_is_left_in_a_reason_where_a_long_answer_is_cut(before: int, tmp_path: Path) -> None:
+    secret = tmp_path / "key"
+    secret.write_text("KEYKEYKEYKEY")
+    with serving(lambda body, number: (401, b"x" * before + b"KEYKEYKEYKEY, is not known here")) as server:
+        (reply,) = asked(OpenAI(base_url=server.url, model="m", api_key_file=str(secret)), question())
+    assert "xxx" in reply.reason and "KEY" not in reply.reason
+
+
 def test_a_missing_key_file_and_two_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"key file .* is missing or empty"):
         asked(OpenAI(base_url="http://127.0.0.1:9/v1", model="m", api_key_file=str(tmp_path / "none")), question())

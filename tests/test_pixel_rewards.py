@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,26 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
+from rl_edit.audit.checks import expected_of
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.evaluation import metrics
 from rl_edit.judges import clip
-from rl_edit.rewards import ClipSimilarity, Composite, Judge, Lpips, Preservation, Psnr, Reward, Ssim, available, score_candidates
+from rl_edit.rewards import (
+    ClipSimilarity,
+    Composite,
+    Judge,
+    Lpips,
+    Preservation,
+    Psnr,
+    Reward,
+    Similarity,
+    Ssim,
+    available,
+    score_candidates,
+)
 from rl_edit.rewards.lpips import PerceptualDistance, distance, network
+from rl_edit.rewards.preservation import released_ssim
 from rl_edit.types import Candidates, EditTask
 
 TASK = shapes.task("validation", 0)
@@ -90,6 +105,90 @@ def test_the_declared_range_holds_for_the_best_and_the_worst_picture(term: Rewar
 
 def test_what_happens_inside_the_mask_does_not_reach_psnr_and_zero_filled_ssim() -> None:
     for term in (Psnr(), Psnr(convention="zero_filled"), Psnr(convention="cocoedit"), Ssim(convention="zero_filled")):
+        first, second = values(term, [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))])
+        assert first == second
+
+
+# --- CoCoEdit's similarity ------------------------------------------------------------------------------------------
+
+
+def similarity(variant: Any, images: Sequence[torch.Tensor], task: EditTask = TASK) -> dict[str, list[float]]:
+    """Values and parts of the term, one per candidate."""
+    scores = Similarity(variant=variant).score(candidates(images, task))
+    return {
+        "value": [score.value for score in scores if score.value is not None],
+        **{part: [score.components[part] for score in scores] for part in ("psnr", "ssim")},
+    }
+
+
+def test_fixed_psnr_of_a_known_offset_outside_the_mask_is_the_analytic_one() -> None:
+    """Every kept channel off by u of 255: PSNR = 20 log10(255 / u), whatever happens inside."""
+    grey = replace(TASK, source=torch.full_like(TASK.source, 100))
+    for u in (3, 12, 80):
+        offset = torch.where(INSIDE, TASK.target, grey.source + u)
+        assert similarity("fixed", [offset], grey)["psnr"] == pytest.approx([20 * math.log10(255 / u)], rel=1e-9)
+
+
+def test_fixed_is_the_releases_mixture_of_the_right_parts_and_paper_is_their_mean() -> None:
+    images = [outside(level) for level in (0.02, 0.1, 0.5)]
+    psnr = (metrics.psnr(torch.stack(images), TASK.source, KEEP, "masked") / 40).clamp(0, 1)
+    ssim = metrics.ssim(torch.stack(images), TASK.source, KEEP, "map_masked")
+    assert similarity("fixed", images)["value"] == pytest.approx((0.65 * psnr + 0.35 * ssim).tolist())
+    assert similarity("paper", images)["value"] == pytest.approx((0.5 * psnr + 0.5 * ssim).tolist())
+    assert values(Preservation(ssim_weight=0.5), images) == pytest.approx(similarity("paper", images)["value"])
+    assert Similarity().variant == "fixed"
+
+
+def test_the_released_psnr_lies_ten_log_ten_three_below_the_fixed_one() -> None:
+    images = [outside(level) for level in (0.02, 0.1, 0.5)]
+    fixed, released = (torch.tensor(similarity(variant, images)["psnr"]) for variant in ("fixed", "release"))
+    assert (fixed - released).tolist() == pytest.approx([10 * math.log10(3)] * 3, abs=1e-6)
+
+
+def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_picture_where_the_fixed_one_does_not() -> None:
+    """On a textured source without a mask: noise of 0.1 and a flat grey."""
+    generator = torch.Generator().manual_seed(0)
+    texture = (255 * torch.rand(64, 64, 3, generator=generator)).byte()
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[0, 0] = True
+    task = EditTask(task_id="t", task_type="edit", source=texture, instruction="x", edit_mask=mask)
+    noisy = (texture + 25.5 * torch.randn(texture.shape, generator=generator)).clamp(0, 255).byte()
+    flat = torch.full_like(texture, 128)
+    fixed, released = (similarity(variant, [texture, noisy, flat], task)["ssim"] for variant in ("fixed", "release"))
+    assert fixed[0] == pytest.approx(1.0) and released[0] == pytest.approx(1.0)
+    assert fixed[1] < 0.95 and fixed[2] < 0.05
+    assert released[1] > 0.98 and released[2] > 0.8
+    assert fixed[0] - fixed[2] > 5 * (released[0] - released[2])
+
+
+def test_the_released_ssim_is_its_formula_with_a_gaussian_over_a_box_of_ones() -> None:
+    """Window by window, as two nested sums."""
+    images, reach = outside(0.2), 5
+    line = torch.exp(-(torch.arange(-reach, reach + 1).double() ** 2) / (2 * 1.5**2))
+    window = torch.outer(line, line) / line.sum() ** 2
+    a, b = (torch.nn.functional.pad(x.double().movedim(-1, 0) / 255, [reach] * 4) for x in (images, TASK.source))
+    keep = torch.nn.functional.pad(KEEP.double(), [reach] * 4)
+    total = 0.0
+    for row, column in KEEP.nonzero().tolist():
+        at = (slice(None), slice(row, row + 11), slice(column, column + 11))
+        share = window * keep[at[1:]] / keep[at[1:]].sum()
+        x, y, xx, yy, xy = ((share * part[at]).sum(dim=(1, 2)) for part in (a, b, a * a, b * b, a * b))
+        top = (2 * x * y + 0.01**2) * (2 * (xy - x * y) + 0.03**2)
+        total += float((top / ((x * x + y * y + 0.01**2) * (xx - x * x + yy - y * y + 0.03**2))).mean())
+    assert released_ssim(images[None], TASK.source, KEEP).item() == pytest.approx(total / int(KEEP.sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["fixed", "paper", "release"])
+def test_similarity_lies_in_its_range_from_the_source_to_its_negative(variant: Any) -> None:
+    black = replace(TASK, source=torch.zeros_like(TASK.source))
+    best, worst = values(Similarity(variant=variant), [black.source, torch.full_like(black.source, 255)], black)
+    assert 0 <= worst < 0.4 and best == pytest.approx(1.0)
+
+
+def test_similarity_is_a_reward_of_the_config_and_does_not_see_the_inside() -> None:
+    parsed = TypeAdapter(Reward).validate_python({"kind": "similarity", "variant": "release"})
+    assert isinstance(parsed, Similarity) and expected_of(parsed, None).sides == ("outside",)
+    for term in (parsed, Composite(of=parsed)):
         first, second = values(term, [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))])
         assert first == second
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +16,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge_server import FAULTS, Answer, completion, images_of, question_of, serving
 from pydantic import TypeAdapter, ValidationError
 
+from rl_edit.advantages import CreditRule, Declined, GroupCredit, RegionCredit, SplitCredit
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.evaluation.metrics import gaussian_mean, psnr
-from rl_edit.rewards import Concentration, Judge, Preservation, PythonReward, Reward, available, score_candidates
+from rl_edit.regions import labelled_regions
+from rl_edit.report import render_report
+from rl_edit.rewards import Concentration, EditScore, Judge, Preservation, PythonReward, Reward, available, score_candidates
 from rl_edit.rewards.composition import overall
-from rl_edit.rewards.judge import labelled_regions
-from rl_edit.types import Candidates, EditTask, PairedTask, Score
+from rl_edit.types import Advantages, Candidates, EditTask, PairedTask, RewardTable, Score
 
 TASKS = [shapes.task("validation", index) for index in range(9)]
 
@@ -194,6 +200,201 @@ def test_no_reward_left_and_only_zero_weights_are_errors() -> None:
         available([], {"target"})
     with pytest.raises(InputError, match="weight 0"):
         available([Preservation(weight=0)], set())
+
+
+# --- failures and credit ----------------------------------------------------------------------------------------------
+
+NUM_GROUPS, NUM_CANDIDATES = 15, 4
+FAILED_SHARE = 0.05
+"""Of the judge's answers."""
+
+OWN_STATISTICS: list[CreditRule] = [
+    GroupCredit(normalise="group"),
+    GroupCredit(normalise="none"),
+    GroupCredit(normalise="group", quasi_norm=0.8),
+    SplitCredit(normalise="group"),
+    SplitCredit(normalise="none"),
+]
+"""Rules in which a group's advantages follow from its own rewards."""
+
+POOLED_STATISTICS: list[CreditRule] = [
+    GroupCredit(normalise="minibatch"),
+    GroupCredit(normalise="minibatch", quasi_norm=0.8),
+    GroupCredit(normalise="minibatch", deviation="batch"),
+    GroupCredit(normalise="group", deviation="batch"),
+    GroupCredit(normalise="none", deviation="batch"),
+    SplitCredit(normalise="minibatch"),
+]
+"""Rules that scale by statistics over the groups of the update."""
+
+
+def named(rule: CreditRule) -> str:
+    return "-".join(f"{value}" for value in rule.model_dump(include={"kind", "normalise", "deviation", "quasi_norm"}).values())
+
+
+def marked(index: int) -> Candidates:
+    """A group whose first pixels say which candidate of which group a picture is."""
+    task = replace(TASKS[index % len(TASKS)], task_id=f"task-{index}")
+    noise = torch.randn(NUM_CANDIDATES, 64, 64, 3, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+    levels = torch.linspace(0.02, 0.06, NUM_CANDIDATES, dtype=torch.float64)
+    images = as_bytes(task.target.double() / 255 + levels[:, None, None, None] * noise)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = index, torch.arange(NUM_CANDIDATES)
+    return candidates(task, list(images))
+
+
+def tables_of(failing: dict[tuple[int, int, str], str]) -> list[RewardTable]:
+    """Every group scored by a judge behind HTTP and by pixel rewards; ``failing`` is the fault of (group, candidate, question)."""
+
+    def reply(body: dict[str, Any], number: int) -> Answer:
+        group, row = images_of(body)[-1][0, 0, :2].tolist()
+        if (fault := failing.get((group, row, question_of(body)))) is not None:
+            return FAULTS[fault][0]
+        said = random.Random(f"{group} {row} {question_of(body)}")
+        return 200, completion(json.dumps({"reasoning": "", "score": [said.randint(1, 25), said.randint(1, 25)]}))
+
+    with serving(reply) as judge:
+        # The server's queue holds five connections: one more would wait a second for its second try.
+        judged = EditScore(transport={"base_url": judge.url, "model": "judge", "concurrency": 4}, retries=0)
+        terms = [judged, Judge(weight=0.5), Preservation(weight=0.6)]
+        return [score_candidates(terms, marked(index), group_id=str(index)) for index in range(NUM_GROUPS)]
+
+
+@pytest.fixture(scope="module")
+def clean_and_failing() -> tuple[list[RewardTable], list[RewardTable]]:
+    """The same groups scored without a fault, and with 5 % of the judge's answers failing in every way there is."""
+    questions = [(group, row, name) for group in range(NUM_GROUPS) for row in range(NUM_CANDIDATES) for name in ("SC", "PQ")]
+    hit = random.Random(0).sample(questions, round(FAILED_SHARE * len(questions)))
+    failing = dict(zip(hit, itertools.cycle(FAULTS), strict=False))
+    clean, faulty = tables_of({}), tables_of(failing)
+    assert all(bool(table.valid.all()) for table in clean)
+    lost = {group for group, _, _ in failing}
+    assert [not bool(table.valid.all()) for table in faulty] == [index in lost for index in range(NUM_GROUPS)]
+    assert 0 < len(lost) < NUM_GROUPS
+    return clean, faulty
+
+
+def credited(rule: CreditRule, tables: Sequence[RewardTable]) -> list[Advantages | Declined]:
+    return rule(tables, [torch.arange(16).reshape(1, 4, 4) < 4] * len(tables))
+
+
+def survivors(rule: CreditRule, tables: Sequence[RewardTable]) -> dict[int, torch.Tensor]:
+    """Advantages of the groups that are trained, by the group's place; the others must be those without a score."""
+    results = credited(rule, tables)
+    for table, result in zip(tables, results, strict=True):
+        assert isinstance(result, Advantages) == bool(table.valid.all())
+        assert isinstance(result, Advantages) or result.kind == "invalid"
+    return {index: result.values for index, result in enumerate(results) if isinstance(result, Advantages)}
+
+
+@pytest.mark.parametrize("rule", OWN_STATISTICS, ids=named)
+def test_five_percent_injected_failures_leave_the_advantages_of_surviving_groups_identical_to_the_clean_run(
+    rule: CreditRule, clean_and_failing: tuple[list[RewardTable], list[RewardTable]]
+) -> None:
+    clean, failing = (survivors(rule, tables) for tables in clean_and_failing)
+    assert len(clean) == NUM_GROUPS
+    for index, values in failing.items():
+        assert torch.equal(values, clean[index])
+
+
+@pytest.mark.parametrize("rule", POOLED_STATISTICS, ids=named)
+def test_under_pooled_statistics_survivors_of_failures_are_credited_as_in_a_clean_run_of_the_survivors_alone(
+    rule: CreditRule, clean_and_failing: tuple[list[RewardTable], list[RewardTable]]
+) -> None:
+    """What a lost group would have scored is unknown, so it has no share in the scale: that may differ from the whole clean run's."""
+    clean, failing = clean_and_failing
+    found = survivors(rule, failing)
+    alone = survivors(rule, [clean[index] for index in found])
+    for values, expected in zip(found.values(), alone.values(), strict=True):
+        assert torch.equal(values, expected)
+    whole = survivors(rule, clean)
+    assert any(not torch.equal(values, whole[index]) for index, values in found.items())
+
+
+@pytest.mark.parametrize("normalise", ["group", "none"])
+def test_under_a_batch_deviation_failures_change_the_advantages_of_all_survivors_by_one_common_factor(
+    normalise: Any, clean_and_failing: tuple[list[RewardTable], list[RewardTable]]
+) -> None:
+    clean, failing = (survivors(GroupCredit(normalise=normalise, deviation="batch"), tables) for tables in clean_and_failing)
+    factors = torch.cat([(values / clean[index]).flatten() for index, values in failing.items()])
+    assert factors == pytest.approx(factors[0].item(), rel=1e-4)
+
+
+def test_a_single_term_has_the_clean_runs_advantages_under_minibatch_statistics_too_up_to_rounding(
+    clean_and_failing: tuple[list[RewardTable], list[RewardTable]],
+) -> None:
+    """Pooled mean and deviation of one term cancel in its group; of several terms the deviations decide the mixture."""
+    only = [[replace(table, weights=(1.0, 0.0, 0.0)) for table in tables] for tables in clean_and_failing]
+    clean, failing = (survivors(GroupCredit(normalise="minibatch"), tables) for tables in only)
+    for index, values in failing.items():
+        assert values == pytest.approx(clean[index], abs=1e-6)
+
+
+UNUSABLE: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from(["invalid", "timeout", "refused"]).map(lambda status: Score(value=None, reason="no answer", status=status)),
+    st.sampled_from([math.nan, math.inf, -math.inf, 12.5, -0.001, 1.0001, 1e300, 10**400, None, "0.5", []]),
+    st.floats(min_value=1.0, exclude_min=True) | st.floats(max_value=0.0, exclude_max=True),
+)
+USABLE = st.floats(0, 1, width=32)
+ANSWER_LISTS = st.one_of(
+    st.lists(USABLE, min_size=3, max_size=3),
+    st.lists(USABLE | UNUSABLE, min_size=3, max_size=3),
+    st.lists(USABLE, max_size=5),  # too few, too many
+)
+
+
+def in_turn(group: Candidates) -> Any:
+    """Each term says what stands first; numbers stand for their regions too."""
+    return [
+        Score(value=said, components={"region.0": said, "background": 1 - said}) if isinstance(said, float) else said
+        for said in ANSWERS.pop(0)
+    ]
+
+
+def unwatched(table: RewardTable) -> RewardTable:
+    """The table of a run without its last term."""
+    return replace(table, names=table.names[:-1], weights=table.weights[:-1], values=table.values[:, :-1], valid=table.valid[:, :-1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(ANSWER_LISTS, ANSWER_LISTS, ANSWER_LISTS), min_size=1, max_size=4))
+def test_no_invalid_value_ever_reaches_an_advantage(updates: list[tuple[list[Any], list[Any], list[Any]]]) -> None:
+    """Whatever stands where a score should: its group is declined, and every other group is credited as if that one had not been.
+
+    The third term has weight 0: it is measured, and may fail as it likes.
+    """
+    weights = {"judge": 1.0, "preservation": 0.5, "watched": 0.0}
+    terms = [python_reward("in_turn", name=name, weight=weight) for name, weight in weights.items()]
+    tables = []
+    for group in updates:
+        ANSWERS[:] = group
+        tables.append(score_candidates(terms, small_group(3), group_id="w"))
+    usable = [all(len(said) == 3 and all(isinstance(s, float) and 0 <= s <= 1 for s in said) for said in group[:2]) for group in updates]
+    for rule in (*OWN_STATISTICS, *POOLED_STATISTICS, RegionCredit(term="judge")):
+        results = credited(rule, tables)
+        assert all(fit or isinstance(result, Declined) for fit, result in zip(usable, results, strict=True))
+        kept = [index for index, fit in enumerate(usable) if fit]
+        for index, alone in zip(kept, credited(rule, [unwatched(tables[index]) for index in kept]), strict=True):
+            result = results[index]
+            assert type(result) is type(alone)
+            if isinstance(result, Advantages) and isinstance(alone, Advantages):
+                assert bool(result.values.isfinite().all()) and torch.equal(result.values, alone.values)
+
+
+# --- in the report ----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_draws_what_drives_the_reward_with_one_line_a_term(tmp_path: Path) -> None:
+    names = [f"term{number}" for number in range(9)]
+    row = {f"reward/{name}/{what}": 0.1 for name in names for what in ("variance_share", "invalid_share", "timeout_share")}
+    rows = [{"update": update, **row, "reward/term0/noise_to_spread": 0.5, "change/variance_inside_share": 0.7} for update in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = render_report(tmp_path).read_text()
+    assert "<h3>What drives the reward" in page and "<h3>Other numbers" not in page
+    titles = {"Share of the total&#39;s variance": 2, "Scores that are invalid": 2, "Scores that came too late": 2}
+    titles |= {"Noise over spread: term0": 1, "Share of the pixels&#39; variance inside the mask": 1}
+    for title, charts in titles.items():
+        assert page.count(f'aria-label="{title}"') == charts, title
+    assert all(page.count(f"</i>{name} <small>") == 3 for name in names[:8]), "eight lines a chart, and the ninth in one of its own"
 
 
 # --- the judge ------------------------------------------------------------------------------------------------------

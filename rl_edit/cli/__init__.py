@@ -12,9 +12,11 @@ import typer
 
 from rl_edit.cli.audit_reward import audit_reward_command
 from rl_edit.cli.bench_reward import bench_reward_command
+from rl_edit.cli.compare import compare_command
 from rl_edit.cli.dataset import dataset_app
 from rl_edit.cli.edit import edit_command
 from rl_edit.cli.evaluate import evaluate_command
+from rl_edit.cli.find_masks import find_masks_command
 from rl_edit.cli.merge_judge import merge_judge_command
 from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.cli.report import report_command
@@ -36,6 +38,7 @@ app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("edit")(edit_command)
 app.command("report")(report_command)
+app.command("compare")(compare_command)
 app.command("pretrain")(pretrain_command)
 app.command("presets")(presets_command)
 app.command("methods")(methods_command)
@@ -43,6 +46,7 @@ app.command("show-config")(show_config_command)
 app.command("audit-reward")(audit_reward_command)
 app.command("bench-reward")(bench_reward_command)
 app.command("merge-judge")(merge_judge_command)
+app.command("find-masks")(find_masks_command)
 app.add_typer(dataset_app, name="dataset")
 
 

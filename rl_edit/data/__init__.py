@@ -15,17 +15,17 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rl_edit.data import shapes
 from rl_edit.data.canvas import leaves_no_token
-from rl_edit.data.compbench import is_compbench, read_compbench
-from rl_edit.data.folder import read_folder
+from rl_edit.data.compbench import is_compbench, read_compbench, request_compbench
+from rl_edit.data.folder import read_folder, request_folder
 from rl_edit.data.images import MaskPolarity, read_mask
-from rl_edit.data.rows import EmptyMask, Row, check, load, refuse
+from rl_edit.data.rows import EmptyMask, Request, Row, check, check_requests, load, refuse
 from rl_edit.data.shapes import ShapesTask
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask
@@ -217,7 +217,26 @@ def open_dataset(config: DataConfig, split: Split, *, resolution: int | None = N
     return found if resolution is None else found.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
 
 
-def _of_types(rows: list[Row], task_types: tuple[str, ...] | None, root: Path) -> list[Row]:
+def open_requests(config: DataConfig) -> tuple[Request, ...]:
+    """Every row of a dataset on disk, in an order of which any first part is a fair sample; those without a mask are there too.
+
+    Raises:
+        InputError: for problems of the rows, all in one; for the built-in world, and for a directory of two splits.
+    """
+    if config.path == BUILTIN_SHAPES:
+        raise InputError(f"{config.path} has its masks, and no rows on disk: write some first with rl-edit dataset make-shapes DIR")
+    root = Path(config.path).expanduser()
+    if (root / "train").is_dir() and (root / "heldout").is_dir() and not is_compbench(root):
+        raise InputError(f"{root} holds two datasets, train and heldout: name one of them, {root / 'train'} or {root / 'heldout'}.")
+    requests = request_compbench(root) if is_compbench(root) else request_folder(root)
+    requests = sorted(_of_types(requests, config.task_types, root), key=lambda request: (_hash(request.task_id), request.task_id))
+    return check_requests(requests, source=str(root), polarity=config.mask_polarity)
+
+
+R = TypeVar("R", bound=Request)
+
+
+def _of_types(rows: list[R], task_types: tuple[str, ...] | None, root: Path) -> list[R]:
     if task_types is None:
         return rows
     present = sorted({row.task_type for row in rows})

@@ -12,7 +12,6 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
 
-from rl_edit.data.shapes import ShapesTask
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedTask
 
@@ -59,7 +58,7 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
             # Lanczos carries the edit a few pixels across the mask's edge.
             target = torch.where(mask[:, :, None], target, changes["source"])
         changes["target"] = target
-    if isinstance(task, ShapesTask):
+    if hasattr(task, "regions"):
         changes["regions"] = torch.stack([_cover(region, size) for region in task.regions])
     return dataclasses.replace(task, **changes)
 

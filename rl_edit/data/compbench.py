@@ -17,7 +17,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rl_edit.data.rows import Row, refuse
+from rl_edit.data.rows import Request, Row, refuse
 from rl_edit.data.shapes import ShapesTask
 from rl_edit.errors import InputError
 from rl_edit.types import PairedTask
@@ -44,6 +45,13 @@ def write_compbench(tasks: Iterable[PairedTask], directory: Path, progress: Call
     The directory appears complete or not at all: files are written beside it and moved at the end. An existing directory
     must be empty. ``progress`` is called with the number of tasks written so far.
     """
+    with new_dataset(directory) as partial:
+        return _write(tasks, partial, progress)
+
+
+@contextmanager
+def new_dataset(directory: Path) -> Iterator[Path]:
+    """A directory to write a dataset to, which takes its name when all went well and is gone when not."""
     directory = directory.expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not an empty directory: writing there would mix two datasets. Name a new directory.")
@@ -51,17 +59,21 @@ def write_compbench(tasks: Iterable[PairedTask], directory: Path, progress: Call
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir()
     try:
-        num_written = _write(tasks, partial, progress)
+        yield partial
         os.replace(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return num_written
 
 
 def read_compbench(directory: Path) -> list[Row]:
     """Rows of every task type, in the order of their files. Pictures are not opened."""
-    rows: list[Row] = []
+    return [request for request in request_compbench(directory, masked=True) if isinstance(request, Row)]
+
+
+def request_compbench(directory: Path, *, masked: bool = False) -> list[Request]:
+    """The same for rows some of which have no mask; ``masked`` says that each has one, or its file is missed."""
+    rows: list[Request] = []
     problems: list[str] = []
     num_entries = 0
     for metadata in sorted(directory.glob(_PATTERN)):
@@ -74,22 +86,22 @@ def read_compbench(directory: Path) -> list[Row]:
                 problems.append(f"{where}: {problem}")
                 continue
             image_path = entry["image_path"]
-            regions = folder / "regions" / image_path
-            rows.append(
-                Row(
-                    task_id=entry.get("task_id") or f"{folder.name}/{image_path.removesuffix('.png')}",
-                    task_type=folder.name,
-                    where=where,
-                    # "001ca3cb/0/00003.png" is a frame of clip 001ca3cb, and other rows may show its neighbours.
-                    group=image_path.split("/")[0],
-                    instruction=" ".join(entry["instruction"].split()),
-                    source=folder / "input_image" / image_path,
-                    mask=folder / "mask" / image_path,
-                    target=folder / "edited_image" / image_path,
-                    caption=entry.get("caption") or None,
-                    regions=regions if regions.is_file() else None,
-                )
-            )
+            common: dict[str, Any] = {
+                "task_id": entry.get("task_id") or f"{folder.name}/{image_path.removesuffix('.png')}",
+                "task_type": folder.name,
+                "where": where,
+                # "001ca3cb/0/00003.png" is a frame of clip 001ca3cb, and other rows may show its neighbours.
+                "group": image_path.split("/")[0],
+                "instruction": " ".join(entry["instruction"].split()),
+                "source": folder / "input_image" / image_path,
+                "target": folder / "edited_image" / image_path,
+                "caption": entry.get("caption") or None,
+            }
+            mask, regions = (folder / part / image_path for part in ("mask", "regions"))
+            if not masked and not mask.is_file():
+                rows.append(Request(**common))
+            else:
+                rows.append(Row(**common, mask=mask, regions=regions if regions.is_file() else None))
     refuse(problems, num_rows=num_entries, source=str(directory))
     if not rows:
         raise InputError(f"{directory} has {_PATTERN} files but no entries in them, so there is nothing to train on. Check the download.")

@@ -10,10 +10,13 @@ key            also read as                             meaning
 source         image, input_image                       the picture to edit
 instruction    prompt                                   what to do
 mask                                                    where pixels may change; the size of the picture
+region_map                                              optional: a label map of the mask's separate places, 0 outside, 1..R
 target         edited_image                             optional: the right result, the size of the picture
 caption                                                 optional: what the edited region should show
 task_type      task                                     optional: the kind of edit, for tables; "edit" if missing
 id             task_id                                  optional: unique; otherwise the source path and a count
+split_group                                             optional: rows that share it are never on different sides of a split;
+                                                        otherwise the source path
 =============  =======================================  ==========================================================
 
 **Plain folder**: for a picture ``NAME.jpg`` in the folder itself, in ``images/`` or in ``sources/``
@@ -31,23 +34,31 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from rl_edit.data.images import SUFFIXES
-from rl_edit.data.rows import Row, refuse
+from rl_edit.data.rows import Request, Row, refuse
 from rl_edit.errors import InputError
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "source": ("source", "image", "input_image"),
     "instruction": ("instruction", "prompt"),
     "mask": ("mask",),
+    "region_map": ("region_map",),
     "target": ("target", "edited_image"),
     "caption": ("caption",),
     "task_type": ("task_type", "task"),
     "id": ("id", "task_id"),
+    "split_group": ("split_group",),
 }
-_REQUIRED = ("source", "instruction", "mask")
+_REQUIRED = ("source", "instruction")
 _ALIASES = {alias: key for key, aliases in _KEYS.items() for alias in aliases}
 _SOURCE_FOLDERS = ("images", "sources")
 _EXPECTED = (
@@ -58,25 +69,77 @@ _EXPECTED = (
 
 def read_folder(path: Path) -> list[Row]:
     """Rows of a ``.jsonl`` file or of a folder in either of the two layouts above."""
+    return [request for request in request_folder(path, masked=True) if isinstance(request, Row)]
+
+
+def request_folder(path: Path, *, masked: bool = False) -> list[Request]:
+    """The same for rows some of which have no mask; ``masked`` says that each must have one."""
     if path.is_file():
         if path.suffix.lower() != ".jsonl":
             raise InputError(
                 f"{path} is a file but not .jsonl, so its rows cannot be read. Name a .jsonl file or a directory with {_EXPECTED}."
             )
-        return _read_lines(path)
+        return _read_lines(path, masked)
     if not path.is_dir():
         raise InputError(f"{path} does not exist. Name a .jsonl file or a directory with {_EXPECTED}; or use builtin:shapes.")
     if (path / "metadata.jsonl").is_file():
-        return _read_lines(path / "metadata.jsonl")
-    return _read_pairs(path)
+        return _read_lines(path / "metadata.jsonl", masked)
+    return _read_pairs(path, masked)
 
 
-def _read_lines(file: Path) -> list[Row]:
+class FoundMasks:
+    """Writes rows with masks that were found for them, in the JSON-lines layout. Pictures are copied as they are."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._sources: dict[Path, str] = {}
+        self._lines: list[str] = []
+
+    def add(self, request: Request, regions: NDArray[np.bool_]) -> None:
+        """A row with its regions, ``[region, height, width]`` in pixels of the picture, disjoint and at most 255."""
+        row = len(self._lines)
+        if request.source not in self._sources:
+            # One copy of a picture that several rows show.
+            self._sources[request.source] = self._copied(request.source, "sources", len(self._sources))
+        labels = np.zeros(regions.shape[1:], dtype=np.uint8)
+        for number, region in enumerate(regions, start=1):
+            labels[region] = number
+        entry = {
+            "id": request.task_id,
+            "task_type": request.task_type,
+            "source": self._sources[request.source],
+            "instruction": request.instruction,
+            "mask": self._drawn(np.where(labels > 0, 255, 0).astype(np.uint8), "masks", row),
+            "region_map": self._drawn(labels, "regions", row),
+            "target": None if request.target is None else self._copied(request.target, "targets", row),
+            "caption": request.caption,
+            "split_group": request.group,
+        }
+        self._lines.append(json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        """Writes the file that makes it a dataset."""
+        (self.root / "metadata.jsonl").write_text("".join(self._lines), encoding="utf-8")
+
+    def _copied(self, file: Path, folder: str, number: int) -> str:
+        name = f"{folder}/{number:06d}{file.suffix.lower()}"
+        (self.root / folder).mkdir(exist_ok=True)
+        shutil.copyfile(file, self.root / name)
+        return name
+
+    def _drawn(self, pixels: NDArray[np.uint8], folder: str, number: int) -> str:
+        name = f"{folder}/{number:06d}.png"
+        (self.root / folder).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(self.root / name)
+        return name
+
+
+def _read_lines(file: Path, masked: bool) -> list[Request]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text ({error}). Save it as UTF-8 with one JSON object a line.") from error
-    rows: list[Row] = []
+    rows: list[Request] = []
     problems: list[str] = []
     num_entries = 0
     counts: dict[str, int] = {}
@@ -85,7 +148,7 @@ def _read_lines(file: Path) -> list[Row]:
             continue
         num_entries += 1
         where = f"{file.name} line {number}"
-        entry = _entry(line)
+        entry = _entry(line, (*_REQUIRED, "mask") if masked else _REQUIRED)
         if isinstance(entry, str):
             problems.append(f"{where}: {entry}")
             continue
@@ -93,26 +156,28 @@ def _read_lines(file: Path) -> list[Row]:
         name = source.removesuffix(Path(source).suffix)
         counts[name] = counts.get(name, 0) + 1
         repeat = f"#{counts[name]}" if counts[name] > 1 else ""
-        rows.append(
-            Row(
-                task_id=entry.get("id") or name + repeat,
-                task_type=entry.get("task_type") or "edit",
-                where=where,
-                group=source,
-                instruction=" ".join(entry["instruction"].split()),
-                source=file.parent / Path(source).expanduser(),
-                mask=file.parent / Path(entry["mask"]).expanduser(),
-                target=file.parent / Path(entry["target"]).expanduser() if entry.get("target") else None,
-                caption=entry.get("caption") or None,
-            )
-        )
+        paths = {key: file.parent / Path(entry[key]).expanduser() for key in ("source", "mask", "target", "region_map") if entry.get(key)}
+        common: dict[str, Any] = {
+            "task_id": entry.get("id") or name + repeat,
+            "task_type": entry.get("task_type") or "edit",
+            "where": where,
+            "group": entry.get("split_group") or source,
+            "instruction": " ".join(entry["instruction"].split()),
+            "source": paths["source"],
+            "target": paths.get("target"),
+            "caption": entry.get("caption") or None,
+        }
+        if "mask" in paths:
+            rows.append(Row(**common, mask=paths["mask"], regions=paths.get("region_map")))
+        else:
+            rows.append(Request(**common))
     refuse(problems, num_rows=num_entries, source=str(file))
     if not rows:
         raise InputError(f"{file} has no rows, so there is nothing to train on. Write one JSON object a line: source, instruction, mask.")
     return rows
 
 
-def _entry(line: str) -> dict[str, str] | str:
+def _entry(line: str, required: Sequence[str]) -> dict[str, str] | str:
     """One line under canonical keys, or what is wrong with it."""
     try:
         raw: Any = json.loads(line)
@@ -138,13 +203,13 @@ def _entry(line: str) -> dict[str, str] | str:
         if key in entry and entry[key] != value:
             return f"gives {key!r} twice ({' and '.join(alias for alias in _KEYS[key] if alias in raw)}) with different values"
         entry[key] = value
-    for key in _REQUIRED:
+    for key in required:
         if not entry.get(key, "").strip():
             return f"has no {key!r} (read from: {', '.join(_KEYS[key])})"
     return entry
 
 
-def _read_pairs(root: Path) -> list[Row]:
+def _read_pairs(root: Path, masked: bool) -> list[Request]:
     folders = [root / name for name in _SOURCE_FOLDERS if (root / name).is_dir()] or [root]
     sources: dict[str, list[Path]] = {}
     orphans: list[str] = []
@@ -160,7 +225,7 @@ def _read_pairs(root: Path) -> list[Row]:
     if not sources:
         raise _nothing_found(root)
     instructions = _instructions(root)
-    rows: list[Row] = []
+    rows: list[Request] = []
     problems = list(orphans)
     for stem, paths in sorted(sources.items()):
         source = paths[0]
@@ -170,15 +235,15 @@ def _read_pairs(root: Path) -> list[Row]:
                 raise InputError(f"has the same name as {paths[1].relative_to(root)}: masks and instructions could belong to either")
             mask = _beside(root, source, "mask")
             target = _beside(root, source, "target")
-            if mask is None:
+            if mask is None and masked:
                 raise InputError(f"has no mask (looked for {stem}_mask.png, {stem}.mask.png and masks/{stem}.png, any picture ending)")
             instruction = _instruction(source, instructions)
         except InputError as problem:
             problems.append(f"{where}: {problem}")
             continue
-        rows.append(
-            Row(task_id=stem, task_type="edit", where=where, group=stem, instruction=instruction, source=source, mask=mask, target=target)
-        )
+        common: dict[str, Any] = {"task_id": stem, "task_type": "edit", "where": where, "group": stem}
+        common |= {"instruction": instruction, "source": source, "target": target}
+        rows.append(Request(**common) if mask is None else Row(**common, mask=mask))
     refuse(problems, num_rows=len(sources), source=str(root))
     return rows
 

@@ -11,13 +11,15 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rl_edit.data import images
 from rl_edit.data.images import MaskPolarity
@@ -31,14 +33,24 @@ _NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A row that has not been read yet.
+class RegionsTask(EditTask):
+    """A task whose places are known one by one, and whose result is not.
+
+    Attributes:
+        regions: one row per place; their union is ``edit_mask``.
+    """
+
+    regions: Bool[Tensor, "region height width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """An edit that is asked for, not read yet, whether or not anybody drew where it may change the picture.
 
     Attributes:
         where: where the row is written down, for errors ("metadata.jsonl line 3").
         group: rows of one group show the same picture; a split never separates them.
-        caption: None when the row has none.
-        target, regions: None when the row has none. ``regions`` is a label map: 0 background, 1..R regions.
+        target, caption: None when the row has none.
     """
 
     task_id: str
@@ -47,9 +59,23 @@ class Row:
     group: str
     instruction: str
     source: Path
-    mask: Path
     target: Path | None = None
     caption: str | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(path for path in (self.source, self.target) if path is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Request):
+    """A request with a mask: what a task is made of.
+
+    Attributes:
+        regions: a label map, 0 background, 1..R regions; None when the row has none.
+    """
+
+    mask: Path
     regions: Path | None = None
 
     @property
@@ -80,10 +106,7 @@ def check(rows: Sequence[Row], *, source: str, polarity: MaskPolarity, empty_mas
 
     ``source`` is the dataset as the user named it. Rows with an empty or full mask are an error or skipped and counted.
     """
-    problems = [f"{row.where}: task id {row.task_id!r} is used more than once" for row in _repeated(rows)]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        findings = list(pool.map(lambda row: _examine(row, polarity), rows))
-    problems += [finding.problem for finding in findings if finding.problem]
+    problems, findings = _examined(rows, polarity)
     if empty_mask == "error":
         problems += [_unusable(row) for row, finding in zip(rows, findings, strict=True) if finding.unusable_mask]
     refuse(problems, num_rows=len(rows), source=source)
@@ -104,6 +127,16 @@ def check(rows: Sequence[Row], *, source: str, polarity: MaskPolarity, empty_mas
     return CheckedRows(rows=kept, skipped=len(rows) - len(kept))
 
 
+def check_requests(requests: Sequence[Request], *, source: str, polarity: MaskPolarity) -> tuple[Request, ...]:
+    """Look at every file of every row, with or without a mask. A row whose mask is empty or full is one without."""
+    problems, findings = _examined(requests, polarity)
+    refuse(problems, num_rows=len(requests), source=source)
+    return tuple(
+        Request(**{field.name: getattr(request, field.name) for field in fields(Request)}) if finding.unusable_mask else request
+        for request, finding in zip(requests, findings, strict=True)
+    )
+
+
 def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
     """Raise one InputError for all problems of a dataset, if there are any."""
     if not problems:
@@ -114,7 +147,7 @@ def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
 
 
 def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
-    """Read a row: ``ShapesTask`` with regions, ``PairedTask`` with a target, ``EditTask`` otherwise."""
+    """Read a row: ``PairedTask`` with a target, ``RegionsTask`` with regions, ``ShapesTask`` with both, ``EditTask`` otherwise."""
     source = images.read_rgb(row.source, where=row.where)
     mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
     _same_size(row, row.mask, mask.edit.shape, source.shape[:2])
@@ -127,14 +160,14 @@ def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
         "instruction": row.instruction,
         "edit_mask": torch.from_numpy(mask.edit),
     }
+    if row.regions is not None:
+        common["regions"] = torch.from_numpy(_regions(row, mask.edit))
     if row.target is None:
-        return EditTask(**common)
+        return EditTask(**common) if row.regions is None else RegionsTask(**common)
     target = images.read_rgb(row.target, where=row.where)
     _same_size(row, row.target, target.shape[:2], source.shape[:2])
     common |= {"target": torch.from_numpy(target), "caption": row.caption or ""}
-    if row.regions is None:
-        return PairedTask(**common)
-    return ShapesTask(**common, regions=torch.from_numpy(_regions(row, mask.edit)))
+    return PairedTask(**common) if row.regions is None else ShapesTask(**common)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +177,26 @@ class _Finding:
     zero_one: bool = False
 
 
-def _examine(row: Row, polarity: MaskPolarity) -> _Finding:
+def _examined(rows: Sequence[Request], polarity: MaskPolarity) -> tuple[list[str], list[_Finding]]:
+    """Problems of the rows, and what was found of each."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        findings = list(pool.map(lambda row: _examine(row, polarity), rows))
+    repeated = [f"{row.where}: task id {row.task_id!r} is used more than once" for row in _repeated(rows)]
+    return repeated + [finding.problem for finding in findings if finding.problem], findings
+
+
+def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
     try:
         missing = [str(path) for path in row.files if not path.is_file()]
         if missing:
             return _Finding(problem=f"{row.where}: {' and '.join(missing)} not found")
         size = images.upright_size(row.source, where=row.where)
-        mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
-        _same_size(row, row.mask, mask.edit.shape, size)
         if row.target is not None:
             _same_size(row, row.target, images.upright_size(row.target, where=row.where), size)
+        if not isinstance(row, Row):
+            return _Finding()
+        mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
+        _same_size(row, row.mask, mask.edit.shape, size)
         if row.regions is not None and mask.usable:
             _regions(row, mask.edit)
     except InputError as error:
@@ -174,7 +217,7 @@ def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.asarray(regions)
 
 
-def _same_size(row: Row, path: Path, size: tuple[int, ...], source_size: tuple[int, ...]) -> None:
+def _same_size(row: Request, path: Path, size: tuple[int, ...], source_size: tuple[int, ...]) -> None:
     if size == source_size:
         return
     (height, width), (source_height, source_width) = size, source_size
@@ -194,6 +237,6 @@ def _unusable(row: Row) -> str:
     )
 
 
-def _repeated(rows: Sequence[Row]) -> list[Row]:
+def _repeated(rows: Sequence[Request]) -> list[Request]:
     counts = Counter(row.task_id for row in rows)
     return [row for row in rows if counts[row.task_id] > 1]

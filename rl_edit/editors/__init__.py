@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from rl_edit.attention import MassTally
@@ -27,6 +27,11 @@ class EditorConfig(BaseModel):
         revision: commit of a repository id; pin it for runs you want to repeat.
         resolution: canvas side in pixels; a task is fitted to about ``resolution ** 2`` pixels, aspect kept.
         guidance: embedded guidance scale, the same in rollout, training and evaluation (FLUX.1-Kontext: 2.5).
+        true_cfg: scale of true classifier-free guidance, ``velocity = negative + true_cfg * (positive - negative)``; two forwards a
+            velocity. 1 is off: the positive forward alone.
+        negative_prompt: what the negative forward reads instead of the instruction.
+        detach_negative: whether the negative forward is without gradient, as in flow_grpo's training of SD3. By default both
+            branches have theirs (our choice): the gradient is then that of the velocity which is rolled out.
         max_text_tokens: T5 length; FLUX applies no text mask, so it is part of the function.
         micro_batch: rows per transformer call, in rollout and in training alike; shorter batches are padded. The
             same row then has the same bits in both, which makes the policy ratio exactly 1. Multiples of 4 are exact on CPU.
@@ -41,12 +46,24 @@ class EditorConfig(BaseModel):
     revision: str | None = None
     resolution: int = Field(default=64, ge=16)
     guidance: float = Field(default=2.5, ge=0)
+    true_cfg: float = Field(default=1.0, ge=1)
+    negative_prompt: str = ""
+    detach_negative: bool = False
     max_text_tokens: int = Field(default=32, ge=4)
     micro_batch: int = Field(default=4, ge=1)
     attention_layers: int = Field(default=2, ge=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> EditorConfig:
+        if self.true_cfg == 1 and (self.negative_prompt or self.detach_negative):
+            raise ValueError(
+                f"negative_prompt {self.negative_prompt!r} and detach_negative {self.detach_negative} speak of a negative forward, which "
+                "true_cfg 1 leaves out: raise true_cfg above 1, or leave them out."
+            )
+        return self
 
 
 class Editor(Protocol):
@@ -75,7 +92,10 @@ class Editor(Protocol):
         conditioning: Conditioning | Sequence[Conditioning],
         tally: MassTally | None = None,
     ) -> Float[Tensor, "batch token channel"]:
-        """Velocity under the loaded weights; one conditioning for the whole batch, or one per row on one canvas."""
+        """Guided velocity under the loaded weights; one conditioning for the whole batch, or one per row on one canvas.
+
+        The tally records attention of the forward that reads the instruction.
+        """
         ...
 
     def decode(self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning) -> UInt8[Tensor, "batch height width 3"]:

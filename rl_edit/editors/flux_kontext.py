@@ -29,7 +29,7 @@ from rl_edit import flow
 from rl_edit.attention import MassTally, text_to_image_mass
 from rl_edit.editors import BUILTIN, BUILTIN_WEIGHTS, EditorConfig, EditorFacts
 from rl_edit.errors import InputError
-from rl_edit.types import Conditioning, EditTask
+from rl_edit.types import Conditioning, EditTask, NegativePrompt
 
 
 class FluxKontextEditor:
@@ -78,20 +78,30 @@ class FluxKontextEditor:
         unit = self.pixels_per_token
         if height % unit or width % unit:
             raise ValueError(f"task {task.task_id} is {height}x{width} px, not a multiple of {unit}: fit it to the canvas first")
-        prompt_embeds, pooled, _ = self.pipeline.encode_prompt(
-            prompt=task.instruction, prompt_2=None, device=self.device, max_sequence_length=self.config.max_text_tokens
-        )
+        prompt_embeds, pooled = self._text(task.instruction)
         # As a picture, not as a tensor: the processor then lays memory out as in the stock pipeline, and convolutions round by layout.
         image = self.pipeline.image_processor.preprocess(Image.fromarray(task.source.cpu().numpy()))
         clean = self.pipeline._encode_vae_image(image.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(clean, 1, clean.shape[1], clean.shape[2], clean.shape[3])
+        negative = None
+        if self.config.true_cfg > 1:
+            negative_embeds, negative_pooled = self._text(self.config.negative_prompt)
+            negative = NegativePrompt(prompt_embeds=negative_embeds, pooled=negative_pooled)
         return Conditioning(
-            prompt_embeds=prompt_embeds[0].cpu(),
-            pooled=pooled[0].cpu(),
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
             text_rows=self._instruction_rows(task.instruction),
             source_latents=packed[0].float().cpu(),
             grid=(height // unit, width // unit),
+            negative=negative,
         )
+
+    def _text(self, words: str) -> tuple[Tensor, Tensor]:
+        """States ``[text, text_dim]`` and pooled vector ``[pooled_dim]`` of a prompt, padded to ``max_text_tokens``."""
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=words, prompt_2=None, device=self.device, max_sequence_length=self.config.max_text_tokens
+        )
+        return embeds[0].cpu(), pooled[0].cpu()
 
     def _instruction_rows(self, instruction: str) -> Bool[Tensor, " text"]:
         tokenizer = self.pipeline.tokenizer_2
@@ -128,18 +138,31 @@ class FluxKontextEditor:
         conditioning: Conditioning | Sequence[Conditioning],
         tally: MassTally | None = None,
     ) -> Float[Tensor, "batch token channel"]:
-        """In chunks of ``micro_batch`` rows, the last padded with copies, so that a row's bits do not depend on its batch."""
+        """In chunks of ``micro_batch`` rows, the last padded with copies, so that a row's bits do not depend on its batch.
+
+        With ``true_cfg`` w above 1 each chunk has a second forward, of the negative prompt and of the same shape, and the velocity is
+        ``negative + w * (positive - negative)``, as in the stock pipeline. Attention is that of the positive forward.
+
+        Raises:
+            ValueError: for a conditioning whose negative branch the guidance needs or leaves unread.
+        """
         rows = len(latents)
         size = self.config.micro_batch
         shared = isinstance(conditioning, Conditioning)
         many = [conditioning] * rows if isinstance(conditioning, Conditioning) else list(conditioning)
         outputs, masses = [], []
+        if any((c.negative is not None) != (self.config.true_cfg > 1) for c in many):
+            raise ValueError(f"a conditioning was encoded for other guidance than true_cfg {self.config.true_cfg:g}: encode the task anew")
         packed: _Packed | None = None
         for start in range(0, rows, size):
             index = [min(start + i, rows - 1) for i in range(size)]
             if packed is None or not shared:
                 packed = _Packed.of([many[i] for i in index], self.device, self.dtype, self.pipeline)
             out, mass = self._forward(latents[index], sigma[index], packed, record=tally is not None)
+            if packed.negative is not None:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.detach_negative):
+                    away, _ = self._forward(latents[index], sigma[index], packed.negative, record=False)
+                out = away + self.config.true_cfg * (out - away)
             kept = min(size, rows - start)
             outputs.append(out[:kept])
             if mass is not None:
@@ -191,6 +214,7 @@ class _Packed:
         self.source: Tensor = tensors["source"]
         self.text_ids: Tensor = tensors["text_ids"]
         self.image_ids: Tensor = tensors["image_ids"]
+        self.negative: _Packed | None = tensors.get("negative")
 
     @classmethod
     def of(cls, many: list[Conditioning], device: torch.device, dtype: torch.dtype, pipeline: FluxKontextPipeline) -> _Packed:
@@ -201,14 +225,19 @@ class _Packed:
         target = pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
         source = target.clone()
         source[..., 0] = 1
-        return cls(
-            prompt_embeds=torch.stack([c.prompt_embeds for c in many]).to(device, dtype),
-            pooled=torch.stack([c.pooled for c in many]).to(device, dtype),
-            text_rows=torch.stack([c.text_rows for c in many]).to(device),
-            source=torch.stack([c.source_latents for c in many]).to(device, dtype),
-            text_ids=torch.zeros(many[0].prompt_embeds.shape[0], 3, device=device, dtype=dtype),
-            image_ids=torch.cat([target, source]),
-        )
+        shared: dict[str, Any] = {
+            "text_rows": torch.stack([c.text_rows for c in many]).to(device),
+            "source": torch.stack([c.source_latents for c in many]).to(device, dtype),
+            "text_ids": torch.zeros(many[0].prompt_embeds.shape[0], 3, device=device, dtype=dtype),
+            "image_ids": torch.cat([target, source]),
+        }
+
+        def reading(texts: Sequence[Conditioning | NegativePrompt], **more: Any) -> _Packed:
+            words = {name: torch.stack([getattr(text, name) for text in texts]).to(device, dtype) for name in ("prompt_embeds", "pooled")}
+            return cls(**words, **shared, **more)
+
+        away = [c.negative for c in many if c.negative is not None]
+        return reading(many, negative=reading(away) if away else None)
 
 
 @contextmanager

@@ -36,7 +36,8 @@ class OpenAI(BaseModel):
         api_key_env, api_key_file: environment variable or file with the key. The key itself never enters a config or a log.
         json_schema: have the endpoint constrain the answer's form.
         timeout_s: of one request.
-        concurrency: requests in flight from one scoring call.
+        concurrency: requests in flight from one scoring call, which has one for each candidate, question and pass. Below their number
+            a group takes several times the judge's latency.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -48,7 +49,7 @@ class OpenAI(BaseModel):
     api_key_file: str | None = None
     json_schema: bool = False
     timeout_s: float = Field(default=120.0, gt=0)
-    concurrency: int = Field(default=16, ge=1)
+    concurrency: int = Field(default=32, ge=1)
 
     offers_logprobs: ClassVar[bool] = True
 
@@ -90,9 +91,8 @@ class OpenAI(BaseModel):
         async def one(question: Question) -> Reply:
             async with slots:
                 began = time.perf_counter()
-                reply = await self._post(session, self._body(question, [urls[id(image)] for image in question.images]))
-                reason = reply.reason.replace(key, "***") if key else reply.reason
-                return replace(reply, reason=reason, seconds=time.perf_counter() - began)
+                reply = await self._post(session, self._body(question, [urls[id(image)] for image in question.images]), key)
+                return replace(reply, seconds=time.perf_counter() - began)
 
         # The semaphore is the one limit on requests in flight; the connector must not queue behind it.
         async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -138,11 +138,13 @@ class OpenAI(BaseModel):
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
-    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Reply:
+    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any], key: str | None) -> Reply:
         try:
             # A redirect would carry the key to another host.
             async with session.post(f"{self.base_url}/chat/completions", json=body, allow_redirects=False) as response:
                 text = await response.text(errors="replace")
+                # Before anything is cut off: a part of the key would not be found again.
+                text = text.replace(key, "***") if key else text
         except TimeoutError:
             return Reply(status="timeout", reason=f"no answer within {self.timeout_s:g} s")
         except aiohttp.ClientError as error:

@@ -44,5 +44,7 @@ class ObjectiveLaw(Protocol):
 
 
 PlainObjective = Annotated[
-    NeighborSurrogate | TransitionSurrogate | ForwardProcess, Field(discriminator="kind"), Plugged("algorithm.objective.inner", ObjectiveLaw, usual="neighbor")
+    NeighborSurrogate | TransitionSurrogate | ForwardProcess,
+    Field(discriminator="kind"),
+    Plugged("algorithm.objective.inner", ObjectiveLaw, usual="neighbor"),
 ]

@@ -90,4 +90,5 @@ class RegionRegularised(Wrapper):
 def _distance(
     found: Float[Tensor, "batch token channel"], wanted: Float[Tensor, "*shape"], weights: Float[Tensor, " token"]
 ) -> Float[Tensor, " batch"]:
-    return torch.einsum("bl,l->b", (found - wanted).square().mean(dim=-1), weights / weights.sum().clamp(min=1e-6))
+    squared = (found - wanted).square().mean(dim=-1)
+    return torch.einsum("bl,l->b", squared, (weights / weights.sum().clamp(min=1e-6)).to(squared))

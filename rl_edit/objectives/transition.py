@@ -68,7 +68,7 @@ class TransitionSurrogate(BaseModel):
         kl: "gaussian": the exact ``|mu - mu_ref|^2 / 2 deviation^2`` of the step, mean-reduced; "released": with ``s^2`` in place of
             ``deviation^2 = -s^2 dt``, as published code has it (smaller by ``-dt``); "velocity": the plain ``|v - v_ref|^2``.
         guard: ratio normalisation of GRPO-Guard (arXiv 2510.22319): ``rho = exp((d log p + |d mu|^2 / 2 k^2) k)`` with the step's
-            deviation k, whose mean is not biased below 1.
+            deviation k and Gaussian densities under every law; its mean is not biased below 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -151,8 +151,11 @@ class TransitionSurrogate(BaseModel):
         return LossOutput(loss=loss, metrics=metrics)
 
     def _ratio(self, context: TransitionContext, mean: Tensor, deviation: float) -> Float[Tensor, "batch region"]:
+        # The bias that the guard takes away is the Gaussian density's, whose scale and normaliser "cps" leaves out.
+        sde = "flow" if self.guard else context.step.sde
+
         def log_density(of: Tensor) -> Tensor:
-            return flow.log_density(context.following, of, deviation, sde=context.step.sde)
+            return flow.log_density(context.following, of, deviation, sde=sde)
 
         change = log_density(mean) - log_density(context.old_mean)
         if self.guard:

@@ -16,7 +16,9 @@ from markupsafe import Markup, escape
 from rl_edit.report.run_files import Interval, Points
 
 WIDTH, HEIGHT = 440.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 12.0, 38.0
+RIGHT, TOP, BOTTOM = 12.0, 12.0, 38.0
+NAME, GAP, CHARACTER = 20.0, 6.0, 7.0
+"""Beside an axis: room for its name, between a label and the plot, and for each character of a label."""
 NUM_COLOURS = 8
 # A chart narrower than 440 px cannot be hovered more finely; this also bounds the size of the page for long runs.
 MAX_HOVER_STRIPS = 120
@@ -95,8 +97,8 @@ def smoothing_span(num_points: int) -> int:
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About ``count`` round steps whose first and last tick enclose [low, high]."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
-        pad = abs(low) * 0.05 or 0.5
-        low, high = low - pad, high + pad
+        pad = abs(low) * 0.05
+        low, high = (low - pad, high + pad) if pad else (0.0, 1.0)  # nothing at all: most often a share or a count, never below 0
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= raw * 0.999)
@@ -119,47 +121,71 @@ def line_chart(
         return None
     values = [y for entry in drawn for _, y in entry.points] + ([0.0] if from_zero else [])
     frame = _Frame.around(xs=[x for entry in drawn for x, _ in entry.points], ys=values)
-    parts = [frame.axes(unit)]
-    for index, entry in enumerate(drawn):
-        xs, ys = [x for x, _ in entry.points], [y for _, y in entry.points]
-        averaged = smooth and len(ys) > 3
-        average = moving_average(ys, smoothing_span(len(ys))) if averaged else ys
-        colour = f"c{index}"
-        if averaged:
-            parts.append(f'<path class="raw {colour}" d="{frame.path(_thin(list(zip(xs, ys, strict=True)), MAX_POINTS))}"/>')
-        if len(ys) <= MAX_HOVER_STRIPS:
-            parts.append(f'<g class="dots {"" if averaged else "solid "}{colour}">')
-            parts += [f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{1.6 if averaged else 2.2}"/>' for x, y in entry.points]
-            parts.append("</g>")
-        parts.append(f'<path class="line {colour}" d="{frame.path(_thin(list(zip(xs, average, strict=True)), MAX_POINTS))}"/>')
+    parts = [frame.axes(unit), *(_drawn(frame, entry, f"c{index}", smooth=smooth) for index, entry in enumerate(drawn))]
     parts.append(_hover(frame, drawn, unit))
     legend = tuple(LegendEntry(colour=f"c{index}", label=entry.label, last=plain(entry.points[-1][1])) for index, entry in enumerate(drawn))
     return Chart(title=title, unit=unit, legend=legend, svg=_svg(title, parts), note=note)
 
 
-def twin_chart(*, title: str, left: Series, right: Series, marks: Sequence[Mark] = (), note: str = "") -> Chart | None:
+def twin_chart(
+    *,
+    title: str,
+    left: Series,
+    right: Series,
+    marks: Sequence[Mark] = (),
+    reference: float | None = None,
+    smooth: bool = False,
+    note: str = "",
+) -> Chart | None:
     """Two quantities of different units over updates: directions can be compared, heights cannot. None when one has no point.
 
     Args:
         left: read from the left axis; ``right``: from the right one, dashed.
+        reference: a value of the left axis to measure by: a dotted line.
+        smooth: as in :func:`line_chart`.
     """
     if not left.points or not right.points:
         return None
     xs = [x for entry in (left, right) for x, _ in entry.points] + [mark.update for mark in marks]
-    frames = [_Frame.around(xs=xs, ys=[y for _, y in entry.points], right=LEFT) for entry in (left, right)]
+    columns = [[y for _, y in entry.points] for entry in (left, right)]
+    columns[0] += [] if reference is None else [reference]
+    frames = [_Frame.around(xs=xs, ys=ys, twin=tuple(nice_ticks(min(ys), max(ys)) for ys in columns)) for ys in columns]
     parts = [frames[0].axes(left.label), frames[1].right_axis(right.label)]
-    for place, mark in enumerate(marks):
-        x = frames[0].x(mark.update)
-        parts.append(f'<g class="mark"><line x1="{x:.1f}" y1="{TOP:.0f}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM:.0f}"/>')
-        parts.append(f'<text class="mid" x="{x:.1f}" y="{TOP + 10 + 12 * place:.0f}">{escape(mark.label)}</text></g>')
+    if reference is not None:
+        y, ends = frames[0].y(reference), (frames[0].left, WIDTH - frames[0].right)
+        parts.append(f'<g class="mark"><line x1="{ends[0]:.1f}" y1="{y:.1f}" x2="{ends[1]:.1f}" y2="{y:.1f}"/></g>')
     for index, (frame, entry) in enumerate(zip(frames, (left, right), strict=True)):
-        points = _thin(list(entry.points), MAX_POINTS)
-        dots = "".join(f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.2"/>' for x, y in points)
-        dashed = " dashed" if entry is right else ""
-        parts.append(f'<g class="dots solid c{index}">{dots}</g><path class="line c{index}{dashed}" d="{frame.path(points)}"/>')
+        parts.append(_drawn(frame, entry, f"c{index}", smooth=smooth, dashed=entry is right))
+    parts += [_marked(frames[0], mark, place) for place, mark in enumerate(marks)]
     parts.append(_hover(frames[0], (left, right), ""))
     legend = tuple(LegendEntry(colour=f"c{i}", label=entry.label, last=plain(entry.points[-1][1])) for i, entry in enumerate((left, right)))
     return Chart(title=title, unit="", legend=legend, svg=_svg(title, parts), note=note)
+
+
+def _drawn(frame: _Frame, entry: Series, colour: str, *, smooth: bool, dashed: bool = False) -> str:
+    """One line with its points: faint under a moving average, solid without one."""
+    xs, ys = [x for x, _ in entry.points], [y for _, y in entry.points]
+    averaged = smooth and len(ys) > 3
+    average = moving_average(ys, smoothing_span(len(ys))) if averaged else ys
+    parts = []
+    if averaged:
+        parts.append(f'<path class="raw {colour}" d="{frame.path(_thin(list(entry.points), MAX_POINTS))}"/>')
+    if len(ys) <= MAX_HOVER_STRIPS:
+        parts.append(f'<g class="dots {"" if averaged else "solid "}{colour}">')
+        parts += [f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{1.6 if averaged else 2.2}"/>' for x, y in entry.points]
+        parts.append("</g>")
+    style = f"line {colour} dashed" if dashed else f"line {colour}"
+    parts.append(f'<path class="{style}" d="{frame.path(_thin(list(zip(xs, average, strict=True)), MAX_POINTS))}"/>')
+    return "".join(parts)
+
+
+def _marked(frame: _Frame, mark: Mark, place: int) -> str:
+    """A vertical line with its word on the side where there is room; ``place`` keeps words of near marks apart."""
+    x = frame.x(mark.update)
+    right = x > (frame.left + WIDTH - frame.right) / 2
+    word = f'<text class="{"end" if right else "start"}" x="{x + (-4 if right else 4):.1f}" y="{TOP + 10 + 13 * (place % 3):.0f}">'
+    line = f'<line x1="{x:.1f}" y1="{TOP:.0f}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM:.0f}"/>'
+    return f'<g class="mark">{line}{word}{escape(mark.label)}</text></g>'
 
 
 def stacked_chart(*, title: str, unit: str, phases: Mapping[str, Points], total: Points = (), note: str = "") -> Chart | None:
@@ -221,18 +247,25 @@ def interval_bar(interval: Interval, *, limit: float, verdict: str, width: int =
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """The plotting area: data ranges, ticks, and the maps from data to drawing units. ``right`` is the margin on that side."""
+    """The plotting area: data ranges, ticks, and the maps from data to drawing units. ``left`` and ``right`` are the margins."""
 
     x_low: float
     x_high: float
     x_ticks: tuple[float, ...]
     y_ticks: tuple[float, ...]
-    right: float = RIGHT
+    left: float
+    right: float
 
     @classmethod
     def around(
-        cls, *, xs: Sequence[float], ys: Sequence[float], ticks_at: tuple[float, float] | None = None, right: float = RIGHT
+        cls,
+        *,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        ticks_at: tuple[float, float] | None = None,
+        twin: tuple[Sequence[float], ...] = (),
     ) -> _Frame:
+        """The frame of this data. ``twin``: the ticks of both axes, where there are two to make room for."""
         low, high = min(xs), max(xs)
         first, last = ticks_at or (low, high)
         if low == high:
@@ -242,10 +275,12 @@ class _Frame:
             [tick for tick in nice_ticks(first, last, 5) if first + gap < tick < last - gap and tick == int(tick)] if last > first else []
         )
         ticks = tuple(dict.fromkeys((first, *inner, last)))
-        return cls(x_low=low, x_high=high, x_ticks=ticks, y_ticks=tuple(nice_ticks(min(ys), max(ys))), right=right)
+        y_ticks = tuple(nice_ticks(min(ys), max(ys)))
+        left, right = (_margin(of) for of in twin) if twin else (_margin(y_ticks), RIGHT)
+        return cls(x_low=low, x_high=high, x_ticks=ticks, y_ticks=y_ticks, left=left, right=right)
 
     def x(self, value: float) -> float:
-        return LEFT + (WIDTH - LEFT - self.right) * (value - self.x_low) / (self.x_high - self.x_low)
+        return self.left + (WIDTH - self.left - self.right) * (value - self.x_low) / (self.x_high - self.x_low)
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -256,29 +291,38 @@ class _Frame:
 
     def labels(self) -> list[tuple[float, str]]:
         """(place, text) of each tick of the vertical axis."""
-        step = self.y_ticks[1] - self.y_ticks[0]
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        if round(step * 10**digits, 6) != round(step * 10**digits):
-            digits += 1  # steps of 2.5
-        return [(self.y(tick), plain(tick, digits) if digits <= 4 and abs(tick) < 1e5 else plain(tick)) for tick in self.y_ticks]
+        return [(self.y(tick), text) for tick, text in zip(self.y_ticks, _texts(self.y_ticks), strict=True)]
 
     def right_axis(self, unit: str) -> str:
         edge, middle = WIDTH - self.right, TOP + (HEIGHT - TOP - BOTTOM) / 2
-        texts = [f'<text x="{edge + 6:.0f}" y="{y + 3.8:.1f}">{label}</text>' for y, label in self.labels()]
+        texts = [f'<text x="{edge + GAP:.0f}" y="{y + 3.8:.1f}">{label}</text>' for y, label in self.labels()]
         name = f'<text class="mid name" transform="translate({WIDTH - 6:.0f} {middle:.0f}) rotate(-90)">{escape(unit)}</text>'
         return f'<g class="axes">{"".join(texts)}{name}</g>'
 
     def axes(self, unit: str) -> str:
         parts = ['<g class="axes">']
         for y, label in self.labels():
-            parts.append(f'<line x1="{LEFT:.0f}" y1="{y:.1f}" x2="{WIDTH - self.right:.0f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="end" x="{LEFT - 6:.0f}" y="{y + 3.8:.1f}">{label}</text>')
+            parts.append(f'<line x1="{self.left:.0f}" y1="{y:.1f}" x2="{WIDTH - self.right:.0f}" y2="{y:.1f}"/>')
+            parts.append(f'<text class="end" x="{self.left - GAP:.0f}" y="{y + 3.8:.1f}">{label}</text>')
         for tick in self.x_ticks:
             parts.append(f'<text class="mid" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16:.1f}">{plain(tick)}</text>')
-        parts.append(f'<text class="mid name" x="{(LEFT + WIDTH - self.right) / 2:.0f}" y="{HEIGHT - 5:.0f}">update</text>')
+        parts.append(f'<text class="mid name" x="{(self.left + WIDTH - self.right) / 2:.0f}" y="{HEIGHT - 5:.0f}">update</text>')
         middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
         parts.append(f'<text class="mid name" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(unit)}</text></g>')
         return "".join(parts)
+
+
+def _texts(ticks: Sequence[float]) -> list[str]:
+    """The labels of evenly spaced ticks, with as many decimals as their step needs."""
+    step = ticks[1] - ticks[0]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    if round(step * 10**digits, 6) != round(step * 10**digits):
+        digits += 1  # steps of 2.5
+    return [plain(tick, digits) if digits <= 5 and abs(tick) < 1e5 else plain(tick) for tick in ticks]
+
+
+def _margin(ticks: Sequence[float]) -> float:
+    return NAME + CHARACTER * max(4, *map(len, _texts(ticks))) + GAP
 
 
 def _svg(title: str, parts: Sequence[str]) -> Markup:
@@ -304,7 +348,7 @@ def _hover(frame: _Frame, series: Sequence[Series], unit: str) -> str:
     updates = [x for x, _ in _thin([(x, 0.0) for x in sorted(columns)], MAX_HOVER_STRIPS)]
     parts = ['<g class="hover">']
     for index, update in enumerate(updates):
-        left = LEFT if index == 0 else frame.x((updates[index - 1] + update) / 2)
+        left = frame.left if index == 0 else frame.x((updates[index - 1] + update) / 2)
         right = WIDTH - frame.right if index == len(updates) - 1 else frame.x((update + updates[index + 1]) / 2)
         told = "\n".join([f"update {plain(update)}", *columns[update]])
         size = f'width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM:.0f}"'

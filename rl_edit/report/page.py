@@ -18,7 +18,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rl_edit.errors import InputError
-from rl_edit.report.charts import Chart, Mark, Series, interval_bar, line_chart, plain, signed, smoothing_span, stacked_chart, twin_chart
+from rl_edit.report.charts import (
+    NUM_COLOURS,
+    Chart,
+    Mark,
+    Series,
+    interval_bar,
+    line_chart,
+    plain,
+    signed,
+    smoothing_span,
+    stacked_chart,
+    twin_chart,
+)
 from rl_edit.report.run_files import Comparison, Evaluation, Interval, RunFiles, number, read_run
 from rl_edit.report.strips import DIFFERENCE_GAIN, Strip, read_strip
 
@@ -31,13 +43,21 @@ NOTABLE = re.compile(
 # Terms that are measured outside the mask are recognised by these words in their name.
 OUTSIDE = re.compile(r"background|preserv|outside|lpips|psnr|ssim", re.IGNORECASE)
 DRIFT = {
-    "seam": ("Seam around the mask", "change", "change just outside the mask minus further away; 0 is none"),
-    "brightness": ("Brightness shift", "luma", "mean luma minus the source's, on a scale of 1; below 0 is darker"),
-    "edges": ("Edge density", "times the source's", "below 1 is smoother than the source, above 1 rougher"),
-    "entropy": ("Entropy difference", "bits", "of the tones, minus the source's"),
-    "spectrum": ("Strongest wave in the change", "amplitude", "a grid gathers in one wave what noise spreads over all"),
+    "seam": ("Seam around the mask", 0.0, "change just outside the mask minus further away; 0 is none"),
+    "brightness": ("Brightness shift", 0.0, "mean luma minus the source's, on a scale of 1; below 0 is darker"),
+    "edges": ("Edge density", 1.0, "times the source's; below 1 is smoother, above 1 rougher"),
+    "entropy": ("Entropy difference", 0.0, "bits of the tones, minus the source's"),
+    "spectrum": ("Strongest wave in the change", 0.0, "amplitude; a grid gathers in one wave what noise spreads over all"),
 }
-"""Title, unit and note of ``background/NAME/mean``: measures that say in which way the background changed."""
+"""Title, value of an unchanged background, and note of ``background/NAME/mean``: measures that say in which way it changed."""
+MISSING = {
+    "invalid_share": ("Scores that are invalid", "an answer that is no score, or none"),
+    "timeout_share": ("Scores that came too late", "no answer in time"),
+    "refused_share": ("Scores that were refused", "the judge declined to answer"),
+    "cached_share": ("Scores recalled from the cache", ""),
+    "uncached_share": ("Scores that could not be kept", "the cache's disk did not take them"),
+}
+"""Title and note of ``reward/TERM/NAME``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +134,15 @@ def render_report(run_dir: Path) -> Path:
         InputError: no such directory, nothing in it to show, a broken JSON file, or the page cannot be written.
     """
     files = read_run(run_dir)
-    environment = Environment(
+    page = templates().get_template("page.html.j2").render(_context(files))
+    return _write_atomically(run_dir / "report.html", page)
+
+
+def templates() -> Environment:
+    """The templates of this package: whatever a page is told is escaped, and a name it lacks is an error."""
+    return Environment(
         loader=PackageLoader("rl_edit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("page.html.j2").render(_context(files))
-    return _write_atomically(run_dir / "report.html", page)
 
 
 def _write_atomically(path: Path, text: str) -> Path:
@@ -275,6 +299,22 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
     def matching(pattern: str) -> list[tuple[str, str]]:
         return [(key, found.group(1)) for key in names if (found := re.fullmatch(pattern, key))]
 
+    def by_term(name: str, title: str, unit: str, *, note: str = "") -> list[Chart | None]:
+        """One line for each term that has ``reward/TERM/NAME``."""
+        found = matching(rf"reward/(.+)/{name}")
+        used.update(key for key, _ in found)
+        series = [Series(label=_spaced(term), points=files.column(key)) for key, term in found]
+        title = f"{title}: {series[0].label}" if len(series) == 1 else title
+        charts = [series[start : start + NUM_COLOURS] for start in range(0, len(series), NUM_COLOURS)]
+        return [line_chart(title=title, unit=unit, series=lines, from_zero=True, note=note) for lines in charts]
+
+    def both_sides(what: str, title: str, note: str = "") -> Chart | None:
+        """Variance inside and outside the mask: the mean over candidates, or its spread."""
+        keys = {f"change/variance_{side}/{what}": side for side in ("inside", "outside")}
+        used.update(keys)
+        series = [Series(label=side, points=files.column(key)) for key, side in keys.items()]
+        return line_chart(title=title, unit="variance", series=series, from_zero=True, note=note)
+
     terms = [(key, term) for key, term in matching(r"reward/(.+)/mean") if term != "total"]
     components = sorted(matching(r"component/(.+)/mean"), key=lambda pair: "instruction" not in pair[1])
     parts = [(key, f"Reward term: {_spaced(term)}", term, "reward") for key, term in terms]
@@ -282,6 +322,13 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
     inside = [
         line("reward/total/mean", "Total reward", "reward", note="mean over candidates; weighs every term, outside ones too"),
         *(line(key, title, unit) for key, title, term, unit in parts if not OUTSIDE.search(term)),
+        line(
+            "change/inside/mean",
+            "Change inside the mask",
+            "change",
+            from_zero=True,
+            note="mean absolute difference from the source",
+        ),
     ]
     outside = [
         line("background/psnr/mean", "Background PSNR", "dB", note="mean over candidates"),
@@ -293,17 +340,22 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
             note="how much the candidates of one task differ",
         ),
         *(
-            line(key, f"Background {_spaced(rest)}", "")
+            line(key, f"Background {_spaced(rest)}", "dB" if rest.startswith("psnr") else "")
             for key, rest in matching(rf"background/(?!psnr/(?:mean|spread)$|(?:{'|'.join(DRIFT)})/)(.+)")
         ),
         *(line(key, title, unit) for key, title, term, unit in parts if OUTSIDE.search(term)),
     ]
     drift = []
-    for name, (title, unit, note) in DRIFT.items():
-        keys = {f"background/{name}/mean": "mean over candidates", f"background/{name}/spread": "spread within a group"}
-        used.update(keys)
-        series = [Series(label=label, points=files.column(key)) for key, label in keys.items()]
-        drift.append(line_chart(title=title, unit=unit, series=series, note=note))
+    for name, (title, unchanged, note) in DRIFT.items():
+        mean, spread = f"background/{name}/mean", f"background/{name}/spread"
+        used.update((mean, spread))
+        left, right = (
+            Series(label=label, points=files.column(key)) for label, key in (("mean over candidates", mean), ("spread in a group", spread))
+        )
+        drift.append(
+            twin_chart(title=title, left=left, right=right, reference=unchanged, smooth=True, note=note)
+            or line_chart(title=title, unit=left.label, series=[left, right], note=note)
+        )
     attention = [
         line(key, f"Concentration, {_spaced(rest)}", "concentration", from_zero=rest == "spread")
         for key, rest in matching(r"concentration/(.+)")
@@ -316,13 +368,31 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
             if term != "total"
         ),
         *(line(key, f"Spread of {_spaced(term)}", "score", from_zero=True) for key, term in matching(r"component/(.+)/spread")),
+        line("change/inside/spread", "Spread of the change inside the mask", "change", from_zero=True),
+    ]
+    drivers = [
+        *by_term("variance_share", "Share of the total's variance", "share", note="sums to 1; a term below 0 pulls against the others"),
+        line(
+            "change/variance_inside_share",
+            "Share of the pixels' variance inside the mask",
+            "share",
+            from_zero=True,
+            note="of the differences between candidates; the rest is background",
+        ),
+        both_sides("mean", "Variance between candidates, by side", "of pixel intensities on a scale of 1, a mean over the picture"),
+        both_sides("spread", "Spread of that variance within a group"),
+        *by_term("noise_to_spread", "Noise over spread", "ratio", note="at 1 the differences within a group are nothing but noise"),
+        *by_term("noise", "Noise of one measurement", "reward", note="standard deviation, from candidates that were scored twice"),
+        *(chart for name, (title, note) in MISSING.items() for chart in by_term(name, title, "share", note=note)),
     ]
     optimisation = [
         line("ratio/mean", "Probability ratio, mean", "ratio"),
+        *(line(f"ratio/{end}", f"Probability ratio, {words}", "ratio") for end, words in (("min", "smallest"), ("max", "largest"))),
         line("ratio/max_deviation", "Probability ratio, largest |ratio \u2212 1|", "|ratio \u2212 1|", from_zero=True),
         line("clip/share", "Share of ratios clipped", "share", from_zero=True),
         line("gradient/norm", "Gradient norm", "norm", from_zero=True),
-        *(line(key, f"Loss: {_spaced(rest)}", "loss") for key, rest in matching(r"loss(?:/(.+))?") if rest is not None),
+        line("loss", "Loss", "loss"),
+        *(line(key, f"Loss: {_spaced(rest)}", "loss") for key, rest in matching(r"loss/(.+)")),
     ]
     group_keys = matching(r"groups/(.+)")
     used.update(key for key, _ in group_keys)
@@ -372,6 +442,11 @@ def _chart_groups(files: RunFiles) -> list[ChartGroup]:
             "Spread within a group",
             "How much the candidates of one task differ: what the method learns from. Zero teaches nothing.",
             signal,
+        ),
+        (
+            "What drives the reward",
+            "Which term and which side of the mask decide who is better than whom, and how much of it is noise or missing.",
+            drivers,
         ),
         ("Optimisation", "Is the step small, and is it taken on fresh data?", [*optimisation, *bookkeeping]),
         ("Time", "Where an update's seconds go.", time),

@@ -28,7 +28,7 @@ from rl_edit.rewards.editscore import EditScore
 from rl_edit.rewards.judge import Judge
 from rl_edit.rewards.lpips import Lpips
 from rl_edit.rewards.pixels import Psnr, Ssim
-from rl_edit.rewards.preservation import Preservation
+from rl_edit.rewards.preservation import Preservation, Similarity
 from rl_edit.rewards.region_judge import RegionJudge
 from rl_edit.rewards.statistics import REPEAT
 from rl_edit.rewards.term import RewardTerm
@@ -47,6 +47,7 @@ __all__ = [
     "RegionJudge",
     "Reward",
     "RewardTerm",
+    "Similarity",
     "Ssim",
     "available",
     "score_candidates",

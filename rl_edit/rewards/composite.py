@@ -15,12 +15,12 @@ from rl_edit.rewards.editscore import EditScore
 from rl_edit.rewards.judge import Judge
 from rl_edit.rewards.lpips import Lpips
 from rl_edit.rewards.pixels import Psnr, Ssim
-from rl_edit.rewards.preservation import Preservation
+from rl_edit.rewards.preservation import Preservation, Similarity
 from rl_edit.rewards.region_judge import RegionJudge
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.types import Candidates, Score
 
-Measure = Judge | Preservation | Psnr | Ssim | Lpips | ClipSimilarity | Concentration | EditScore | RegionJudge | PythonReward
+Measure = Judge | Preservation | Similarity | Psnr | Ssim | Lpips | ClipSimilarity | Concentration | EditScore | RegionJudge | PythonReward
 """Every term that looks at candidates as they are."""
 
 

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from rl_edit.errors import InputError
 from rl_edit.evaluation.metrics import gaussian_mean, unit_range
+from rl_edit.regions import labelled_regions
 from rl_edit.rewards.composition import overall
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.types import Candidates, PairedTask, Score
@@ -229,38 +229,3 @@ def _blurred(image: Float[Tensor, "*group height width channel"], sigma: float) 
 def _numbered(regions: Bool[Tensor, "region height width"]) -> Int64[Tensor, "height width"]:
     number = torch.arange(1, len(regions) + 1, device=regions.device)[:, None, None]
     return (regions * number).amax(dim=0)
-
-
-def labelled_regions(mask: Bool[Tensor, "height width"]) -> Int64[Tensor, "height width"]:
-    """The separate (8-connected) region each pixel of a mask belongs to, from 1 in reading order; 0 outside.
-
-    Horizontal runs of pixels, joined with the touching runs of the row above.
-    """
-    parent: list[int] = []
-
-    def root(run: int) -> int:
-        while parent[run] != run:
-            parent[run] = parent[parent[run]]
-            run = parent[run]
-        return run
-
-    runs: list[tuple[int, int, int]] = []
-    above: list[int] = []
-    for row, line in enumerate(mask.cpu().numpy()):
-        edges = np.flatnonzero(np.diff(line.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-        here = []
-        for start, stop in edges.tolist():
-            run = len(runs)
-            runs.append((row, start, stop))
-            parent.append(run)
-            here.append(run)
-            for other in above:
-                if runs[other][1] <= stop and start <= runs[other][2]:
-                    first, second = sorted((root(other), root(run)))
-                    parent[second] = first
-        above = here
-    labels = torch.zeros(mask.shape, dtype=torch.int64)
-    number: dict[int, int] = {}
-    for run, (row, start, stop) in enumerate(runs):
-        labels[row, start:stop] = number.setdefault(root(run), len(number) + 1)
-    return labels.to(mask.device)

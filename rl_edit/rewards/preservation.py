@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Bool, Float, UInt8
 from pydantic import Field
+from torch import Tensor
 
 from rl_edit.evaluation import metrics
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.types import Candidates, Score
 
+CEILING_DB = 40.0
+"""PSNR that earns full marks in CoCoEdit."""
+
+SSIM_WEIGHT = {"fixed": 0.35, "paper": 0.5, "release": 0.35}
+"""Share of SSIM in CoCoEdit's similarity, by variant; PSNR has the rest."""
+
 
 class Preservation(RewardTerm):
-    """``((1 - w) * clip(PSNR / ceiling, 0, 1) + w * max(SSIM, 0))`` outside the mask, in 0..1.
+    """``((1 - w) * clip(PSNR / ceiling, 0, 1) + w * max(SSIM, 0))`` outside the mask, in 0..1, over the kept pixels.
 
-    The mixture is CoCoEdit's pixel similarity (arXiv 2602.14068) with both parts normalised over the kept pixels:
-    its released code divides a three-channel squared error by a one-channel count (4.77 dB too low) and averages SSIM
-    over windows whose weights do not sum to one, which flattens it.
+    The mixture is CoCoEdit's with weights of one's own; :class:`Similarity` has those of the paper and of the release.
 
     The PSNR part saturates: above ``ceiling_db`` it is 1 whatever the background does, and only SSIM still tells
     candidates apart. Raise the ceiling for editors whose background is better than that.
@@ -27,7 +34,7 @@ class Preservation(RewardTerm):
     """
 
     kind: Literal["preservation"] = "preservation"
-    ceiling_db: float = Field(default=40.0, gt=0, le=metrics.MAX_PSNR)
+    ceiling_db: float = Field(default=CEILING_DB, gt=0, le=metrics.MAX_PSNR)
     ssim_weight: float = Field(default=0.5, ge=0, le=1)
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -40,6 +47,88 @@ class Preservation(RewardTerm):
         task = candidates.task
         psnr = metrics.psnr(candidates.images, task.source, ~task.edit_mask, "masked")
         ssim = metrics.ssim(candidates.images, task.source, ~task.edit_mask, "map_masked")
-        values = (1 - self.ssim_weight) * (psnr / self.ceiling_db).clamp(0, 1) + self.ssim_weight * ssim.clamp(0, 1)
-        rows = zip(values.clamp(0, 1).tolist(), psnr.tolist(), ssim.tolist(), strict=True)
-        return tuple(Score(value=value, components={"psnr": db, "ssim": similarity}) for value, db, similarity in rows)
+        return _mixed(psnr, ssim, ceiling_db=self.ceiling_db, ssim_weight=self.ssim_weight)
+
+
+class Similarity(RewardTerm):
+    """CoCoEdit's pixel similarity of the kept region, r_sim (arXiv 2602.14068): clip(PSNR / 40, 0, 1) and SSIM, mixed; in 0..1.
+
+    ========  ==================  ==================================================  ====================================
+    variant   PSNR : SSIM         PSNR                                                SSIM
+    ========  ==================  ==================================================  ====================================
+    fixed     .65 : .35           over kept pixels and channels                       map averaged over kept pixels
+    paper     .5 : .5             the same: the paper's words say no more             the same
+    release   .65 : .35           squared error of three channels over one channel's  see :func:`released_ssim`: saturates,
+                                  pixels: 10 log10(3) = 4.77 dB low, everywhere       so that PSNR alone tells edits apart
+    ========  ==================  ==================================================  ====================================
+
+    "fixed" is the release with both defects corrected. The PSNR part's constant offset leaves advantages alone until it meets the
+    ceiling (which it moves from 40 to 44.77 dB) or 0 dB; the SSIM part's flattening does not.
+
+    Attributes:
+        variant: whose weights and arithmetic.
+    """
+
+    kind: Literal["similarity"] = "similarity"
+    variant: Literal["fixed", "paper", "release"] = "fixed"
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    low: ClassVar[float] = 0.0
+    high: ClassVar[float] = 1.0
+    needs_attention: ClassVar[bool] = False
+    expects: ClassVar[str] = "outside"
+
+    def score(self, candidates: Candidates) -> tuple[Score, ...]:
+        """Components: ``psnr`` in dB and ``ssim``, by the variant's arithmetic."""
+        task, released = candidates.task, self.variant == "release"
+        psnr = metrics.psnr(candidates.images, task.source, ~task.edit_mask, "cocoedit" if released else "masked")
+        if released:
+            ssim = released_ssim(candidates.images, task.source, ~task.edit_mask)
+        else:
+            ssim = metrics.ssim(candidates.images, task.source, ~task.edit_mask, "map_masked")
+        return _mixed(psnr, ssim, ceiling_db=CEILING_DB, ssim_weight=SSIM_WEIGHT[self.variant])
+
+
+def released_ssim(
+    images: UInt8[Tensor, "group height width 3"], source: UInt8[Tensor, "height width 3"], keep: Bool[Tensor, "height width"]
+) -> Float[Tensor, " group"]:
+    """SSIM over the kept pixels as CoCoEdit's code has it, clipped to 0..1.
+
+    Its windowed sums over kept pixels have Gaussian weights, which add up to 1, and are divided by the number of kept pixels in the
+    window, up to 121: means come out a hundred times too small, fall below the two constants of SSIM, and everything looks alike.
+    """
+    weight = keep.to(torch.float64)
+    rows, columns = (_offsets(side, images.device) for side in keep.shape)
+    reach = metrics.SSIM_WINDOW // 2
+    area = ((rows.abs() <= reach).double() @ weight @ (columns.abs() <= reach).double()).clamp(min=1e-8)
+
+    def mean(planes: Float[Tensor, "group 3 height width"]) -> Float[Tensor, "group 3 height width"]:
+        return _gaussian(rows) @ (planes * weight) @ _gaussian(columns) / area
+
+    a, b = (metrics.unit_range(picture).movedim(-1, -3) for picture in (images, source[None].expand_as(images)))
+    mean_a, mean_b = mean(a), mean(b)
+    spread = mean(a * a) + mean(b * b) - mean_a**2 - mean_b**2
+    shared = mean(a * b) - mean_a * mean_b
+    alike = (2 * mean_a * mean_b + 0.01**2) * (2 * shared + 0.03**2)
+    similarity = (alike / ((mean_a**2 + mean_b**2 + 0.01**2) * (spread + 0.03**2))).mean(dim=1)
+    return ((similarity * weight).sum(dim=(-2, -1)) / weight.sum()).clamp(0, 1)
+
+
+def _offsets(size: int, device: torch.device) -> Float[Tensor, "size size"]:
+    """How far every place is from every other along a side."""
+    place = torch.arange(size, dtype=torch.float64, device=device)
+    return place[:, None] - place
+
+
+def _gaussian(offsets: Float[Tensor, "size size"]) -> Float[Tensor, "size size"]:
+    """The window's weights along a side, which sum to 1 where the border does not cut it."""
+    reach = metrics.SSIM_WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * metrics.SSIM_SIGMA**2)) * (offsets.abs() <= reach)
+    return weights / torch.exp(-(torch.arange(-reach, reach + 1).double() ** 2) / (2 * metrics.SSIM_SIGMA**2)).sum().to(weights)
+
+
+def _mixed(psnr: Float[Tensor, " group"], ssim: Float[Tensor, " group"], *, ceiling_db: float, ssim_weight: float) -> tuple[Score, ...]:
+    """Both parts, clipped to 0..1 and mixed; as components they stay as measured."""
+    values = (1 - ssim_weight) * (psnr / ceiling_db).clamp(0, 1) + ssim_weight * ssim.clamp(0, 1)
+    rows = zip(values.clamp(0, 1).tolist(), psnr.tolist(), ssim.tolist(), strict=True)
+    return tuple(Score(value=value, components={"psnr": db, "ssim": similarity}) for value, db, similarity in rows)

@@ -1,0 +1,231 @@
+"""Whether a slow judge starves the rollouts: the demo rewarded by a judge behind HTTP that takes its time, and by one that answers at once.
+
+Each case is ``rl-edit train`` on a Ray cluster of its own. The judge is a server on loopback that speaks OpenAI's protocol and sleeps
+before each answer, however many requests are in flight. Finished cases are kept under ``--work`` and never repeated::
+
+    python benchmarks/slow_judge.py            # writes benchmarks/results/slow_judge.md; some ten minutes
+
+The numbers are the run's own, from ``metrics.jsonl`` and ``events.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from judge_server import Answer, JudgeServer, completion, images_of, question_of, serving  # noqa: E402 - the tests are no package
+from scaling import RESULTS, report  # noqa: E402
+
+from rl_edit import telemetry  # noqa: E402
+from rl_edit.config import RunConfig, load_config  # noqa: E402
+
+# Of connections that come at once all but five would wait a second for their second try; servers of judges take thousands.
+ThreadingHTTPServer.request_queue_size = 1024
+
+WARM, COOL = 1, 1
+"""Updates at the start, while processes and pipeline warm up, and at the end, when nothing is left to roll out, that are not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run: seconds that the judge takes for an answer, staleness, and reward actors, each of which judges one group at a time."""
+
+    latency_s: float
+    max_lag: int
+    num_reward: int
+
+    @property
+    def name(self) -> str:
+        return f"judge-{self.latency_s:g}s-lag-{self.max_lag}-{self.num_reward}-reward"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Means over the counted updates.
+
+    Attributes:
+        update_s: from one update to the next, by the clock of the events.
+        rollout_s, learn_s: of work in an update, summed over actors. judged_s: of one group.
+        busy: share of the rollout actors' time that they spent rolling out. efficiency: as the run reports it.
+        in_flight: most requests that the judge had at once; requests: in the whole run.
+    """
+
+    case: Case
+    updates: int
+    update_s: float
+    rollout_s: float
+    learn_s: float
+    judged_s: float
+    busy: float
+    efficiency: float
+    in_flight: int
+    requests: int
+
+
+def wait_until_idle(seconds: float, share: float = 0.15) -> None:
+    """Returns once the cores of this machine have been busy for less than ``share`` of so many seconds; at once for 0."""
+    while seconds:
+        before = _cpu_ticks()
+        time.sleep(seconds)
+        busy, total = (after - earlier for after, earlier in zip(_cpu_ticks(), before, strict=True))
+        if busy < share * total:
+            return
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """Ticks in which a core was busy, and all ticks, since the machine started."""
+    ticks = [int(part) for part in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def cases(latency_s: float, num_reward: int) -> list[Case]:
+    """Without and with the latency, the latter with one reward actor and with several, on-policy and one step off."""
+    seats = ((0.0, 1), (latency_s, 1), (latency_s, num_reward))
+    return [Case(latency_s=latency, max_lag=lag, num_reward=number) for lag in (0, 1) for latency, number in seats]
+
+
+def judged(body: dict[str, Any], number: int) -> Answer:
+    """Scores that follow from the edited picture alone."""
+    score = [int(images_of(body)[-1].sum()) % 20 + 5, 20] if question_of(body) == "SC" else [20, 20]
+    return 200, completion(json.dumps({"reasoning": "", "score": score}))
+
+
+def settings(case: Case, url: str, updates: int) -> tuple[str, ...]:
+    """The demo, with EditScore in place of its built-in judge. Its only checkpoint is written after the last update."""
+    return (
+        f"train.updates={updates}",
+        f"train.checkpoint_every={updates}",
+        f"train.max_lag={case.max_lag}",
+        f"actors.num_reward={case.num_reward}",
+        "actors.threads=1",
+        "rewards.judge=null",
+        f'rewards.editscore={{kind: editscore, transport: {{base_url: "{url}", model: loopback}}}}',
+    )
+
+
+def kept(work: Path, case: Case, *, updates: int, idle_s: float) -> Timing:
+    """The case as it was timed before, or now, once the machine was idle for so many seconds."""
+    file = work / f"{case.name}.json"
+    if not file.is_file():
+        wait_until_idle(idle_s)
+        file.write_text(json.dumps(asdict(timed(case, updates=updates)), indent=2) + "\n")
+    found = json.loads(file.read_text())
+    return Timing(**{**found, "case": Case(**found["case"])})
+
+
+def timed(case: Case, *, updates: int) -> Timing:
+    with serving(judged, delay_s=case.latency_s) as judge, tempfile.TemporaryDirectory() as temporary:
+        run, overrides = Path(temporary) / "run", settings(case, judge.url, updates)
+        command = [sys.executable, "-m", "rl_edit", "train", "--preset", "tiny-rc-grpo", "--run-dir", str(run), *overrides]
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+        ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet}, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
+        return timing(case, load_config(preset="tiny-rc-grpo", overrides=overrides), run, judge)
+
+
+def timing(case: Case, config: RunConfig, run: Path, judge: JudgeServer) -> Timing:
+    """What a finished run says of itself."""
+    lines = telemetry.read_jsonl(run / telemetry.METRICS)[WARM:-COOL]
+    applied = [event["time"] for event in telemetry.read_jsonl(run / telemetry.EVENTS) if event["event"] == "update_applied"]
+    update_s = (applied[-1 - COOL] - applied[WARM - 1]) / len(lines)
+    rollout_s = fmean(line["seconds/rollout"] for line in lines)
+    return Timing(
+        case=case,
+        updates=len(lines),
+        update_s=update_s,
+        rollout_s=rollout_s,
+        learn_s=fmean(line["seconds/learn"] for line in lines),
+        judged_s=fmean(line["seconds/reward"] for line in lines) / config.train.groups_per_update,
+        busy=rollout_s / config.actors.num_rollout / update_s,
+        efficiency=fmean(line["efficiency"] for line in lines),
+        in_flight=judge.busiest,
+        requests=len(judge.requests),
+    )
+
+
+HEADER = [
+    "| judge, s | max_lag | reward actors | s an update | rollouts, s of work | learning, s | judging a group, s | rollout actors busy "
+    "| of what they are without latency | `efficiency` | most requests at once |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def row(found: Timing, without: Timing) -> str:
+    case = found.case
+    cells = [
+        f"{case.latency_s:g}",
+        str(case.max_lag),
+        str(case.num_reward),
+        f"{found.update_s:.2f}",
+        f"{found.rollout_s:.2f}",
+        f"{found.learn_s:.2f}",
+        f"{found.judged_s:.2f}",
+        f"{found.busy:.0%}",
+        f"{found.busy / without.busy:.0%}",
+        f"{found.efficiency:.2f}",
+        str(found.in_flight),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(timings: Sequence[Timing]) -> list[str]:
+    without = {found.case.max_lag: found for found in timings if not found.case.latency_s}
+    return [*HEADER, *(row(found, without[found.case.max_lag]) for found in timings)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latency", type=float, default=3.0, help="seconds of the slow judge before each answer")
+    parser.add_argument("--num-reward", type=int, default=4, help="reward actors where there are several")
+    parser.add_argument("--updates", type=int, default=6, help=f"of each run; {WARM + COOL + 1} or more")
+    parser.add_argument("--idle", type=float, default=0.0, help="before each run, wait until the machine was idle for so many seconds")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "slow_judge", help="where cases are kept; delete it to start over")
+    parser.add_argument("--out", type=Path, default=RESULTS / "slow_judge.md")
+    given = parser.parse_args()
+    if given.updates <= WARM + COOL or given.latency <= 0 or given.num_reward < 2:
+        parser.error(
+            f"--updates {given.updates} --latency {given.latency} --num-reward {given.num_reward} leave nothing to compare: "
+            f"give {WARM + COOL + 1}, above 0, and 2, or more"
+        )
+    given.work.mkdir(parents=True, exist_ok=True)
+    timings = []
+    for case in cases(given.latency, given.num_reward):
+        timings.append(kept(given.work, case, updates=given.updates, idle_s=given.idle))
+        print(timings[-1], flush=True)
+    config = load_config(preset="tiny-rc-grpo")
+    questions = config.rollout.group_size * 2
+    lines = [
+        "",
+        f"`rl-edit train --preset tiny-rc-grpo` ({config.train.groups_per_update} groups of {config.rollout.group_size} an update, "
+        f"{config.actors.num_rollout} rollout actors, one thread each)",
+        f"with EditScore over HTTP ({questions} requests a group) in place of the built-in judge. "
+        f"Means of {timings[0].updates} updates of one run each; start-up, the first and the last update are not in them.",
+        "",
+        *table(timings),
+        "",
+        "A reward actor judges one group at a time, so groups are judged as fast as `actors.num_reward / seconds of a group`. Rollouts do "
+        "not wait for it",
+        "when that is at least `groups_per_update / seconds of an update`, and `max_lag: 1` lets them go on while the last groups are "
+        "judged and learnt from.",
+        "`efficiency` counts a reward actor that waits for a judge elsewhere as a device at work; look at the rollout actors instead.",
+    ]
+    report(given.out, "A slow judge", lines)
+
+
+if __name__ == "__main__":
+    main()
