@@ -119,7 +119,7 @@ def settings(case: Case, url: str, updates: int) -> tuple[str, ...]:
 
 def kept(work: Path, case: Case, *, updates: int, idle_s: float) -> Timing:
     """The case as it was timed before, or now, once the machine was idle for so many seconds."""
-    file = work / f"{case.name}.json"
+    file = work / f"{case.name}-{updates}-updates.json"
     if not file.is_file():
         wait_until_idle(idle_s)
         file.write_text(json.dumps(asdict(timed(case, updates=updates)), indent=2) + "\n")
@@ -159,8 +159,8 @@ def timing(case: Case, config: RunConfig, run: Path, judge: JudgeServer) -> Timi
 
 
 HEADER = [
-    "| judge, s | max_lag | reward actors | s an update | rollouts, s of work | learning, s | judging a group, s | rollout actors busy "
-    "| of what they are without latency | `efficiency` | most requests at once |",
+    "| judge, s | max_lag | reward actors | s an update | of the speed without latency | rollout actors busy | rollouts, s of work "
+    "| learning, s | judging a group, s | most requests at once | `efficiency` |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 ]
 
@@ -172,13 +172,13 @@ def row(found: Timing, without: Timing) -> str:
         str(case.max_lag),
         str(case.num_reward),
         f"{found.update_s:.2f}",
+        f"{without.update_s / found.update_s:.0%}",
+        f"{found.busy:.0%}",
         f"{found.rollout_s:.2f}",
         f"{found.learn_s:.2f}",
         f"{found.judged_s:.2f}",
-        f"{found.busy:.0%}",
-        f"{found.busy / without.busy:.0%}",
-        f"{found.efficiency:.2f}",
         str(found.in_flight),
+        f"{found.efficiency:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 

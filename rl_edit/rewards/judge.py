@@ -79,8 +79,8 @@ class Judge(RewardTerm):
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components, each 0..10: ``instruction, not_over_edited, clean, artefacts, SC, PQ``; and, 0..1 as the region judge's,
-        ``region.N`` of every region and ``background``: ``sqrt(phi * PQ) / 10`` with phi the region's progress or the background's
-        ``not_over_edited`` (SpatialFlow-GRPO, Eq. 3)."""
+        ``region.N`` of every region (its progress) and ``background`` (``not_over_edited``): phi of SpatialFlow-GRPO's Eq. 3 without
+        its factor for the whole picture, by which damage anywhere would speak for every region."""
         task = candidates.task
         if not isinstance(task, PairedTask):
             raise InputError(f"Task {task.task_id!r} has no target, and this judge compares with it. Use data with targets.")
@@ -107,8 +107,8 @@ class Judge(RewardTerm):
 def _composed(parts: dict[str, float], by_region: list[float]) -> Score:
     sc = (parts["instruction"], parts["not_over_edited"])
     pq = (parts["clean"], parts["artefacts"])
-    regions = {f"region.{number}": overall((progress,), pq) / 10 for number, progress in enumerate(by_region)}
-    regions["background"] = overall((parts["not_over_edited"],), pq) / 10
+    regions = {f"region.{number}": progress / 10 for number, progress in enumerate(by_region)}
+    regions["background"] = parts["not_over_edited"] / 10
     return Score(value=min(overall(sc, pq), 10.0), components={**parts, "SC": min(sc), "PQ": min(pq), **regions})
 
 
