@@ -279,9 +279,11 @@ class RegionCredit(BaseModel):
 
 
 def _only(table: RewardTable, background_terms: tuple[str, ...], *, background: bool) -> RewardTable:
-    """The table with the weights of one side only."""
+    """The table with the weights of one side only. What is invalid on either side is so on both: its group counts nowhere."""
     shares = zip(table.names, table.weights, strict=True)
-    return replace(table, weights=tuple(w if (name in background_terms) == background else 0.0 for name, w in shares))
+    weights = tuple(w if (name in background_terms) == background else 0.0 for name, w in shares)
+    whole = bool(table.valid[:, torch.tensor(table.weights) > 0].all())
+    return replace(table, weights=weights, valid=table.valid if whole else torch.zeros_like(table.valid))
 
 
 @runtime_checkable
