@@ -111,6 +111,11 @@ class Algorithm(BaseModel):
                 "algorithm.step_noise makes stochastic steps, which a multistep rollout solver does not have: use rollout.solver euler, "
                 "or step_noise {kind: none}."
             )
+        if stochastic and self.initial_noise.locality > 0:
+            raise ValueError(
+                f"algorithm.initial_noise.locality {self.initial_noise.locality:g} moves states after each step, and a moved state is no "
+                "sample of the stochastic step whose density is trained: set locality to 0, or step_noise to {kind: none}."
+            )
         if not self.initial_noise.spreads and not stochastic:
             raise ValueError(
                 "algorithm.initial_noise has no spread (inside 0, outside 0) and no step is stochastic: all candidates would be one. "
@@ -179,7 +184,7 @@ METHODS = {
             objective=NeighborSurrogate(num_anchors=4, temperature=1.0),
         ),
         citation="Neighbor GRPO, arXiv 2511.16955",
-        note="Spread 0.3, quasi-norm p = 0.8, 4 of 12 symmetric anchors, 4 of 8 steps.",
+        note="Spread 0.3, quasi-norm p = 0.8 and 4 anchors as published; clip and temperature are for mean-reduced distances.",
     ),
     "flow-grpo": Method(
         algorithm=Algorithm(

@@ -46,9 +46,10 @@ class Plugged:
         module, _, name = kind.partition(":")
         try:
             made: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
-        except ImportError as error:
+        except Exception as error:  # importing runs it, and what it does then can be anything
             raise ValueError(
-                f"kind {kind!r}: module {module!r} cannot be imported ({error}): install it, or put it on PYTHONPATH"
+                f"kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}): install it, put it on PYTHONPATH, "
+                "or mend it"
             ) from error
         if not (isinstance(made, type) and issubclass(made, BaseModel) and made.model_config.get("frozen")):
             raise ValueError(f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}: define one with that kind")

@@ -111,16 +111,15 @@ def learning_step(
         if slot in own:
             group, advantages = own[slot]
             generator = NoiseSource(run_seed, group.group_id, update).generator("anchors", pass_index)
-            tally: dict[str, list[Tensor]] = defaultdict(list)
+            tally: dict[str, list[tuple[Tensor, float]]] = defaultdict(list)
             for batch in losses(
                 velocity, others, objective, group, advantages, num_references=num_references, generator=generator, rows=config.rows
             ):
                 torch.stack([output.loss * (point.weight / len(trained)) for point, output in batch]).sum().backward()
-                for _, output in batch:
-                    tally["loss"].append(output.loss.detach())
-                    for name, value in output.metrics.items():
-                        tally[name].append(value)
-            tallies[slot] = {name: torch.stack(values).tolist() for name, values in tally.items()}
+                for point, output in batch:
+                    for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                        tally[name].append((value, point.weight))
+            tallies[slot] = {name: _of_group(name, values) for name, values in tally.items()}
             if group.adapter.sha256 == on_policy:
                 tallies[slot][_ON_POLICY] = tallies[slot].get("ratio/max_deviation", [])
             gradient = _flat(parameters)
@@ -184,6 +183,18 @@ def _velocities(
 
 _ON_POLICY = "on-policy deviation"
 """The deviations among a slot's numbers that must be zero; no metric."""
+
+
+_EXTREMES = ("/max", "/max_deviation", "/min")
+
+
+def _of_group(name: str, values: Sequence[tuple[Tensor, float]]) -> list[float]:
+    """What a group's points say: the mean by their weights, so that splitting points changes nothing; an extreme is looked for in all."""
+    said = torch.stack([value for value, _ in values])
+    if name.endswith(_EXTREMES):
+        return said.tolist()
+    weights = torch.tensor([weight for _, weight in values], dtype=said.dtype, device=said.device)
+    return [float((said * weights).sum() / weights.sum())]
 
 
 def _flat(parameters: Sequence[Tensor]) -> Tensor:

@@ -1150,11 +1150,6 @@ def test_splitting_and_joining_points_by_rows_changes_neither_loss_nor_gradient(
     assert len(forwards[1000]) == 1 and len(forwards[1]) == sum(forwards[1])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the mean over points forgets ReplayPoint.weight",
-)
 @pytest.mark.parametrize("rows", [3, 4])
 def test_splitting_a_group_into_unequal_points_leaves_the_reported_loss(rows: int) -> None:
     algorithm = METHODS["flow-grpo"].algorithm

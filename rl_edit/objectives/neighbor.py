@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from rl_edit import flow
-from rl_edit.objectives.replay import Policy, ReplayPoint, Setting, Velocities, draw, parts
+from rl_edit.objectives.replay import Policy, ReplayPoint, Setting, Velocities, draw, parts, ratio_metrics
 from rl_edit.types import Advantages, LossOutput, RolloutGroup
 
 
@@ -143,15 +143,7 @@ class NeighborSurrogate(BaseModel):
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         per_region = torch.minimum(ratio * gain, clipped * gain).mean(dim=(0, 1))
         loss = -(per_region * context.advantages.weights).sum()
-        with torch.no_grad():
-            metrics = {
-                "ratio/mean": ratio.mean(),
-                "ratio/min": ratio.min(),
-                "ratio/max": ratio.max(),
-                "ratio/max_deviation": (ratio - 1).abs().max(),
-                "clip/share": ((ratio * gain) > (clipped * gain)).float().mean(),
-                "policy/largest": log_policy.exp().amax(dim=1).mean(),
-            }
+        metrics = {**ratio_metrics(ratio, gain, clipped), "policy/largest": log_policy.detach().exp().amax(dim=1).mean()}
         return LossOutput(loss=loss, metrics=metrics)
 
     def _log_policy(

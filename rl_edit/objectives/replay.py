@@ -77,3 +77,15 @@ def draw(indices: range, number: int | None, generator: torch.Generator) -> tupl
     if number is None or number >= len(indices):
         return tuple(indices)
     return tuple(sorted(indices[i] for i in torch.randperm(len(indices), generator=generator)[:number].tolist()))
+
+
+def ratio_metrics(ratio: Tensor, gain: Tensor, clipped: Tensor) -> dict[str, Tensor]:
+    """What to log about policy ratios, clipped or not, and the advantages they multiply."""
+    with torch.no_grad():
+        return {
+            "ratio/mean": ratio.mean(),
+            "ratio/min": ratio.min(),
+            "ratio/max": ratio.max(),
+            "ratio/max_deviation": (ratio - 1).abs().max(),
+            "clip/share": ((ratio * gain) > (clipped * gain)).float().mean(),
+        }

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from rl_edit import flow
-from rl_edit.objectives.replay import Policy, ReplayPoint, Setting, Velocities, draw, parts
+from rl_edit.objectives.replay import Policy, ReplayPoint, Setting, Velocities, draw, parts, ratio_metrics
 from rl_edit.types import SDE, Advantages, LossOutput, RolloutGroup
 
 
@@ -136,14 +136,7 @@ class TransitionSurrogate(BaseModel):
         clipped = ratio.clamp(1 - self.clip * width, 1 + (self.clip_high or self.clip) * width)
         per_region = torch.minimum(ratio * gain, clipped * gain).mean(dim=0)
         loss = -(per_region * context.advantages.weights).sum()
-        with torch.no_grad():
-            metrics = {
-                "ratio/mean": ratio.mean(),
-                "ratio/min": ratio.min(),
-                "ratio/max": ratio.max(),
-                "ratio/max_deviation": (ratio - 1).abs().max(),
-                "clip/share": ((ratio * gain) > (clipped * gain)).float().mean(),
-            }
+        metrics = ratio_metrics(ratio, gain, clipped)
         if self.kl_weight > 0:
             divergence = self._divergence(point, velocities, mean, deviation)
             loss = loss + self.kl_weight * divergence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,14 +29,15 @@ class WrappedContext:
     edited: Bool[Tensor, "rows columns"]
 
 
-class Wrapper(BaseModel):
+class Wrapper(BaseModel, ABC):
     """A plain objective with one more term; everything but the loss is the wrapped one's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
+    @abstractmethod
     def wrapped(self) -> ObjectiveLaw:
-        raise NotImplementedError
+        """The plain objective."""
 
     @property
     def policies(self) -> frozenset[Policy]:
