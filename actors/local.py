@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,10 @@ import numpy as np
 from actors.crew import Crew, Post
 from rl_edit.errors import InputError, WorkerLost, WorkFailed
 from rl_edit.update import TrainingFailed
+
+_CONSTRUCTION = threading.Lock()
+"""While transformers or diffusers load weights, modules are made on the meta device for the whole process: a second load beside it
+would find its own there."""
 
 
 class LocalWorker:
@@ -46,7 +51,8 @@ class LocalWorker:
 
     def _run(self, method: str, args: tuple[Any, ...]) -> Any:
         if self._instance is None:
-            self._instance = self._post.make(*self._post.arguments)
+            with _CONSTRUCTION:
+                self._instance = self._post.make(*self._post.arguments)
         return getattr(self._instance, method)(*args)
 
     def kill(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import numpy as np
 import torch
@@ -87,11 +88,19 @@ class Alarm:
     in_a_row: int
 
     def __str__(self) -> str:
+        # An alarm is raised over evaluations whose training reward is known.
+        first, last = cast("float", self.before.training), cast("float", self.last.training)
         return (
-            f"training reward rose from {self.before.training:.4g} to {self.last.training:.4g} while held-out gold fell from "
-            f"{self.before.gold:.4g} to {self.last.gold:.4g}, {self.in_a_row} evaluations in a row (updates {self.before.update + 1} to "
+            f"training reward rose from {_apart(first, last)} while held-out gold fell from "
+            f"{_apart(self.before.gold, self.last.gold)}, {self.in_a_row} evaluations in a row (updates {self.before.update + 1} to "
             f"{self.last.update + 1})"
         )
+
+
+def _apart(before: float, after: float) -> str:
+    """Both numbers, with as many digits as it takes to tell them apart."""
+    digits = next((digits for digits in range(4, 17) if f"{before:.{digits}g}" != f"{after:.{digits}g}"), 17)
+    return f"{before:.{digits}g} to {after:.{digits}g}"
 
 
 def alarm(history: Sequence[Evaluation], patience: int) -> Alarm | None:

@@ -254,11 +254,14 @@ class Supervisor:
         return answer
 
     def deadline_s(self, kind: str) -> float:
-        """Longest wait for a call of this kind: what was configured until some have been timed, then five times the usual."""
+        """Longest wait for a call of this kind: what was configured until some have been timed, then five times the usual.
+
+        Scoring has no usual duration: a judge that hangs is waited for, and asked again, as long as its own timeout says.
+        """
         if kind == "start":
             return self.config.start_timeout_s
         # What may queue behind another call on the same worker has no usual duration.
-        queues = kind not in ("run", "score", "learn") or self.config.placement == "colocated"
+        queues = kind not in ("run", "learn") or self.config.placement == "colocated"
         if queues or kind not in self._usual_s:
             return self.config.deadline_s
         return min(self.config.deadline_s, max(SHORTEST_DEADLINE_S, DEADLINE_FACTOR * self._usual_s[kind]))

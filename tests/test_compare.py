@@ -33,6 +33,8 @@ META = {
     "seed": 1_000_003,
     "num_steps": 6,
     "guidance": 2.5,
+    "true_cfg": 1.0,
+    "negative_prompt": "",
     "tasks": "a" * 64,
     "editor": "b" * 64,
     "adapter": "50:cafe",

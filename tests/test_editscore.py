@@ -23,7 +23,10 @@ from judge_server import FAULTS, Answer, JudgeServer, completion, good_reply, im
 from pydantic import ValidationError
 from runs import metrics_of, run_inline, small_config
 
+from learner.planning import GroupCost
+from rl_edit.cli.train import _capacity
 from rl_edit.data import shapes
+from rl_edit.errors import InputError
 from rl_edit.judges import OpenAI, Token
 from rl_edit.rewards import EditScore, score_candidates
 from rl_edit.rewards.composition import overall
@@ -210,6 +213,27 @@ def test_a_judge_that_never_answers_about_one_group_costs_that_group_and_neither
     (reason,) = lines[0]["groups/dropped_reasons"]["invalid"]
     assert "SC of pass 1: no answer within 1.5 s (after 2 attempts)" in reason
     assert [line["retries/infra"] for line in lines] == [0, 0], "no actor was lost to it"
+
+
+@pytest.mark.parametrize(("timeout_s", "fits"), [(120.0, True), (199.0, True), (200.0, False)])
+def test_a_judge_may_not_be_waited_for_longer_than_its_actor_is_trusted(small_editor: str, timeout_s: float, fits: bool) -> None:
+    transport = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "timeout_s": timeout_s}
+    rewards = {"mine": {"kind": "editscore", "transport": transport}}
+    if fits:
+        config = small_config(small_editor, "actors.runtime=ray", rewards=rewards)
+        assert config.rewards["mine"].patience_s < config.actors.deadline_s
+        return
+    with pytest.raises(InputError, match=r"deadline_s 600 is not above the 601\.5 s that reward 'mine' may wait.*rewards\.mine\.transport"):
+        small_config(small_editor, "actors.runtime=ray", rewards=rewards)
+
+
+def test_waiting_for_a_judge_elsewhere_occupies_no_device(small_editor: str) -> None:
+    transport = {"base_url": "http://127.0.0.1:9/v1", "model": "judge"}
+    asked = small_config(small_editor, rewards={"mine": {"kind": "editscore", "transport": transport}})
+    local = small_config(small_editor, rewards={"preservation": {"kind": "preservation"}})
+    assert (_capacity(asked).reward, _capacity(local).reward) == (0, 1)
+    cost = GroupCost(rollout_s=1.0, reward_s=30.0, learn_s=1.0)
+    assert _capacity(asked).efficiency(cost, groups=4, measured_s=10.0) <= 1
 
 
 def test_kept_scores_survive_a_crash_and_the_resumed_run_asks_only_about_new_pictures(

@@ -103,6 +103,11 @@ def test_the_alarm_is_raised_after_so_many_evaluations_in_a_row_and_tells_both_e
     assert "rose from 0.1 to 0.4" in str(raised) and "fell from 0.9 to 0.6, 3 evaluations in a row (updates 1 to 4)" in str(raised)
 
 
+def test_the_alarm_tells_numbers_apart_that_differ_far_behind_the_point() -> None:
+    raised = alarm(history((0.5, 5.27312), (0.50001, 5.27301)), 1)
+    assert "rose from 0.5 to 0.50001" in str(raised) and "fell from 5.2731 to 5.273, 1" in str(raised)
+
+
 @pytest.mark.parametrize(
     "otherwise",
     [(0.3, 0.85), (0.3, 0.8), (0.2, 0.7), (0.1, 0.7), (None, 0.7)],

@@ -110,7 +110,7 @@ def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_time
         for _ in range(4):
             await work(supervisor)
             seen.append(supervisor.deadline_s("run"))
-        return [*seen, supervisor.deadline_s("score"), supervisor.deadline_s("start")]
+        return [*seen, supervisor.deadline_s("learn"), supervisor.deadline_s("start")]
 
     script = [clock.passes(seconds) for seconds in (20, 70, 2, 1000)]
     seen, _ = supervised(Puppets(run=script), body, clock=clock, deadline_s=600, start_timeout_s=1800)
@@ -121,6 +121,18 @@ def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_time
         expected.append(min(600.0, 5 * usual))
     assert seen == pytest.approx([*expected, 600.0, 1800.0])
     assert expected[-1] == 600.0
+
+
+def test_scoring_keeps_the_whole_deadline_because_a_judge_has_timeouts_of_its_own() -> None:
+    clock = Clock()
+
+    async def body(supervisor: Supervisor) -> float:
+        for _ in range(3):
+            await supervisor.call("rollout", "a group", "score")
+        return supervisor.deadline_s("score")
+
+    seen, _ = supervised(Puppets(score=[clock.passes(2.0)] * 3), body, clock=clock, deadline_s=600)
+    assert seen == 600
 
 
 def test_a_deadline_is_not_shorter_than_a_minute_unless_it_was_configured_so() -> None:

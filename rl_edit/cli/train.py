@@ -242,7 +242,7 @@ def _executor(config: RunConfig, fields: frozenset[str], *, allow_skew: bool, no
 
 
 def _capacity(config: RunConfig) -> Any:
-    """What the run's workers occupy: GPUs where there are any, else cores."""
+    """What the run's workers occupy: GPUs where there are any, else cores. Waiting for a judge elsewhere occupies none."""
     from actors.crew import available_cores, threads_per_actor
     from learner.capacity import Capacity
 
@@ -259,7 +259,10 @@ def _capacity(config: RunConfig) -> Any:
         return Capacity(rollout=asked.rollout_gpus, reward=asked.reward_gpus, learner=learner_gpus, total=gpus, divisible=equal)
     rollout, learner = threads_per_actor(config)
     cores = available_cores()
-    return Capacity(rollout=min(rollout, cores), reward=1, learner=min(learner, cores), total=cores if asked.runtime == "ray" else rollout)
+    reward = 0 if any(term.remote and term.weight > 0 for term in config.rewards.values()) else 1
+    return Capacity(
+        rollout=min(rollout, cores), reward=reward, learner=min(learner, cores), total=cores if asked.runtime == "ray" else rollout
+    )
 
 
 def _close(config: RunConfig, executor: Any) -> None:

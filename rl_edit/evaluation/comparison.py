@@ -60,6 +60,8 @@ _PROTOCOL = {
     "seed": "evaluation.seed",
     "num_steps": "solver steps",
     "guidance": "editor.guidance",
+    "true_cfg": "editor.true_cfg",
+    "negative_prompt": "editor.negative_prompt",
     "tasks": "held-out tasks",
 }
 """What two evaluations must share, by its key in ``meta``: only then are their rows of the same pictures."""

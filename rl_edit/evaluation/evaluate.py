@@ -27,6 +27,7 @@ from rl_edit.evaluation.statistics import Interval, bootstrap, paired_bootstrap
 from rl_edit.exploration import NoiseSource
 from rl_edit.regions import token_mask
 from rl_edit.rewards import Reward, score_candidates
+from rl_edit.rewards.statistics import REPEAT
 from rl_edit.rollout import denoise
 from rl_edit.types import Candidates, Conditioning, EditTask, PairedTask
 
@@ -135,6 +136,8 @@ def evaluate(
         "seed": config.seed,
         "num_steps": steps,
         "guidance": editor.config.guidance,
+        "true_cfg": editor.config.true_cfg,
+        "negative_prompt": editor.config.negative_prompt,
         "tasks": seen.hexdigest(),
         "editor": editor_identity(editor.config),
         "conventions": {
@@ -187,6 +190,8 @@ def _measure(terms: Sequence[Reward], task: EditTask, conditioning: Conditioning
     values = {f"reward/{name}": float(table.values[0, i]) for i, name in enumerate(table.names)}
     values["reward"] = sum(weight * float(table.values[0, i]) for i, weight in enumerate(table.weights) if weight > 0)
     for name, parts in table.components.items():
+        if name.endswith(f".{REPEAT}"):
+            continue  # the judge's own noise in training groups; one picture has none
         values[name] = parts[0]
         if name.endswith(INSTRUCTION_PARTS):
             values.setdefault("instruction", parts[0])

@@ -98,6 +98,15 @@ class JudgedTerm(RewardTerm):
             )
         return self
 
+    @property
+    def patience_s(self) -> float:
+        pauses = (min(self.backoff_s * 2**attempt, _LONGEST_WAIT_S) for attempt in range(self.retries))
+        return (self.retries + 1) * float(getattr(self.transport, "timeout_s", 0.0)) + sum(pauses)
+
+    @property
+    def remote(self) -> bool:
+        return self.transport.kind == "openai"
+
     @abstractmethod
     def questions(self, task: EditTask, edited: UInt8[Tensor, "height width 3"]) -> tuple[Asked, ...]:
         """What is asked about one candidate."""

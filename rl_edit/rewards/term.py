@@ -75,6 +75,16 @@ class RewardTerm(BaseModel, ABC):
         """Whether small values are good. The reward table then holds the negated value; the range speaks of the value itself."""
         return False
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds that one question may wait for somebody who never answers, over all attempts; 0 where nobody is asked."""
+        return 0.0
+
+    @property
+    def remote(self) -> bool:
+        """Whether scoring is waiting for another machine, and so occupies no device of this run."""
+        return False
+
     def fingerprint(self) -> dict[str, Any]:
         """What its scores follow from besides the candidates: settings without names, weights and places."""
         return _without(self.model_dump(mode="json"), OPERATIONAL | {"name", "weight", "when"})
