@@ -38,6 +38,7 @@ COMMON = [
 REGION = [*COMMON, "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: true}"]
 GLOBAL = [*COMMON, "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.7, keep_reference: true}"]
 MASKED = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: masked}}}}"
+BANDWIDTHS = "algorithm.credit={{kind: group, normalise: minibatch, rows: {{kind: masked, inside: {}, outside: {}}}}}"
 UNIFORM = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: uniform}}}}"
 ACD = ["rewards.attention.weight=0.3"]
 ANCHOR = [f"algorithm.objective={{kind: background_anchored, weight: 0.1, inner: {SURROGATE}}}"]
@@ -52,13 +53,15 @@ VARIANTS: dict[str, list[str]] = {
     "region + source-latent anchor outside (0.1)": [*REGION, MASKED.format("minibatch"), *ANCHOR],
     "region + source-latent anchor outside (0.01)": [*REGION, MASKED.format("minibatch"), *LIGHT_ANCHOR],
     "region, areas judged apart": [*REGION, *SPLIT],
+    "region, edit weighs more (h_in 0.5)": [*REGION, BANDWIDTHS.format(0.5, 1.0)],
+    "region, background weighs more (h_out 0.5)": [*REGION, BANDWIDTHS.format(1.0, 0.5)],
     "global, terms standardised per group": [*GLOBAL, UNIFORM.format("group")],
     "region, raw terms summed": [*REGION, MASKED.format("none"), "rewards.judge.weight=0.1"],
     "as shipped": [],
 }
 """Values of each variant on top of the preset tiny-rc-grpo; "minibatch" is the paper's normalisation of terms."""
 
-DEFAULT_VARIANTS = list(VARIANTS)[:7]
+DEFAULT_VARIANTS = list(VARIANTS)[:9]
 
 COMPARISONS = [
     ("region", "global"),
@@ -67,6 +70,8 @@ COMPARISONS = [
     ("region + source-latent anchor outside (0.1)", "region"),
     ("region + source-latent anchor outside (0.01)", "region"),
     ("region, areas judged apart", "region"),
+    ("region, edit weighs more (h_in 0.5)", "region"),
+    ("region, background weighs more (h_out 0.5)", "region"),
 ]
 
 METRICS = {

@@ -150,7 +150,7 @@ class Learner:
             self.skipped_in_a_row = 0
         if credits and not result.skipped:
             self._move_averages()
-        self._explore(order)
+        result = replace(result, metrics={**result.metrics, **self._explore(order)})
         self.updates_done += 1
         answer = self._answer(plan=order.plan, result=result, declined=declined, used=len(credits))
         if len(set(self.ranks.exchange(f"{answer[0].adapter} {answer[0].result}"))) != 1:
@@ -171,10 +171,12 @@ class Learner:
             for name, parameter in self._named.items():
                 average[name].lerp_(parameter.detach(), 1 - kept[which])
 
-    def _explore(self, order: LearnOrder) -> None:
-        """Steers the exploration by what the update's groups scored."""
+    def _explore(self, order: LearnOrder) -> dict[str, float]:
+        """Steers the exploration by what the update's groups scored; metrics of how they were explored."""
         seen = [(slot.task_type, joined([wire.unpack(table) for table in slot.tables])) for slot in order.slots if not slot.lost]
-        self.exploration = self.config.algorithm.initial_noise.steered(self.exploration, seen)
+        law, before = self.config.algorithm.initial_noise, self.exploration
+        self.exploration = law.steered(before, seen)
+        return law.measured(before, seen)
 
     def ratio(self, blob: np.ndarray) -> float:
         """Largest deviation of the policy ratio from 1 at the present weights on a packed group, or a chunk of one; changes nothing.

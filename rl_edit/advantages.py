@@ -203,10 +203,12 @@ class SplitCredit(BaseModel):
         columns = [torch.zeros(len(table.values)) if isinstance(p, Declined) else p.values[:, 0] for p in (edit, keep)]
         inside = softened(areas.any(dim=0).float(), self.soft_border).flatten()
         shares = torch.stack([inside, 1 - inside])
+        sizes = shares.sum(dim=1, keepdim=True)
         return Advantages(
             values=torch.stack(columns, dim=1),
-            regions=shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-6),
-            weights=torch.tensor([self.edit_share, 1 - self.edit_share]),
+            regions=shares / sizes.clamp(min=1e-6),
+            # Where the mask leaves no background, there is no ratio that its weight could multiply.
+            weights=torch.tensor([self.edit_share, 1 - self.edit_share]) * (sizes[:, 0] > 0),
         )
 
     def needed_components(self) -> tuple[str, ...]:

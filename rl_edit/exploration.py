@@ -89,6 +89,10 @@ class Perturbation(BaseModel):
         """What to explore with after an update, by task type: nothing is steered."""
         return {}
 
+    def measured(self, state: Mapping[str, float], seen: Sequence[tuple[str, RewardTable]]) -> dict[str, float]:
+        """Metrics of an update's exploration: none, because nothing is steered."""
+        return {}
+
     @property
     def num_references(self) -> int:
         """Leading candidates that are not perturbed and hence cannot be anchors."""
@@ -169,18 +173,27 @@ class AdaptiveSpread(BaseModel):
             state: the spreads of the update's groups.
             seen: (task type, reward table) of each group; groups in which the watched score is missing say nothing.
         """
+        result = dict(state)
+        for task_type, deviation in self._deviations(seen).items():
+            direction = (deviation < self.band[0]) - (deviation > self.band[1])
+            spread = state.get(task_type, self.start.inside) * math.exp(self.rate * direction)
+            result[task_type] = min(max(spread, self.least), self.most)
+        return result
+
+    def measured(self, state: Mapping[str, float], seen: Sequence[tuple[str, RewardTable]]) -> dict[str, float]:
+        """Metrics of an update's exploration: by task type the spread in use and the mean within-group deviation it gave."""
+        found = self._deviations(seen)
+        spreads = {f"exploration/{task_type}/inside": state.get(task_type, self.start.inside) for task_type in found}
+        return {**spreads, **{f"exploration/{task_type}/deviation": value for task_type, value in found.items()}}
+
+    def _deviations(self, seen: Sequence[tuple[str, RewardTable]]) -> dict[str, float]:
+        """Mean within-group deviation of the watched score by task type; types of which no group has the score are left out."""
         deviations: dict[str, list[float]] = {}
         for task_type, table in seen:
             scores = _watched(table, self.watch)
             if scores is not None:
                 deviations.setdefault(task_type, []).append(float(scores.std(correction=0)))
-        result = dict(state)
-        for task_type, values in deviations.items():
-            mean = sum(values) / len(values)
-            direction = (mean < self.band[0]) - (mean > self.band[1])
-            spread = state.get(task_type, self.start.inside) * math.exp(self.rate * direction)
-            result[task_type] = min(max(spread, self.least), self.most)
-        return result
+        return {task_type: sum(values) / len(values) for task_type, values in deviations.items()}
 
 
 def _watched(table: RewardTable, name: str) -> Float[Tensor, " group"] | None:

@@ -184,6 +184,19 @@ def test_a_group_that_lacks_the_watched_score_says_nothing() -> None:
     assert part.steered({}, [("add", table)]) == pytest.approx({"add": 0.4 * math.exp(0.1)})
 
 
+def test_spread_and_deviation_in_use_are_reported_by_kind_of_edit() -> None:
+    seen = [("add", scores(0.0, 0.0)), ("add", scores(0.0, 6.2)), ("remove", scores(1.0, math.nan)), ("replace", scores(0.0, 3.0))]
+    assert STEERED.measured({"add": 0.33}, seen) == pytest.approx(
+        {
+            "exploration/add/inside": 0.33,
+            "exploration/add/deviation": 1.55,
+            "exploration/replace/inside": 0.4,
+            "exploration/replace/deviation": 1.5,
+        }
+    )
+    assert Perturbation().measured({}, seen) == {}
+
+
 def test_the_steered_spread_reaches_the_candidates_noise_and_nothing_else() -> None:
     source, state = NoiseSource(0, "t", 0), {"add": 0.8}
     law = AdaptiveSpread(start=Perturbation(inside=0.4, outside=0.1))
@@ -212,6 +225,8 @@ def test_the_steered_spread_travels_to_the_actor_and_survives_a_restore(small_ed
     kinds = {slot.task_type for slot in step.order.slots}
     report, adapter, state, _ = both.learn(step.order, *step.groups)
     weights: AdapterWeights = wire.unpack(adapter)
+    assert {report.metrics[f"exploration/{kind}/inside"] for kind in kinds} == {0.5}
+    assert all(report.metrics[f"exploration/{kind}/deviation"] >= 0 for kind in kinds)
     assert weights.exploration == pytest.approx({kind: 0.5 * math.exp(0.2) for kind in kinds})
 
     both.load(adapter)

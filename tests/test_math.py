@@ -394,6 +394,13 @@ def test_judged_apart_a_silent_area_has_advantage_zero_and_two_silent_ones_or_an
     assert invalid == Declined("invalid", "judge was down")
 
 
+def test_judged_apart_a_mask_over_the_whole_picture_leaves_the_background_no_weight() -> None:
+    everywhere = torch.ones(1, 2, 4, dtype=torch.bool)
+    (result,) = SplitCredit(background_terms=("term1",), edit_share=0.3)([table([[1.0, 5.0], [2.0, 0.0]], (1.0, 1.0))], [everywhere])
+    assert isinstance(result, Advantages)
+    assert result.weights.tolist() == pytest.approx([0.3, 0.0]) and not bool(result.regions[1].any())
+
+
 def test_quasi_norm_ignores_the_scale_and_offset_of_the_rewards() -> None:
     values = torch.tensor([1.0, 4.0, 2.0, 9.0], dtype=torch.float64)
     assert torch.allclose(quasi_norm(values * 37 + 5, 0.8), quasi_norm(values, 0.8), atol=1e-9)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from rooms import MATHEMATICS
 
 from rl_edit.types import LossOutput
 
@@ -23,22 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rl_edit", "actors", "learner")
 PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 EVERYTHING = sorted({*PRODUCT, *(path for room in ("tests", "benchmarks", "deploy", "docs") for path in (ROOT / room).rglob("*.py"))})
-
-MATHEMATICS = (
-    "types",
-    "plugged",
-    "flow",
-    "regions",
-    "exploration",
-    "attention",
-    "automask",
-    "advantages",
-    "objectives",
-    "algorithms",
-    "rollout",
-    "update",
-)
-"""In this order: each may import what stands to its left."""
 
 MODEL_LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "tokenizers")
 

@@ -1,7 +1,7 @@
 """Model evaluations of an update: what a method asks of the editor, whatever machine it runs on.
 
-One evaluation is one forward of one latent state through the transformer. A forward that learns costs a backward on top of it, and
-decoding and rewards cost something too: seconds per update show those.
+One evaluation is one forward of one latent state through the transformer; true classifier-free guidance makes two of a state. A
+forward that learns costs a backward on top of it, and decoding and rewards cost something too: seconds per update show those.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def effort(config: RunConfig) -> Effort:
         group, nothing, num_references=algorithm.initial_noise.num_references, generator=torch.Generator(), rows=train.rows
     )
     states = sum(len(point.latents) for point in points)
+    forwards = 2 if config.editor.true_cfg > 1 else 1
     return Effort(
-        rollout=train.groups_per_update * rollout.group_size * rollout.num_steps,
-        learning=train.groups_per_update * states * (1 + len(algorithm.objective.policies)) * train.passes,
+        rollout=forwards * train.groups_per_update * rollout.group_size * rollout.num_steps,
+        learning=forwards * train.groups_per_update * states * (1 + len(algorithm.objective.policies)) * train.passes,
     )

@@ -18,19 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rl_edit.errors import InputError
-from rl_edit.report.charts import (
-    NUM_COLOURS,
-    Chart,
-    Mark,
-    Series,
-    interval_bar,
-    line_chart,
-    plain,
-    signed,
-    smoothing_span,
-    stacked_chart,
-    twin_chart,
-)
+from rl_edit.report.charts import interval_bar, plain, signed, smoothing_span
+from rl_edit.report.curves import chart_groups, spaced
 from rl_edit.report.run_files import Comparison, Evaluation, Interval, RunFiles, number, read_run
 from rl_edit.report.strips import DIFFERENCE_GAIN, Strip, read_strip
 
@@ -40,24 +29,6 @@ NOTABLE = re.compile(
     r"warn|drop|declin|refus|reject|stale|invalid|error|fail|retr|restart|resum|timeout|interrupt|lost|died|alarm|evaluation_",
     re.IGNORECASE,
 )
-# Terms that are measured outside the mask are recognised by these words in their name.
-OUTSIDE = re.compile(r"background|preserv|outside|lpips|psnr|ssim", re.IGNORECASE)
-DRIFT = {
-    "seam": ("Seam around the mask", 0.0, "change just outside the mask minus further away; 0 is none"),
-    "brightness": ("Brightness shift", 0.0, "mean luma minus the source's, on a scale of 1; below 0 is darker"),
-    "edges": ("Edge density", 1.0, "times the source's; below 1 is smoother, above 1 rougher"),
-    "entropy": ("Entropy difference", 0.0, "bits of the tones, minus the source's"),
-    "spectrum": ("Strongest wave in the change", 0.0, "amplitude; a grid gathers in one wave what noise spreads over all"),
-}
-"""Title, value of an unchanged background, and note of ``background/NAME/mean``: measures that say in which way it changed."""
-MISSING = {
-    "invalid_share": ("Scores that are invalid", "an answer that is no score, or none"),
-    "timeout_share": ("Scores that came too late", "no answer in time"),
-    "refused_share": ("Scores that were refused", "the judge declined to answer"),
-    "cached_share": ("Scores recalled from the cache", ""),
-    "uncached_share": ("Scores that could not be kept", "the cache's disk did not take them"),
-}
-"""Title and note of ``reward/TERM/NAME``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +83,6 @@ class TypeTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChartGroup:
-    title: str
-    about: str
-    charts: tuple[Chart, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Event:
     time: str
     name: str
@@ -161,7 +125,7 @@ def _write_atomically(path: Path, text: str) -> Path:
 def _context(files: RunFiles) -> dict[str, Any]:
     run, evaluation = files.run, files.evaluation
     strips, undrawn = _strips(files.examples)
-    groups = _chart_groups(files)
+    groups = chart_groups(files)
     counts, notable, num_notable = _events(files)
     return {
         "title": str(run.get("name") or files.directory.resolve().name),
@@ -173,7 +137,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "table": _table(evaluation.overall) if evaluation else (),
         "type_tables": _type_tables(evaluation) if evaluation else (),
         "protocol": _protocol(evaluation.meta) if evaluation else "",
-        "notes": [(_spaced(key), _words(value)) for key, value in evaluation.meta.items() if key not in _PROTOCOL] if evaluation else (),
+        "notes": [(spaced(key), _words(value)) for key, value in evaluation.meta.items() if key not in _PROTOCOL] if evaluation else (),
         "groups": groups,
         "span": smoothing_span(len(files.metrics.rows)),
         "num_updates": len(files.metrics.rows),
@@ -209,7 +173,7 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def _metric(name: str) -> Metric:
-    return METRICS.get(name) or Metric(name=name, label=_spaced(name), unit="", digits=3, better=0)
+    return METRICS.get(name) or Metric(name=name, label=spaced(name), unit="", digits=3, better=0)
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
@@ -286,199 +250,6 @@ def _protocol(meta: Mapping[str, Any]) -> str:
     return ", ".join(form.format(_words(meta[key])) for key, form in _PROTOCOL.items() if key in meta)
 
 
-def _chart_groups(files: RunFiles) -> list[ChartGroup]:
-    """Every numeric key of metrics.jsonl in exactly one chart; keys this page has no place for come last, under their own name."""
-    names = files.metric_names()
-    used: set[str] = {"update"}
-
-    def line(key: str, title: str, unit: str, *, from_zero: bool = False, smooth: bool = True, note: str = "") -> Chart | None:
-        used.add(key)
-        series = [Series(label=title, points=files.column(key))]
-        return line_chart(title=title, unit=unit, series=series, from_zero=from_zero, smooth=smooth, note=note)
-
-    def matching(pattern: str) -> list[tuple[str, str]]:
-        return [(key, found.group(1)) for key in names if (found := re.fullmatch(pattern, key))]
-
-    def by_term(name: str, title: str, unit: str, *, note: str = "") -> list[Chart | None]:
-        """One line for each term that has ``reward/TERM/NAME``."""
-        found = matching(rf"reward/(.+)/{name}")
-        used.update(key for key, _ in found)
-        series = [Series(label=_spaced(term), points=files.column(key)) for key, term in found]
-        title = f"{title}: {series[0].label}" if len(series) == 1 else title
-        charts = [series[start : start + NUM_COLOURS] for start in range(0, len(series), NUM_COLOURS)]
-        return [line_chart(title=title, unit=unit, series=lines, from_zero=True, note=note) for lines in charts]
-
-    def both_sides(what: str, title: str, note: str = "") -> Chart | None:
-        """Variance inside and outside the mask: the mean over candidates, or its spread."""
-        keys = {f"change/variance_{side}/{what}": side for side in ("inside", "outside")}
-        used.update(keys)
-        series = [Series(label=side, points=files.column(key)) for key, side in keys.items()]
-        return line_chart(title=title, unit="variance", series=series, from_zero=True, note=note)
-
-    terms = [(key, term) for key, term in matching(r"reward/(.+)/mean") if term != "total"]
-    components = sorted(matching(r"component/(.+)/mean"), key=lambda pair: "instruction" not in pair[1])
-    parts = [(key, f"Reward term: {_spaced(term)}", term, "reward") for key, term in terms]
-    parts += [(key, f"Part of a reward: {_spaced(term)}", term, "score") for key, term in components]
-    inside = [
-        line("reward/total/mean", "Total reward", "reward", note="mean over candidates; weighs every term, outside ones too"),
-        *(line(key, title, unit) for key, title, term, unit in parts if not OUTSIDE.search(term)),
-        line(
-            "change/inside/mean",
-            "Change inside the mask",
-            "change",
-            from_zero=True,
-            note="mean absolute difference from the source",
-        ),
-    ]
-    outside = [
-        line("background/psnr/mean", "Background PSNR", "dB", note="mean over candidates"),
-        line(
-            "background/psnr/spread",
-            "Background PSNR, spread within a group",
-            "dB",
-            from_zero=True,
-            note="how much the candidates of one task differ",
-        ),
-        *(
-            line(key, f"Background {_spaced(rest)}", "dB" if rest.startswith("psnr") else "")
-            for key, rest in matching(rf"background/(?!psnr/(?:mean|spread)$|(?:{'|'.join(DRIFT)})/)(.+)")
-        ),
-        *(line(key, title, unit) for key, title, term, unit in parts if OUTSIDE.search(term)),
-    ]
-    drift = []
-    for name, (title, unchanged, note) in DRIFT.items():
-        mean, spread = f"background/{name}/mean", f"background/{name}/spread"
-        used.update((mean, spread))
-        left, right = (
-            Series(label=label, points=files.column(key)) for label, key in (("mean over candidates", mean), ("spread in a group", spread))
-        )
-        drift.append(
-            twin_chart(title=title, left=left, right=right, reference=unchanged, smooth=True, note=note)
-            or line_chart(title=title, unit=left.label, series=[left, right], note=note)
-        )
-    attention = [
-        line(key, f"Concentration, {_spaced(rest)}", "concentration", from_zero=rest == "spread")
-        for key, rest in matching(r"concentration/(.+)")
-    ]
-    signal = [
-        line("reward/total/spread", "Spread of the total reward", "reward", from_zero=True),
-        *(
-            line(key, f"Spread of {_spaced(term)}", "reward", from_zero=True)
-            for key, term in matching(r"reward/(.+)/spread")
-            if term != "total"
-        ),
-        *(line(key, f"Spread of {_spaced(term)}", "score", from_zero=True) for key, term in matching(r"component/(.+)/spread")),
-        line("change/inside/spread", "Spread of the change inside the mask", "change", from_zero=True),
-    ]
-    drivers = [
-        *by_term("variance_share", "Share of the total's variance", "share", note="sums to 1; a term below 0 pulls against the others"),
-        line(
-            "change/variance_inside_share",
-            "Share of the pixels' variance inside the mask",
-            "share",
-            from_zero=True,
-            note="of the differences between candidates; the rest is background",
-        ),
-        both_sides("mean", "Variance between candidates, by side", "of pixel intensities on a scale of 1, a mean over the picture"),
-        both_sides("spread", "Spread of that variance within a group"),
-        *by_term("noise_to_spread", "Noise over spread", "ratio", note="at 1 the differences within a group are nothing but noise"),
-        *by_term("noise", "Noise of one measurement", "reward", note="standard deviation, from candidates that were scored twice"),
-        *(chart for name, (title, note) in MISSING.items() for chart in by_term(name, title, "share", note=note)),
-    ]
-    optimisation = [
-        line("ratio/mean", "Probability ratio, mean", "ratio"),
-        *(line(f"ratio/{end}", f"Probability ratio, {words}", "ratio") for end, words in (("min", "smallest"), ("max", "largest"))),
-        line("ratio/max_deviation", "Probability ratio, largest |ratio \u2212 1|", "|ratio \u2212 1|", from_zero=True),
-        line("clip/share", "Share of ratios clipped", "share", from_zero=True),
-        line("gradient/norm", "Gradient norm", "norm", from_zero=True),
-        line("loss", "Loss", "loss"),
-        *(line(key, f"Loss: {_spaced(rest)}", "loss") for key, rest in matching(r"loss/(.+)")),
-    ]
-    group_keys = matching(r"groups/(.+)")
-    used.update(key for key, _ in group_keys)
-    bookkeeping = [
-        line_chart(
-            title="Groups used and dropped",
-            unit="groups an update",
-            series=[Series(label=_spaced(rest), points=files.column(key)) for key, rest in group_keys],
-            from_zero=True,
-            smooth=False,
-        ),
-        line(
-            "staleness",
-            "Staleness",
-            "updates",
-            from_zero=True,
-            smooth=False,
-            note="how many updates old the weights behind the groups were",
-        ),
-    ]
-    phases = {_spaced(rest): files.column(key) for key, rest in matching(r"seconds/(.+)") if rest != "update"}
-    used.update(key for key, _ in matching(r"seconds/(.+)"))
-    time = [
-        stacked_chart(
-            title="Seconds per phase",
-            unit="s",
-            phases=phases,
-            total=files.column("seconds/update"),
-            note="phases may run at the same time, so their sum can exceed the whole update",
-        )
-        if phases
-        else line("seconds/update", "Seconds per update", "s", from_zero=True)
-    ]
-    rest = [line(key, key, "") for key in names if key not in used]
-    planned = (
-        ("Inside the mask", "Does the edit do what the instruction says?", inside),
-        ("Outside the mask", "Does everything else stay as it was?", outside),
-        ("Background drift", "In which way it changes, if it does: each of these hides behind a good PSNR for a while.", drift),
-        (
-            "Held-out tasks",
-            "Gold is the reward that is trusted, on tasks that are not trained on. When it falls while the training reward rises, the "
-            "training reward is earned by something else than was wanted.",
-            _heldout_charts(files),
-        ),
-        ("Where the editor looks", "How much of the text-to-image attention falls on the region to edit.", attention),
-        (
-            "Spread within a group",
-            "How much the candidates of one task differ: what the method learns from. Zero teaches nothing.",
-            signal,
-        ),
-        (
-            "What drives the reward",
-            "Which term and which side of the mask decide who is better than whom, and how much of it is noise or missing.",
-            drivers,
-        ),
-        ("Optimisation", "Is the step small, and is it taken on fresh data?", [*optimisation, *bookkeeping]),
-        ("Time", "Where an update's seconds go.", time),
-        ("Other numbers", "Further keys of metrics.jsonl, as they are.", rest),
-    )
-    drawn = (ChartGroup(title=title, about=about, charts=tuple(c for c in charts if c is not None)) for title, about, charts in planned)
-    return [group for group in drawn if group.charts]
-
-
-def _heldout_charts(files: RunFiles) -> list[Chart | None]:
-    """Gold against what is trained on, with the alarms and the adapter that was kept; nothing for a run without evaluations."""
-    alarms = dict.fromkeys(number(row.get("update")) for row in files.events.rows if row.get("event") == "gold_alarm")
-    marks = [Mark(label="alarm", update=update) for update in alarms if update is not None]
-    if (best := number(files.best.get("update"))) is not None:
-        marks.insert(0, Mark(label="best", update=best))
-
-    def line(key: str, title: str, unit: str) -> Chart | None:
-        return line_chart(title=title, unit=unit, series=[Series(label="held-out", points=files.heldout_column(key))], smooth=False)
-
-    return [
-        twin_chart(
-            title="Held-out gold against training reward",
-            left=Series(label="gold, held-out", points=files.heldout_column("gold")),
-            right=Series(label="total reward, training", points=files.heldout_column("training")),
-            marks=marks,
-            note="two axes: compare directions, not heights; training reward is the mean since the evaluation before",
-        ),
-        line("total", "Total reward, held-out", "reward"),
-        line("background_psnr", "Background PSNR, held-out", "dB"),
-    ]
-
-
 def _strips(examples: Iterable[Path]) -> tuple[list[Strip], list[tuple[str, str]]]:
     drawn: list[Strip] = []
     undrawn: list[tuple[str, str]] = []
@@ -531,10 +302,6 @@ def _events(files: RunFiles) -> tuple[list[tuple[str, int]], list[Event], int]:
         for name, row in notable[-NUM_LAST_EVENTS:]
     ]
     return counts, shown, len(notable)
-
-
-def _spaced(name: object) -> str:
-    return str(name).replace("_", " ").replace("/", ", ")
 
 
 def _sequence(value: object) -> list[object]:
