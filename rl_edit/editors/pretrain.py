@@ -1,9 +1,10 @@
 """Makes `tiny-kontext`, the built-in editor, from nothing: a stock `FluxKontextPipeline` small enough to ship.
 
-Two stages, on CPU, from the shapes world alone: (1) an autoencoder by reconstruction; (2) the transformer with both
+Three stages, on CPU, from the shapes world alone: (1) an autoencoder by reconstruction; (2) the transformer with both
 text encoders by flow matching on (source, instruction, target), conditioned on the source exactly as the stock
-pipeline conditions it (clean source tokens appended to the noisy target tokens). The product is a directory that
-`FluxKontextPipeline.from_pretrained` loads without network, with a model card that states what was measured.
+pipeline conditions it (clean source tokens appended to the noisy target tokens); (3) some hundred steps more on pairs
+with the flaws of machine-made pairs, which is what leaves reinforcement learning something to sharpen. The product is a
+directory that `FluxKontextPipeline.from_pretrained` loads without network, with a model card that states what was measured.
 
 Every batch is a function of (seed, stage, step), never of a running generator, so a killed run that is started again
 ends in the same bytes as one that was not. This file does not adapt editors with rewards; that is the learner's work.
@@ -246,23 +247,34 @@ def encode_images(vae: AutoencoderKL, images: UInt8[Tensor, "batch height width 
     return pack((mode - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
-def latent_tasks(pipeline: FluxKontextPipeline, config: PretrainConfig, report: _Report) -> LatentTasks:
-    """Draws and encodes ``config.num_tasks`` pretraining tasks."""
-    chunk = 256
-    starts = range(0, config.num_tasks, chunk)
+def latent_tasks(pipeline: FluxKontextPipeline, stage: FlowStage, config: PretrainConfig, report: _Report) -> LatentTasks:
+    """Draws and encodes the pretraining tasks of a stage: ``config.num_tasks``, or as many as its steps can visit."""
+    chunk, num_tasks = 256, min(config.num_tasks, stage.steps * config.batch)
+    starts = range(0, num_tasks, chunk)
     columns: dict[str, list[Tensor]] = {name: [] for name in LatentTasks.__dataclass_fields__}
     texts: list[str] = []
     writing = torch.Generator().manual_seed(config.seed)
-    for step, tasks in enumerate(_ahead(starts, lambda start: _draw(start, min(chunk, config.num_tasks - start), config))):
+    for step, tasks in enumerate(_ahead(starts, lambda start: _draw(start, min(chunk, num_tasks - start), config))):
+        targets = flawed(tasks, config, _generator(config.seed, 4, step)) if stage.flawed else tasks.target
         columns["sources"].append(encode_images(pipeline.vae, tasks.source))
-        columns["targets"].append(encode_images(pipeline.vae, tasks.target))
+        columns["targets"].append(encode_images(pipeline.vae, targets))
         edited = functional.max_pool2d(tasks.mask[:, None].float(), PIXELS_PER_TOKEN // 2)
         columns["edit_masks"].append(pack(edited.expand(-1, LATENT_CHANNELS, -1, -1)).bool())
         texts += [_as_people_write(text, writing) for text in tasks.instructions]
-        report.step("encode", step + 1, len(starts), float("nan"))
+        report.step(f"encode for {stage.name}", step + 1, len(starts), float("nan"))
     columns["t5_ids"].append(_token_ids(pipeline.tokenizer_2, texts, MAX_TEXT_TOKENS))
     columns["clip_ids"].append(_token_ids(pipeline.tokenizer, texts, pipeline.tokenizer.model_max_length))
     return LatentTasks(**{name: torch.cat(parts) for name, parts in columns.items()})
+
+
+def flawed(tasks: shapes.ShapesBatch, config: PretrainConfig, generator: torch.Generator) -> UInt8[Tensor, "batch height width 3"]:
+    """Targets with the flaws of pairs that machines made: some show no edit, some a colour cast, some both."""
+    count = len(tasks.source)
+    failed, cast = (torch.rand(count, generator=generator) < share for share in (config.failed_share, config.cast_share))
+    shift = (2 * torch.rand(count, 1, 1, 3, generator=generator) - 1) * config.cast_size
+    images = torch.where(failed[:, None, None, None], tasks.source, tasks.target)
+    shifted = (images.float() + shift).round().clamp(0, 255).byte()
+    return torch.where(cast[:, None, None, None], shifted, images)
 
 
 def _draw(start: int, count: int, config: PretrainConfig) -> shapes.ShapesBatch:
@@ -319,7 +331,9 @@ def vae_losses(vae: AutoencoderKL, config: PretrainConfig, steps: range) -> Iter
         yield functional.l1_loss(decoded, clean) + 10.0 * functional.mse_loss(decoded, clean) + 1e-3 * kl
 
 
-def flow_losses(pipeline: FluxKontextPipeline, tasks: LatentTasks, config: PretrainConfig, steps: range) -> Iterator[Tensor]:
+def flow_losses(
+    pipeline: FluxKontextPipeline, tasks: LatentTasks, stage: FlowStage, config: PretrainConfig, steps: range
+) -> Iterator[Tensor]:
     """Flow-matching loss of each step of ``steps`` (Lipman et al. 2023; rectified flow, Esser et al. 2024).
 
     ``x = (1 - sigma) * clean + sigma * noise``, velocity target ``noise - clean``; sigma is uniform or logit-normal in
@@ -336,7 +350,7 @@ def flow_losses(pipeline: FluxKontextPipeline, tasks: LatentTasks, config: Pretr
     txt_ids = torch.zeros(MAX_TEXT_TOKENS, 3)
     shift = math.exp(calculate_shift(num_tokens))
     for step in steps:
-        generator = _generator(config.seed, 2, step)
+        generator = _generator(config.seed, 5 if stage.flawed else 2, step)
         rows = torch.randint(len(tasks.sources), (config.batch,), generator=generator)
         clean, edited = tasks.targets[rows], tasks.edit_masks[rows]
         noise = torch.randn(clean.shape, generator=generator)
@@ -367,7 +381,7 @@ def _generator(seed: int, stage: int, step: int) -> torch.Generator:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training: one loop for both stages.
+# Training: one loop for both kinds of stage.
 
 
 class _Report:
@@ -473,7 +487,29 @@ class _Averaged:
             parameter.copy_(value)
 
 
-Stage = Literal["vae", "flow"]
+Stage = Literal["vae", "flow", "flawed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowStage:
+    """A stage of flow matching: ``steps`` with their own schedule of peak rate ``lr``, after ``before`` steps of earlier ones."""
+
+    name: Stage
+    steps: int
+    lr: float
+    before: int = 0
+
+    @property
+    def flawed(self) -> bool:
+        """Whether targets carry the flaws of machine-made pairs."""
+        return self.name == "flawed"
+
+
+def flow_stages(config: PretrainConfig) -> tuple[FlowStage, ...]:
+    """The stages after the autoencoder, in their order."""
+    sound = FlowStage(name="flow", steps=config.transformer_steps, lr=config.lr)
+    flawed_pairs = FlowStage(name="flawed", steps=config.flawed_steps, lr=config.flawed_lr, before=config.transformer_steps)
+    return (sound, flawed_pairs) if config.flawed_steps else (sound,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -551,9 +587,12 @@ def pretrain(
             prefix = "vae."
             pipeline.vae.load_state_dict({key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)})
         _normalise_latents(pipeline.vae, config)
-        if not _train_flow(pipeline, out, config, done, saved, checkpoint, report, stop_after):
-            return None
-        metrics = save_editor(pipeline, out, config, steps=config.transformer_steps)
+        stages = flow_stages(config)
+        for each in stages[1:] if stage == "flawed" else stages:
+            if not _train_flow(pipeline, each, out, config, done, saved, checkpoint, report, stop_after):
+                return None
+            done, saved = 0, {}
+        metrics = save_editor(pipeline, out, config, steps=config.transformer_steps + config.flawed_steps)
         report.say(summary(metrics))
     shutil.rmtree(checkpoint.folder)
     return metrics
@@ -589,6 +628,7 @@ def _train_vae(
 
 def _train_flow(
     pipeline: FluxKontextPipeline,
+    stage: FlowStage,
     out: Path,
     config: PretrainConfig,
     done: int,
@@ -597,31 +637,32 @@ def _train_flow(
     report: _Report,
     stop_after: tuple[Stage, int] | None,
 ) -> bool:
-    """Stage two, from step ``done``; True when it is finished, False when stopped on request."""
+    """A stage of flow matching, from step ``done``; True when it is finished, False when stopped on request."""
     frozen = {f"vae.{key}": value for key, value in pipeline.vae.state_dict().items()}
     part = _Averaged(trainable(pipeline), decay=config.ema_decay)
     if saved:
         part.load(saved)
     else:
-        checkpoint.write("flow", 0, part.tensors() | frozen)
-    tasks = latent_tasks(pipeline, config, report)
+        checkpoint.write(stage.name, 0, part.tensors() | frozen)
+    tasks = latent_tasks(pipeline, stage, config, report)
     part.module.train()
-    steps = range(done, config.transformer_steps)
-    for step, loss in zip(steps, flow_losses(pipeline, tasks, config, steps), strict=True):
-        part.update(loss, lr=learning_rate(step, steps=config.transformer_steps, peak=config.lr), step=step)
-        report.step("flow", step + 1, config.transformer_steps, loss.item())
-        stopping = stop_after == ("flow", step + 1)
+    steps = range(done, stage.steps)
+    for step, loss in zip(steps, flow_losses(pipeline, tasks, stage, config, steps), strict=True):
+        part.update(loss, lr=learning_rate(step, steps=stage.steps, peak=stage.lr), step=step)
+        report.step(stage.name, step + 1, stage.steps, loss.item())
+        stopping = stop_after == (stage.name, step + 1)
         if stopping or (step + 1) % config.checkpoint_every == 0:
-            checkpoint.write("flow", step + 1, part.tensors() | frozen)
-        if config.sample_every and (step + 1) % config.sample_every == 0:
+            checkpoint.write(stage.name, step + 1, part.tensors() | frozen)
+        total = stage.before + step + 1
+        if config.sample_every and total % config.sample_every == 0:
             with part.averaged():
                 metrics = measure(pipeline, config, num_tasks=min(64, config.num_eval_tasks))
                 checkpoint.folder.mkdir(parents=True, exist_ok=True)
-                sample_sheet(pipeline, config).save(checkpoint.folder / f"samples-{step + 1}.png")
-            report.say(f"step {step + 1}: {summary(metrics)}")
-        if step + 1 in config.snapshot_at:
+                sample_sheet(pipeline, config).save(checkpoint.folder / f"samples-{total}.png")
+            report.say(f"step {total}: {summary(metrics)}")
+        if total in config.snapshot_at:
             with part.averaged():
-                save_editor(pipeline, out.with_name(f"{out.name}-step-{step + 1}"), config, steps=step + 1)
+                save_editor(pipeline, out.with_name(f"{out.name}-step-{total}"), config, steps=total)
         if stopping:
             return False
     part.finish()
@@ -730,9 +771,8 @@ def model_card(pipeline: FluxKontextPipeline, config: PretrainConfig, metrics: E
     reporting = {"resolution", "checkpoint_every", "log_every", "sample_every", "snapshot_at"}
     recipe = {name: value for name, value in config.model_dump().items() if name not in reporting}
     changed = {name: value for name, value in recipe.items() if value != getattr(defaults, name)}
-    early = (
-        f"These are the averaged weights at transformer step {steps}, before the schedule of {config.transformer_steps} steps ended.\n\n"
-    )
+    whole = config.transformer_steps + config.flawed_steps
+    early = f"These are the averaged weights at transformer step {steps}, before the schedule of {whole} steps ended.\n\n"
     return CARD.read_text(encoding="utf-8").format(
         **recipe,
         **{f"{name}_parameters": f"{size:,}" for name, size in sizes.items()},
@@ -750,7 +790,7 @@ def model_card(pipeline: FluxKontextPipeline, config: PretrainConfig, metrics: E
         factor=PIXELS_PER_TOKEN // 2,
         latent_channels=LATENT_CHANNELS,
         num_words=len(shapes.vocabulary()),
-        early="" if steps == config.transformer_steps else early,
+        early="" if steps == whole else early,
         command="rl-edit pretrain OUT" + "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items()),
     )
 

@@ -16,13 +16,18 @@ class PretrainConfig(BaseModel):
         seed: root of initialisation, batches, noise and held-out measurements.
         vae_steps, vae_batch, vae_lr: autoencoder stage; a batch holds sources and targets in equal parts.
         transformer_steps, batch, lr: flow-matching stage; peak rates of AdamW, linear warm-up, cosine to zero.
+        flawed_steps, flawed_lr: flow matching continued on flawed pairs, with a schedule of its own; 0 steps leave it out.
+        failed_share: share of the flawed stage's pairs in which the edit did not happen: their target is the source.
+        cast_share, cast_size: share of its pairs whose target has a colour cast, and the largest shift of a channel (of 255).
+            Machine-made pairs have such flaws (MagicBrush, arXiv 2306.10012, sec. 1, on InstructPix2Pix). What is learnt from
+            them is a mixture: by its initial noise the editor edits, fails or discolours, and a group of candidates holds both.
         resolution: side of the square training images in pixels; the shapes world's own.
         num_tasks: pretraining tasks held in memory (about 10 kB each) and revisited with fresh noise.
         edit_weight: loss weight of latents inside the edit mask, relative to 1 outside.
         ema_decay: decay of the averaged weights that are saved.
         num_eval_tasks: held-out tasks measured at the end.
         checkpoint_every, log_every, sample_every: steps between checkpoints, log lines, and sample sheets (0: never).
-        snapshot_at: transformer steps at which a full pipeline is written to ``OUT-step-N``.
+        snapshot_at: transformer steps, counted over both stages of flow matching, at which a full pipeline is written to ``OUT-step-N``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +39,11 @@ class PretrainConfig(BaseModel):
     transformer_steps: int = Field(4000, ge=1)
     batch: int = Field(32, ge=1)
     lr: float = Field(1.5e-3, gt=0)
+    flawed_steps: int = Field(600, ge=0)
+    flawed_lr: float = Field(1e-3, gt=0)
+    failed_share: float = Field(0.1, ge=0, lt=1)
+    cast_share: float = Field(0.5, ge=0, lt=1)
+    cast_size: float = Field(28.0, ge=0, le=255)
     resolution: int = Field(64, ge=16, multiple_of=PIXELS_PER_TOKEN)
     num_tasks: int = Field(32_000, ge=2, le=60_000)
     edit_weight: float = Field(4.0, ge=1)
