@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling import RESULTS, Stopwatch, control, report
-from sleepers import Naps, sleeping_crew
 
 from actors.crew import Crew, crew
 from actors.local import LocalExecutor
@@ -36,6 +34,8 @@ from rl_edit.data.canvas import fit
 from rl_edit.editors import inspect_editor
 from rl_edit.exploration import keyed_seed
 from rl_edit.types import LearnOrder, LearnSlot, WorkItem
+from scaling import RESULTS, Stopwatch, control, report
+from sleepers import Naps, sleeping_crew
 
 WARM = 1
 """Pairs not counted: the first forwards of every process."""

@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from profiles import CANDIDATES, PROFILES, tokens
-from sleepers import Naps, sleeping_crew
 
 from actors.local import LocalExecutor
 from learner.executor import Executor
 from learner.lease import Lease
 from learner.loop import Run, TrainingLoop
 from learner.planning import GroupCost, Seats, colocated_seconds, iteration_seconds, recommend
+from profiles import CANDIDATES, PROFILES, tokens
 from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.types import EditTask
+from sleepers import Naps, sleeping_crew
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PIXELS_PER_TOKEN = 16

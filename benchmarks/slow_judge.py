@@ -28,10 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from judge_server import Answer, JudgeServer, completion, images_of, question_of, serving  # noqa: E402 - the tests are no package
-from scaling import RESULTS, report  # noqa: E402
-
 from rl_edit import telemetry  # noqa: E402
 from rl_edit.config import RunConfig, load_config  # noqa: E402
+from scaling import RESULTS, report  # noqa: E402
 
 # Of connections that come at once all but five would wait a second for their second try; servers of judges take thousands.
 ThreadingHTTPServer.request_queue_size = 1024

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
 from rooms import MATHEMATICS
 
 # Annotated shapes are checked at every call in tests; in production the annotations cost nothing. "plugged" has no shapes, and

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import command, metrics_of, read_json, run_inline, small_config
 from torch import Tensor
 
 from rl_edit import wire
@@ -28,6 +27,7 @@ from rl_edit.data.shapes import ShapesTask
 from rl_edit.editors import Editor, load_editor
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask
+from runs import command, metrics_of, read_json, run_inline, small_config
 
 SIDE = 64
 EVENLY = torch.full((8, 8), 1 / 64)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from runs import small_config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import adapter_bytes, events_of, metrics_of, run_inline, small_config
 
 from learner import checkpoint
 from learner.checkpoint import ABSENT, MANIFEST, Checkpoint, Unsound
@@ -26,6 +25,7 @@ from learner.lease import Lease
 from rl_edit import wire
 from rl_edit.errors import Fenced, InputError
 from rl_edit.types import AdapterId, AdapterWeights, LearnerState
+from runs import adapter_bytes, events_of, metrics_of, run_inline, small_config
 
 FILES = ("learner.safetensors", "acting_000001.safetensors", "state.json", MANIFEST)
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from runs import PRESERVATION, command, events_of, metrics_of, read_json, small_config
 
 from learner.learner import Learner
 from rl_edit import adapters, wire
@@ -24,6 +23,7 @@ from rl_edit.cli.train import train
 from rl_edit.data import shapes
 from rl_edit.data.compbench import write_compbench
 from rl_edit.types import Candidates
+from runs import PRESERVATION, command, events_of, metrics_of, read_json, small_config
 
 ROOT = Path(__file__).parent.parent
 HEADLINE = ("reward", "background_psnr_masked", "background_psnr_zero_filled", "background_ssim")

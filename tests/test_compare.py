@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import command, read_json, run_inline, small_config
 from torch import Tensor
 
 from rl_edit.algorithms import METHODS
@@ -24,6 +23,7 @@ from rl_edit.evaluation.comparison import compare
 from rl_edit.evaluation.effort import effort
 from rl_edit.evaluation.statistics import Interval
 from rl_edit.report.compare import comparison_page
+from runs import command, read_json, run_inline, small_config
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -93,7 +93,7 @@ def written(directory: Path, config: RunConfig, measured: list[dict[str, Any]], 
 @pytest.mark.parametrize(
     ("preset", "learning"),
     [
-        ("tiny-rc-grpo", 4 * 3 * 2),  # anchors x trained steps, each under the policy and the base
+        ("tiny-rc-grpo", 4 * 6),  # anchors x trained steps
         ("tiny-neighbor-grpo", 4 * 4),
         ("tiny-flow-grpo", 8 * 5),  # every candidate at every stochastic step
         ("tiny-flow-grpo-fast", 8 * 2),
@@ -108,6 +108,8 @@ def test_an_update_costs_the_rollouts_forwards_and_every_replayed_state_under_ev
     found = effort(load_config(preset=preset))
     assert (found.rollout, found.learning) == (8 * 8 * 6, 8 * learning)
     assert effort(load_config(preset=preset, overrides=["train.passes=2", "train.rows=3"])).learning == 2 * 8 * learning
+    guided = effort(load_config(preset=preset, overrides=["editor.true_cfg=2"]))
+    assert (guided.rollout, guided.learning) == (2 * found.rollout, 2 * found.learning), "a forward of either prompt"
 
 
 TRANSITION = "algorithm={name: flow-grpo, credit: {normalise: group}}"

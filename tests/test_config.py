@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import command, small_config
 
 from rl_edit.algorithms import METHODS
 from rl_edit.config import RunConfig, load_config, presets, validated
 from rl_edit.errors import InputError
+from runs import command, small_config
 
 TINY = "tiny-rc-grpo"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import small_config
 from torch import Tensor
 
 from actors.reward import RewardActor
 from rl_edit.evaluation import drift
 from rl_edit.report import render_report
 from rl_edit.types import Candidates, EditTask
+from runs import small_config
 
 SIZE = 64
 

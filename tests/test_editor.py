@@ -15,7 +15,6 @@ from diffusers import FluxKontextPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 from pydantic import ValidationError
-from runs import small_config
 from torch import Tensor
 
 from actors.reward import RewardActor
@@ -30,6 +29,7 @@ from rl_edit.editors.pretrain import new_editor
 from rl_edit.errors import InputError
 from rl_edit.rollout import denoise
 from rl_edit.types import Conditioning, EditTask, LearnOrder, LearnSlot, WorkItem
+from runs import small_config
 
 
 def random_pipeline(seed: int = 0) -> FluxKontextPipeline:

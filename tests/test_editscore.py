@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import Crash, Fault, faulty
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_server import FAULTS, Answer, JudgeServer, completion, good_reply, images_of, parts_of, question_of, serving, words_of
 from pydantic import ValidationError
-from runs import metrics_of, run_inline, small_config
 
+from fakes import Crash, Fault, faulty
+from judge_server import FAULTS, Answer, JudgeServer, completion, good_reply, images_of, parts_of, question_of, serving, words_of
 from learner.planning import GroupCost
 from rl_edit.cli.train import _capacity
 from rl_edit.data import shapes
@@ -34,6 +33,7 @@ from rl_edit.rewards.readout import expected_scores
 from rl_edit.rewards.region_judge import RegionJudge, box_of
 from rl_edit.rewards.rubric import Unreadable, pair_schema, quality_question, region_schema, scores_in
 from rl_edit.types import Candidates, EditTask
+from runs import metrics_of, run_inline, small_config
 
 Serve = Callable[..., JudgeServer]
 

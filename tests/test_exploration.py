@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from reference import mixgrpo
-from runs import adapter_bytes, run_inline, small_config
-from test_methods import FIELDS, group_of, item_of, uniform, work
 from torch import Tensor
 
 from actors.colocated import Colocated
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from learner.learner import Learner
+from reference import mixgrpo
 from rl_edit import adapters, flow, wire
 from rl_edit.exploration import AdaptiveSpread, ConstantNoise, NoiseSource, NoiseWindow, NoStepNoise, Perturbation, pulled_home
 from rl_edit.objectives import NeighborSurrogate, Velocities
 from rl_edit.regions import softened, token_areas, token_mask
 from rl_edit.rollout import Solver, Trajectory, denoise, joined, merged
 from rl_edit.types import AdapterWeights, RewardTable, RolloutGroup
+from runs import adapter_bytes, run_inline, small_config
+from test_methods import FIELDS, group_of, item_of, uniform, work
 
 G, L, C = 4, 9, 3
 MASK = torch.arange(L) < 3

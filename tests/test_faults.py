@@ -22,14 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_crew, faulty
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import Nobody, StopAfter, adapter_bytes, command, events_of, metrics_of, read_json, run_inline, small_config
-from test_checkpoint import flip
-from test_rewards import ANSWERS, python_reward, small_group
 
 from actors import pool
+from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_crew, faulty
 from learner import checkpoint
 from learner.lease import Lease
 from learner.loop import Outcome
@@ -40,6 +37,9 @@ from rl_edit.provenance import differences
 from rl_edit.rewards import score_candidates
 from rl_edit.types import AdapterId, LearnOrder
 from rl_edit.update import TrainingFailed
+from runs import Nobody, StopAfter, adapter_bytes, command, events_of, metrics_of, read_json, run_inline, small_config
+from test_checkpoint import flip
+from test_rewards import ANSWERS, python_reward, small_group
 
 pytestmark = pytest.mark.faults
 

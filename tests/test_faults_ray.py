@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crashing import DeafRollout, Fault, Launched, crashing
-from runs import Nobody, StopAfter, adapter_bytes, events_of, metrics_of, read_json, run_inline, run_of, small_config
 
 from actors.crew import Crew, crew
+from crashing import DeafRollout, Fault, Launched, crashing
 from learner import checkpoint
 from learner.learner import Learner
 from learner.lease import Lease
@@ -31,6 +30,7 @@ from learner.loop import Outcome, TrainingLoop
 from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible
+from runs import Nobody, StopAfter, adapter_bytes, events_of, metrics_of, read_json, run_inline, run_of, small_config
 
 pytestmark = [
     pytest.mark.ray,

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
-from fakes import Crash, FakeReward, FakeRollout, Fault, as_array, as_content, fake_crew, faulty
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ATTENTION, PRESERVATION, Nobody, adapter_bytes, command, events_of, metrics_of, read_json, run_inline, small_config
 
+import runs
 from actors.local import LocalExecutor
+from fakes import Crash, FakeReward, FakeRollout, Fault, as_array, as_content, fake_crew, faulty
 from learner import checkpoint, gold
 from learner.gold import BEST, HELDOUT, Evaluation, alarm, read_best
 from learner.loop import Outcome
@@ -33,6 +32,7 @@ from rl_edit.report import render_report
 from rl_edit.report.charts import Mark, Series, twin_chart
 from rl_edit.rewards import available
 from rl_edit.types import Candidates, RewardTable, WorkItem
+from runs import ATTENTION, PRESERVATION, Nobody, adapter_bytes, command, events_of, metrics_of, read_json, run_inline, small_config
 
 EDITOR = "builtin:tiny-kontext"
 EVERY = ("evaluation.every=1", "evaluation.probe_tasks=3", "train.updates=4")

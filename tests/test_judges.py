@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from judge_server import completion, images_of, parts_of, serving
 from pydantic import TypeAdapter, ValidationError
 
+from judge_server import completion, images_of, parts_of, serving
 from rl_edit.errors import InputError
 from rl_edit.judges import VLLM, JudgeTransport, OpenAI, Question, Reply, Sampling, Transformers, Upstream
 from rl_edit.judges.constraint import Constraint, Form, Vocabulary

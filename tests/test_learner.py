@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import small_config
 
 from actors.colocated import Colocated
 from actors.reward import RewardActor
@@ -25,6 +24,7 @@ from rl_edit.errors import InputError
 from rl_edit.rollout import joined, merged
 from rl_edit.types import AdapterId, AdapterWeights, LearnerState, LearnOrder, LearnSlot, RewardTable, RolloutGroup, WorkItem
 from rl_edit.update import TrainingFailed
+from runs import small_config
 
 FIELDS = frozenset({"target", "caption", "regions"})
 

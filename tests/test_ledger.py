@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_rewards import small_group
 
 from learner.ledger import Ledger, State, Verdict
 from rl_edit.types import AdapterId, Rolled, WorkItem
+from test_rewards import small_group
 
 ADAPTER = AdapterId(3, "a" * 64)
 

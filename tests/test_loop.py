@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import PRESERVATION, Nobody, adapter_bytes, events_of, metrics_of, replaced, run_inline, small_config
 
 from actors.rollout import RolloutActor
 from learner.learner import Learner
@@ -19,6 +18,7 @@ from rl_edit.data import DataConfig, open_dataset
 from rl_edit.errors import InputError
 from rl_edit.types import Candidates, LearnOrder
 from rl_edit.update import TrainingFailed
+from runs import PRESERVATION, Nobody, adapter_bytes, events_of, metrics_of, replaced, run_inline, small_config
 
 PROMISED = (
     "update", "reward/preservation/mean", "reward/preservation/spread", "reward/attention/mean", "reward/attention/spread",
@@ -304,3 +304,10 @@ def test_every_epoch_draws_every_task_once_in_an_order_of_its_own() -> None:
     assert epochs[0] != epochs[1]
     again = TaskCursor(dataset, seed=0, groups_per_update=4).at(2, 1)
     assert (again[0].task_id, again[1]) == (drawn[9][0].task_id, drawn[9][1])
+
+
+def test_workers_in_threads_load_their_models_one_at_a_time_and_give_the_same_adapter(small_editor: str, tmp_path: Path) -> None:
+    settings = ("train.updates=1", "actors.num_rollout=3")
+    threads = run_inline(small_config(small_editor, *settings, "actors.runtime=thread"), tmp_path / "threads")
+    inline = run_inline(small_config(small_editor, *settings), tmp_path / "inline")
+    assert adapter_bytes(threads) == adapter_bytes(inline)

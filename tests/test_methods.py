@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import cocoedit, diffusion_nft, edit_grpo, flow_grpo, mixgrpo, neighbor, spatialflow
-from runs import small_config
 from torch import Tensor
 
 from actors.colocated import Colocated
 from actors.reward import RewardActor
 from learner.collective import Alone
 from learner.learner import Learner
+from reference import cocoedit, diffusion_nft, edit_grpo, flow_grpo, mixgrpo, neighbor, spatialflow
 from rl_edit import flow, wire
 from rl_edit.advantages import GroupCredit, RegionCredit, SplitCredit, bounded, quasi_norm
 from rl_edit.algorithms import METHODS, Algorithm, Decayed, Latest
@@ -58,6 +57,7 @@ from rl_edit.types import (
     WorkItem,
 )
 from rl_edit.update import LearningConfig, learning_step, losses
+from runs import small_config
 
 G, C, ROWS, COLUMNS = 4, 3, 4, 4
 L = ROWS * COLUMNS

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from runs import small_config
-from test_learner import FIELDS, work
 from torch.distributed.tensor import DTensor
 
 import learner.learner
@@ -25,6 +23,8 @@ from learner.learner import Learner
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.types import LearnOrder, LearnSlot
+from runs import small_config
+from test_learner import FIELDS, work
 
 WORLD = 2
 PATIENCE_S = 240.0

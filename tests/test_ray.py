@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Nobody, adapter_bytes, events_of, metrics_of, run_inline, run_of, small_config
 
 from actors.crew import crew
 from learner.learner import Learner
@@ -24,6 +23,7 @@ from rl_edit import telemetry
 from rl_edit.config import RunConfig
 from rl_edit.errors import InputError, ResourcesInfeasible
 from rl_edit.provenance import differences
+from runs import Nobody, adapter_bytes, events_of, metrics_of, run_inline, run_of, small_config
 
 pytestmark = pytest.mark.ray
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_server import FAULTS, Answer, completion, images_of, question_of, serving
 from pydantic import TypeAdapter, ValidationError
 
+from judge_server import FAULTS, Answer, completion, images_of, question_of, serving
 from rl_edit.advantages import CreditRule, Declined, GroupCredit, RegionCredit, SplitCredit
 from rl_edit.data import shapes
 from rl_edit.errors import InputError

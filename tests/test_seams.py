@@ -14,7 +14,6 @@ from typing import Any, Literal
 import pytest
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from runs import adapter_bytes, command, metrics_of, run_inline, small_config
 from torch import Tensor
 
 from rl_edit.advantages import Advantages, Declined
@@ -24,6 +23,7 @@ from rl_edit.errors import InputError
 from rl_edit.objectives import Policy, ReplayPoint, Setting, Velocities
 from rl_edit.regions import UniformRows
 from rl_edit.types import LossOutput, RewardTable, RolloutGroup
+from runs import adapter_bytes, command, metrics_of, run_inline, small_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

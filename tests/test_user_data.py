@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
+
 from runs import command, metrics_of, read_json
 
 SIZES = {"street.jpg": (67, 101), "sign.png": (90, 121), "cutout.png": (75, 75), "room.jpg": (143, 64)}

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from rooms import MATHEMATICS
 
 from rl_edit.types import LossOutput
+from rooms import MATHEMATICS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rl_edit", "actors", "learner")
