@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jobs
-
 from rl_edit import telemetry
 from rl_edit.config import load_config
 from rl_edit.evaluation.comparison import TOTAL, Arm, plain

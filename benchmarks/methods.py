@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jobs
-
 from rl_edit.config import RunConfig, load_config
 from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, TOTAL, Arm, Comparison, plain, require_alike
 from rl_edit.evaluation.effort import effort
