@@ -19,8 +19,8 @@ from rl_edit.errors import InputError, WorkerLost, WorkFailed
 from rl_edit.update import TrainingFailed
 
 _CONSTRUCTION = threading.Lock()
-"""While transformers or diffusers load weights, modules are made on the meta device for the whole process: a second load beside it
-would find its own there."""
+"""Held by constructors. While transformers or diffusers load weights, modules are made on the meta device for the whole process: a
+second load beside it would find its own there. A judge that loads when first asked is not covered."""
 
 
 class LocalWorker:

@@ -221,7 +221,7 @@ def main() -> None:
         "not wait for it",
         "when that is at least `groups_per_update / seconds of an update`, and `max_lag: 1` lets them go on while the last groups are "
         "judged and learnt from.",
-        "`efficiency` counts a reward actor that waits for a judge elsewhere as a device at work; look at the rollout actors instead.",
+        "`efficiency` counts rollouts and learner only: a reward actor that waits for a judge elsewhere occupies no device.",
     ]
     report(given.out, "A slow judge", lines)
 

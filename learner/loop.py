@@ -163,7 +163,7 @@ class TrainingLoop:
         self.of, self.config, self.executor, self.lease = run, run.config, executor, lease
         self.events, self.observer, self.stop = events, observer, stop or Stop()
         actors = self.config.actors
-        self.supervisor = Supervisor(executor, actors, on_event=events)
+        self.supervisor = Supervisor(executor, actors, on_event=events, patience_s=self.config.patience_s())
         self.learners = LearnerGroup(self.supervisor, actors.num_learner, on_event=events)
         self.supervisor.open("rollout", actors.num_rollout, prepare=self._hand_over)
         self.supervisor.open("reward", actors.num_reward)

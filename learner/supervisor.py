@@ -60,13 +60,21 @@ class Supervisor:
 
     Args:
         on_event: told of every lost worker, replacement, retry and closed seat.
+        patience_s: how long scoring may wait for another machine by its own timeouts and retries; it is not ended before.
         clock: monotonic seconds; tests bring their own.
     """
 
     def __init__(
-        self, executor: Executor, config: ActorsConfig, *, on_event: Callable[..., None], clock: Callable[[], float] = time.monotonic
+        self,
+        executor: Executor,
+        config: ActorsConfig,
+        *,
+        on_event: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+        patience_s: float = 0.0,
     ) -> None:
         self.executor, self.config, self.event, self.clock = executor, config, on_event, clock
+        self._patience_s = patience_s
         self.retries = {"infra": 0, "data": 0}
         self._seats: dict[str, list[Seat]] = {}
         self._idle: dict[str, asyncio.Queue[Seat]] = {}
@@ -254,17 +262,16 @@ class Supervisor:
         return answer
 
     def deadline_s(self, kind: str) -> float:
-        """Longest wait for a call of this kind: what was configured until some have been timed, then five times the usual.
-
-        Scoring has no usual duration: a judge that hangs is waited for, and asked again, as long as its own timeout says.
-        """
+        """Longest wait for a call of this kind: what was configured until some have been timed, then five times the usual."""
         if kind == "start":
             return self.config.start_timeout_s
         # What may queue behind another call on the same worker has no usual duration.
-        queues = kind not in ("run", "learn") or self.config.placement == "colocated"
+        queues = kind not in ("run", "score", "learn") or self.config.placement == "colocated"
         if queues or kind not in self._usual_s:
             return self.config.deadline_s
-        return min(self.config.deadline_s, max(SHORTEST_DEADLINE_S, DEADLINE_FACTOR * self._usual_s[kind]))
+        # A judge that hangs now and then has a usual duration that says nothing of how long it is waited for.
+        waits = self._patience_s if kind == "score" else 0.0
+        return min(self.config.deadline_s, max(SHORTEST_DEADLINE_S + waits, DEADLINE_FACTOR * self._usual_s[kind]))
 
     def _backoff(self, failures: int) -> float:
         return min(LONGEST_BACKOFF_S, self.config.backoff_s * 2 ** (failures - 2)) if failures > 1 else 0.0

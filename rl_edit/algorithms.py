@@ -184,8 +184,8 @@ METHODS = {
             objective=NeighborSurrogate(num_anchors=4, temperature=1.0),
         ),
         citation="Neighbor GRPO, arXiv 2511.16955",
-        note="Spread 0.3, quasi-norm p = 0.8 and 4 anchors as published; it trains every step (objective.num_steps: 4 of 8 is "
-        "published); clip and temperature are for mean-reduced distances.",
+        note="Spread 0.3, quasi-norm p = 0.8 and 4 anchors as published; it trains every step but the last (objective.num_steps: "
+        "4 of 8 is published); clip and temperature are for mean-reduced distances.",
     ),
     "flow-grpo": Method(
         algorithm=Algorithm(

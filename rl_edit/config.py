@@ -119,8 +119,8 @@ class ActorsConfig(BaseModel):
             oversubscribe them.
         min_rollout, min_reward: the run goes on with fewer actors, down to these, when a seat is quarantined.
         deadline_s: longest wait for one call. Once calls of a kind have been timed it is the larger of 60 s and five times their
-            usual duration, never more than this; scoring always has all of it, because a judge has timeouts of its own. Past it the
-            actor is killed, re-created, and the work run again.
+            usual duration, never more than this; scoring also has what a judge elsewhere may take by its own timeouts and retries.
+            Past it the actor is killed, re-created, and the work run again.
         start_timeout_s: longest wait for all actors to be placed and to have loaded (or downloaded) their models.
         wait_for_nodes_s: how long an autoscaler may take to bring nodes that the cluster lacks; 0 refuses at once.
         infra_retries: repetitions of one work item after lost actors; data_retries: after errors raised by the work itself.
@@ -214,6 +214,11 @@ class RunConfig(BaseModel):
             return {key: {**term, "name": key} if isinstance(term, Mapping) else term for key, term in value.items() if term is not None}
         return value
 
+    def patience_s(self) -> float:
+        """Longest that scoring one piece of work waits for judges elsewhere that never answer, in seconds."""
+        candidates = self.rollout.chunk or self.rollout.group_size
+        return sum(term.patience_s(candidates) for term in self.rewards.values())
+
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         """Impossible combinations, before anything is loaded."""
@@ -226,13 +231,6 @@ class RunConfig(BaseModel):
                     f"algorithm.credit {self.algorithm.credit.kind!r} reads scores by region from reward {name!r}, "
                     f"{'which is not among rewards' if term is None else 'which gives none or has no weight'}: name one that does in "
                     f"algorithm.credit.term ({', '.join(able) or 'e.g. a reward of kind region_judge'})."
-                )
-        for name, term in self.rewards.items():
-            if self.actors.runtime == "ray" and term.patience_s >= self.actors.deadline_s:
-                raise ValueError(
-                    f"actors.deadline_s {self.actors.deadline_s:g} is not above the {term.patience_s:g} s that reward {name!r} may wait "
-                    "for a judge that hangs (its timeout_s, retries and pauses): its actor would be killed in place of one score. Raise "
-                    f"deadline_s, or lower rewards.{name}.transport.timeout_s or rewards.{name}.retries."
                 )
         chunk, rows = self.rollout.chunk, self.editor.micro_batch
         if chunk is not None and chunk % rows:

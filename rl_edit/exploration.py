@@ -51,7 +51,7 @@ class Perturbation(BaseModel):
 
     Attributes:
         inside: spread in the edit region. Neighbor GRPO found 0.3 best of {.1, .2, .3, .5, .7} for whole images; the
-            region-decoupled law moves less of the picture, and benchmarks/results/ablation.md chose the presets' values.
+            region-decoupled law moves less of the picture, and the presets' values were chosen on validation scenes (docs/decisions.md).
         outside: spread elsewhere; small but positive in the paper ("numerical stability").
         keep_reference: candidate 0 is the unperturbed shared noise (RC-GRPO-Editing); it sits at half the squared
             distance of two perturbed candidates, so it is never an anchor.
@@ -181,7 +181,10 @@ class AdaptiveSpread(BaseModel):
         return result
 
     def measured(self, state: Mapping[str, float], seen: Sequence[tuple[str, RewardTable]]) -> dict[str, float]:
-        """Metrics of an update's exploration: by task type the spread in use and the mean within-group deviation it gave."""
+        """Metrics of an update's exploration: by task type the spread before it was steered, and the mean within-group deviation.
+
+        With ``train.max_lag`` 1 the groups were rolled out under the spread of one update earlier.
+        """
         found = self._deviations(seen)
         spreads = {f"exploration/{task_type}/inside": state.get(task_type, self.start.inside) for task_type in found}
         return {**spreads, **{f"exploration/{task_type}/deviation": value for task_type, value in found.items()}}

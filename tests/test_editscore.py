@@ -23,11 +23,11 @@ from pydantic import ValidationError
 from fakes import Crash, Fault, faulty
 from judge_server import FAULTS, Answer, JudgeServer, completion, good_reply, images_of, parts_of, question_of, serving, words_of
 from learner.planning import GroupCost
-from rl_edit.cli.train import _capacity
+from rl_edit.cli.train import _capacity, _require_patience
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.judges import OpenAI, Token
-from rl_edit.rewards import EditScore, score_candidates
+from rl_edit.rewards import Composite, EditScore, score_candidates
 from rl_edit.rewards.composition import overall
 from rl_edit.rewards.readout import expected_scores
 from rl_edit.rewards.region_judge import RegionJudge, box_of
@@ -215,22 +215,43 @@ def test_a_judge_that_never_answers_about_one_group_costs_that_group_and_neither
     assert [line["retries/infra"] for line in lines] == [0, 0], "no actor was lost to it"
 
 
-@pytest.mark.parametrize(("timeout_s", "fits"), [(120.0, True), (199.0, True), (200.0, False)])
-def test_a_judge_may_not_be_waited_for_longer_than_its_actor_is_trusted(small_editor: str, timeout_s: float, fits: bool) -> None:
-    transport = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "timeout_s": timeout_s}
-    rewards = {"mine": {"kind": "editscore", "transport": transport}}
+ELSEWHERE = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "timeout_s": 100.0}
+
+
+def test_patience_counts_waves_passes_attempts_pauses_and_repeats() -> None:
+    term = EditScore(transport=ELSEWHERE, retries=2, backoff_s=0.5)
+    assert term.patience_s(8) == 3 * 100 + 1.5
+    assert term.patience_s(17) == 3 * 2 * 100 + 1.5, "34 questions, 32 at a time"
+    assert EditScore(transport=ELSEWHERE, num_pass=3).patience_s(8) == 3 * 2 * 100 + 1.5
+    assert EditScore(transport=ELSEWHERE, repeat_every=5).patience_s(8) == 2 * (3 * 100 + 1.5)
+    assert RegionJudge(transport=ELSEWHERE, retries=0).patience_s(33) == 200
+    task, image = small_group(1).task, small_group(1).images[0]
+    for kind in (EditScore, RegionJudge):
+        assert len(kind(transport=ELSEWHERE).questions(task, image)) == kind.num_questions
+    wrapped = Composite(of=term)
+    assert (wrapped.patience_s(8), wrapped.remote) == (term.patience_s(8), True)
+    local = EditScore(transport={"kind": "transformers", "path": "somewhere"})
+    assert (local.patience_s(8), local.remote) == (0.0, False)
+
+
+@pytest.mark.parametrize(("runtime", "timeout_s", "fits"), [("ray", 199.0, True), ("ray", 200.0, False), ("inline", 200.0, True)])
+def test_judges_may_not_be_waited_for_longer_than_their_actor_is_trusted(
+    small_editor: str, runtime: str, timeout_s: float, fits: bool
+) -> None:
+    rewards = {"mine": {"kind": "editscore", "transport": {**ELSEWHERE, "timeout_s": timeout_s}}}
+    config = small_config(small_editor, f"actors.runtime={runtime}", rewards=rewards)
     if fits:
-        config = small_config(small_editor, "actors.runtime=ray", rewards=rewards)
-        assert config.rewards["mine"].patience_s < config.actors.deadline_s
+        _require_patience(config)
+        assert config.patience_s() == 3 * timeout_s + 1.5
         return
-    with pytest.raises(InputError, match=r"deadline_s 600 is not above the 601\.5 s that reward 'mine' may wait.*rewards\.mine\.transport"):
-        small_config(small_editor, "actors.runtime=ray", rewards=rewards)
+    with pytest.raises(InputError, match=r"deadline_s 600 is not above the 601\.5 s that scoring may wait.*Raise deadline_s"):
+        _require_patience(config)
 
 
 def test_waiting_for_a_judge_elsewhere_occupies_no_device(small_editor: str) -> None:
-    transport = {"base_url": "http://127.0.0.1:9/v1", "model": "judge"}
-    asked = small_config(small_editor, rewards={"mine": {"kind": "editscore", "transport": transport}})
-    local = small_config(small_editor, rewards={"preservation": {"kind": "preservation"}})
+    kept = {"preservation": {"kind": "preservation"}}
+    gold = {"kind": "editscore", "transport": ELSEWHERE, "weight": 0}
+    asked, local = small_config(small_editor, rewards={**kept, "gold": gold}), small_config(small_editor, rewards=kept)
     assert (_capacity(asked).reward, _capacity(local).reward) == (0, 1)
     cost = GroupCost(rollout_s=1.0, reward_s=30.0, learn_s=1.0)
     assert _capacity(asked).efficiency(cost, groups=4, measured_s=10.0) <= 1

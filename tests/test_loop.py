@@ -306,8 +306,23 @@ def test_every_epoch_draws_every_task_once_in_an_order_of_its_own() -> None:
     assert (again[0].task_id, again[1]) == (drawn[9][0].task_id, drawn[9][1])
 
 
-def test_workers_in_threads_load_their_models_one_at_a_time_and_give_the_same_adapter(small_editor: str, tmp_path: Path) -> None:
+def test_workers_in_threads_load_their_models_one_at_a_time_and_give_the_same_adapter(
+    small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, seen = [0], list[int]()
+    load = RolloutActor.__init__
+
+    def counted(self: RolloutActor, *arguments: Any) -> None:
+        loading[0] += 1
+        seen.append(loading[0])
+        try:
+            load(self, *arguments)
+        finally:
+            loading[0] -= 1
+
+    monkeypatch.setattr(RolloutActor, "__init__", counted)
     settings = ("train.updates=1", "actors.num_rollout=3")
     threads = run_inline(small_config(small_editor, *settings, "actors.runtime=thread"), tmp_path / "threads")
+    assert seen == [1, 1, 1]
     inline = run_inline(small_config(small_editor, *settings), tmp_path / "inline")
     assert adapter_bytes(threads) == adapter_bytes(inline)

@@ -127,7 +127,10 @@ def test_snapshot_is_a_whole_pipeline_of_the_averaged_weights_at_that_step(made:
     early = FluxKontextPipeline.from_pretrained(snapshot, local_files_only=True).transformer.state_dict()
     final = FluxKontextPipeline.from_pretrained(made, local_files_only=True).transformer.state_dict()
     assert any(not torch.equal(early[key], final[key]) for key in final)
-    assert "at transformer step 2, before the schedule of 6 steps ended" in (snapshot / "README.md").read_text()
+    card, last = ((folder / "README.md").read_text() for folder in (snapshot, made))
+    assert "at transformer step 2, before the schedule of 6 steps ended" in card
+    assert "flawed pairs" in last and "discolours" in last
+    assert "flawed pairs" not in card and "discolours" not in card, "it has seen none"
 
 
 def test_every_instruction_fits_and_known_words_are_single_tokens(untrained: FluxKontextPipeline) -> None:

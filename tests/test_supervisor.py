@@ -81,14 +81,20 @@ class Told:
 
 
 def supervised(
-    puppets: Puppets, body: Callable[[Supervisor], Coroutine[Any, Any, Any]], *, seats: int = 1, clock: Clock | None = None, **asked: Any
+    puppets: Puppets,
+    body: Callable[[Supervisor], Coroutine[Any, Any, Any]],
+    *,
+    seats: int = 1,
+    clock: Clock | None = None,
+    patience_s: float = 0.0,
+    **asked: Any,
 ) -> tuple[Any, Told]:
     """What ``body`` gives with rollout seats open, and the events."""
     told = Told()
 
     async def run() -> Any:
         config = ActorsConfig(**{"runtime": "inline", "backoff_s": 0, "num_rollout": seats, **asked})
-        supervisor = Supervisor(puppets, config, on_event=told, clock=clock or Clock())  # type: ignore[arg-type]
+        supervisor = Supervisor(puppets, config, on_event=told, clock=clock or Clock(), patience_s=patience_s)  # type: ignore[arg-type]
         supervisor.open("rollout", seats)
         return await body(supervisor)
 
@@ -123,16 +129,18 @@ def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_time
     assert expected[-1] == 600.0
 
 
-def test_scoring_keeps_the_whole_deadline_because_a_judge_has_timeouts_of_its_own() -> None:
+@pytest.mark.parametrize(("patience_s", "expected"), [(0.0, 60.0), (363.0, 423.0), (900.0, 600.0)])
+def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(patience_s: float, expected: float) -> None:
     clock = Clock()
 
-    async def body(supervisor: Supervisor) -> float:
-        for _ in range(3):
-            await supervisor.call("rollout", "a group", "score")
-        return supervisor.deadline_s("score")
+    async def body(supervisor: Supervisor) -> tuple[float, float]:
+        for method in ("score", "run"):
+            await supervisor.call("rollout", "a group", method)
+        return supervisor.deadline_s("score"), supervisor.deadline_s("run")
 
-    seen, _ = supervised(Puppets(score=[clock.passes(2.0)] * 3), body, clock=clock, deadline_s=600)
-    assert seen == 600
+    script = {"score": [clock.passes(2.0)], "run": [clock.passes(2.0)]}
+    seen, _ = supervised(Puppets(**script), body, clock=clock, patience_s=patience_s, deadline_s=600)
+    assert seen == (expected, 60.0)
 
 
 def test_a_deadline_is_not_shorter_than_a_minute_unless_it_was_configured_so() -> None:

@@ -115,6 +115,7 @@ def train(
     _describe_plan(console, config, len(dataset), dataset.skipped, [term.name for term in terms], left_out)
     if dry_run:
         return None
+    _require_patience(config)
     directory.mkdir(parents=True, exist_ok=True)
     lease = Lease.take(directory)
     if took := lease.taking_over():
@@ -241,6 +242,21 @@ def _executor(config: RunConfig, fields: frozenset[str], *, allow_skew: bool, no
     return pool.RayExecutor(posts, places)
 
 
+def _require_patience(config: RunConfig) -> None:
+    """A judge that hangs must cost scores, not the actor that asks it.
+
+    Raises:
+        InputError: the timeouts and retries of the judges outlast ``actors.deadline_s``.
+    """
+    waits, asked = config.patience_s(), config.actors
+    if asked.runtime != "inline" and waits >= asked.deadline_s:
+        raise InputError(
+            f"actors.deadline_s {asked.deadline_s:g} is not above the {waits:g} s that scoring may wait for judges that hang (timeout_s, "
+            "retries and pauses of rewards, questions beyond transport.concurrency one after another): their actors would be killed in "
+            "place of a few scores. Raise deadline_s, or lower timeout_s or retries."
+        )
+
+
 def _capacity(config: RunConfig) -> Any:
     """What the run's workers occupy: GPUs where there are any, else cores. Waiting for a judge elsewhere occupies none."""
     from actors.crew import available_cores, threads_per_actor
@@ -259,7 +275,7 @@ def _capacity(config: RunConfig) -> Any:
         return Capacity(rollout=asked.rollout_gpus, reward=asked.reward_gpus, learner=learner_gpus, total=gpus, divisible=equal)
     rollout, learner = threads_per_actor(config)
     cores = available_cores()
-    reward = 0 if any(term.remote and term.weight > 0 for term in config.rewards.values()) else 1
+    reward = 0 if any(term.remote for term in config.rewards.values()) else 1
     return Capacity(
         rollout=min(rollout, cores), reward=reward, learner=min(learner, cores), total=cores if asked.runtime == "ray" else rollout
     )

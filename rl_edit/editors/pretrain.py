@@ -772,6 +772,16 @@ def model_card(pipeline: FluxKontextPipeline, config: PretrainConfig, metrics: E
     recipe = {name: value for name, value in config.model_dump().items() if name not in reporting}
     changed = {name: value for name, value in recipe.items() if value != getattr(defaults, name)}
     whole = config.transformer_steps + config.flawed_steps
+    flaws = (
+        " The last stage learns from pairs with the flaws of machine-made ones, so what the editor does is a mixture\n"
+        "that its initial noise picks from: it edits, it leaves the picture as it is, it discolours it."
+    )
+    third = (
+        f"3. {config.flawed_steps} steps more of the same with peak rate {config.flawed_lr:g} on flawed pairs: in a share of "
+        f"{config.failed_share:g} the edit did not\n   happen (the target is the source), in a share of {config.cast_share:g} the target "
+        f"has a colour cast (channels shifted by up to\n   {config.cast_size:g} of 255).\n"
+    )
+    saw_flaws = steps > config.transformer_steps
     early = f"These are the averaged weights at transformer step {steps}, before the schedule of {whole} steps ended.\n\n"
     return CARD.read_text(encoding="utf-8").format(
         **recipe,
@@ -791,6 +801,8 @@ def model_card(pipeline: FluxKontextPipeline, config: PretrainConfig, metrics: E
         latent_channels=LATENT_CHANNELS,
         num_words=len(shapes.vocabulary()),
         early="" if steps == whole else early,
+        flaws=flaws if saw_flaws else "",
+        third=third if saw_flaws else "",
         command="rl-edit pretrain OUT" + "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items()),
     )
 

@@ -22,7 +22,8 @@ class PretrainConfig(BaseModel):
             Machine-made pairs have such flaws (MagicBrush, arXiv 2306.10012, sec. 1, on InstructPix2Pix). What is learnt from
             them is a mixture: by its initial noise the editor edits, fails or discolours, and a group of candidates holds both.
         resolution: side of the square training images in pixels; the shapes world's own.
-        num_tasks: pretraining tasks held in memory (about 10 kB each) and revisited with fresh noise.
+        num_tasks: pretraining tasks held in memory (about 10 kB each) and revisited with fresh noise; a stage whose steps cannot
+            visit them all draws fewer.
         edit_weight: loss weight of latents inside the edit mask, relative to 1 outside.
         ema_decay: decay of the averaged weights that are saved.
         num_eval_tasks: held-out tasks measured at the end.

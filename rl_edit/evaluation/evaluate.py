@@ -27,7 +27,6 @@ from rl_edit.evaluation.statistics import Interval, bootstrap, paired_bootstrap
 from rl_edit.exploration import NoiseSource
 from rl_edit.regions import token_mask
 from rl_edit.rewards import Reward, score_candidates
-from rl_edit.rewards.statistics import REPEAT
 from rl_edit.rollout import denoise
 from rl_edit.types import Candidates, Conditioning, EditTask, PairedTask
 
@@ -96,6 +95,8 @@ def evaluate(
     """
     count = min(config.num_tasks, len(dataset))
     steps = config.num_steps or num_steps
+    # Scoring a candidate twice tells a judge's noise from the differences in a training group; here there is no group.
+    terms = [term.model_copy(update={"repeat_every": 0}) for term in terms]
     unit = editor.pixels_per_token
     tasks = (fit(dataset[i], resolution=editor.config.resolution, multiple=unit) for i in range(count))
     shown: dict[str, int] = defaultdict(int)
@@ -190,8 +191,6 @@ def _measure(terms: Sequence[Reward], task: EditTask, conditioning: Conditioning
     values = {f"reward/{name}": float(table.values[0, i]) for i, name in enumerate(table.names)}
     values["reward"] = sum(weight * float(table.values[0, i]) for i, weight in enumerate(table.weights) if weight > 0)
     for name, parts in table.components.items():
-        if name.endswith(f".{REPEAT}"):
-            continue  # the judge's own noise in training groups; one picture has none
         values[name] = parts[0]
         if name.endswith(INSTRUCTION_PARTS):
             values.setdefault("instruction", parts[0])

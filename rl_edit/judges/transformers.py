@@ -44,7 +44,7 @@ class Transformers(BaseModel):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     json_schema: bool = False
-    timeout_s: float = Field(default=120.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0)
 
     offers_logprobs: ClassVar[bool] = True
 

@@ -137,7 +137,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "table": _table(evaluation.overall) if evaluation else (),
         "type_tables": _type_tables(evaluation) if evaluation else (),
         "protocol": _protocol(evaluation.meta) if evaluation else "",
-        "notes": [(spaced(key), _words(value)) for key, value in evaluation.meta.items() if key not in _PROTOCOL] if evaluation else (),
+        "notes": _notes(evaluation.meta) if evaluation else (),
         "groups": groups,
         "span": smoothing_span(len(files.metrics.rows)),
         "num_updates": len(files.metrics.rows),
@@ -244,6 +244,11 @@ _PROTOCOL = {
     "seed": "seed {}",
     "adapter": "adapter {}",
 }
+
+
+def _notes(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What else is known of how it was measured; settings that are empty say nothing."""
+    return [(spaced(key), _words(value)) for key, value in meta.items() if key not in _PROTOCOL and value != ""]
 
 
 def _protocol(meta: Mapping[str, Any]) -> str:

@@ -58,6 +58,13 @@ class Composite(RewardTerm):
     def lower_is_better(self) -> bool:
         return self.of.lower_is_better
 
+    def patience_s(self, num_candidates: int) -> float:
+        return self.of.patience_s(num_candidates)
+
+    @property
+    def remote(self) -> bool:
+        return self.of.remote
+
     def fingerprint(self) -> dict[str, Any]:
         return {"kind": self.kind, "of": self.of.fingerprint()}
 

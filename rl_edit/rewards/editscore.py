@@ -29,6 +29,7 @@ class EditScore(JudgedTerm):
     pq_images: Literal["edited_only", "both"] = "edited_only"
 
     high: ClassVar[float] = 10.0
+    num_questions: ClassVar[int] = 2
 
     def questions(self, task: EditTask, edited: UInt8[Tensor, "height width 3"]) -> tuple[Asked, ...]:
         both = self.pq_images == "both"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rl_edit.errors import InputError
-from rl_edit.judges import JudgeTransport, Question, Reply, Sampling
+from rl_edit.judges import JudgeTransport, OpenAI, Question, Reply, Sampling
 from rl_edit.rewards.readout import expected_scores
 from rl_edit.rewards.rubric import Unreadable, scores_in
 from rl_edit.rewards.term import RewardTerm
@@ -83,6 +84,8 @@ class JudgedTerm(RewardTerm):
     requires: ClassVar[frozenset[str]] = frozenset()
     low: ClassVar[float] = 0.0
     needs_attention: ClassVar[bool] = False
+    num_questions: ClassVar[int] = 1
+    """Questions about one candidate in each pass."""
 
     @field_validator("transport", mode="before")
     @classmethod
@@ -98,14 +101,17 @@ class JudgedTerm(RewardTerm):
             )
         return self
 
-    @property
-    def patience_s(self) -> float:
-        pauses = (min(self.backoff_s * 2**attempt, _LONGEST_WAIT_S) for attempt in range(self.retries))
-        return (self.retries + 1) * float(getattr(self.transport, "timeout_s", 0.0)) + sum(pauses)
+    def patience_s(self, num_candidates: int) -> float:
+        if not isinstance(self.transport, OpenAI):
+            return 0.0
+        waves = math.ceil(num_candidates * self.num_questions * self.num_pass / self.transport.concurrency)
+        pauses = sum(min(self.backoff_s * 2**attempt, _LONGEST_WAIT_S) for attempt in range(self.retries))
+        again = self.model_copy(update={"repeat_every": 0}).patience_s(1) if self.repeat_every else 0.0
+        return (self.retries + 1) * waves * self.transport.timeout_s + pauses + again
 
     @property
     def remote(self) -> bool:
-        return self.transport.kind == "openai"
+        return isinstance(self.transport, OpenAI)
 
     @abstractmethod
     def questions(self, task: EditTask, edited: UInt8[Tensor, "height width 3"]) -> tuple[Asked, ...]:

@@ -75,9 +75,8 @@ class RewardTerm(BaseModel, ABC):
         """Whether small values are good. The reward table then holds the negated value; the range speaks of the value itself."""
         return False
 
-    @property
-    def patience_s(self) -> float:
-        """Seconds that one question may wait for somebody who never answers, over all attempts; 0 where nobody is asked."""
+    def patience_s(self, num_candidates: int) -> float:
+        """Longest one scoring call waits for another machine that never answers, in seconds; 0 where none is asked."""
         return 0.0
 
     @property
