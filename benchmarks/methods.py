@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jobs
@@ -363,7 +364,11 @@ def _record(whole: Comparison) -> dict[str, Any]:
         told = {"claim": effect.claim, "one": effect.one, "other": effect.other or "base", "measure": effect.measure}
         effects.append({**told, "task_type": effect.task_type, "difference": plain(interval), "here": effect.verdict(interval)})
     raised = {row: said(arm.gain("reward")) for row, arm in arms.items()}
-    return {"commit": jobs.commit(), "command": jobs.settings(), **whole.record(), "raises_training_reward": raised, "effects": effects}
+    compared = whole.record()
+    for arm in compared["arms"]:
+        # Where runs lay on the machine that made the table is nobody's business.
+        arm["runs"] = [Path(run).name for run in arm["runs"]]
+    return {"commit": jobs.commit(), "command": jobs.settings(), **compared, "raises_training_reward": raised, "effects": effects}
 
 
 if __name__ == "__main__":

@@ -380,6 +380,7 @@ def test_the_table_of_methods_names_effects_and_what_is_missing(
     assert re.search(r"\| rc-grpo \+ locality \| \+0\.000 .*\| \+0\.200 ", told)
     numbers = read_json(options.out.with_suffix(".json"))
     assert numbers["effects"][3]["here"] == "reproduced"
+    assert str(tmp_path) not in json.dumps(numbers) and numbers["arms"][0]["runs"] == ["seed_0", "seed_1"]
     assert numbers["raises_training_reward"]["rc-grpo"] == "no; the interval includes zero"
 
 
