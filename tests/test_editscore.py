@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from fakes import Crash, Fault, faulty
 from judge_server import FAULTS, Answer, JudgeServer, completion, good_reply, images_of, parts_of, question_of, serving, words_of
 from learner.planning import GroupCost
+from learner.supervisor import Supervisor
 from rl_edit.cli.train import _capacity, _require_patience
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
@@ -185,8 +186,16 @@ def by_picture(body: dict[str, Any], number: int) -> Answer:
 
 
 def test_a_judge_that_never_answers_about_one_group_costs_that_group_and_neither_freezes_nor_kills_the_run(
-    small_editor: str, tmp_path: Path, judge_server: Serve
+    small_editor: str, tmp_path: Path, judge_server: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    patience: list[float] = []
+
+    class Watched(Supervisor):
+        def __init__(self, *arguments: Any, patience_s: float, **more: Any) -> None:
+            patience.append(patience_s)
+            super().__init__(*arguments, patience_s=patience_s, **more)
+
+    monkeypatch.setattr("learner.loop.Supervisor", Watched)
     release, hung, waiting = threading.Event(), list[bytes](), list[int]()
 
     def reply(body: dict[str, Any], number: int) -> Answer:
@@ -213,6 +222,7 @@ def test_a_judge_that_never_answers_about_one_group_costs_that_group_and_neither
     (reason,) = lines[0]["groups/dropped_reasons"]["invalid"]
     assert "SC of pass 1: no answer within 1.5 s (after 2 attempts)" in reason
     assert [line["retries/infra"] for line in lines] == [0, 0], "no actor was lost to it"
+    assert patience == [2 * 2 * 1.5], "two attempts of two waves (8 questions, 4 at a time), which scoring is given at least"
 
 
 ELSEWHERE = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "timeout_s": 100.0}

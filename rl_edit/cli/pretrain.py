@@ -42,7 +42,7 @@ def pretrain_command(
 ) -> None:
     """Make the built-in editor: an autoencoder, then a small FLUX.1-Kontext, trained on procedural shapes.
 
-    About half an hour on two free cores. Stop it at any time: the same command continues it.
+    Within an hour on two cores. Stop it at any time: the same command continues it.
     """
     # Model libraries take seconds to import, and other verbs must not wait for them.
     from rl_edit.editors.pretrain import pretrain

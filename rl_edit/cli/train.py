@@ -91,6 +91,7 @@ def train(
         raise InputError(f"run directory {directory} already holds a run: add --resume to continue it, or give another --run-dir")
     if resume and not occupied:
         raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
+    _require_patience(config)
     if config.actors.runtime == "ray" and not dry_run:
         from actors import pool
 
@@ -115,7 +116,6 @@ def train(
     _describe_plan(console, config, len(dataset), dataset.skipped, [term.name for term in terms], left_out)
     if dry_run:
         return None
-    _require_patience(config)
     directory.mkdir(parents=True, exist_ok=True)
     lease = Lease.take(directory)
     if took := lease.taking_over():

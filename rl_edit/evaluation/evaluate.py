@@ -30,6 +30,15 @@ from rl_edit.rewards import Reward, score_candidates
 from rl_edit.rollout import denoise
 from rl_edit.types import Candidates, Conditioning, EditTask, PairedTask
 
+CONVENTIONS = {
+    "reward": "weighted sum of raw terms",
+    "background_psnr_masked": "mean squared error over kept pixels only, dB",
+    "background_psnr_zero_filled": "edited pixels set to 0 in both images, error over all pixels (CompBench, PIE-Bench), dB",
+    "background_ssim": "SSIM map averaged over kept pixels",
+    "interval": "95 % bootstrap over tasks; delta is paired by task and noise",
+}
+"""What the numbers of an evaluation mean, written beside them."""
+
 VARIANTS = ("base", "trained")
 INSTRUCTION_PARTS = (".instruction", ".prompt_following")
 """What judges call the part of their score that says the instruction was followed; the first term that has one is reported."""
@@ -141,13 +150,7 @@ def evaluate(
         "negative_prompt": editor.config.negative_prompt,
         "tasks": seen.hexdigest(),
         "editor": editor_identity(editor.config),
-        "conventions": {
-            "reward": "weighted sum of raw terms",
-            "background_psnr_masked": "mean squared error over kept pixels only, dB",
-            "background_psnr_zero_filled": "edited pixels set to 0 in both images, error over all pixels (CompBench, PIE-Bench), dB",
-            "background_ssim": "SSIM map averaged over kept pixels",
-            "interval": "95 % bootstrap over tasks; delta is paired by task and noise",
-        },
+        "conventions": CONVENTIONS,
     }
     return Evaluation(rows=tuple(rows), meta=meta)
 
