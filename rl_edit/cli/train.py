@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from rl_edit.editors import editor_identity, inspect_editor
 from rl_edit.errors import Fenced, InputError
 from rl_edit.provenance import code_sha256, versions
 from rl_edit.rewards import available
+
+if TYPE_CHECKING:
+    from learner.loop import Outcome, Run, Stop
 
 
 def train_command(
@@ -79,11 +82,27 @@ def train(
     allow_skew: bool = False,
 ) -> adapters.AdapterWeights | None:
     """Runs ``config`` in ``directory``; returns the final adapter. Everything that can be checked is checked before a file is written."""
-    from learner import gold
-    from learner.lease import Lease
-    from learner.loop import Run, Stop, TrainingLoop
-
     console = console or Console(quiet=True)
+    occupied = _require_place(directory, resume=resume)
+    _require_patience(config)
+    if config.actors.runtime == "ray" and not dry_run:
+        from actors import pool
+
+        pool.probe()
+    run, record = _prepare(config, directory, console, resume=resume, allow_drift=allow_drift)
+    if dry_run:
+        return None
+    outcome = _run(run, record, console, resume=resume, allow_skew=allow_skew, occupied=occupied)
+    _tell_end(outcome, run, console)
+    return outcome.adapter
+
+
+def _require_place(directory: Path, *, resume: bool) -> bool:
+    """Whether a run has begun in ``directory``.
+
+    Raises:
+        InputError: it has and is not to be resumed, or has not and is, or ``directory`` is a file.
+    """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--run-dir {directory} is a file: give a directory")
     occupied = directory.is_dir() and any(directory.iterdir())
@@ -91,11 +110,16 @@ def train(
         raise InputError(f"run directory {directory} already holds a run: add --resume to continue it, or give another --run-dir")
     if resume and not occupied:
         raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
-    _require_patience(config)
-    if config.actors.runtime == "ray" and not dry_run:
-        from actors import pool
+    return occupied
 
-        pool.probe()
+
+def _prepare(
+    config: RunConfig, directory: Path, console: Console, *, resume: bool, allow_drift: frozenset[str]
+) -> tuple[Run, dict[str, Any]]:
+    """Opens data, editor and rewards, tells the plan, and writes nothing. Returns the run and what ``run.json`` says of it."""
+    from learner import gold
+    from learner.loop import Run
+
     facts = inspect_editor(config.editor)
     dataset = open_dataset(config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
@@ -114,33 +138,37 @@ def train(
     if resume:
         _require_same_run(run)
     _describe_plan(console, config, len(dataset), dataset.skipped, [term.name for term in terms], left_out)
-    if dry_run:
-        return None
+    return run, _run_record(config, dataset.fingerprint, base, [f"{name}: {why}" for name, why in left_out.items()])
+
+
+def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, allow_skew: bool, occupied: bool) -> Outcome:
+    """Takes the directory, trains, saves the adapter. ``run.json`` says how it ended, also when it failed."""
+    from learner.lease import Lease
+    from learner.loop import Stop, TrainingLoop
+
+    config, directory = run.config, run.directory
     directory.mkdir(parents=True, exist_ok=True)
     lease = Lease.take(directory)
     if took := lease.taking_over():
         console.print(f"[yellow]{took}[/yellow]: that attempt ends at its next write", highlight=False, soft_wrap=True)
     (directory / "config.yaml").write_text(config.to_yaml())
-    record = _run_record(config, dataset.fingerprint, base, [f"{name}: {why}" for name, why in left_out.items()])
     _write_record(directory, record)
     events = telemetry.Events(directory / telemetry.EVENTS)
-    started = time.time()
     executor: Any = None
     stop = Stop()
     try:
         with _Watch(console, config) as watch:
-            executor = _executor(config, dataset.fields, allow_skew=allow_skew, note=watch.note)
+            executor = _executor(config, run.dataset.fields, allow_skew=allow_skew, note=watch.note)
             with _Signals(stop) as signals:
                 loop = TrainingLoop(run, executor, lease=lease, events=events, observer=watch, stop=stop)
                 outcome = asyncio.run(loop.run(resume=resume))
         if outcome.adapter is not None:
             adapters.save(directory / "adapter", outcome.adapter, config.lora)
             _save_best(directory, outcome.adapter, config, console)
-        status = "done" if outcome.updates_done == config.train.updates else "done early" if outcome.early else "stopped"
-        name = str(outcome.adapter.id) if outcome.adapter is not None else None
+        status, name = _status(outcome, config), None if outcome.adapter is None else str(outcome.adapter.id)
         events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
-        finished = {"status": status, "adapter": name, "finished": time.time(), "seconds": time.time() - started}
-        _write_record(directory, {**record, **finished})
+        ended = time.time()
+        _write_record(directory, {**record, "status": status, "adapter": name, "finished": ended, "seconds": ended - record["started"]})
     except Fenced:
         raise  # the directory is another attempt's now: not a byte more
     except BaseException as error:
@@ -164,10 +192,19 @@ def train(
             soft_wrap=True,
         )
         raise typer.Exit(128 + signals.received)
+    return outcome
+
+
+def _status(outcome: Outcome, config: RunConfig) -> str:
+    return "done" if outcome.updates_done == config.train.updates else "done early" if outcome.early else "stopped"
+
+
+def _tell_end(outcome: Outcome, run: Run, console: Console) -> None:
+    directory = run.directory
     assert outcome.adapter is not None
-    if status == "done early":
+    if outcome.updates_done < run.config.train.updates:
         console.print(
-            f"ended after update {outcome.updates_done} of {config.train.updates} (evaluation.stop_on_alarm): {outcome.early}. Go on "
+            f"ended after update {outcome.updates_done} of {run.config.train.updates} (evaluation.stop_on_alarm): {outcome.early}. Go on "
             f"nevertheless with: rl-edit train --run-dir {directory} --resume evaluation.stop_on_alarm=false",
             highlight=False,
             markup=False,
@@ -179,7 +216,6 @@ def train(
         markup=False,
         soft_wrap=True,
     )
-    return outcome.adapter
 
 
 def _save_best(directory: Path, last: adapters.AdapterWeights, config: RunConfig, console: Console) -> None:
@@ -204,7 +240,7 @@ def _save_best(directory: Path, last: adapters.AdapterWeights, config: RunConfig
     )
 
 
-def _require_same_run(run: Any) -> None:
+def _require_same_run(run: Run) -> None:
     """Refuses to resume with other settings, other data or another editor, before anything of the run is overwritten.
 
     Raises:
@@ -296,7 +332,7 @@ class _Signals:
     Installed after Ray has connected, because ``ray.init`` replaces the SIGTERM handler.
     """
 
-    def __init__(self, stop: Any) -> None:
+    def __init__(self, stop: Stop) -> None:
         self.received = 0
         self._stop = stop
         self._before: dict[int, Any] = {}
