@@ -13,15 +13,20 @@ writes ``benchmarks/results/methods.md`` and ``methods.json``. Runs use the inli
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jobs
+from rl_edit.automask import AutoMask
 from rl_edit.config import RunConfig, load_config
+from rl_edit.data import BUILTIN_SHAPES
+from rl_edit.editors import editor_identity
 from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, TOTAL, Arm, Comparison, plain, require_alike
 from rl_edit.evaluation.effort import effort
 from rl_edit.evaluation.statistics import Interval
@@ -63,24 +68,27 @@ NEIGHBOR_EDIT = [
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A preset and the values on top of what all rows share."""
+    """A preset and the values on top of what all rows share.
+
+    Attributes:
+        tasks: trains on the built-in world, or on its first ``ON_DISK`` training tasks written to disk, with their "true" masks or
+            with those that ``rl-edit find-masks`` "found".
+        against: the row that a value beyond the papers is compared with.
+    """
 
     preset: str
     values: tuple[str, ...] = ()
+    tasks: Literal["world", "true", "found"] = "world"
+    against: str = ""
 
 
-def rc_grpo(*values: str) -> Row:
-    return Row(preset="tiny-rc-grpo", values=(*RC_GRPO, *values))
+def rc_grpo(*values: str, tasks: Literal["world", "true", "found"] = "world", against: str = "") -> Row:
+    return Row(preset="tiny-rc-grpo", values=(*RC_GRPO, *values), tasks=tasks, against=against)
 
 
+ON_DISK = 256
 NO_ATTENTION_ROW, EVERYWHERE_ROW = "rc-grpo, no attention reward", "rc-grpo, noise everywhere"
-BEYOND = {
-    "rc-grpo + adaptive spread": rc_grpo(*ADAPTIVE),
-    "rc-grpo + locality": rc_grpo(*LOCAL),
-    "rc-grpo + background held at the base": rc_grpo(*HELD),
-    "rc-grpo + background pulled to the source": rc_grpo(*COPIED),
-}
-"""Values that no paper has, each alone on top of ``rc-grpo``."""
+TRUE_ROW, TRUE_REGIONS_ROW = f"rc-grpo, {ON_DISK} tasks", f"spatialflow-grpo, {ON_DISK} tasks"
 
 ROWS: dict[str, Row] = {
     "rc-grpo": rc_grpo(),
@@ -95,7 +103,14 @@ ROWS: dict[str, Row] = {
     "edit-grpo-neighbor": Row(preset="tiny-edit-grpo", values=tuple(NEIGHBOR_EDIT)),
     NO_ATTENTION_ROW: rc_grpo(*NO_ATTENTION),
     EVERYWHERE_ROW: rc_grpo(*EVERYWHERE, *NO_ATTENTION),
-    **BEYOND,
+    "rc-grpo + adaptive spread": rc_grpo(*ADAPTIVE, against="rc-grpo"),
+    "rc-grpo + locality": rc_grpo(*LOCAL, against="rc-grpo"),
+    "rc-grpo + background held at the base": rc_grpo(*HELD, against="rc-grpo"),
+    "rc-grpo + background pulled to the source": rc_grpo(*COPIED, against="rc-grpo"),
+    TRUE_ROW: rc_grpo(tasks="true"),
+    f"{TRUE_ROW} + masks found": rc_grpo(tasks="found", against=TRUE_ROW),
+    TRUE_REGIONS_ROW: Row(preset="tiny-spatialflow-grpo", tasks="true"),
+    f"{TRUE_REGIONS_ROW} + regions found": Row(preset="tiny-spatialflow-grpo", tasks="found", against=TRUE_REGIONS_ROW),
 }
 
 
@@ -189,6 +204,8 @@ def main() -> None:
     if options.one is not None:
         every[options.one].run()
         return
+    for tasks in {ROWS[row].tasks for row in options.methods} - {"world"}:
+        write_tasks(tasks, options)
     failed = jobs.run_all(every, side_by_side=options.side_by_side)
     write_table(every, options)
     if failed:
@@ -206,11 +223,36 @@ def _options() -> argparse.Namespace:
 
 def job_of(row: str, seed: int, options: argparse.Namespace) -> jobs.Job:
     """A run of a row. Without --updates it makes as many as the evaluations allow."""
-    changes = [*COMMON, *jobs.overrides(seed=seed, tasks=options.tasks), *ROWS[row].values, f"name={row}", *options.set]
-    config = load_config(preset=ROWS[row].preset, overrides=changes)
+    asked = ROWS[row]
+    on_disk = [f"data.path={tasks_at(asked.tasks, options)}", f"data.heldout_path={BUILTIN_SHAPES}"] if asked.tasks != "world" else []
+    changes = [*COMMON, *jobs.overrides(seed=seed, tasks=options.tasks), *asked.values, *on_disk, f"name={row}", *options.set]
+    config = load_config(preset=asked.preset, overrides=changes)
     updates = options.updates or updates_within(config, options.evaluations)
-    config = load_config(preset=ROWS[row].preset, overrides=[*changes, f"train.updates={updates}"])
+    config = load_config(preset=asked.preset, overrides=[*changes, f"train.updates={updates}"])
     return jobs.Job(row=row, directory=options.work / jobs.slug(row) / f"seed_{seed}", config=config)
+
+
+def tasks_at(tasks: str, options: argparse.Namespace) -> Path:
+    """Where a row's tasks on disk are. Masks that another editor or other settings found are other tasks, in another place."""
+    if tasks == "true":
+        return options.work / "tasks-true"
+    settings = {"editor": editor_identity(load_config(preset="tiny-rc-grpo", overrides=options.set).editor), **AutoMask().model_dump()}
+    return options.work / f"tasks-found-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def write_tasks(tasks: str, options: argparse.Namespace) -> None:
+    """Makes the tasks with the commands that a user has, unless they are there."""
+    place, true = tasks_at(tasks, options), tasks_at("true", options)
+    if not true.exists():
+        command("dataset", "make-shapes", str(true), "--count", str(ON_DISK))
+    if not place.exists():
+        command("find-masks", str(true), "--out", str(place), *options.set)
+
+
+def command(*words: str) -> None:
+    """``rl-edit`` in a process of its own, which says what it does."""
+    if code := subprocess.run([sys.executable, "-m", "rl_edit", *words], check=False).returncode:
+        sys.exit(f"rl-edit {' '.join(words)} ended with {code}")
 
 
 def updates_within(config: RunConfig, evaluations: int) -> int:
@@ -262,7 +304,7 @@ def write_table(every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
         "",
         "## Beyond the papers",
         "",
-        "Each value alone on top of rc-grpo; trained minus trained of rc-grpo.",
+        "Each value alone: trained with it minus trained without it.",
         "",
         *_beyond(arms),
         "",
@@ -329,11 +371,11 @@ def _effects(arms: dict[str, Arm]) -> list[str]:
 
 def _beyond(arms: dict[str, Arm]) -> list[str]:
     rows = [
-        [row, *(jobs.cell(arms[row].over(arms["rc-grpo"], measure.name), measure.digits) for measure in COMMON_MEASURES)]
-        for row in BEYOND
-        if row in arms and "rc-grpo" in arms
+        [row, against, *(jobs.cell(arms[row].over(arms[against], measure.name), measure.digits) for measure in COMMON_MEASURES)]
+        for row in arms
+        if (against := ROWS[row].against) in arms
     ]
-    return jobs.table(["row", *(measure.heading for measure in COMMON_MEASURES)], rows)
+    return jobs.table(["with it", "without it", *(measure.heading for measure in COMMON_MEASURES)], rows)
 
 
 def _by_type(arms: dict[str, Arm]) -> list[str]:

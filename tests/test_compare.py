@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from rl_edit.algorithms import METHODS
 from rl_edit.cli.train import _Watch, train
 from rl_edit.config import RunConfig, load_config
+from rl_edit.data import open_dataset
 from rl_edit.editors.flux_kontext import FluxKontextEditor
 from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import compare
@@ -336,11 +338,36 @@ def test_a_rows_equal_values_are_equal_in_every_row(methods: Any) -> None:
     options = methods._options()
     configs = [methods.job_of(row, 0, options).config for row in methods.ROWS]
     shared = {
-        (c.editor, c.lora, c.data, c.rollout, c.train.learning_rate, c.train.groups_per_update, c.evaluation, c.actors.runtime)
-        for c in configs
+        (c.editor, c.lora, c.rollout, c.train.learning_rate, c.train.groups_per_update, c.evaluation, c.actors.runtime) for c in configs
     }
     assert len(shared) == 1
+    data = {c.data for c, row in zip(configs, methods.ROWS.values(), strict=True) if row.tasks == "world"}
+    assert len(data) == 1 and all(c.data.heldout_path == "builtin:shapes" for c in configs if c.data not in data)
+    assert {c.data.num_heldout for c in configs} == {options.tasks}
     assert {(c.rewards["judge"].weight, c.rewards["preservation"].weight) for c in configs} == {(1.0, 0.3)}
+
+
+def test_a_row_with_masks_found_differs_from_its_fellow_in_nothing_but_the_masks(
+    methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "ON_DISK", 9)
+    options = methods._options()
+    options.work, options.set = tmp_path, ["rollout.num_steps=2"]
+    for row in (name for name, asked in methods.ROWS.items() if asked.tasks == "found"):
+        found, true = (methods.job_of(name, 0, options).config for name in (row, methods.ROWS[row].against))
+        assert found.model_copy(update={"name": true.name, "data": true.data}) == true
+    methods.write_tasks("found", options)
+    with_true, with_found = (open_dataset(config.data, "train", resolution=64, multiple=8) for config in (true, found))
+    assert (len(with_true), with_true.fields) == (9, frozenset({"target", "caption", "regions"}))
+    drawn = {task.task_id: task for task in (with_true[i] for i in range(9))}
+    given = [with_found[i] for i in range(len(with_found))]
+    assert given and all(torch.equal(task.source, drawn[task.task_id].source) for task in given)
+    assert any(not torch.equal(task.edit_mask, drawn[task.task_id].edit_mask) for task in given)
+    heldout = open_dataset(found.data, "heldout")
+    assert heldout.fingerprint == open_dataset(methods.job_of("rc-grpo", 0, options).config.data, "heldout").fingerprint
+    before = sorted(tmp_path.rglob("*"))
+    methods.write_tasks("found", options)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -377,7 +404,7 @@ def test_the_table_of_methods_names_effects_and_what_is_missing(
     assert re.search(r"\| rc-grpo \| 2 \| 50 \| 25600 \|.*\| \+0\.100 \[\+0\.100, \+0\.100\] \|.*\| 512 \(384 \+ 128\) \|", told)
     assert re.search(r"edits better than the base \|.*\| \+0\.100 .*n = 4 \| reproduced \|", told)
     assert re.search(r"keeps it better still \|.*\| not reproduced \|", told)
-    assert re.search(r"\| rc-grpo \+ locality \| \+0\.000 .*\| \+0\.200 ", told)
+    assert re.search(r"\| rc-grpo \+ locality \| rc-grpo \| \+0\.000 .*\| \+0\.200 ", told)
     numbers = read_json(options.out.with_suffix(".json"))
     assert numbers["effects"][3]["here"] == "reproduced"
     assert str(tmp_path) not in json.dumps(numbers) and numbers["arms"][0]["runs"] == ["seed_0", "seed_1"]
