@@ -212,6 +212,12 @@ class Learner:
             else:
                 kind, reason = ("lost", slot.lost) if credit is None else (credit.kind, credit.reason)
                 declined[kind] = (*declined.get(kind, ()), reason)
+        dropped, budget = (*declined.get("lost", ()), *declined.get("invalid", ())), self.config.train.max_dropped_groups
+        if len(dropped) > budget:
+            raise TrainingFailed(
+                f"{len(dropped)} of {len(order.slots)} groups of update {order.update} give no credit, train.max_dropped_groups is "
+                f"{budget}: {dropped[-1]}. Check the judge, or allow drops with train.max_dropped_groups."
+            )
         return found, declined
 
     def _own(

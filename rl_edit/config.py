@@ -18,11 +18,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rl_edit.adapters import LoraConfig
+from rl_edit.advantages import RegionCredit, SplitCredit
 from rl_edit.algorithms import METHODS, Algorithm
 from rl_edit.data import DataConfig
 from rl_edit.editors import EditorConfig
 from rl_edit.errors import InputError
 from rl_edit.evaluation import EvaluationConfig
+from rl_edit.exploration import AdaptiveSpread
 from rl_edit.rewards import Reward
 from rl_edit.rollout import Solver
 
@@ -232,6 +234,7 @@ class RunConfig(BaseModel):
                     f"{'which is not among rewards' if term is None else 'which gives none or has no weight'}: name one that does in "
                     f"algorithm.credit.term ({', '.join(able) or 'e.g. a reward of kind region_judge'})."
                 )
+        self._require_named()
         chunk, rows = self.rollout.chunk, self.editor.micro_batch
         if chunk is not None and chunk % rows:
             raise ValueError(
@@ -251,6 +254,43 @@ class RunConfig(BaseModel):
         if not any(term.weight > 0 for term in self.rewards.values()):
             raise ValueError("no reward has a positive weight: nothing would be learnt. Raise a weight in rewards.")
         return self
+
+    def _require_named(self) -> None:
+        """Every reward that credit and exploration name is there."""
+        credit, noise, known = self.algorithm.credit, self.algorithm.initial_noise, ", ".join(self.rewards)
+        if isinstance(credit, SplitCredit | RegionCredit) and credit.background_terms:
+            judged = {name for name, term in self.rewards.items() if term.weight > 0} - set(credit.needed_components())
+            if judged and judged.isdisjoint(credit.background_terms):
+                raise ValueError(
+                    f"algorithm.credit.background_terms names {', '.join(credit.background_terms)}, and none of it is a reward with a "
+                    f"weight ({known}), so all would judge the edit: name those that judge what should stay, or give [] if none does."
+                )
+        if isinstance(noise, AdaptiveSpread) and noise.watched_term not in self.rewards:
+            raise ValueError(
+                f"algorithm.initial_noise.watch is {noise.watch!r}, and {noise.watched_term!r} is not among rewards ({known}): nothing "
+                "would be steered. Name one of them, or a component of one as TERM.COMPONENT."
+            )
+
+    def require_measured(self, left_out: Mapping[str, str]) -> None:
+        """Refuses a run whose credit or exploration reads a reward that its data cannot feed.
+
+        Args:
+            left_out: why each reward that is left out is (``rewards.available``).
+
+        Raises:
+            InputError: with the name of the setting, the reward and the reason.
+        """
+        noise = self.algorithm.initial_noise
+        read = {
+            **{name: f"algorithm.credit {self.algorithm.credit.kind!r}" for name in self.algorithm.credit.needed_components()},
+            **({noise.watched_term: "algorithm.initial_noise.watch"} if isinstance(noise, AdaptiveSpread) else {}),
+        }
+        for name, reader in read.items():
+            if name in left_out:
+                raise InputError(
+                    f"{reader} reads reward {name!r}, which is left out here ({left_out[name]}): nothing could be learnt from it. Give the "
+                    "data what it lacks, or name a reward that it can feed, e.g. one of kind region_judge."
+                )
 
     def sha256(self) -> str:
         """Hash of :meth:`identity`."""
@@ -309,6 +349,7 @@ def load_config(source: str | Path | None = None, *, preset: str | None = None, 
         raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{origin} must be a mapping of keys such as seed, editor, train; got {type(raw).__name__}")
+    raw = _of_method(raw, overrides)
     for override in overrides:
         raw = _override(raw, override)
     return validated(raw, origin)
@@ -341,6 +382,15 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         node = node[parent]
     node[last] = parsed
     return result
+
+
+def _of_method(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``algorithm.name=OTHER`` asks for the other method as it is: what the file says about its own one does not adjust it."""
+    named = [override.removeprefix("algorithm.name=") for override in overrides if override.startswith("algorithm.name=")]
+    algorithm = raw.get("algorithm")
+    if named and isinstance(algorithm, dict) and named[-1] in METHODS and named[-1] != algorithm.get("name"):
+        return {**raw, "algorithm": {"name": named[-1]}}
+    return raw
 
 
 def _merge(base: Any, change: Any) -> Any:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from rl_edit.errors import InputError
 from rl_edit.types import SDE, RewardTable
 
 
@@ -162,6 +163,11 @@ class AdaptiveSpread(BaseModel):
     def locality(self) -> float:
         return self.start.locality
 
+    @property
+    def watched_term(self) -> str:
+        """The reward term of :attr:`watch`."""
+        return self.watch.partition(".")[0]
+
     def at(self, state: Mapping[str, float], task_type: str) -> Perturbation:
         """The law for one task: its type's spread so far, else the one to begin with."""
         return self.start.model_copy(update={"inside": state.get(task_type, self.start.inside)})
@@ -172,9 +178,19 @@ class AdaptiveSpread(BaseModel):
         Args:
             state: the spreads of the update's groups.
             seen: (task type, reward table) of each group; groups in which the watched score is missing say nothing.
+
+        Raises:
+            InputError: when nothing was steered yet and the watched term, although it scored, gives no such component.
         """
-        result = dict(state)
-        for task_type, deviation in self._deviations(seen).items():
+        result, deviations = dict(state), self._deviations(seen)
+        given = [table for _, table in seen if self.watched_term in table.names and bool(table.valid.all())]
+        if given and not state and not deviations:
+            parts = sorted({name for table in given for name in table.components if name.startswith(f"{self.watched_term}.")})
+            raise InputError(
+                f"algorithm.initial_noise.watch {self.watch!r} is no score of reward {self.watched_term!r}: nothing would be steered. It "
+                f"has {', '.join([self.watched_term, *parts])}."
+            )
+        for task_type, deviation in deviations.items():
             direction = (deviation < self.band[0]) - (deviation > self.band[1])
             spread = state.get(task_type, self.start.inside) * math.exp(self.rate * direction)
             result[task_type] = min(max(spread, self.least), self.most)

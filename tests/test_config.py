@@ -86,13 +86,58 @@ def test_what_is_no_override_is_said_to_be_none(override: str) -> None:
 
 
 def test_a_named_method_supplies_every_seam_and_other_keys_adjust_it() -> None:
-    raw: dict[str, Any] = {"rewards": {"judge": {"kind": "shapes_judge"}}, "rollout": {"group_size": 8}}
+    rewards = {"judge": {"kind": "shapes_judge"}, "preservation": {"kind": "preservation"}}
+    raw: dict[str, Any] = {"rewards": rewards, "rollout": {"group_size": 8}}
     for name, method in METHODS.items():
         assert validated({**raw, "algorithm": {"name": name}}, "test").algorithm == method.algorithm
     adjusted = validated({**raw, "algorithm": {"name": "neighbor-grpo", "initial_noise": {"inside": 0.5}}}, "test").algorithm
     plain = METHODS["neighbor-grpo"].algorithm
     assert adjusted.initial_noise == plain.initial_noise.model_copy(update={"inside": 0.5})
     assert (adjusted.credit, adjusted.objective) == (plain.credit, plain.objective)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+def test_another_method_by_its_name_is_that_method_and_not_a_mixture_with_the_presets(order: int) -> None:
+    changed = load_config(preset=TINY, overrides=["algorithm.name=diffusion-nft", "algorithm.objective.beta=0.5"][::order])
+    expected = METHODS["diffusion-nft"].algorithm
+    assert changed.algorithm == expected.model_copy(update={"objective": expected.objective.model_copy(update={"beta": 0.5})})
+    same = load_config(preset=TINY, overrides=["algorithm.name=rc-grpo"])
+    assert same == load_config(preset=TINY) and same.algorithm != METHODS["rc-grpo"].algorithm
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "words"),
+    [
+        ("tiny-edit-grpo", ("rewards.preservation=null", "rewards.same={kind: psnr}"), ("background_terms", "preservation", "judge, same")),
+        ("tiny-edit-grpo", ("rewards.preservation.weight=0",), ("background_terms", "judge")),
+        ("tiny-spatialflow-grpo", ("algorithm.credit.background_terms=[presevation]",), ("presevation", "judge, preservation")),
+        (TINY, ("algorithm.initial_noise={kind: adaptive, watch: editscore}",), ("watch is 'editscore'", "judge, preservation")),
+        (TINY, ("algorithm.initial_noise={kind: adaptive, watch: jugde.instruction}",), ("'jugde' is not among rewards",)),
+    ],
+)
+def test_a_reward_that_is_named_and_not_there_is_refused(preset: str, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
+    message = problem(*overrides, preset=preset)
+    assert [word for word in words if word not in message] == []
+
+
+def test_no_reward_need_judge_the_background() -> None:
+    config = load_config(preset="tiny-edit-grpo", overrides=["rewards.preservation=null", "algorithm.credit.background_terms=[]"])
+    assert list(config.rewards) == ["judge"]
+    assert load_config(preset="tiny-spatialflow-grpo", overrides=["rewards.preservation=null"]).rewards.keys() == {"judge"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "reader"),
+    [
+        ("tiny-spatialflow-grpo", "seed=1", "algorithm.credit 'region'"),
+        (TINY, "algorithm.initial_noise={kind: adaptive}", "algorithm.initial_noise.watch"),
+    ],
+)
+def test_a_reward_that_credit_or_noise_reads_may_not_be_left_out(preset: str, override: str, reader: str) -> None:
+    config = load_config(preset=preset, overrides=[override])
+    config.require_measured({"attention": "nobody reads it"})
+    with pytest.raises(InputError, match=f"{reader} reads reward 'judge', which is left out here .the data has no target.*region_judge"):
+        config.require_measured({"judge": "the data has no target"})
 
 
 def test_a_seam_of_another_kind_replaces_the_method_s_whole() -> None:

@@ -20,6 +20,7 @@ from actors.rollout import RolloutActor
 from learner.learner import Learner
 from reference import mixgrpo
 from rl_edit import adapters, flow, wire
+from rl_edit.errors import InputError
 from rl_edit.exploration import AdaptiveSpread, ConstantNoise, NoiseSource, NoiseWindow, NoStepNoise, Perturbation, pulled_home
 from rl_edit.objectives import NeighborSurrogate, Velocities
 from rl_edit.regions import softened, token_areas, token_mask
@@ -182,6 +183,15 @@ def test_a_group_that_lacks_the_watched_score_says_nothing() -> None:
     part = STEERED.model_copy(update={"watch": "judge.instruction"})
     table = scores(1.0, 50.0, judge__instruction=(3.0, 3.0))
     assert part.steered({}, [("add", table)]) == pytest.approx({"add": 0.4 * math.exp(0.1)})
+
+
+def test_a_component_that_no_reward_gives_is_refused_before_anything_is_steered_by_nothing() -> None:
+    part = STEERED.model_copy(update={"watch": "judge.instrction"})
+    table = scores(1.0, 50.0, judge__instruction=(3.0, 4.0), other__x=(1.0, 2.0))
+    with pytest.raises(InputError, match=r"'judge.instrction' is no score of reward 'judge'.* It has judge, judge.instruction\.$"):
+        part.steered({}, [("add", table)])
+    assert part.steered({"add": 0.3}, [("add", table)]) == {"add": 0.3}
+    assert part.steered({}, [("add", scores(1.0, math.nan))]) == {}
 
 
 def test_spread_and_deviation_in_use_are_reported_by_kind_of_edit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from learner.learner import Learner
 from learner.loop import TaskCursor
 from rl_edit import wire
 from rl_edit.data import DataConfig, open_dataset
 from rl_edit.errors import InputError
-from rl_edit.types import Candidates, LearnOrder
+from rl_edit.types import Candidates, LearnOrder, RewardTable
 from rl_edit.update import TrainingFailed
 from runs import PRESERVATION, Nobody, adapter_bytes, events_of, metrics_of, replaced, run_inline, small_config
 
@@ -207,6 +209,36 @@ def test_more_invalid_groups_than_the_budget_stop_the_run(small_editor: str, tmp
     with pytest.raises(TrainingFailed, match=r"1 of 2 groups of update 0 .*max_dropped_groups is 0.*own: "):
         run_inline(small_config(small_editor, rewards=of_function("scripted")), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+class BlindOnce(RewardActor):
+    """Forgets the regions of its first groups."""
+
+    left = 0
+
+    def table(self, candidates: Candidates, *, group_id: str) -> RewardTable:
+        scored = super().table(candidates, group_id=group_id)
+        if type(self).left == 0:
+            return scored
+        type(self).left -= 1
+        return replace(scored, components={name: part for name, part in scored.components.items() if ".region." not in name})
+
+
+def test_groups_that_credit_cannot_judge_count_in_the_budget_like_any_invalid_one(small_editor: str, tmp_path: Path) -> None:
+    rewards = {"preservation": PRESERVATION, "judge": {"kind": "shapes_judge"}}
+    config = small_config(small_editor, "algorithm.credit={kind: region}", "train.updates=1", rewards=rewards)
+    change = replaced("reward", BlindOnce)
+    BlindOnce.left = 1
+    with pytest.raises(
+        TrainingFailed, match=r"1 of 2 groups of update 0 give no credit, train.max_dropped_groups is 0: .*no judge.region.0"
+    ):
+        run_inline(config, tmp_path / "none", change=change)
+    assert metrics_of(tmp_path / "none") == []
+    BlindOnce.left = 1
+    allowed = config.model_copy(update={"train": config.train.model_copy(update={"max_dropped_groups": 1})})
+    run_inline(allowed, tmp_path / "one", change=change)
+    (line,) = metrics_of(tmp_path / "one")
+    assert (line["groups/used"], line["groups/dropped"]) == (1, 1)
 
 
 @pytest.mark.parametrize(("said", "named"), [(float("nan"), "nan"), (float("inf"), "inf"), (1.5, "1.5")])

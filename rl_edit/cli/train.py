@@ -123,6 +123,7 @@ def _prepare(
     facts = inspect_editor(config.editor)
     dataset = open_dataset(config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
+    config.require_measured(left_out)
     base = editor_identity(config.editor)
     run = Run(
         config=config,
