@@ -144,9 +144,8 @@ def write_table(bases: dict[str, str], every: Sequence[jobs.Job], options: argpa
         lines += [f"## Base: {base}", "", *_gains(arms, options.variants), "", *_between(arms), *_by_seed(arms), ""]
         record["bases"][base] = _recorded(arms)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(lines))
+    jobs.write(options.out, lines)
     options.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    print("\n".join(lines))
 
 
 def _gains(arms: dict[str, Arm], variants: Sequence[str]) -> list[str]:

@@ -216,6 +216,14 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)]
 
 
+def write(out: Path, lines: Sequence[str]) -> None:
+    """The table. What a person wrote below it under "## Reading" stays: it is not the command's to delete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _, heading, reading = out.read_text().partition("\n## Reading\n") if out.is_file() else ("", "", "")
+    out.write_text("\n".join(lines) + heading + reading)
+    print("\n".join(lines))
+
+
 def provenance(script: str) -> list[str]:
     """Where numbers come from: commit, machine and command."""
     command = " ".join(["python", f"benchmarks/{script}", *(_quoted(word) for word in settings())])

@@ -320,10 +320,8 @@ def write_table(every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
         *_by_seed(arms),
         "",
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(lines))
+    jobs.write(options.out, lines)
     options.out.with_suffix(".json").write_text(json.dumps(_record(whole), indent=2, allow_nan=False) + "\n")
-    print("\n".join(lines))
 
 
 def _gains(whole: Comparison, rows: Sequence[str]) -> list[str]:

@@ -89,7 +89,7 @@ class GroupCredit(BaseModel):
             there; a group in which no weighted term speaks is declined.
         deviation: what the combined, group-centred reward is divided by. "group": its own deviation (RC-GRPO-Editing Eq. 4),
             which lifts a group whose candidates hardly differ to the same size as one that holds success and failure;
-            "batch": the mean deviation over the update's groups, which keeps the difference (flow_grpo's global std, without what
+            "batch": the root mean square over the update's groups, which keeps the difference (flow_grpo's global std, without what
             its groups' means differ by);
             "none": nothing: with ``normalise: group`` the sum of each term's own advantages (MixGRPO).
         quasi_norm: p of Neighbor GRPO's reweighting in place of the group's deviation (0.8 there); None is off.

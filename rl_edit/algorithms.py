@@ -79,7 +79,7 @@ Acting = Annotated[Latest | Decayed, Field(discriminator="kind")]
 
 
 class Algorithm(BaseModel):
-    """The four seams, and which weights act. The validated value is the object that runs.
+    """Five values: noise of the start and of the steps, credit, objective, acting weights. The validated value is the object that runs.
 
     Attributes:
         initial_noise: the law of a group's initial noises.

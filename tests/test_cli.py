@@ -304,6 +304,18 @@ def test_evaluate_compares_base_and_trained_on_the_same_tasks(rl_edit: Command, 
     assert not list(trained.glob(".*.tmp"))
 
 
+def test_an_evaluation_put_elsewhere_leaves_the_runs_own_as_it_is(rl_edit: Command, trained: Path, tmp_path: Path) -> None:
+    assert rl_edit("evaluate", trained)[0] == 0
+    before = (trained / "evaluation.json").read_bytes()
+    code, out, _ = rl_edit("evaluate", trained, "--out", tmp_path / "other", "data.seed=9")
+    assert code == 0 and "rl-edit report" not in out
+    found = read_json(tmp_path / "other" / "evaluation.json")
+    assert found["meta"]["tasks"] != read_json(trained / "evaluation.json")["meta"]["tasks"]
+    assert (tmp_path / "other" / "evaluation" / "images").is_dir()
+    assert (trained / "evaluation.json").read_bytes() == before
+    assert_refused(rl_edit("evaluate", trained, "--out", trained / "run.json"), None, "run.json is a file")
+
+
 def test_evaluate_gives_the_same_numbers_twice(rl_edit: Command, trained: Path) -> None:
     results = []
     for _ in range(2):

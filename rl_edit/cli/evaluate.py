@@ -20,7 +20,7 @@ from rl_edit.evaluation.evaluate import Evaluation, evaluate
 from rl_edit.rewards import available
 
 SHOWN = {
-    "reward": ("total reward", 3),
+    "reward": ("training reward (weighted sum)", 3),
     "instruction": ("instruction score", 3),
     "background_psnr_masked": ("background PSNR, masked (dB)", 3),
     "background_psnr_zero_filled": ("background PSNR, zero-filled (dB)", 3),
@@ -33,20 +33,26 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides: evaluation.num_tasks=512 data.heldout_path=DIR")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Another adapter than RUN/adapter.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where evaluation.json and evaluation/ go; into RUN unless given, in place of its last ones.")
+    ] = None,
 ) -> None:
     """Compare base and trained editor on the same held-out tasks and noises."""
     if not (run / "config.yaml").is_file():
         raise InputError(f"no run at {run}: expected {run / 'config.yaml'}, written by rl-edit train")
     config = load_config(run / "config.yaml", overrides=list(overrides or []))
     console = Console()
-    evaluation = evaluate_run(config, adapter or run / "adapter", run, console=console)
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a directory")
+    evaluation = evaluate_run(config, adapter or run / "adapter", out or run, console=console)
     summary = evaluation.summary()
     console.print(table(summary))
-    console.print(f"{run / 'evaluation.json'}; next: rl-edit report {run}", highlight=False, markup=False, soft_wrap=True)
+    following = f"; next: rl-edit report {run}" if out is None else ""
+    console.print(f"{(out or run) / 'evaluation.json'}{following}", highlight=False, markup=False, soft_wrap=True)
 
 
-def evaluate_run(config: RunConfig, adapter: Path, run: Path, *, console: Console) -> Evaluation:
-    """Evaluates an adapter and writes ``evaluation.json``, with rows and pictures in ``evaluation/``, into the run directory.
+def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Console) -> Evaluation:
+    """Evaluates an adapter and writes ``evaluation.json``, with rows and pictures in ``evaluation/``, into ``out``.
 
     An earlier evaluation is replaced only when the new one is whole.
     """
@@ -57,7 +63,7 @@ def evaluate_run(config: RunConfig, adapter: Path, run: Path, *, console: Consol
     editor = load_editor(config.editor)
     adapters.attach(editor.transformer, lora, seed=0)
     adapters.load(editor.transformer, weights)
-    directory, temporary = run / "evaluation", run / ".evaluation.tmp"
+    directory, temporary = out / "evaluation", out / ".evaluation.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -75,7 +81,7 @@ def evaluate_run(config: RunConfig, adapter: Path, run: Path, *, console: Consol
     result.write(temporary / "evaluation.json", temporary / "rows.jsonl")
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
-    (directory / "evaluation.json").replace(run / "evaluation.json")
+    (directory / "evaluation.json").replace(out / "evaluation.json")
     return result
 
 
