@@ -94,12 +94,13 @@ class RolloutActor:
         rows = [*guests, *range(first, past)]
         encoded = time.perf_counter()
         tally = MassTally()
-        levels = algorithm.step_noise(item.update, settings.num_steps)
+        levels = algorithm.step_noise(item.update, settings.num_steps) if item.explores else torch.zeros(settings.num_steps)
+        kept = algorithm.objective.trained_steps(levels, source.generator("trained steps")) if item.explores else (settings.num_steps - 1,)
         trajectory = denoise(
             lambda latents, sigma: self.editor.velocity(latents, sigma, conditioning, tally),
             initial[rows],
             self.editor.sigmas(settings.num_steps, conditioning),
-            keep=algorithm.objective.trained_steps(levels, source.generator("trained steps")),
+            keep=kept,
             solver=settings.solver,
             step_noise=levels,
             sde=algorithm.step_noise.sde,

@@ -18,7 +18,6 @@ from statistics import fmean
 from typing import cast
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from learner.lease import Lease, put, sync
@@ -199,7 +198,7 @@ class Watch:
         return all(seen.update != updates_done - 1 for seen in self.history())
 
     def items(self, updates_done: int, adapter: AdapterId) -> list[WorkItem]:
-        """Candidate 0 of every probe, from the same noise at every evaluation."""
+        """Candidate 0 of every probe, from the same noise and by the same ODE at every evaluation."""
         assert self.probes is not None
         seed, resolution = self.config.evaluation.seed, self.config.editor.resolution
         return [
@@ -212,6 +211,7 @@ class Watch:
                 num_candidates=self.config.rollout.group_size,
                 run_seed=seed,
                 adapter=adapter,
+                explores=False,
             )
             for index in range(self.probes.number)
         ]
@@ -220,7 +220,8 @@ class Watch:
         """Takes an evaluation of the adapter, packed as published, down; keeps the best; raises the alarm."""
         assert self.probes is not None
         update = adapter.step - 1
-        sound = [table for table in tables if bool(table.valid.all())]
+        gold = self.probes.gold
+        sound = [table for table in tables if table.complete(gold)]
         if not sound:
             reason = next((reason for table in tables for reason in table.reasons), "no reason given")
             self.event("evaluation_skipped", update=update, reason=f"no probe has a valid score of every term: {reason}")
@@ -228,8 +229,8 @@ class Watch:
         before = self.history()
         seen = Evaluation(
             update=update,
-            gold=fmean(float(table.values[0, table.names.index(self.probes.gold)]) for table in sound),
-            total=fmean(float(table.values[0] @ torch.tensor(table.weights)) for table in sound),
+            gold=fmean(float(table.values[0, table.names.index(gold)]) for table in sound),
+            total=fmean(sum(w * float(v) for w, v in zip(table.weights, table.values[0], strict=True) if w > 0) for table in sound),
             training=self._training(before[-1].update if before else -1, update),
             n=len(sound),
             background_psnr=_mean(value for table in sound for value in table.components.get("background.psnr", ())),

@@ -6,6 +6,7 @@ the same weights as all others.
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,16 @@ from rl_edit.types import (
     RolloutGroup,
     moved,
 )
-from rl_edit.update import Collective, ConditionedVelocity, LearningConfig, StepResult, TrainingFailed, learning_step, losses
+from rl_edit.update import (
+    Collective,
+    ConditionedVelocity,
+    LearningConfig,
+    StepResult,
+    TrainingFailed,
+    averaged,
+    learning_step,
+    losses,
+)
 
 BLANK = np.empty(0, dtype=np.uint8)
 
@@ -67,7 +77,8 @@ class Learner:
         self.acts_apart = not isinstance(config.algorithm.acting, Latest)
         policy = {name: p.detach().clone() for name, p in self._named.items()}
         self.averages: dict[str, dict[str, Tensor]] = {}
-        if self.acts_apart:
+        # Within an update the policy moves and the acting weights do not, be they the latest or not.
+        if self.acts_apart or "acting" in config.algorithm.objective.policies:
             self.averages["acting"] = policy
         if config.train.ema_decay is not None:
             self.averages["result"] = {name: value.clone() for name, value in policy.items()}
@@ -213,7 +224,7 @@ class Learner:
                 kind, reason = ("lost", slot.lost) if credit is None else (credit.kind, credit.reason)
                 declined[kind] = (*declined.get(kind, ()), reason)
         dropped, budget = (*declined.get("lost", ()), *declined.get("invalid", ())), self.config.train.max_dropped_groups
-        if len(dropped) > budget:
+        if "invalid" in declined and len(dropped) > budget:
             raise TrainingFailed(
                 f"{len(dropped)} of {len(order.slots)} groups of update {order.update} give no credit, train.max_dropped_groups is "
                 f"{budget}: {dropped[-1]}. Check the judge, or allow drops with train.max_dropped_groups."
@@ -238,37 +249,49 @@ class Learner:
         return own
 
     def _optimise(self, own: Mapping[int, tuple[RolloutGroup, Advantages]], trained: Sequence[int]) -> StepResult:
-        """All passes over the groups; a step that is skipped ends them."""
-        train, objective = self.config.train, self.config.algorithm.objective
+        """All passes over the groups, a step per part of them. A step that is skipped undoes those before it and ends the update."""
+        train = self.config.train
+        parts = [[slot for slot in trained if slot * train.minibatches // train.groups_per_update == p] for p in range(train.minibatches)]
+        begun = [parameter.detach().clone() for parameter in self.parameters]
+        optimizer = copy.deepcopy(self.optimizer.state_dict()) if train.passes * train.minibatches > 1 else None
         adapters.set_active(self.editor.transformer, True)
-        current = adapters.export(self.editor.transformer, step=self.updates_done).id
-        result = StepResult(metrics={})
+        current = adapters.export(self.editor.transformer, step=self.updates_done).id.sha256
+        results: list[StepResult] = []
         for index in range(train.passes):
-            result = learning_step(
-                self.editor.velocity,
-                self._others(),
-                self.parameters,
-                self.optimizer,
-                objective,
-                own,
-                trained=trained,
-                ranks=self.ranks,
-                idle=self._idle if self.config.actors.shard_base else lambda: None,
-                config=LearningConfig(
-                    max_grad_norm=train.max_grad_norm,
-                    ratio_tolerance=train.ratio_tolerance,
-                    rows=train.rows,
-                    reduction=train.reduction,
-                ),
-                num_references=self.config.algorithm.initial_noise.num_references,
-                run_seed=self.config.seed,
-                update=self.updates_done,
-                pass_index=index,
-                on_policy=current.sha256 if index == 0 else "",
-            )
-            if result.skipped:
-                break
-        return result
+            results = []
+            for part in filter(None, parts):
+                results.append(self._step(own, part, pass_index=index, on_policy=current))
+                current = ""
+                if results[-1].skipped:
+                    with torch.no_grad():
+                        for parameter, value in zip(self.parameters, begun, strict=True):
+                            parameter.copy_(value)
+                    if optimizer is not None:
+                        self.optimizer.load_state_dict(optimizer)
+                    return results[-1]
+        return StepResult(metrics=averaged([result.metrics for result in results]))
+
+    def _step(self, own: Mapping[int, tuple[RolloutGroup, Advantages]], trained: Sequence[int], **which: Any) -> StepResult:
+        """One optimizer step from the groups of some slots."""
+        train = self.config.train
+        return learning_step(
+            self.editor.velocity,
+            self._others(),
+            self.parameters,
+            self.optimizer,
+            self.config.algorithm.objective,
+            {slot: own[slot] for slot in trained if slot in own},
+            trained=trained,
+            ranks=self.ranks,
+            idle=self._idle if self.config.actors.shard_base else lambda: None,
+            config=LearningConfig(
+                max_grad_norm=train.max_grad_norm, ratio_tolerance=train.ratio_tolerance, rows=train.rows, reduction=train.reduction
+            ),
+            num_references=self.config.algorithm.initial_noise.num_references,
+            run_seed=self.config.seed,
+            update=self.updates_done,
+            **which,
+        )
 
     def _idle(self) -> None:
         """The forwards and backwards of one group, on nothing, for nothing: with a sharded base the other ranks need ours."""

@@ -528,7 +528,7 @@ class TrainingLoop:
     def _refuse_too_few(self, update: int, groups: Sequence[Group]) -> None:
         """Stops before anything is learnt when more groups than allowed were lost or have an invalid reward."""
         tables = [_table(group) for group in groups if not group.lost]
-        invalid = [reason for table in tables if not bool(table.valid.all()) for reason in table.reasons[:1] or ("no reason given",)]
+        invalid = [reason for table in tables if not table.complete() for reason in table.reasons[:1] or ("no reason given",)]
         bad = [group.lost for group in groups if group.lost] + invalid
         if len(bad) <= self.config.train.max_dropped_groups:
             return

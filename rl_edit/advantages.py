@@ -111,8 +111,10 @@ class GroupCredit(BaseModel):
         usable = [t for t in terms if not isinstance(t, Declined)]
         pooled = torch.cat(usable, dim=1) if usable else torch.empty(0, 0)
         combined = [t if isinstance(t, Declined) else self._combined(table, t, pooled) for table, t in zip(tables, terms, strict=True)]
-        heard = [c.square().mean() for c in combined if not isinstance(c, Declined)]
-        batch_deviation = torch.stack(heard).mean().sqrt() if heard else torch.ones(())
+        # A group whose candidates are all alike deviates by 0, and is one of the batch; one that could not be judged is not.
+        judged = [c for c in combined if not isinstance(c, Declined) or c.kind == "spread"]
+        squares = [torch.zeros((), dtype=torch.float64) if isinstance(c, Declined) else c.square().mean() for c in judged]
+        batch_deviation = torch.stack(squares).mean().sqrt() if squares else torch.ones(())
         return [
             c if isinstance(c, Declined) else self._credit(c, batch_deviation, _edited(a)) for c, a in zip(combined, areas, strict=True)
         ]

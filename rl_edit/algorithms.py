@@ -97,7 +97,7 @@ class Algorithm(BaseModel):
     objective: Objective = NeighborSurrogate()
     acting: Acting = Latest()
 
-    def check(self, *, group_size: int, num_steps: int, multistep: bool) -> None:
+    def check(self, *, group_size: int, num_steps: int, multistep: bool, guided: bool = False) -> None:
         """Raises ValueError, with the remedy, for a rollout this algorithm does not fit."""
         if group_size < 2:
             raise ValueError(
@@ -127,6 +127,7 @@ class Algorithm(BaseModel):
             num_steps=num_steps,
             stochastic=stochastic,
             multistep=multistep,
+            guided=guided,
         )
         try:
             self.objective.check(setting)
@@ -169,10 +170,10 @@ METHODS = {
             name="rc-grpo",
             initial_noise=_DECOUPLED,
             credit=GroupCredit(normalise="minibatch", rows=MaskedRows()),
-            objective=NeighborSurrogate(num_anchors=4),
+            objective=NeighborSurrogate(num_anchors=4, clip=1e-4),
         ),
         citation="RC-GRPO-Editing, arXiv 2604.09386",
-        note="Spreads, group size and bandwidths are not published; 0.3 inside follows Neighbor GRPO's best spread.",
+        note="Spreads, group size and bandwidths are not published; 0.3 inside and clip 1e-4 follow Neighbor GRPO.",
         needs_mask=True,
         needs_attention=True,
     ),
@@ -181,11 +182,11 @@ METHODS = {
             name="neighbor-grpo",
             initial_noise=Perturbation(inside=0.3, outside=0.3, keep_reference=False),
             credit=GroupCredit(normalise="group", rows=UniformRows(), quasi_norm=0.8),
-            objective=NeighborSurrogate(num_anchors=4, temperature=1.0),
+            objective=NeighborSurrogate(num_anchors=4, clip=1e-4, temperature=1.0),
         ),
         citation="Neighbor GRPO, arXiv 2511.16955",
-        note="Spread 0.3, quasi-norm p = 0.8 and 4 anchors as published; it trains every step but the last (objective.num_steps: "
-        "4 of 8 is published); clip and temperature are for mean-reduced distances.",
+        note="Spread 0.3, quasi-norm p = 0.8, 4 anchors and clip 1e-4 as published; it trains every step but the last "
+        "(objective.num_steps: 4 of 8 is published); distances are means, so that the clip can act, with temperature 1.",
     ),
     "flow-grpo": Method(
         algorithm=Algorithm(
@@ -272,7 +273,7 @@ METHODS = {
             name="edit-grpo-neighbor",
             initial_noise=_DECOUPLED,
             credit=SplitCredit(soft_border=1),
-            objective=NeighborSurrogate(num_anchors=4),
+            objective=NeighborSurrogate(num_anchors=4, clip=1e-4, temperature=1.0),
         ),
         citation="Edit-GRPO, arXiv 2605.16951",
         note="The same signals over the masked surrogate of deterministic rollouts: a softmax per area.",

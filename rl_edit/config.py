@@ -65,11 +65,13 @@ class TrainConfig(BaseModel):
     """The learning schedule.
 
     Attributes:
-        updates: optimizer updates of the whole run (times ``passes``).
+        updates: updates of the whole run, each of ``passes * minibatches`` optimizer steps.
         groups_per_update: groups one update learns from.
         learning_rate, weight_decay: AdamW; 3e-4 and 1e-4 are the LoRA values of flow_grpo and CoCoEdit.
         max_grad_norm: 1.0 throughout the field.
         passes: optimizer steps per batch of groups; from the second on the ratio leaves 1 and the clip acts.
+        minibatches: equal parts of the groups, each with an optimizer step of its own: from the second on the ratio leaves 1. 2 in
+            Neighbor GRPO and Flow-GRPO, 4 in MixGRPO as released; 1 learns from all groups at once.
         rows: states (anchors or candidates, at some step) of one forward and backward: more of them use a GPU better, fewer save memory.
             The gradient is the same up to rounding. None is one trained step at a time. editor.micro_batch splits forwards further.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated and saved; the policy and
@@ -93,6 +95,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     passes: int = Field(default=1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
     rows: int | None = Field(default=None, ge=1)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     max_lag: int = Field(default=0, ge=0, le=1)
@@ -224,7 +227,12 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         """Impossible combinations, before anything is loaded."""
-        self.algorithm.check(group_size=self.rollout.group_size, num_steps=self.rollout.num_steps, multistep=self.rollout.solver != "euler")
+        self.algorithm.check(
+            group_size=self.rollout.group_size,
+            num_steps=self.rollout.num_steps,
+            multistep=self.rollout.solver != "euler",
+            guided=self.editor.true_cfg > 1,
+        )
         for name in self.algorithm.credit.needed_components():
             term = self.rewards.get(name)
             if term is None or not term.gives_regions or term.weight <= 0:
@@ -240,6 +248,16 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"rollout.chunk {chunk} is not a multiple of editor.micro_batch {rows}: a candidate's bits would depend on its chunk. "
                 f"Use {max(rows, chunk // rows * rows)}."
+            )
+        if self.train.groups_per_update % self.train.minibatches:
+            raise ValueError(
+                f"train.groups_per_update {self.train.groups_per_update} does not divide into train.minibatches {self.train.minibatches} "
+                "equal parts: change one of them."
+            )
+        if self.editor.dtype == "float16":
+            raise ValueError(
+                "editor.dtype float16 trains nothing: gradients of single latents lie below the smallest number it has, and become zero. "
+                "Use bfloat16, or float32."
             )
         if self.train.groups_per_update < self.actors.num_learner:
             raise ValueError(

@@ -183,7 +183,7 @@ class AdaptiveSpread(BaseModel):
             InputError: when nothing was steered yet and the watched term, although it scored, gives no such component.
         """
         result, deviations = dict(state), self._deviations(seen)
-        given = [table for _, table in seen if self.watched_term in table.names and bool(table.valid.all())]
+        given = [table for _, table in seen if self.watched_term in table.names and table.complete(self.watched_term)]
         if given and not state and not deviations:
             parts = sorted({name for table in given for name in table.components if name.startswith(f"{self.watched_term}.")})
             raise InputError(

@@ -150,6 +150,7 @@ class WorkItem:
         num_candidates: group size G.
         run_seed: root of every seed of the run.
         adapter: the weights the actor must use; it reports the hash of what it loaded and a mismatch is refused.
+        explores: whether its steps are stochastic where the method's are. Where weights are compared, all are deterministic.
     """
 
     group_id: str
@@ -160,6 +161,7 @@ class WorkItem:
     num_candidates: int
     run_seed: int
     adapter: AdapterId
+    explores: bool = True
 
     @property
     def work_id(self) -> str:
@@ -358,6 +360,11 @@ class RewardTable:
     components: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
+
+    def complete(self, *others: str) -> bool:
+        """Whether every candidate has a score of every term that weighs, and of the others named. What is only measured may fail."""
+        decides = [weight > 0 or name in others for name, weight in zip(self.names, self.weights, strict=True)]
+        return bool(self.valid[:, torch.tensor(decides)].all())
 
 
 @dataclass(frozen=True, kw_only=True)

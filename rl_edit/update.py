@@ -237,6 +237,11 @@ def _step(
     return StepResult(metrics=metrics, skipped=skipped)
 
 
+def averaged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of the steps that shared a batch of groups: their means, and the most and least that any of them saw."""
+    return {name: _summary(name, torch.tensor([step[name] for step in steps if name in step])) for step in steps for name in step}
+
+
 def _summary(name: str, values: Tensor) -> float:
     reduced = values.max() if name.endswith(("/max", "/max_deviation")) else values.min() if name.endswith("/min") else values.mean()
     return float(reduced)

@@ -75,7 +75,13 @@ class ForwardProcess(BaseModel):
         return frozenset({"acting", "reference"}) if self.reference_weight > 0 else frozenset({"acting"})
 
     def check(self, setting: Setting) -> None:
-        """Any rollout will do: only its finished samples are read."""
+        """Any rollout will do, but of a velocity that can be regressed on its samples.
+
+        Raises:
+            ValueError: under true guidance, whose velocity is that of no flow.
+        """
+        if setting.guided:
+            raise ValueError("regresses the velocity on finished samples, which a guided velocity does not fit: set editor.true_cfg to 1.")
 
     def trained_steps(self, levels: Float[Tensor, " step"], generator: torch.Generator) -> tuple[int, ...]:
         """The last step alone: it ends in the finished sample."""

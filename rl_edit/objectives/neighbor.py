@@ -20,6 +20,9 @@ from rl_edit import flow
 from rl_edit.objectives.replay import Policy, ReplayPoint, Setting, Velocities, draw, parts, ratio_metrics
 from rl_edit.types import Advantages, LossOutput, RolloutGroup
 
+LARGEST_LOG_RATIO = 10.0
+"""Ratios stop at exp(10): far beyond any clip, and short of an overflow, whose gradient would be no number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorContext:
@@ -138,7 +141,7 @@ class NeighborSurrogate(BaseModel):
         context: AnchorContext = point.context
         anchors = flow.euler(point.latents, velocities.policy, sigma=context.sigma, sigma_next=context.sigma_next)
         log_policy = self._log_policy(anchors, context.candidates, context.advantages.regions)
-        ratio = (log_policy - context.old_log_policy).exp()
+        ratio = (log_policy - context.old_log_policy).clamp(max=LARGEST_LOG_RATIO).exp()
         gain = context.advantages.values
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         per_region = torch.minimum(ratio * gain, clipped * gain).mean(dim=(0, 1))

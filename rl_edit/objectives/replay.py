@@ -58,6 +58,7 @@ class Setting:
         num_steps: rollout steps.
         stochastic: how many of them are stochastic.
         multistep: whether the rollout solver uses earlier steps.
+        guided: whether the velocity is guided by a second, negative forward.
     """
 
     group_size: int
@@ -65,6 +66,7 @@ class Setting:
     num_steps: int
     stochastic: int
     multistep: bool
+    guided: bool = False
 
 
 def parts(indices: Tensor, rows: int | None) -> tuple[Tensor, ...]:
