@@ -184,6 +184,10 @@ def test_an_unknown_preset_is_answered_with_the_nearest(given: str) -> None:
         (("algorithm.step_noise={kind: constant, level: 0.7}",), ("deterministic trajectories", "algorithm.step_noise", "transition")),
         (("data.path=builtin:circles",), ("'builtin:circles'", "builtin:shapes")),
         (("actors.runtime=slurm",), ("actors.runtime", "'slurm'")),
+        (("editor.dtype=float16",), ("float16", "bfloat16")),
+        (("train.minibatches=3",), ("train.groups_per_update 8", "train.minibatches 3")),
+        (("algorithm.name=diffusion-nft", "editor.true_cfg=4"), ("'forward_process'", "guided", "editor.true_cfg to 1")),
+        (("algorithm.name=cocoedit", "editor.true_cfg=4"), ("guided", "editor.true_cfg to 1")),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_value_before_anything_is_loaded(overrides: tuple[str, ...], words: tuple[str, ...]) -> None:

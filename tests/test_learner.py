@@ -253,6 +253,45 @@ def test_an_update_without_a_group_to_train_changes_no_weight_and_is_no_skip(lea
     assert report.adapter == AdapterId(1, start[0].sha256)
 
 
+@pytest.fixture(scope="module")
+def halves(small_editor: str) -> Learner:
+    return Learner(small_config(small_editor, "train.minibatches=2"), 1)
+
+
+def test_every_minibatch_is_an_optimizer_step_from_its_own_groups_and_the_later_ones_are_off_policy(
+    learner: Learner, halves: Learner, first: Work, start: Any
+) -> None:
+    halves.restore(start[2])
+    whole = learner.learn(first.order, *first.groups)[0]
+    report = halves.learn(first.order, *first.groups)[0]
+    assert whole.metrics["ratio/max_deviation"] == 0.0 < report.metrics["ratio/max_deviation"]
+    parameter = halves.parameters[0]
+    assert int(halves.optimizer.state[parameter]["step"]) == 2 and int(learner.optimizer.state[learner.parameters[0]]["step"]) == 1
+    # A minibatch whose only group is gone makes no step.
+    halves.restore(start[2])
+    lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone")
+    halves.learn(replace(first.order, slots=(first.order.slots[0], lost)), first.groups[0])
+    assert int(halves.optimizer.state[parameter]["step"]) == 1
+
+
+def test_a_step_that_is_skipped_undoes_the_steps_of_its_update_before_it(
+    halves: Learner, first: Work, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves.restore(start[2])
+    halves.learn(first.order, *first.groups)
+    held, real, calls = state_of(halves), halves._step, []
+
+    def second_fails(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        result = real(*arguments, **keywords)
+        return replace(result, skipped="loss nan is not finite") if len(calls) == 2 else result
+
+    monkeypatch.setattr(halves, "_step", second_fails)
+    report = halves.learn(replace(first.order, update=1), *first.groups)[0]
+    assert (report.skipped, report.skipped_in_a_row, len(calls)) == ("loss nan is not finite", 1, 2)
+    assert state_of(halves) == held
+
+
 def test_the_sum_of_gradients_does_not_depend_on_where_the_chunks_end(learner: Learner, first: Work, start: Any) -> None:
     whole = learner.learn(first.order, *first.groups)[1]
     learner.restore(start[2])

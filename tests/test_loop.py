@@ -211,6 +211,13 @@ def test_more_invalid_groups_than_the_budget_stop_the_run(small_editor: str, tmp
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_reward_that_is_only_measured_may_fail(small_editor: str, tmp_path: Path) -> None:
+    SCRIPTED.script = iter([None, [0.1, None, 0.2, 0.3], [0.1, float("nan"), 0.2, 0.3], None])
+    rewards = {"preservation": PRESERVATION, **of_function("scripted", weight=0)}
+    run_inline(small_config(small_editor, "train.updates=2", rewards=rewards), tmp_path)
+    assert [(line["groups/used"], line["groups/dropped"]) for line in metrics_of(tmp_path)] == [(2, 0), (2, 0)]
+
+
 class BlindOnce(RewardActor):
     """Forgets the regions of its first groups."""
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from actors.colocated import Colocated
 from actors.reward import RewardActor
+from actors.rollout import RolloutActor
 from learner.collective import Alone
 from learner.learner import Learner
 from reference import cocoedit, diffusion_nft, edit_grpo, flow_grpo, mixgrpo, neighbor, spatialflow
 from rl_edit import flow, wire
-from rl_edit.advantages import GroupCredit, RegionCredit, SplitCredit, bounded, quasi_norm
+from rl_edit.advantages import Declined, GroupCredit, RegionCredit, SplitCredit, bounded, quasi_norm
 from rl_edit.algorithms import METHODS, Algorithm, Decayed, Latest
 from rl_edit.config import RunConfig
 from rl_edit.data import images, open_dataset
@@ -365,6 +366,12 @@ def test_batch_wide_credit_is_the_references_without_what_lies_between_groups_an
     for credit, theirs in zip(ours, expected, strict=True):
         assert isinstance(credit, Advantages)
         assert torch.allclose(credit.values[:, 0].double(), theirs, atol=1e-6)
+    # A group whose candidates are all alike teaches nothing, and is one of the batch.
+    alike, rule = [*rewards, torch.full((6,), 2.0, dtype=torch.float64)], GroupCredit(normalise="none", deviation="batch")
+    *heard, silent = rule([table_of({"judge": group}) for group in alike], [AREAS] * 4)
+    assert isinstance(silent, Declined) and silent.kind == "spread"
+    for credit, theirs in zip(heard, flow_grpo.advantages(alike, limit=1e9, between_groups=False), strict=False):
+        assert isinstance(credit, Advantages) and torch.allclose(credit.values[:, 0].double(), theirs, atol=1e-6)
     published = flow_grpo.advantages(rewards, limit=1.5)
     assert float((torch.cat(published) - torch.cat(expected)).abs().max()) > 0.1
 
@@ -432,6 +439,47 @@ def test_samples_are_noised_anew_at_every_level_of_the_grid_but_the_lowest() -> 
     assert all(abs(float(noise.std()) - 1) < 0.2 for noise in noises)
     correlation = torch.corrcoef(torch.stack([noise.flatten() for noise in noises])) - torch.eye(len(noises))
     assert float(correlation.abs().max()) < 0.3
+    for noise in noises:  # every candidate has its own
+        assert float((torch.corrcoef(noise.flatten(1)) - torch.eye(G)).abs().max()) < 0.7
+
+
+@pytest.mark.parametrize("policy", [OLD, NEW], ids=["on-policy", "off-policy"])
+def test_the_forward_process_hears_every_region_as_much_as_credit_says(policy: Field) -> None:
+    group, values, rows = group_of(keep=(3,)), standardised(11, 2), rows_of(AREAS[:1])
+    objective = ForwardProcess(cut=1.5, reference_weight=0.0)
+    both = evaluated(objective, group, advantages_of(values, rows, (0.2, 0.8)), policy)
+    alone = [evaluated(objective, group, advantages_of(values[:, r], rows[r : r + 1]), policy) for r in (0, 1)]
+    assert float(both.loss) == pytest.approx(float(0.2 * alone[0].loss + 0.8 * alone[1].loss))
+    assert torch.allclose(both.gradient, 0.2 * alone[0].gradient + 0.8 * alone[1].gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_hinges_of_the_regulariser_take_the_mean_optimality_of_the_regions() -> None:
+    group, values, rows = replace(group_of(keep=(3,)), areas=HALF), 1.4 * standardised(12, 2), rows_of(HALF)
+    sizes = {"keep_weight": 0.7, "edit_weight": 0.9, "keep_tolerance": 0.5, "edit_tolerance": 2.5}
+    inner, credit = ForwardProcess(cut=1.5), advantages_of(values, rows, (0.3, 0.7))
+    ours = evaluated(RegionRegularised(inner=inner, erosion=1, **sizes), group, credit, NEW)
+    plain, r = evaluated(inner, group, credit, NEW), diffusion_nft.optimality(values, 1.5).mean(dim=1)
+    keep, edit = cocoedit.region_weights(HALF[0], 1, silent_without_core=True)
+    states = noised(ours.points)
+
+    def loss(step: int, velocity: Tensor) -> Tensor:
+        x, s, clean = states[step]
+        old = OLD(x, torch.full((G,), s, dtype=torch.float64))
+        source = group.conditioning.source_latents
+        return cocoedit.hinges(x, s, clean, source, velocity, old, r, keep, edit, beta=1.0, variant="fixed", **sizes)
+
+    theirs = reference_of(group, ours.points, NEW, loss)
+    # The ring's 0.2 is single precision.
+    assert_same(replace(ours, loss=ours.loss - plain.loss, gradient=ours.gradient - plain.gradient), theirs, rtol=1e-6)
+
+
+def test_a_ratio_at_a_small_temperature_stays_a_number_and_so_does_its_gradient() -> None:
+    group = group_of()
+    values = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [2.0, 0.0], [-2.0, 0.0]])
+    credit = replace(split_credit(values, 0), weights=torch.tensor([0.5, 0.5], dtype=torch.float64))
+    found = evaluated(NeighborSurrogate(num_anchors=3, temperature=1e-5, skip_last=0), group, credit, field(0.9), num_references=1)
+    assert max(float(said["ratio/max"]) for said in found.metrics) == pytest.approx(math.exp(10))
+    assert bool(found.loss.isfinite()) and bool(found.gradient.isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -598,10 +646,12 @@ def test_split_credit_over_stochastic_transitions_is_the_references_two_region_r
 
 
 @pytest.mark.parametrize("policy", [OLD, NEW], ids=["on-policy", "off-policy"])
-def test_split_credit_over_the_surrogate_is_half_a_softmax_for_each_area(policy: Field) -> None:
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_split_credit_over_the_surrogate_is_a_softmax_for_each_area_with_its_share(policy: Field, share: float) -> None:
     group, values, shares = group_of(), standardised(9, 2), edit_grpo.shares(EDITED, 1)
     objective = NeighborSurrogate(num_anchors=3, temperature=0.5, clip=0.02, skip_last=0)
-    ours = evaluated(objective, group, split_credit(values, 1), policy, num_references=1)
+    credit = replace(split_credit(values, 1), weights=torch.tensor([share, 1 - share], dtype=torch.float64))
+    ours = evaluated(objective, group, credit, policy, num_references=1)
 
     def loss(step: int, velocity: Tensor) -> Tensor:
         halves = [
@@ -620,7 +670,7 @@ def test_split_credit_over_the_surrogate_is_half_a_softmax_for_each_area(policy:
             )
             for area in (0, 1)
         ]
-        return torch.stack(halves).mean()
+        return share * halves[0] + (1 - share) * halves[1]
 
     assert_same(ours, reference_of(group, ours.points, policy, loss))
 
@@ -1319,6 +1369,43 @@ def test_acting_weights_copied_every_update_are_the_policy_and_the_reference_ter
         assert report.metrics["forward/from_acting"] == 0 and (report.metrics["kl/reference"] > 0) == (update > 0)
         assert all(torch.equal(value, policy[name]) for name, value in shown(blob).items())
         assert len(resulting) == 0
+
+
+def test_the_forward_process_reads_the_acting_average_and_not_the_policy(small_editor: str, first: Work) -> None:
+    learner, distances = Learner(config_of(small_editor, "diffusion-nft", *AVERAGED), 1), []
+    for update in range(3):
+        report, _, _, _ = learner.learn(replace(first.order, update=update), *first.groups)
+        distances.append(report.metrics["forward/from_acting"])
+    # The first update copies (0.3 * 0), the second keeps 0.3 of what acted: the third learns away from the policy.
+    assert distances[:2] == [0.0, 0.0] and distances[2] > 0
+
+
+def test_what_acts_stands_still_within_an_update_be_it_the_latest_or_a_copy(small_editor: str, first: Work) -> None:
+    answers = []
+    for acting in ("{kind: latest}", "{kind: decayed, rate: 0.0}"):
+        learner = Learner(config_of(small_editor, "diffusion-nft", f"algorithm.acting={acting}", "train.passes=2"), 1)
+        answers.append([learner.learn(replace(first.order, update=update), *first.groups) for update in range(2)])
+    for latest, copied in zip(*answers, strict=True):
+        assert latest[0].metrics["forward/from_acting"] == copied[0].metrics["forward/from_acting"] > 0
+        assert latest[0].adapter == copied[0].adapter == latest[0].result
+
+
+@pytest.mark.parametrize("name", ["mixgrpo", "flow-grpo"])
+def test_where_weights_are_compared_the_picture_depends_on_neither_the_update_nor_its_step_noise(small_editor: str, name: str) -> None:
+    config = config_of(small_editor, name, "algorithm.step_noise.size=1" if name == "mixgrpo" else "seed=0")
+    actor, (start, adapter, _, _) = RolloutActor(config, 1), Learner(config, 1).export()
+    actor.load(adapter)
+    finals = [
+        wire.unpack(actor.run(wire.pack(replace(item_of(config, 0, start.adapter, update=update), explores=explores)))[1])
+        for explores in (False, True)
+        for update in (0, 25)
+    ]
+    pictures = [group.candidates.images for group in finals]
+    assert torch.equal(pictures[0], pictures[1])
+    assert float(finals[0].step_noise.abs().max()) == 0 < float(finals[2].step_noise.abs().max())
+    assert not torch.equal(pictures[2], pictures[0])
+    # All candidates start from one noise, so without step noise they are one.
+    assert all(torch.equal(picture, pictures[0][0]) for picture in pictures[0])
 
 
 def test_the_moving_average_is_what_is_saved_and_changes_nothing_of_what_acts_or_learns(small_editor: str, first: Work) -> None:

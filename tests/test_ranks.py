@@ -85,7 +85,7 @@ def scenarios(small_editor: str) -> dict[str, Scenario]:
     step = work(config, actor, RewardActor(config, FIELDS, 1), report.adapter)
     orders, groups = (step.order, replace(step.order, update=1)), (step.groups, step.groups)
     ordered = Scenario(config=config, orders=orders, groups=groups)
-    sharded = small_config(small_editor, *overrides, "actors.shard_base=true", "train.passes=2")
+    sharded = small_config(small_editor, *overrides, "actors.shard_base=true", "train.passes=2", "train.minibatches=3")
     only_rank_0 = replace(step.order, slots=(step.order.slots[0], LOST, step.order.slots[2]))
     return {
         "ordered": ordered,
