@@ -51,7 +51,7 @@ class Evaluation(BaseModel):
         update: the last one applied.
         gold, total: means of the gold term and of the weighted sum of all terms.
         training: mean total reward of the training groups since the evaluation before; None when none was scored.
-        n: tasks with a valid score of every term, the only ones that count.
+        n: tasks with a valid score of every term that weighs and of gold, the only ones that count.
         background_psnr: dB, masked convention; None where it was not measured.
         protocol: what decides gold besides the adapter. Evaluations under different ones are not compared.
     """
@@ -224,7 +224,7 @@ class Watch:
         sound = [table for table in tables if table.complete(gold)]
         if not sound:
             reason = next((reason for table in tables for reason in table.reasons), "no reason given")
-            self.event("evaluation_skipped", update=update, reason=f"no probe has a valid score of every term: {reason}")
+            self.event("evaluation_skipped", update=update, reason=f"no probe has a valid score of every term that counts: {reason}")
             return
         before = self.history()
         seen = Evaluation(

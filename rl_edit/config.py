@@ -404,7 +404,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 def _of_method(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """``algorithm.name=OTHER`` asks for the other method as it is: what the file says about its own one does not adjust it."""
-    named = [override.removeprefix("algorithm.name=") for override in overrides if override.startswith("algorithm.name=")]
+    named = [override.removeprefix("algorithm.name=").strip("\"' ") for override in overrides if override.startswith("algorithm.name=")]
     algorithm = raw.get("algorithm")
     if named and isinstance(algorithm, dict) and named[-1] in METHODS and named[-1] != algorithm.get("name"):
         return {**raw, "algorithm": {"name": named[-1]}}
