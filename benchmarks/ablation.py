@@ -85,6 +85,7 @@ METRICS = {
 
 def main() -> None:
     options = _options()
+    jobs.require_sound(options)
     bases = dict(item.split("=", 1) for item in options.base)
     every = [job_of(b, path, v, s, options) for s in options.seeds for b, path in bases.items() for v in options.variants]
     if options.one is not None:

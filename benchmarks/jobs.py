@@ -38,6 +38,9 @@ TOTAL_WEIGHTS = {"judge": 0.1, "preservation": 1.0}
 
 TELL_EVERY_S = 60.0
 
+OWN = ("seed", "name", "train.updates", "evaluation.num_tasks", "data.num_heldout", "data.path", "data.heldout_path")
+"""Settings that tell the runs of a benchmark apart, or that its options give."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -135,12 +138,29 @@ def slug(row: str) -> str:
 def arguments(parser: argparse.ArgumentParser, *, name: str) -> None:
     """The options that benchmarks of training runs share."""
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tasks", type=int, default=256, help="held-out tasks")
+    parser.add_argument("--tasks", type=positive, default=256, help="held-out tasks")
     parser.add_argument("--set", nargs="*", default=[], help="further overrides for every run")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / name, help="where runs are kept")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.md", help="the table; its numbers go beside it as .json")
-    parser.add_argument("--side-by-side", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--side-by-side", type=positive, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def require_sound(options: argparse.Namespace) -> None:
+    """Refuses options that would make two runs one: a seed given twice, or set for all."""
+    if len(set(options.seeds)) != len(options.seeds):
+        sys.exit(f"--seeds {' '.join(map(str, options.seeds))} names one twice: a run of its own would not tell anything new")
+    for change in options.set:
+        if change.partition("=")[0] in OWN:
+            sys.exit(f"--set {change}: the benchmark sets that itself for every run; use its options (--seeds, --tasks, --updates)")
 
 
 def run_all(jobs: Sequence[Job], *, side_by_side: int) -> int:

@@ -27,6 +27,7 @@ from rl_edit.automask import AutoMask
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import BUILTIN_SHAPES
 from rl_edit.editors import editor_identity
+from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, TOTAL, Arm, Comparison, plain, require_alike
 from rl_edit.evaluation.effort import effort
 from rl_edit.evaluation.statistics import Interval
@@ -200,6 +201,7 @@ BY_TYPE = ("instruction", PSNR)
 
 def main() -> None:
     options = _options()
+    jobs.require_sound(options)
     every = [job_of(row, seed, options) for seed in options.seeds for row in options.methods]
     if options.one is not None:
         every[options.one].run()
@@ -216,7 +218,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help=f"of: {'; '.join(ROWS)}")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="model evaluations of a run")
-    parser.add_argument("--updates", type=int, help="updates of every run instead, for a small try")
+    parser.add_argument("--updates", type=jobs.positive, help="updates of every run instead, for a small try")
     jobs.arguments(parser, name="methods")
     return parser.parse_args()
 
@@ -224,7 +226,10 @@ def _options() -> argparse.Namespace:
 def job_of(row: str, seed: int, options: argparse.Namespace) -> jobs.Job:
     """A run of a row. Without --updates it makes as many as the evaluations allow."""
     asked = ROWS[row]
-    on_disk = [f"data.path={tasks_at(asked.tasks, options)}", f"data.heldout_path={BUILTIN_SHAPES}"] if asked.tasks != "world" else []
+    on_disk = []
+    if asked.tasks != "world":
+        # A found mask may miss the edit altogether: the judge then gives no score, and the group is dropped.
+        on_disk = [f"data.path={tasks_at(asked.tasks, options)}", f"data.heldout_path={BUILTIN_SHAPES}", "train.max_dropped_groups=8"]
     changes = [*COMMON, *jobs.overrides(seed=seed, tasks=options.tasks), *asked.values, *on_disk, f"name={row}", *options.set]
     config = load_config(preset=asked.preset, overrides=changes)
     updates = options.updates or updates_within(config, options.evaluations)
@@ -412,4 +417,8 @@ def _record(whole: Comparison) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from learner.lease import Lease, put, sync
+from rl_edit.config import is_default
 from rl_edit.errors import InputError
 from rl_edit.types import AdapterId
 
@@ -215,7 +216,11 @@ def require_same_run(found: Checkpoint, settings: Mapping[str, Any], where: Path
     Raises:
         InputError: training would silently continue something else.
     """
-    drift = differences(found.settings, settings)
+    drift = {
+        name: (there, here)
+        for name, (there, here) in differences(found.settings, settings).items()
+        if there != ABSENT or not is_default(name, here)
+    }
     if refused := {name: pair for name, pair in drift.items() if name not in allow}:
         listed = "; ".join(f"{name}: {_shown(there)} there, {_shown(here)} here" for name, (there, here) in refused.items())
         raise InputError(

@@ -365,6 +365,11 @@ class Learner:
                 f"the checkpoint's parameters are not those of this run's adapter ({sorted(expected ^ found)[:2]}), so it cannot be "
                 "continued: resume with the run's own lora settings"
             )
+        if lacking := sorted(which for which in self.averages if not any(key.startswith(f"average/{which}/") for key in state.tensors)):
+            raise InputError(
+                f"the checkpoint has no average of {' and '.join(lacking)} weights, so this run cannot be continued with one: resume with "
+                "the run's own train.ema_decay and algorithm.acting"
+            )
         for name, parameter in self._named.items():
             parameter.data.copy_(state.tensors[f"parameter/{name}"])
             self.optimizer.state[parameter] = {

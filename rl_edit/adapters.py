@@ -48,7 +48,7 @@ class LoraConfig(BaseModel):
         targets: module-name suffixes inside the transformer.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     rank: int = Field(default=32, ge=1)
     alpha: float = Field(default=64, gt=0)
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS

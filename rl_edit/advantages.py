@@ -96,7 +96,7 @@ class GroupCredit(BaseModel):
         limit: largest absolute advantage (:func:`bounded`); 5 throughout the field, which standardised groups of up to 26 never reach.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["group"] = "group"
     deviation: Literal["group", "batch", "none"] = "group"
     normalise: Literal["minibatch", "group", "none"] = "minibatch"
@@ -180,7 +180,7 @@ class SplitCredit(BaseModel):
         limit: largest absolute advantage, as in :class:`GroupCredit`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["split"] = "split"
     background_terms: tuple[str, ...] = ("preservation",)
     edit_share: float = Field(default=0.5, ge=0, le=1)
@@ -233,7 +233,7 @@ class RegionCredit(BaseModel):
         limit: largest absolute advantage, as in :class:`GroupCredit`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["region"] = "region"
     term: str = "judge"
     background_terms: tuple[str, ...] = ("preservation",)

@@ -19,7 +19,7 @@ Edit-GRPO          shared, or as RC-GRPO-Editing     constant or none  edit row 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,13 +41,15 @@ from rl_edit.objectives import (
     Setting,
     TransitionSurrogate,
 )
+from rl_edit.objectives.replay import Policy
+from rl_edit.plugged import called
 from rl_edit.regions import MaskedRows, UniformRows
 
 
 class Latest(BaseModel):
     """Actors run the newest weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["latest"] = "latest"
 
     def kept(self, update: int) -> float:
@@ -63,7 +65,7 @@ class Decayed(BaseModel):
     ``start=75, rate=0.0075, most=0.999``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["decayed"] = "decayed"
     rate: float = Field(default=0.001, ge=0)
     most: float = Field(default=0.5, ge=0, lt=1)
@@ -89,7 +91,7 @@ class Algorithm(BaseModel):
         acting: which weights the actors run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str = "custom"
     initial_noise: InitialNoise = Perturbation()
     step_noise: StepNoise = NoStepNoise()
@@ -129,10 +131,17 @@ class Algorithm(BaseModel):
             multistep=multistep,
             guided=guided,
         )
+        where = f"algorithm.objective {self.objective.kind!r}"
         try:
-            self.objective.check(setting)
+            called("its check", lambda: self.objective.check(setting))
+            unknown = called("its policies", lambda: set(self.objective.policies)) - set(get_args(Policy))
         except ValueError as error:
-            raise ValueError(f"algorithm.objective {self.objective.kind!r} {error}") from error
+            raise ValueError(f"{where} {error}") from error
+        if unknown:
+            raise ValueError(
+                f"{where} reads the velocity of {', '.join(sorted(map(str, unknown)))}: there is {' and '.join(get_args(Policy))}"
+            )
+        called(f"algorithm.credit {self.credit.kind!r}: its needed_components", self.credit.needed_components)
 
     @property
     def explores_by_region(self) -> bool:

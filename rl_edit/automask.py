@@ -89,7 +89,7 @@ class AutoMask(BaseModel):
         largest: greatest area of all regions together; what is left is the part that gives the ground.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     attention_weight: float = Field(default=0.1, ge=0, le=1)
     smoothing: float = Field(default=0.016, ge=0, lt=0.5)
     floor: float = Field(default=0.1, ge=0, le=1)

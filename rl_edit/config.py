@@ -9,7 +9,7 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -48,7 +48,7 @@ class RolloutConfig(BaseModel):
             run again. A multiple of editor.micro_batch, so that results do not depend on it. None is the whole group.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     group_size: int = Field(default=8, ge=1)
     num_steps: int = Field(default=6, ge=2)
     solver: Solver = "euler"
@@ -88,7 +88,7 @@ class TrainConfig(BaseModel):
         grace_s: longest time from a first SIGTERM or SIGINT to the end: the update being applied is finished within it, and committed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     updates: int = Field(default=50, ge=1)
     groups_per_update: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -136,7 +136,7 @@ class ActorsConfig(BaseModel):
         preflight: before the first update, prove on the real actors that adapters are applied and that the ratio is 1.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     runtime: Literal["ray", "thread", "inline"] = "ray"
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     num_rollout: int = Field(default=1, ge=1)
@@ -186,7 +186,7 @@ class ActorsConfig(BaseModel):
 class RunConfig(BaseModel):
     """One run. ``rewards`` maps a name of yours to a reward term; the name appears in metrics and reports."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str = "run"
     seed: int = 0
     editor: EditorConfig = EditorConfig()
@@ -203,6 +203,8 @@ class RunConfig(BaseModel):
     @classmethod
     def _bundle(cls, value: Any) -> Any:
         """A known ``algorithm.name`` supplies every seam; the other keys adjust it."""
+        if isinstance(value, Mapping) and not isinstance(value.get("name", ""), str):
+            raise ValueError(f"name {value['name']!r} is no method's name: use one of {', '.join(METHODS)}, or custom")
         if isinstance(value, Mapping) and value.get("name", "custom") in METHODS:
             return _merge(METHODS[value["name"]].algorithm.model_dump(mode="json"), value)
         if isinstance(value, Mapping) and value.get("name", "custom") != "custom":
@@ -276,17 +278,30 @@ class RunConfig(BaseModel):
     def _require_named(self) -> None:
         """Every reward that credit and exploration name is there."""
         credit, noise, known = self.algorithm.credit, self.algorithm.initial_noise, ", ".join(self.rewards)
-        if isinstance(credit, SplitCredit | RegionCredit) and credit.background_terms:
-            judged = {name for name, term in self.rewards.items() if term.weight > 0} - set(credit.needed_components())
-            if judged and judged.isdisjoint(credit.background_terms):
+        if isinstance(credit, SplitCredit | RegionCredit):
+            heard = {name for name, term in self.rewards.items() if term.weight > 0}
+            judged, keeps = heard - set(credit.needed_components()), set(credit.background_terms)
+            unknown = ", ".join(sorted(keeps - set(self.rewards)))
+            if judged and keeps and (judged.isdisjoint(keeps) or unknown):
                 raise ValueError(
-                    f"algorithm.credit.background_terms names {', '.join(credit.background_terms)}, and none of it is a reward with a "
-                    f"weight ({known}), so all would judge the edit: name those that judge what should stay, or give [] if none does."
+                    f"algorithm.credit.background_terms names {', '.join(sorted(keeps))}, and {unknown or 'none of it'} is no reward with "
+                    f"a weight ({known}): name those that judge what should stay, or give [] if none does. All others judge the edit."
                 )
+            self._require_edit_judged(heard)
         if isinstance(noise, AdaptiveSpread) and noise.watched_term not in self.rewards:
             raise ValueError(
                 f"algorithm.initial_noise.watch is {noise.watch!r}, and {noise.watched_term!r} is not among rewards ({known}): nothing "
                 "would be steered. Name one of them, or a component of one as TERM.COMPONENT."
+            )
+
+    def _require_edit_judged(self, heard: Set[str]) -> None:
+        """Credit split by area follows some reward inside the mask too."""
+        credit = self.algorithm.credit
+        if isinstance(credit, SplitCredit) and credit.edit_share > 0 and heard <= set(credit.background_terms):
+            raise ValueError(
+                f"algorithm.credit 'split' has no reward for the edit: {', '.join(sorted(heard))} judge what should stay "
+                "(algorithm.credit.background_terms). Add a reward that judges the edit, such as editscore or region_judge, or set "
+                "algorithm.credit.edit_share to 0."
             )
 
     def require_measured(self, left_out: Mapping[str, str]) -> None:
@@ -298,6 +313,10 @@ class RunConfig(BaseModel):
         Raises:
             InputError: with the name of the setting, the reward and the reason.
         """
+        try:
+            self._require_edit_judged({name for name, term in self.rewards.items() if term.weight > 0 and name not in left_out})
+        except ValueError as error:
+            raise InputError(f"{error} Left out: {'; '.join(f'{name} ({why})' for name, why in left_out.items())}.") from error
         noise = self.algorithm.initial_noise
         read = {
             **{name: f"algorithm.credit {self.algorithm.credit.kind!r}" for name in self.algorithm.credit.needed_components()},
@@ -326,6 +345,14 @@ class RunConfig(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether a dotted setting of the schedule, the rollout or the adapter has its default: what a run made before it existed did."""
+    section, _, key = name.partition(".")
+    defaults = {"train": TrainConfig, "rollout": RolloutConfig, "lora": LoraConfig}
+    known: dict[str, Any] = defaults[section]().model_dump(mode="json") if section in defaults else {}
+    return key in known and known[key] == value
 
 
 def presets() -> dict[str, str]:
@@ -362,7 +389,7 @@ def load_config(source: str | Path | None = None, *, preset: str | None = None, 
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read as UTF-8 text ({error}): give a YAML file") from error
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -371,6 +398,18 @@ def load_config(source: str | Path | None = None, *, preset: str | None = None, 
     for override in overrides:
         raw = _override(raw, override)
     return validated(raw, origin)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error: the second would silently take the place of the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and (before := seen.setdefault(key.value, line)) != line:
+                raise yaml.YAMLError(f"{key.value!r} stands in line {before} and again in line {line}: keep one of them")
+        return super().construct_mapping(node, deep=deep)
 
 
 def validated(raw: Mapping[str, Any], origin: str) -> RunConfig:
@@ -433,6 +472,8 @@ def _explain(error: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(context["tag"]), tags, n=1)
         key = ".".join([*shown, context["discriminator"].strip("'")])
         return f"{key}: unknown value {context['tag']!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(tags)})"
+    if error["type"] == "union_tag_not_found":
+        return f"{'.'.join(shown)} names no kind: add {'.'.join(shown)}.kind"
     message = error["msg"].removeprefix("Value error, ")
     if shown[:1] == ["rewards"]:  # a key pasted into the wrong field must not reach a terminal or a log
         return f"{'.'.join(shown)}: {message}"

@@ -61,7 +61,7 @@ class Perturbation(BaseModel):
             candidate shows the reference's background; ours, the papers name the leak as open.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["perturbation"] = "perturbation"
     inside: float = Field(default=0.3, ge=0, le=1)
     outside: float = Field(default=0.02, ge=0, le=1)
@@ -132,7 +132,7 @@ class AdaptiveSpread(BaseModel):
         least, most: bounds of the spread.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["adaptive"] = "adaptive"
     start: Perturbation = Perturbation()
     watch: str = "judge.instruction"
@@ -237,7 +237,7 @@ InitialNoise = Annotated[Perturbation | AdaptiveSpread, Field(discriminator="kin
 class NoStepNoise(BaseModel):
     """Deterministic rollouts: the probability-flow ODE at every step."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["none"] = "none"
 
     @property
@@ -262,7 +262,7 @@ class ConstantNoise(BaseModel):
         skip_last: trailing steps that stay deterministic (the released ``timestep_fraction`` 0.99).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["constant"] = "constant"
     level: float = Field(default=0.7, gt=0)
     sde: SDE = "flow"
@@ -301,7 +301,7 @@ class NoiseWindow(BaseModel):
         seed: of the random schedule: a function of the update, so that every actor draws the same.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["window"] = "window"
     level: float = Field(default=0.7, gt=0)
     sde: SDE = "flow"

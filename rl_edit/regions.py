@@ -99,7 +99,7 @@ def labelled_regions(mask: Bool[Tensor, "height width"]) -> Int64[Tensor, "heigh
 class UniformRows(BaseModel):
     """Whole image: every token weighs the same. The plain metric of Neighbor GRPO (arXiv 2511.16955), mean-reduced."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["uniform"] = "uniform"
 
     def __call__(self, mask: Bool[Tensor, " token"]) -> Float[Tensor, "1 token"]:
@@ -119,7 +119,7 @@ class MaskedRows(BaseModel):
             its values; 1 and 1 weigh both areas equally. Its ablation moves their ratio either way.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["masked"] = "masked"
     inside: float = Field(default=1.0, gt=0)
     outside: float = Field(default=1.0, gt=0)

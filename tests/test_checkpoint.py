@@ -400,6 +400,17 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(tm
         checkpoint.require_same_run(example(1), HERE, tmp_path)
 
 
+def test_a_setting_that_did_not_exist_when_the_checkpoint_was_made_is_accepted_at_its_default(tmp_path: Path) -> None:
+    found = example(1)
+    section = found.settings["train"]
+    assert "minibatches" not in section
+    here = {**found.settings, "train": {**section, "minibatches": 1}}
+    assert checkpoint.require_same_run(found, here, tmp_path) is None
+    here["train"]["minibatches"] = 2
+    with pytest.raises(InputError, match=r"train.minibatches: absent there, 2 here"):
+        checkpoint.require_same_run(found, here, tmp_path)
+
+
 def test_a_drift_is_accepted_only_for_the_settings_that_are_named(tmp_path: Path) -> None:
     allowed = frozenset({"train.learning_rate", "seed"})
     assert checkpoint.require_same_run(example(1), HERE, tmp_path, allowed) is None

@@ -188,6 +188,36 @@ def test_resuming_on_other_data_or_another_editor_is_refused_and_changes_nothing
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train.updates=1",), ("has done 2 updates", "train.updates is 1")),
+        (("train.updates=3", "train.ema_decay=0.9", "--allow-config-drift", "train.ema_decay"), ("no average of result", "ema_decay")),
+        (("train.updates=3", "lora.rank=2", "--allow-config-drift", "lora.rank"), ("lora settings",)),
+    ],
+)
+def test_a_resume_that_cannot_go_on_leaves_what_the_run_says_of_itself(
+    rl_edit: Command, small_editor: str, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    train(small_config(small_editor, "train.updates=2"), run, resume=False)
+    said = {name: (run / name).read_bytes() for name in ("config.yaml", "run.json")}
+    outcome = rl_edit("train", "--run-dir", run, "--resume", *arguments)
+    assert_refused(outcome, None, *words)
+    assert {name: (run / name).read_bytes() for name in said} == said
+    assert rl_edit("train", "--run-dir", run, "--resume", "train.updates=3")[0] == 0
+    assert [line["update"] for line in metrics_of(run)] == [0, 1, 2]
+
+
+def test_a_run_that_learnt_nothing_is_a_failure_that_says_why(rl_edit: Command, small_editor: str, tmp_path: Path) -> None:
+    small_config(small_editor, "train.updates=2", "algorithm.credit.min_spread=10", directory=tmp_path)
+    arguments = ("train.updates=2", "algorithm.credit.min_spread=10")
+    code, _, (line,) = rl_edit("train", tmp_path / "run.yaml", "--run-dir", tmp_path / "run", *arguments)
+    assert code == 3 and "nothing was learnt in 2 updates" in line and "4 times spread: no reward term differs" in line
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "failed"
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_a_run_goes_on_where_its_data_and_its_editor_have_moved_to(
     rl_edit: Command, on_disk: tuple[Path, Path], small_editor: str, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_another_method_by_its_name_is_that_method_and_not_a_mixture_with_the_pr
     ("preset", "overrides", "words"),
     [
         ("tiny-edit-grpo", ("rewards.preservation=null", "rewards.same={kind: psnr}"), ("background_terms", "preservation", "judge, same")),
+        ("tiny-edit-grpo", ("algorithm.credit.background_terms=[preservation, jugde]",), ("jugde", "judge, preservation")),
         ("tiny-edit-grpo", ("rewards.preservation.weight=0",), ("background_terms", "judge")),
         ("tiny-spatialflow-grpo", ("algorithm.credit.background_terms=[presevation]",), ("presevation", "judge, preservation")),
         (TINY, ("algorithm.initial_noise={kind: adaptive, watch: editscore}",), ("watch is 'editscore'", "judge, preservation")),
@@ -118,6 +119,18 @@ def test_another_method_by_its_name_is_that_method_and_not_a_mixture_with_the_pr
 def test_a_reward_that_is_named_and_not_there_is_refused(preset: str, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
     message = problem(*overrides, preset=preset)
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("overrides", [("rewards.judge=null",), ("algorithm.credit.background_terms=[judge, preservation]",)])
+def test_credit_split_by_area_needs_a_reward_for_the_edit(overrides: tuple[str, ...]) -> None:
+    message = problem(*overrides, preset="tiny-edit-grpo")
+    assert "no reward for the edit" in message and "edit_share to 0" in message
+    assert load_config(preset="tiny-edit-grpo", overrides=[*overrides, "algorithm.credit.edit_share=0"])
+
+
+def test_a_reward_for_the_edit_that_is_left_out_is_none() -> None:
+    with pytest.raises(InputError, match=r"no reward for the edit.* Left out: judge \(the data has no target\)"):
+        load_config(preset="tiny-edit-grpo").require_measured({"judge": "the data has no target"})
 
 
 def test_no_reward_need_judge_the_background() -> None:
@@ -184,6 +197,10 @@ def test_an_unknown_preset_is_answered_with_the_nearest(given: str) -> None:
         (("algorithm.step_noise={kind: constant, level: 0.7}",), ("deterministic trajectories", "algorithm.step_noise", "transition")),
         (("data.path=builtin:circles",), ("'builtin:circles'", "builtin:shapes")),
         (("actors.runtime=slurm",), ("actors.runtime", "'slurm'")),
+        (("algorithm.name=[]",), ("name [] is no method's name", "rc-grpo")),
+        (("editor.guidance=.inf",), ("editor.guidance", "finite")),
+        (("train.learning_rate=.inf",), ("train.learning_rate", "finite")),
+        (("algorithm.credit={normalise: none}", "algorithm.name=custom"), ("algorithm.credit names no kind", "algorithm.credit.kind")),
         (("editor.dtype=float16",), ("float16", "bfloat16")),
         (("train.minibatches=3",), ("train.groups_per_update 8", "train.minibatches 3")),
         (("algorithm.name=diffusion-nft", "editor.true_cfg=4"), ("'forward_process'", "guided", "editor.true_cfg to 1")),
@@ -257,6 +274,12 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
     with pytest.raises(InputError, match=words) as refusal:
         load_config(path)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 1\ntrain: {updates: 2}\nname: x\ntrain: {learning_rate: 1}\n")
+    with pytest.raises(InputError, match="'train' stands in line 2 and again in line 4"):
+        load_config(tmp_path / "run.yaml")
 
 
 def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:

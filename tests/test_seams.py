@@ -95,6 +95,40 @@ class BestOnly(BaseModel):
         return found
 
 
+class Loose(Imitation):
+    """Takes any key."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    kind: Literal["test_seams:Loose"] = "test_seams:Loose"  # type: ignore[assignment]
+
+
+class Unsteady(Imitation):
+    """Its check raises what it should not."""
+
+    kind: Literal["test_seams:Unsteady"] = "test_seams:Unsteady"  # type: ignore[assignment]
+
+    def check(self, setting: Setting) -> None:
+        raise KeyError("forgotten")
+
+
+class Taught(Imitation):
+    """Reads a velocity that nobody has."""
+
+    kind: Literal["test_seams:Taught"] = "test_seams:Taught"  # type: ignore[assignment]
+
+    @property
+    def policies(self) -> frozenset[Any]:
+        return frozenset({"teacher"})
+
+
+class Opaque(Imitation):
+    """Has a setting that no file can hold."""
+
+    kind: Literal["test_seams:Opaque"] = "test_seams:Opaque"  # type: ignore[assignment]
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    device: object = object()
+
+
 # --- and ones that are none ------------------------------------------------------------------------------------------
 
 
@@ -199,6 +233,10 @@ def refusal(editor: str, *overrides: str, rewards: dict[str, Any] | None = None)
         ("objective", "test_seams:Idle", ("lacks loss, replay", "algorithm.objective")),
         ("objective", "test_seams:BestOnly", ("lacks", "replay", "algorithm.objective")),
         ("credit", "test_seams:Imitation", ("lacks", "needed_components", "algorithm.credit")),
+        ("objective", "test_seams:Loose", ("takes any key", "extra='forbid'")),
+        ("objective", "test_seams:Unsteady", ("its check raised KeyError", "forgotten")),
+        ("objective", "test_seams:Taught", ("teacher", "reference and acting")),
+        ("objective", "test_seams:Opaque", ("written as JSON",)),
         ("credit", "no_such_module:Rule", ("cannot be imported",)),
     ],
 )
@@ -207,12 +245,13 @@ def test_a_class_that_is_no_method_is_refused_in_one_line(small_editor: str, sea
     assert [word for word in words if word not in said] == []
 
 
-@pytest.mark.parametrize("kind", ["broken_in_syntax:Ratio", "broken_when_run:Ratio", ".relative:Ratio"])
+@pytest.mark.parametrize("kind", ["broken_in_syntax:Ratio", "broken_when_run:Ratio", "leaves_when_run:Ratio", ".relative:Ratio"])
 def test_a_module_that_cannot_be_run_is_refused_in_one_line(
     small_editor: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_in_syntax.py").write_text("def (:\n")
     (tmp_path / "broken_when_run.py").write_text("1 / 0\n")
+    (tmp_path / "leaves_when_run.py").write_text("raise SystemExit(5)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert repr(kind) in refusal(small_editor, f"algorithm={{objective: {{kind: '{kind}'}}}}")
 

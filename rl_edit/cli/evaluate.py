@@ -58,7 +58,7 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     """
     facts = inspect_editor(config.editor)
     dataset = open_dataset(config.data, "heldout", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
-    terms, _ = available(tuple(config.rewards.values()), dataset.fields)
+    terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     weights, lora = adapters.read(adapter)
     editor = load_editor(config.editor)
     adapters.attach(editor.transformer, lora, seed=0)
@@ -77,7 +77,7 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
             images=temporary / "images",
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    result.meta["adapter"] = str(weights.id)
+    result.meta.update(adapter=str(weights.id), rewards={term.name: term.sha256() for term in terms}, left_out=sorted(left_out))
     result.write(temporary / "evaluation.json", temporary / "rows.jsonl")
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,6 +150,8 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
 
     config, directory = run.config, run.directory
     directory.mkdir(parents=True, exist_ok=True)
+    before = {path: path.read_bytes() for path in (directory / "config.yaml", directory / "run.json") if path.is_file()}
+    watch = _Watch(console, config)
     lease = Lease.take(directory)
     if took := lease.taking_over():
         console.print(f"[yellow]{took}[/yellow]: that attempt ends at its next write", highlight=False, soft_wrap=True)
@@ -158,11 +161,12 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
     executor: Any = None
     stop = Stop()
     try:
-        with _Watch(console, config) as watch:
+        with watch:
             executor = _executor(config, run.dataset.fields, allow_skew=allow_skew, note=watch.note)
             with _Signals(stop) as signals:
                 loop = TrainingLoop(run, executor, lease=lease, events=events, observer=watch, stop=stop)
                 outcome = asyncio.run(loop.run(resume=resume))
+        _require_learnt(directory, outcome)
         if outcome.adapter is not None:
             adapters.save(directory / "adapter", outcome.adapter, config.lora)
             _save_best(directory, outcome.adapter, config, console)
@@ -177,6 +181,9 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         events("failed", reason=reason)
         _write_record(directory, {**record, "status": "failed", "reason": reason, "finished": time.time()})
+        if not watch.done:  # this attempt did not add to the run, so it changes nothing of what the run says of itself
+            for path, content in before.items():
+                path.write_bytes(content)
         if not occupied and not (directory / "checkpoints").exists() and (isinstance(error, InputError) or executor is None):
             shutil.rmtree(directory)
         raise
@@ -194,6 +201,29 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
         )
         raise typer.Exit(128 + signals.received)
     return outcome
+
+
+def _require_learnt(directory: Path, outcome: Outcome) -> None:
+    """An adapter that no update has moved is no result.
+
+    Raises:
+        TrainingFailed: every update of the run was without a group to learn from, or skipped.
+    """
+    from rl_edit.update import TrainingFailed
+
+    lines = telemetry.read_jsonl(directory / telemetry.METRICS)
+    if not lines or outcome.updates_done < len(lines) or any(line["groups/used"] and not line["step/skipped"] for line in lines):
+        return
+    why: Counter[str] = Counter()
+    for line in lines:
+        why.update({"the step was skipped: a loss or gradient was not finite": 1} if line["step/skipped"] else {})
+        for kind, reasons in line["groups/dropped_reasons"].items():
+            why.update({f"{kind}: {reason}": count for reason, count in reasons.items()})
+    raise TrainingFailed(
+        f"nothing was learnt in {len(lines)} updates, so the adapter is as it began "
+        f"({'; '.join(f'{n} times {w}' for w, n in why.most_common(3))}). "
+        "Look at the rewards (rl-edit audit-reward), at algorithm.initial_noise and algorithm.credit"
+    )
 
 
 def _status(outcome: Outcome, config: RunConfig) -> str:
@@ -252,6 +282,11 @@ def _require_same_run(run: Run) -> None:
     found = checkpoint.peek(run.directory / "checkpoints")
     if found is not None:
         checkpoint.require_same_run(found, run.settings, run.directory, allow=run.allow_drift)
+        if found.updates_done > run.config.train.updates:
+            raise InputError(
+                f"{run.directory} has done {found.updates_done} updates, and train.updates is {run.config.train.updates}: ask for at least "
+                "as many, or start a new --run-dir."
+            )
     elif (written := run.directory / "config.yaml").is_file() and (there := load_config(written).identity()) != run.config.identity():
         different = {key for key in checkpoint.differences(there, run.config.identity()) if key not in run.allow_drift}
         if different:
@@ -414,13 +449,13 @@ class _Watch:
             console=console,
             disable=not console.is_terminal,
         )
+        self.done = 0
 
     def __enter__(self) -> _Watch:
         self._progress.start()
         self._updates = self._progress.add_task("updates", total=self._config.train.updates, note="starting actors")
         self._groups = self._progress.add_task("groups", total=self._config.train.groups_per_update, note="")
         self._began: float | None = None
-        self._done = 0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -437,10 +472,10 @@ class _Watch:
         note = progress_line(metrics)
         self._progress.update(self._updates, completed=metrics["update"] + 1, note=note)
         self._progress.update(self._groups, completed=0)
-        self._done += 1
+        self.done += 1
         if not self._console.is_terminal:
             elapsed = time.time() - (self._began or time.time())
-            left = elapsed / self._done * (self._config.train.updates - metrics["update"] - 1)
+            left = elapsed / self.done * (self._config.train.updates - metrics["update"] - 1)
             self._console.print(
                 f"update {metrics['update'] + 1}/{self._config.train.updates}  {note}  ETA {left:.0f} s", highlight=False, soft_wrap=True
             )

@@ -48,7 +48,7 @@ class DataConfig(BaseModel):
         heldout_path: a dataset of its own for evaluation; ``path`` is then wholly for training.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: str = BUILTIN_SHAPES
     seed: int = 0

@@ -41,7 +41,7 @@ class EditorConfig(BaseModel):
         gradient_checkpointing: trade compute for memory in training.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     path: str = BUILTIN
     revision: str | None = None
     resolution: int = Field(default=64, ge=16)

@@ -24,7 +24,7 @@ class EvaluationConfig(BaseModel):
         stop_on_alarm: end the run there; the best adapter by gold is kept either way.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     num_tasks: int = Field(default=256, ge=1)
     num_noises: int = Field(default=1, ge=1)
     num_steps: int | None = Field(default=None, ge=2)

@@ -62,6 +62,8 @@ _PROTOCOL = {
     "guidance": "editor.guidance",
     "true_cfg": "editor.true_cfg",
     "negative_prompt": "editor.negative_prompt",
+    "dtype": "editor.dtype",
+    "max_text_tokens": "editor.max_text_tokens",
     "tasks": "held-out tasks",
 }
 """What two evaluations must share, by its key in ``meta``: only then are their rows of the same pictures."""
@@ -248,12 +250,25 @@ def read_runs(directories: Sequence[Path]) -> list[EvaluatedRun]:
     for directory in directories:
         if not (directory / "config.yaml").is_file():
             raise InputError(f"no run at {directory}: expected {directory / 'config.yaml'}, written by rl-edit train")
-    found = {directory: _read(directory) for directory in directories}
+    found = {directory: _whole(directory) for directory in directories}
     missing = [directory for directory, run in found.items() if run is None]
     if missing:
         commands = "; ".join(f"rl-edit evaluate {directory}" for directory in missing)
         raise InputError(f"not evaluated, or not by this version: {', '.join(map(str, missing))}. Run: {commands}")
     return [run for run in found.values() if run is not None]
+
+
+def _whole(directory: Path) -> EvaluatedRun | None:
+    """A run whose files are what they should be."""
+    try:
+        return _read(directory)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{directory}: a file of its evaluation is damaged ({type(error).__name__}: {error}). Evaluate it again: rl-edit evaluate "
+            f"{directory}"
+        ) from error
 
 
 def _read(directory: Path) -> EvaluatedRun | None:
@@ -265,6 +280,13 @@ def _read(directory: Path) -> EvaluatedRun | None:
     if any(key not in meta for key in (*_PROTOCOL, "adapter")):
         return None
     config = load_config(directory / "config.yaml")
+    if "rewards" in meta:
+        asked = {name: term.sha256() for name, term in config.rewards.items() if name not in meta["left_out"]}
+        if other := sorted({name for name, _ in asked.items() ^ meta["rewards"].items()}):
+            raise InputError(
+                f"{directory} was evaluated with other rewards than it was trained on ({', '.join(other)}), so its numbers stand beside no "
+                f"other run's. Evaluate it again: rl-edit evaluate {directory}"
+            )
     keeps = next((name for name, term in config.rewards.items() if term.kind == "preservation"), None)
     rows: dict[Key, Row] = {}
     seen: Counter[str] = Counter()
@@ -274,6 +296,8 @@ def _read(directory: Path) -> EvaluatedRun | None:
         row = Row(task_id=raw["task_id"], task_type=raw["task_type"], values=values)
         rows[row.task_id, seen[row.task_id]] = row
         seen[row.task_id] += 1
+    if len(rows) != (expected := meta["num_tasks"] * meta["num_noises"]):
+        raise InputError(f"{rows_file} has {len(rows)} rows of {expected}: it is cut. Evaluate again: rl-edit evaluate {directory}")
     record = directory / "run.json"
     facts = _json(record, record.read_text()) if record.is_file() else {}
     now = facts.get("adapter")

@@ -140,7 +140,7 @@ def evaluate(
             done += len(batch)
             progress(done, count)
     adapters.set_active(editor.transformer, True)
-    meta = {
+    meta: dict[str, Any] = {
         "num_tasks": count,
         "num_noises": config.num_noises,
         "seed": config.seed,
@@ -148,6 +148,8 @@ def evaluate(
         "guidance": editor.config.guidance,
         "true_cfg": editor.config.true_cfg,
         "negative_prompt": editor.config.negative_prompt,
+        "dtype": editor.config.dtype,
+        "max_text_tokens": editor.config.max_text_tokens,
         "tasks": seen.hexdigest(),
         "editor": editor_identity(editor.config),
         "conventions": CONVENTIONS,

@@ -62,7 +62,7 @@ class ForwardProcess(BaseModel):
         adaptive: divide each error by its own size.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["forward_process"] = "forward_process"
     beta: float = Field(default=1.0, gt=0)
     cut: float = Field(default=5.0, gt=0)

@@ -66,7 +66,7 @@ class NeighborSurrogate(BaseModel):
             group disagrees about there is its noise, not its pictures; the papers skip only the last step.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["neighbor"] = "neighbor"
     num_anchors: int = Field(default=4, ge=1)
     clip: float = Field(default=0.2, gt=0)

@@ -71,7 +71,7 @@ class TransitionSurrogate(BaseModel):
             deviation k and Gaussian densities under every law; its mean is not biased below 1.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["transition"] = "transition"
     clip: float = Field(default=1e-4, gt=0)
     clip_high: float | None = Field(default=None, gt=0)

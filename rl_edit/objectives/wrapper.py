@@ -32,7 +32,7 @@ class WrappedContext:
 class Wrapper(BaseModel, ABC):
     """A plain objective with one more term; everything but the loss is the wrapped one's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @property
     @abstractmethod

@@ -85,10 +85,10 @@ def _resolve(function: str) -> Callable[[Candidates], Iterable[object]]:
         raise InputError(f"function({function!r}) does not say where to find the reward. Write it as 'package.module:name'.")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # importing runs it, and what it does then can be anything
         raise InputError(
-            f"The module {module_name!r} of reward function {function!r} cannot be imported ({error}). "
-            "Install it, or put its folder on PYTHONPATH of every process."
+            f"The module {module_name!r} of reward function {function!r} cannot be imported ({type(error).__name__}: {error}). "
+            "Install it, put its folder on PYTHONPATH of every process, or mend it."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -87,6 +89,10 @@ class RewardTerm(BaseModel, ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What its scores follow from besides the candidates: settings without names, weights and places."""
         return _without(self.model_dump(mode="json"), OPERATIONAL | {"name", "weight", "when"})
+
+    def sha256(self) -> str:
+        """Hash of what its share in the reward follows from: scores and weight."""
+        return hashlib.sha256(json.dumps({**self.fingerprint(), "weight": self.weight}, sort_keys=True).encode()).hexdigest()
 
     def reseeded(self) -> Self:
         """The same term with other random numbers; itself where it has no seed."""
