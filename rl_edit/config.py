@@ -389,7 +389,7 @@ def load_config(source: str | Path | None = None, *, preset: str | None = None, 
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read as UTF-8 text ({error}): give a YAML file") from error
     try:
-        raw = yaml.load(text, Loader=_Loader)
+        raw = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):

@@ -236,7 +236,7 @@ def refusal(editor: str, *overrides: str, rewards: dict[str, Any] | None = None)
         ("objective", "test_seams:Loose", ("takes any key", "extra='forbid'")),
         ("objective", "test_seams:Unsteady", ("its check raised KeyError", "forgotten")),
         ("objective", "test_seams:Taught", ("teacher", "reference and acting")),
-        ("objective", "test_seams:Opaque", ("written as JSON",)),
+        ("objective", "test_seams:Opaque", ("cannot be written", "plain values")),
         ("credit", "no_such_module:Rule", ("cannot be imported",)),
     ],
 )
