@@ -225,7 +225,7 @@ def require_same_run(found: Checkpoint, settings: Mapping[str, Any], where: Path
         listed = "; ".join(f"{name}: {_shown(there)} there, {_shown(here)} here" for name, (there, here) in refused.items())
         raise InputError(
             f"{where} belongs to another run ({listed}): one run would mix the results of both. Resume with the run's own config.yaml, "
-            f"accept a change with --allow-config-drift {next(iter(refused))}, or start a new --run-dir."
+            f"accept changes with {' '.join(f'--allow-config-drift {name}' for name in refused)}, or start a new --run-dir."
         )
 
 

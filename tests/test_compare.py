@@ -204,6 +204,12 @@ def test_the_base_has_a_number_only_where_all_runs_agree_on_it(tmp_path: Path) -
     assert base is not None and base.mean == pytest.approx(6.0)
 
 
+def test_a_run_that_did_not_come_to_its_end_is_noted(tmp_path: Path) -> None:
+    assert not compare([evaluated(tmp_path / "whole")]).notes[1:]
+    cut = evaluated(tmp_path / "cut", "train.updates=400")
+    assert compare([cut]).notes[-1] == f"{cut} was evaluated after 50 of its 400 updates"
+
+
 def test_a_run_that_has_trained_on_since_its_evaluation_is_noted(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", adapter="40:beef")
     found = compare([run])

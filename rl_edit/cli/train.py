@@ -150,7 +150,7 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
 
     config, directory = run.config, run.directory
     directory.mkdir(parents=True, exist_ok=True)
-    before = {path: path.read_bytes() for path in (directory / "config.yaml", directory / "run.json") if path.is_file()}
+    before = _said(directory)
     watch = _Watch(console, config)
     lease = Lease.take(directory)
     if took := lease.taking_over():
@@ -166,7 +166,8 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
             with _Signals(stop) as signals:
                 loop = TrainingLoop(run, executor, lease=lease, events=events, observer=watch, stop=stop)
                 outcome = asyncio.run(loop.run(resume=resume))
-        _require_learnt(directory, outcome)
+        if _status(outcome, config) != "stopped":
+            _require_learnt(directory)
         if outcome.adapter is not None:
             adapters.save(directory / "adapter", outcome.adapter, config.lora)
             _save_best(directory, outcome.adapter, config, console)
@@ -203,7 +204,13 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
     return outcome
 
 
-def _require_learnt(directory: Path, outcome: Outcome) -> None:
+def _said(directory: Path) -> dict[Path, bytes]:
+    """What a run says of itself; without its record where that says that it runs, which a killed attempt leaves."""
+    found = {path: path.read_bytes() for path in (directory / "config.yaml", directory / "run.json") if path.is_file()}
+    return {path: content for path, content in found.items() if path.name != "run.json" or b'"status": "running"' not in content}
+
+
+def _require_learnt(directory: Path) -> None:
     """An adapter that no update has moved is no result.
 
     Raises:
@@ -212,7 +219,7 @@ def _require_learnt(directory: Path, outcome: Outcome) -> None:
     from rl_edit.update import TrainingFailed
 
     lines = telemetry.read_jsonl(directory / telemetry.METRICS)
-    if not lines or outcome.updates_done < len(lines) or any(line["groups/used"] and not line["step/skipped"] for line in lines):
+    if not lines or any(line["groups/used"] and not line["step/skipped"] for line in lines):
         return
     why: Counter[str] = Counter()
     for line in lines:

@@ -238,6 +238,11 @@ def compare(directories: Sequence[Path], *, against: Path | None = None) -> Comp
         for run in runs
         if run.stale
     ]
+    notes += [
+        f"{run.directory} was evaluated after {run.updates} of its {run.config.train.updates} updates"
+        for run in runs
+        if run.updates < run.config.train.updates
+    ]
     return Comparison(meta=runs[0].meta, arms=arms, weights=weights, against=chosen, notes=tuple(notes))
 
 
