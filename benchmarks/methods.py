@@ -87,6 +87,10 @@ def rc_grpo(*values: str, tasks: Literal["world", "true", "found"] = "world", ag
     return Row(preset="tiny-rc-grpo", values=(*RC_GRPO, *values), tasks=tasks, against=against)
 
 
+TWO_LEVELS = "{kind: forward_process, num_times: 2, reference_weight: 0}"
+"""DiffusionNFT at a quarter of the states: two noise levels a group instead of five, and no look at the base."""
+SPARE_ROW, SPARE_REGULARISED_ROW = "diffusion-nft, 2 levels, rate 1e-3", "cocoedit, 2 levels, rate 1e-3"
+
 ON_DISK = 256
 NO_ATTENTION_ROW, EVERYWHERE_ROW = "rc-grpo, no attention reward", "rc-grpo, noise everywhere"
 TRUE_ROW, TRUE_REGIONS_ROW = f"rc-grpo, {ON_DISK} tasks", f"spatialflow-grpo, {ON_DISK} tasks"
@@ -102,6 +106,8 @@ ROWS: dict[str, Row] = {
     "spatialflow-grpo": Row(preset="tiny-spatialflow-grpo"),
     "edit-grpo": Row(preset="tiny-edit-grpo"),
     "edit-grpo-neighbor": Row(preset="tiny-edit-grpo", values=tuple(NEIGHBOR_EDIT)),
+    SPARE_ROW: Row(preset="tiny-diffusion-nft", values=(f"algorithm.objective={TWO_LEVELS}", "train.learning_rate=1.0e-3")),
+    SPARE_REGULARISED_ROW: Row(preset="tiny-cocoedit", values=(f"algorithm.objective.inner={TWO_LEVELS}", "train.learning_rate=1.0e-3")),
     NO_ATTENTION_ROW: rc_grpo(*NO_ATTENTION),
     EVERYWHERE_ROW: rc_grpo(*EVERYWHERE, *NO_ATTENTION),
     "rc-grpo + adaptive spread": rc_grpo(*ADAPTIVE, against="rc-grpo"),
@@ -178,6 +184,12 @@ EFFECTS = (
         claim="CoCoEdit: the region regulariser keeps the background better than plain DiffusionNFT",
         one="cocoedit",
         other="diffusion-nft",
+        measure=PSNR,
+    ),
+    Effect(
+        claim="CoCoEdit: the same, at two levels",
+        one=SPARE_REGULARISED_ROW,
+        other=SPARE_ROW,
         measure=PSNR,
     ),
     Effect(
