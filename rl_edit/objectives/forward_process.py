@@ -51,7 +51,8 @@ class ForwardProcess(BaseModel):
     ``l`` is the squared error of the predicted clean sample, divided by its own absolute error without gradient (the adaptive
     weight). With equal weights the sum over both is ``-2 (2r - 1) t e.d + beta t^2 d^2`` up to a constant: advantage-weighted
     regression plus a pull to the acting policy of strength beta; at the acting weights the gradient does not depend on beta.
-    With several credit rows the errors are pooled per region and each has its own r.
+    With several credit rows the errors are pooled per region and each has its own r. ``v_old`` are the acting weights as the update
+    begins, also for groups that older ones made (``train.max_lag``): the samples are regressed on, whoever drew them.
 
     Attributes:
         beta: 1 for single rewards and for editors (CoCoEdit), 0.1 for several rewards.
