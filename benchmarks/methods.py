@@ -62,9 +62,6 @@ ADAPTIVE = ["algorithm.initial_noise={kind: adaptive, start: {inside: 0.7, outsi
 LOCAL = ["algorithm.initial_noise={inside: 0.7, outside: 0.05, locality: 1}"]
 HELD = [f"algorithm.objective={{kind: background_anchored, target: reference, weight: 0.4, inner: {SURROGATE}}}"]
 COPIED = [f"algorithm.objective={{kind: background_anchored, target: source, weight: 0.03, inner: {SURROGATE}}}"]
-NEIGHBOR_EDIT = [
-    f"algorithm={{name: edit-grpo-neighbor, initial_noise: {{inside: 0.7, outside: 0.05}}, objective: {SURROGATE}}}",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +102,7 @@ ROWS: dict[str, Row] = {
     "cocoedit": Row(preset="tiny-cocoedit"),
     "spatialflow-grpo": Row(preset="tiny-spatialflow-grpo"),
     "edit-grpo": Row(preset="tiny-edit-grpo"),
-    "edit-grpo-neighbor": Row(preset="tiny-edit-grpo", values=tuple(NEIGHBOR_EDIT)),
+    "edit-grpo-neighbor": Row(preset="tiny-edit-grpo-neighbor"),
     SPARE_ROW: Row(preset="tiny-diffusion-nft", values=(f"algorithm.objective={TWO_LEVELS}", "train.learning_rate=1.0e-3")),
     SPARE_REGULARISED_ROW: Row(preset="tiny-cocoedit", values=(f"algorithm.objective.inner={TWO_LEVELS}", "train.learning_rate=1.0e-3")),
     NO_ATTENTION_ROW: rc_grpo(*NO_ATTENTION),
