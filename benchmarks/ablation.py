@@ -213,4 +213,4 @@ def _spread(arm: Arm) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    jobs.command(main)

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -146,6 +146,15 @@ def arguments(parser: argparse.ArgumentParser, *, name: str) -> None:
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
 
 
+def command(main: Callable[[], None]) -> None:
+    """Runs a benchmark. Settings that cannot be are one line and exit code 2, as everywhere."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def positive(text: str) -> int:
     """A count on the command line."""
     number = int(text)
@@ -155,12 +164,12 @@ def positive(text: str) -> int:
 
 
 def require_sound(options: argparse.Namespace) -> None:
-    """Refuses options that would make two runs one: a seed given twice, or set for all."""
+    """Raises InputError for options that would make two runs one: a seed given twice, or set for all."""
     if len(set(options.seeds)) != len(options.seeds):
-        sys.exit(f"--seeds {' '.join(map(str, options.seeds))} names one twice: a run of its own would not tell anything new")
+        raise InputError(f"--seeds {' '.join(map(str, options.seeds))} names one twice: a run of its own would not tell anything new")
     for change in options.set:
         if change.partition("=")[0] in OWN:
-            sys.exit(f"--set {change}: the benchmark sets that itself for every run; use its options (--seeds, --tasks, --updates)")
+            raise InputError(f"--set {change}: the benchmark sets that itself for every run; use its options (--seeds, --tasks, --updates)")
 
 
 def run_all(jobs: Sequence[Job], *, side_by_side: int) -> int:

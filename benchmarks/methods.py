@@ -27,7 +27,6 @@ from rl_edit.automask import AutoMask
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import BUILTIN_SHAPES
 from rl_edit.editors import editor_identity
-from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, TOTAL, Arm, Comparison, plain, require_alike
 from rl_edit.evaluation.effort import effort
 from rl_edit.evaluation.statistics import Interval
@@ -426,8 +425,4 @@ def _record(whole: Comparison) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    jobs.command(main)

@@ -252,8 +252,9 @@ class Learner:
         """All passes over the groups, a step per part of them. A step that is skipped undoes those before it and ends the update."""
         train = self.config.train
         parts = [[slot for slot in trained if slot * train.minibatches // train.groups_per_update == p] for p in range(train.minibatches)]
-        begun = [parameter.detach().clone() for parameter in self.parameters]
-        optimizer = copy.deepcopy(self.optimizer.state_dict()) if train.passes * train.minibatches > 1 else None
+        begun = None  # a single step that is skipped has changed nothing
+        if train.passes * train.minibatches > 1:
+            begun = [parameter.detach().clone() for parameter in self.parameters], copy.deepcopy(self.optimizer.state_dict())
         adapters.set_active(self.editor.transformer, True)
         current = adapters.export(self.editor.transformer, step=self.updates_done).id.sha256
         results: list[StepResult] = []
@@ -263,11 +264,10 @@ class Learner:
                 results.append(self._step(own, part, pass_index=index, on_policy=current))
                 current = ""
                 if results[-1].skipped:
-                    with torch.no_grad():
-                        for parameter, value in zip(self.parameters, begun, strict=True):
-                            parameter.copy_(value)
-                    if optimizer is not None:
-                        self.optimizer.load_state_dict(optimizer)
+                    if begun is not None:
+                        for parameter, value in zip(self.parameters, begun[0], strict=True):
+                            parameter.data.copy_(value)
+                        self.optimizer.load_state_dict(begun[1])
                     return results[-1]
         return StepResult(metrics=averaged([result.metrics for result in results]))
 

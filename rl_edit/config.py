@@ -406,9 +406,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and (before := seen.setdefault(key.value, line)) != line:
-                raise yaml.YAMLError(f"{key.value!r} stands in line {before} and again in line {line}: keep one of them")
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} stands in line {seen[key.value]} and again in line {line}: keep one of them")
+            seen[key.value] = line
         return super().construct_mapping(node, deep=deep)
 
 

@@ -479,11 +479,12 @@ def test_a_finished_run_is_not_repeated_and_one_of_other_settings_is_refused(
     ],
 )
 def test_options_that_would_make_two_runs_one_are_refused(
-    methods: Any, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+    methods: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
 ) -> None:
     monkeypatch.setattr("sys.argv", ["methods.py", *arguments])
-    with pytest.raises(SystemExit, match=words):
-        methods.main()
+    with pytest.raises(SystemExit) as refused:
+        methods.jobs.command(methods.main)
+    assert refused.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_stopped_run_is_trained_to_its_end_before_it_is_evaluated(

@@ -276,9 +276,16 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
     assert "\n" not in str(refusal.value)
 
 
-def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("seed: 1\ntrain: {updates: 2}\nname: x\ntrain: {learning_rate: 1}\n")
-    with pytest.raises(InputError, match="'train' stands in line 2 and again in line 4"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\ntrain: {updates: 2}\nname: x\ntrain: {learning_rate: 1}\n", "'train' stands in line 2 and again in line 4"),
+        ("seed: 1\ntrain: {updates: 2, updates: 3}\n", "'updates' stands in line 2 and again in line 2"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=words):
         load_config(tmp_path / "run.yaml")
 
 

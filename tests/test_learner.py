@@ -259,11 +259,19 @@ def halves(small_editor: str) -> Learner:
 
 
 def test_every_minibatch_is_an_optimizer_step_from_its_own_groups_and_the_later_ones_are_off_policy(
-    learner: Learner, halves: Learner, first: Work, start: Any
+    learner: Learner, halves: Learner, first: Work, start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     halves.restore(start[2])
     whole = learner.learn(first.order, *first.groups)[0]
+    real, learnt_from = halves._step, []
+
+    def seen(own: Any, trained: Any, **which: Any) -> Any:
+        learnt_from.append(list(trained))
+        return real(own, trained, **which)
+
+    monkeypatch.setattr(halves, "_step", seen)
     report = halves.learn(first.order, *first.groups)[0]
+    assert learnt_from == [[0], [1]]
     assert whole.metrics["ratio/max_deviation"] == 0.0 < report.metrics["ratio/max_deviation"]
     parameter = halves.parameters[0]
     assert int(halves.optimizer.state[parameter]["step"]) == 2 and int(learner.optimizer.state[learner.parameters[0]]["step"]) == 1
