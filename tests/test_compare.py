@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -277,6 +278,17 @@ def test_compare_prints_the_table_and_writes_page_and_json(rl_edit: Command, tmp
     assert numbers["arms"][0]["gain"]["instruction"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 4}
     assert numbers["arms"][0]["by_type"]["two_regions"]["instruction"]["high"] is None
     assert page.read_text() == comparison_page(compare([one, other], against=other))
+
+
+def test_labels_of_neighbouring_ticks_do_not_touch_and_zero_has_one(tmp_path: Path) -> None:
+    gains = [-0.065, 0.027, -0.065, 0.027]
+    page = comparison_page(compare([evaluated(tmp_path / "run", measured=rows(gains))]))
+    drawn = page[page.index("<svg") : page.index("</svg>")]
+    labels = re.findall(r'<text class="mid" x="([0-9.]+)" y="[0-9.]+">([^<]+)</text>', drawn)
+    ends = [(float(x) - 3.5 * len(text), float(x) + 3.5 * len(text)) for x, text in labels]
+    assert len(labels) > 6 and sum(float(text.replace("\u2212", "-")) == 0 for _, text in labels) == 3
+    for (left, right), (after, _) in itertools.pairwise(ends):
+        assert right + 1.5 < after or after < left  # the next one, or the next panel's
 
 
 def test_the_page_draws_every_run_escapes_its_name_and_needs_nothing_but_itself(tmp_path: Path) -> None:

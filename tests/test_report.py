@@ -210,7 +210,7 @@ def test_title_block_names_run_method_editor_seed_adapter_and_updates(page: str)
 
 def test_headline_tiles_show_delta_interval_n_and_colour_by_whether_zero_is_excluded(page: str) -> None:
     tiles = dict(re.findall(r'<div class="card tile (\w+)">\s*<h2>([^<]+)', page)[i][::-1] for i in range(3))
-    assert tiles == {"Total reward": "better", "Instruction score": "better", "Background PSNR": "unclear"}
+    assert tiles == {"Training reward": "better", "Instruction score": "better", "Background PSNR": "unclear"}
     text = Page(page).text
     assert "+0.131 " in text and "95 % paired interval +0.113 to +0.149, n = 256" in text
     assert "\u22120.03 dB" in text and "95 % paired interval \u22120.09 to +0.03, n = 256" in text
@@ -221,7 +221,7 @@ def test_comparison_table_has_every_metric_with_known_ones_first(page: str) -> N
     table = page[page.index("Base against trained") : page.index("By task type")]
     labels = re.findall(r"<tr><th>([^<]+)", table)
     assert [label.strip() for label in labels[1:]] == [
-        "Total reward",
+        "Training reward",
         "Instruction score",
         "Background PSNR",
         "Background PSNR, zero-filled",

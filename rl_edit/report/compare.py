@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, TOTAL, Arm, Comparison, Measure
 from rl_edit.evaluation.statistics import Interval
-from rl_edit.report.charts import nice_ticks, plain, signed
+from rl_edit.report.charts import CHARACTER, nice_ticks, plain, signed
 from rl_edit.report.page import templates
 
 PANELS = tuple(m for name in ("instruction", "background_psnr_masked", TOTAL) for m in MEASURES if m.name == name)
@@ -116,7 +116,7 @@ def _arm_row(arm: Arm) -> ArmRow:
     seeds = f"seed{'s' if len(arm.seeds) > 1 else ''} {', '.join(map(str, arm.seeds))}"
     return ArmRow(
         label=arm.label,
-        about=f"{arm.runs[0].config.algorithm.name}, {seeds}, {arm.updates} updates",
+        about=f"{arm.runs[0].config.algorithm.name}, {seeds}; {arm.updates} updates",
         cells=tuple(_cell(arm.gain(measure.name), measure) for measure in MEASURES),
         seconds="\u2014" if seconds is None else plain(seconds),
         evaluations=effort.total,
@@ -179,10 +179,15 @@ def _panel(arms: Sequence[Arm], measure: Measure, *, left: float, bottom: float)
     def x(value: float) -> float:
         return left + PANEL * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
-    for tick in ticks:
+    texts = [signed(round(tick, 9), _digits(ticks)) for tick in ticks]
+    # Where labels would touch only every second or third has one, counted from zero.
+    apart = math.ceil((CHARACTER * max(map(len, texts)) + 2) / (PANEL / (len(ticks) - 1)))
+    middle = min(range(len(ticks)), key=lambda index: abs(ticks[index]))
+    for index, (tick, text) in enumerate(zip(ticks, texts, strict=True)):
         zero = ' class="zero"' if abs(tick) < 1e-12 else ""
         parts.append(f'<g class="axes"><line{zero} x1="{x(tick):.1f}" y1="{HEAD:.0f}" x2="{x(tick):.1f}" y2="{bottom:.0f}"/>')
-        parts.append(f'<text class="mid" x="{x(tick):.1f}" y="{bottom + 16:.1f}">{signed(round(tick, 9), _digits(ticks))}</text></g>')
+        shown = text if (index - middle) % apart == 0 else ""
+        parts.append(f'<text class="mid" x="{x(tick):.1f}" y="{bottom + 16:.1f}">{shown}</text></g>')
     for index, arm in enumerate(arms):
         gain, y = gains[arm.label], HEAD + ROW * (index + 0.5)
         if gain is None:

@@ -45,7 +45,7 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric(name="reward", label="Total reward", unit="", digits=3, better=1),
+        Metric(name="reward", label="Training reward", unit="", digits=3, better=1),
         Metric(name="instruction", label="Instruction score", unit="", digits=3, better=1),
         Metric(name="background_psnr_masked", label="Background PSNR", unit="dB", digits=2, better=1),
         Metric(name="background_psnr_zero_filled", label="Background PSNR, zero-filled", unit="dB", digits=2, better=1),
