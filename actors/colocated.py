@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from actors.rollout import RolloutActor
-from rl_edit import adapters
 from rl_edit.config import RunConfig
-from rl_edit.editors import load_editor
-from rl_edit.types import AdapterId, LearnAnswer, LearnOrder, Rolled
+from rl_edit.editors import load_editor, lora
+from rl_edit.types import AdapterId, LearnAnswer, LearnOrder, RolloutResult
 
 
 class Colocated:
@@ -25,7 +24,7 @@ class Colocated:
 
     def __init__(self, config: RunConfig, threads: int, learner_class: Any) -> None:
         editor = load_editor(config.editor)
-        self.rollout = RolloutActor(config, threads, editor=editor, slot=adapters.BEHAVIOUR)
+        self.rollout = RolloutActor(config, threads, editor=editor, slot=lora.BEHAVIOUR)
         self.learner = learner_class(config, threads, editor=editor)
 
     def ready(self) -> int:
@@ -34,7 +33,7 @@ class Colocated:
     def load(self, blob: np.ndarray) -> AdapterId:
         return self.rollout.load(blob)
 
-    def run(self, blob: np.ndarray) -> tuple[Rolled, np.ndarray]:
+    def run(self, blob: np.ndarray) -> tuple[RolloutResult, np.ndarray]:
         return self.rollout.run(blob)
 
     def canary(self) -> str:

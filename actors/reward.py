@@ -11,10 +11,10 @@ import torch
 
 from rl_edit import wire
 from rl_edit.config import RunConfig
-from rl_edit.evaluation.diagnostics import diagnostics
-from rl_edit.evaluation.drift import drift
+from rl_edit.measures.diagnostics import diagnostics
+from rl_edit.measures.drift import drift
+from rl_edit.measures.reward_statistics import change_variance
 from rl_edit.rewards import available, score_candidates
-from rl_edit.rewards.statistics import change_variance
 from rl_edit.types import Candidates, RewardTable, RolloutGroup
 
 
@@ -40,6 +40,10 @@ class RewardActor:
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, group_id=group_id)
         measured = {**diagnostics(candidates), **drift(candidates)}
-        if len(candidates.images) == self._group_size:  # a variance within the group cannot be told from a chunk of it
+        if (
+            len(candidates.images) == self._group_size
+        ):  # a variance within the group cannot be told from a chunk of it
             measured |= change_variance(candidates)
-        return replace(table, components={**table.components, **measured}, seconds=time.perf_counter() - start)
+        return replace(
+            table, components={**table.components, **measured}, seconds=time.perf_counter() - start
+        )

@@ -34,15 +34,26 @@ COMMON = [
 ]
 """Equal for every variant, whatever the preset ships; later values win."""
 
-REGION = [*COMMON, "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: true}"]
-GLOBAL = [*COMMON, "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.7, keep_reference: true}"]
+REGION = [
+    *COMMON,
+    "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: true}",
+]
+GLOBAL = [
+    *COMMON,
+    "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.7, keep_reference: true}",
+]
 MASKED = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: masked}}}}"
 BANDWIDTHS = "algorithm.credit={{kind: group, normalise: minibatch, rows: {{kind: masked, inside: {}, outside: {}}}}}"
 UNIFORM = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: uniform}}}}"
 ACD = ["rewards.attention.weight=0.3"]
-ANCHOR = [f"algorithm.objective={{kind: background_anchored, weight: 0.1, inner: {SURROGATE}}}"]
-LIGHT_ANCHOR = [f"algorithm.objective={{kind: background_anchored, weight: 0.01, inner: {SURROGATE}}}"]
-SPLIT = ["algorithm.credit={kind: split, edit_share: 0.5, normalise: group}", "rewards.preservation.weight=1"]
+ANCHOR = [f"algorithm.objective={{kind: background_regularised, weight: 0.1, inner: {SURROGATE}}}"]
+LIGHT_ANCHOR = [
+    f"algorithm.objective={{kind: background_regularised, weight: 0.01, inner: {SURROGATE}}}"
+]
+SPLIT = [
+    "algorithm.credit={kind: split, edit_share: 0.5, normalise: group}",
+    "rewards.preservation.weight=1",
+]
 
 VARIANTS: dict[str, list[str]] = {
     "global": [*GLOBAL, UNIFORM.format("minibatch")],
@@ -50,7 +61,11 @@ VARIANTS: dict[str, list[str]] = {
     "region + ACD": [*REGION, MASKED.format("minibatch"), *ACD],
     "region, terms standardised per group": [*REGION, MASKED.format("group")],
     "region + source-latent anchor outside (0.1)": [*REGION, MASKED.format("minibatch"), *ANCHOR],
-    "region + source-latent anchor outside (0.01)": [*REGION, MASKED.format("minibatch"), *LIGHT_ANCHOR],
+    "region + source-latent anchor outside (0.01)": [
+        *REGION,
+        MASKED.format("minibatch"),
+        *LIGHT_ANCHOR,
+    ],
     "region, areas judged apart": [*REGION, *SPLIT],
     "region, edit weighs more (h_in 0.5)": [*REGION, BANDWIDTHS.format(0.5, 1.0)],
     "region, background weighs more (h_out 0.5)": [*REGION, BANDWIDTHS.format(1.0, 0.5)],
@@ -87,26 +102,39 @@ def main() -> None:
     options = _options()
     jobs.require_sound(options)
     bases = dict(item.split("=", 1) for item in options.base)
-    every = [job_of(b, path, v, s, options) for s in options.seeds for b, path in bases.items() for v in options.variants]
+    every = [
+        job_of(b, path, v, s, options)
+        for s in options.seeds
+        for b, path in bases.items()
+        for v in options.variants
+    ]
     if options.one is not None:
         every[options.one].run()
         return
     failed = jobs.run_all(every, side_by_side=options.side_by_side)
     write_table(bases, every, options)
     if failed:
-        sys.exit(f"{failed} runs failed; their rows are missing above. Run the same command again to retry them.")
+        sys.exit(
+            f"{failed} runs failed; their rows are missing above. Run the same command again to retry them."
+        )
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", nargs="+", default=["shipped=builtin:tiny-kontext"], help="NAME=EDITOR pairs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", nargs="+", default=["shipped=builtin:tiny-kontext"], help="NAME=EDITOR pairs"
+    )
     parser.add_argument("--variants", nargs="+", default=DEFAULT_VARIANTS, choices=list(VARIANTS))
     parser.add_argument("--updates", type=int, default=30)
     jobs.arguments(parser, name="ablation")
     return parser.parse_args()
 
 
-def job_of(base: str, editor: str, variant: str, seed: int, options: argparse.Namespace) -> jobs.Job:
+def job_of(
+    base: str, editor: str, variant: str, seed: int, options: argparse.Namespace
+) -> jobs.Job:
     changes = [
         f"editor.path={editor}",
         f"train.updates={options.updates}",
@@ -125,7 +153,9 @@ def row_of(base: str, variant: str) -> str:
     return f"{base} | {variant}"
 
 
-def write_table(bases: dict[str, str], every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
+def write_table(
+    bases: dict[str, str], every: Sequence[jobs.Job], options: argparse.Namespace
+) -> None:
     """One row a variant: paired difference to base over all seeds, clustered by task, with 95 % intervals."""
     lines = [
         "# Ablation on the built-in editor",
@@ -141,8 +171,20 @@ def write_table(bases: dict[str, str], every: Sequence[jobs.Job], options: argpa
     ]
     record: dict[str, Any] = {"commit": jobs.commit(), "command": jobs.settings(), "bases": {}}
     for base in bases:
-        arms = {v: found for v in options.variants if (found := jobs.arm(row_of(base, v), every)) is not None}
-        lines += [f"## Base: {base}", "", *_gains(arms, options.variants), "", *_between(arms), *_by_seed(arms), ""]
+        arms = {
+            v: found
+            for v in options.variants
+            if (found := jobs.arm(row_of(base, v), every)) is not None
+        }
+        lines += [
+            f"## Base: {base}",
+            "",
+            *_gains(arms, options.variants),
+            "",
+            *_between(arms),
+            *_by_seed(arms),
+            "",
+        ]
         record["bases"][base] = _recorded(arms)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     jobs.write(options.out, lines)
@@ -153,21 +195,36 @@ def _gains(arms: dict[str, Arm], variants: Sequence[str]) -> list[str]:
     rows = []
     if arms:
         first = next(iter(arms.values()))
-        rows.append(["base", "", *(f"{_mean(first, metric):.{digits}f}" for metric, (_, digits) in METRICS.items()), ""])
+        rows.append(
+            [
+                "base",
+                "",
+                *(f"{_mean(first, metric):.{digits}f}" for metric, (_, digits) in METRICS.items()),
+                "",
+            ]
+        )
     for variant in variants:
         if (arm := arms.get(variant)) is None:
             rows.append([variant, "none finished", *[""] * (len(METRICS) + 1)])
             continue
         cells = [jobs.cell(arm.gain(metric), digits) for metric, (_, digits) in METRICS.items()]
         rows.append([variant, str(len(arm.runs)), *cells, f"{_spread(arm):.2f}"])
-    return jobs.table(["variant", "seeds", *(label for label, _ in METRICS.values()), "PSNR spread"], rows)
+    return jobs.table(
+        ["variant", "seeds", *(label for label, _ in METRICS.values()), "PSNR spread"], rows
+    )
 
 
 def _between(arms: dict[str, Arm]) -> list[str]:
     """Variant against variant, paired by task and noise."""
     shown = ("instruction", "background_psnr_masked", TOTAL)
     rows = [
-        [f"{one} minus {other}", *(jobs.cell(arms[one].over(arms[other], metric), METRICS[metric][1]) for metric in shown)]
+        [
+            f"{one} minus {other}",
+            *(
+                jobs.cell(arms[one].over(arms[other], metric), METRICS[metric][1])
+                for metric in shown
+            ),
+        ]
         for one, other in COMPARISONS
         if one in arms and other in arms
     ]
@@ -175,16 +232,23 @@ def _between(arms: dict[str, Arm]) -> list[str]:
 
 
 def _by_seed(arms: dict[str, Arm]) -> list[str]:
-    lines = ["Differences to base by seed (instruction; background PSNR, dB), to show what the intervals over tasks do not:", ""]
+    lines = [
+        "Differences to base by seed (instruction; background PSNR, dB), to show what the intervals over tasks do not:",
+        "",
+    ]
     for variant, arm in arms.items():
         edits, backgrounds = arm.by_seed("instruction"), arm.by_seed("background_psnr_masked")
-        lines.append(f"- {variant}: {' | '.join(f'{seed}: {edits[seed]:+.3f}; {backgrounds[seed]:+.2f}' for seed in arm.seeds)}")
+        lines.append(
+            f"- {variant}: {' | '.join(f'{seed}: {edits[seed]:+.3f}; {backgrounds[seed]:+.2f}' for seed in arm.seeds)}"
+        )
     return lines
 
 
 def _recorded(arms: dict[str, Arm]) -> dict[str, Any]:
     comparisons = {
-        f"{one} - {other}": {metric: plain(arms[one].over(arms[other], metric)) for metric in METRICS}
+        f"{one} - {other}": {
+            metric: plain(arms[one].over(arms[other], metric)) for metric in METRICS
+        }
         for one, other in COMPARISONS
         if one in arms and other in arms
     }
@@ -207,7 +271,9 @@ def _mean(arm: Arm, metric: str) -> float:
 
 
 def _spread(arm: Arm) -> float:
-    lines = [line for run in arm.runs for line in telemetry.read_jsonl(run.directory / telemetry.METRICS)]
+    lines = [
+        line for run in arm.runs for line in telemetry.read_jsonl(run.directory / telemetry.METRICS)
+    ]
     values = [line["background/psnr/spread"] for line in lines if "background/psnr/spread" in line]
     return sum(values) / max(1, len(values))
 

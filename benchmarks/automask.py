@@ -22,43 +22,61 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from rl_edit.automask import AutoMask, FoundRegions, agreement
 from rl_edit.cli.find_masks import Observation, Outcome, observe, summarise
 from rl_edit.config import load_config
 from rl_edit.data import DataConfig, open_requests, shapes
 from rl_edit.data.compbench import write_compbench
 from rl_edit.data.images import read_mask
+from rl_edit.data.mask_finding import FoundRegions, MaskFinder, agreement
 from rl_edit.data.rows import Request, Row, load
 from rl_edit.editors import BUILTIN, Editor, load_editor
-from rl_edit.evaluation.statistics import paired_bootstrap
+from rl_edit.measures.intervals import paired_bootstrap
 from rl_edit.types import PairedTask
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADLINE: dict[str, dict[str, Any]] = {"change only": {"attention_weight": 0.0}, "attention only": {"attention_weight": 1.0}, "both": {}}
+HEADLINE: dict[str, dict[str, Any]] = {
+    "change only": {"attention_weight": 0.0},
+    "attention only": {"attention_weight": 1.0},
+    "both": {},
+}
 CHOICES: dict[str, dict[str, Any]] = {
-    **{f"attention_weight {weight:g}": {"attention_weight": weight} for weight in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)},
+    **{
+        f"attention_weight {weight:g}": {"attention_weight": weight}
+        for weight in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
+    },
     **{f"margin {margin:g}": {"margin": margin} for margin in (0.0, 0.016, 0.047)},
     **{f"smoothing {width:g}": {"smoothing": width} for width in (0.008, 0.031)},
     "box false": {"box": False},
     "box false, margin 0.047": {"box": False, "margin": 0.047},
     "floor 0": {"floor": 0.0},
 }
-MEASURES = {"iou": "IoU", "precision": "precision", "recall": "recall", "same_number": "as many places"}
+MEASURES = {
+    "iou": "IoU",
+    "precision": "precision",
+    "recall": "recall",
+    "same_number": "as many places",
+}
 
 
 Seen = Sequence[tuple[Request, torch.Tensor, Observation]]
 """Tasks with their true mask and what was done with them."""
 
 
-def seen_of(editor: Editor, split: str, count: int, samples: int, num_steps: int) -> tuple[Seen, Seen]:
+def seen_of(
+    editor: Editor, split: str, count: int, samples: int, num_steps: int
+) -> tuple[Seen, Seen]:
     """Tasks of a split as the base editor edits them, and as an editor would that makes every edit right."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "tasks"
         write_compbench((shapes.task(split, index) for index in range(count)), root)
         found, ideal = [], []
-        for request in track(open_requests(DataConfig(path=str(root))), description=f"{split} tasks"):
+        for request in track(
+            open_requests(DataConfig(path=str(root))), description=f"{split} tasks"
+        ):
             assert isinstance(request, Row)
-            mask = torch.from_numpy(read_mask(request.mask, polarity="edit_white", where=request.where).edit)
+            mask = torch.from_numpy(
+                read_mask(request.mask, polarity="edit_white", where=request.where).edit
+            )
             task = load(request, polarity="edit_white")
             assert isinstance(task, PairedTask)
             seen = observe(editor, task, samples=samples, num_steps=num_steps, seed=0)
@@ -68,13 +86,15 @@ def seen_of(editor: Editor, split: str, count: int, samples: int, num_steps: int
     return found, ideal
 
 
-def outcomes_of(seen: Seen, automask: AutoMask) -> list[Outcome]:
+def outcomes_of(seen: Seen, automask: MaskFinder) -> list[Outcome]:
     outcomes = []
     for request, mask, observation in seen:
         found = automask(observation.change, observation.attention)
         if isinstance(found, FoundRegions):
             agreed = agreement(found.regions.any(dim=0), mask)
-            outcomes.append(Outcome(request=request, regions=len(found.regions), refusal=None, agreement=agreed))
+            outcomes.append(
+                Outcome(request=request, regions=len(found.regions), refusal=None, agreement=agreed)
+            )
         else:
             outcomes.append(Outcome(request=request, regions=0, refusal=found, agreement=None))
     return outcomes
@@ -82,21 +102,33 @@ def outcomes_of(seen: Seen, automask: AutoMask) -> list[Outcome]:
 
 def gain(before: Sequence[Outcome], after: Sequence[Outcome]) -> str:
     """Paired difference in IoU over the rows that both have a mask for."""
-    pairs = [(b.agreement.iou, a.agreement.iou) for b, a in zip(before, after, strict=True) if b.agreement and a.agreement]
+    pairs = [
+        (b.agreement.iou, a.agreement.iou)
+        for b, a in zip(before, after, strict=True)
+        if b.agreement and a.agreement
+    ]
     interval = paired_bootstrap([b for b, _ in pairs], [a for _, a in pairs], seed=0)
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] (n = {interval.n})"
 
 
 def cells(part: dict[str, Any]) -> str:
     """Measures of one summary, with their intervals."""
-    shown = [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if (v := part.get(name)) else "" for name in MEASURES]
+    shown = [
+        f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if (v := part.get(name)) else ""
+        for name in MEASURES
+    ]
     return " | ".join([str(part["found"]), str(part["not_found"]), *shown])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--editor", default=BUILTIN)
-    parser.add_argument("--tasks", type=int, default=64, help="held-out tasks; as many training tasks and half again choose the defaults")
+    parser.add_argument(
+        "--tasks",
+        type=int,
+        default=64,
+        help="held-out tasks; as many training tasks and half again choose the defaults",
+    )
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "automask.md")
     arguments = parser.parse_args()
@@ -108,7 +140,10 @@ def main() -> None:
     heldout, ideal = seen_of(editor, "heldout", arguments.tasks, arguments.samples, steps)
     seconds = (time.perf_counter() - began) / (len(choosing) + len(heldout))
     commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     head = " | ".join(["found", "not found", *MEASURES.values()])
     rule = "|---" * (3 + len(MEASURES)) + "|"
@@ -126,19 +161,40 @@ def main() -> None:
         rule,
     ]
     for name, values in HEADLINE.items():
-        summary = summarise(outcomes_of(heldout, AutoMask(**values)))
-        lines += [f"| {name}{'' if kind == 'all' else f', {kind}'} | {cells(part)} |" for kind, part in summary.items()]
-    bound = summarise(outcomes_of(ideal, AutoMask(**HEADLINE["change only"])))["all"]
+        summary = summarise(outcomes_of(heldout, MaskFinder(**values)))
+        lines += [
+            f"| {name}{'' if kind == 'all' else f', {kind}'} | {cells(part)} |"
+            for kind, part in summary.items()
+        ]
+    bound = summarise(outcomes_of(ideal, MaskFinder(**HEADLINE["change only"])))["all"]
     lines.append(f"| change of the right edit | {cells(bound)} |")
-    change_only = AutoMask(**HEADLINE["change only"])
-    gains = [gain(outcomes_of(seen, change_only), outcomes_of(seen, AutoMask())) for seen in (heldout, choosing)]
-    lines += ["", f"Both minus change only, IoU, paired: {gains[0]} on held-out tasks, {gains[1]} on training tasks."]
-    lines += ["", f"## {num_choosing} training tasks: what chose the defaults", "", f"| changed from the default | {head} |", rule]
+    change_only = MaskFinder(**HEADLINE["change only"])
+    gains = [
+        gain(outcomes_of(seen, change_only), outcomes_of(seen, MaskFinder()))
+        for seen in (heldout, choosing)
+    ]
+    lines += [
+        "",
+        f"Both minus change only, IoU, paired: {gains[0]} on held-out tasks, {gains[1]} on training tasks.",
+    ]
+    lines += [
+        "",
+        f"## {num_choosing} training tasks: what chose the defaults",
+        "",
+        f"| changed from the default | {head} |",
+        rule,
+    ]
     for name, values in {"nothing": {}, **CHOICES}.items():
-        lines.append(f"| {name} | {cells(summarise(outcomes_of(choosing, AutoMask(**values)))['all'])} |")
+        lines.append(
+            f"| {name} | {cells(summarise(outcomes_of(choosing, MaskFinder(**values)))['all'])} |"
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    reading = arguments.out.read_text().partition("\n## Reading\n")[2] if arguments.out.is_file() else ""
-    arguments.out.write_text("\n".join([*lines, ""]) + (f"\n## Reading\n{reading}" if reading else ""))
+    reading = (
+        arguments.out.read_text().partition("\n## Reading\n")[2] if arguments.out.is_file() else ""
+    )
+    arguments.out.write_text(
+        "\n".join([*lines, ""]) + (f"\n## Reading\n{reading}" if reading else "")
+    )
     print(arguments.out.read_text())
 
 

@@ -33,12 +33,29 @@ UPDATE = 3
 """The update with the fault, from 0. Checkpoints are made every 2 updates, so a driver that dies in it has an update to repeat."""
 
 RUN = (
-    *("train", "--preset", "tiny-rc-grpo", "train.updates=6", "train.groups_per_update=2", "train.checkpoint_every=2"),
+    *(
+        "train",
+        "--preset",
+        "tiny-rc-grpo",
+        "train.updates=6",
+        "train.groups_per_update=2",
+        "train.checkpoint_every=2",
+    ),
     *("rollout.chunk=4", "data.num_train=16", "actors.num_rollout=1", "actors.threads=1"),
 )
 KINDS = ("SIGKILL", "SIGTERM", "exception")
 MOST_ATTEMPTS = 3
-ROUTINE = frozenset({"started", "preflight", "update_applied", "checkpoint", "finished", "placement_advice", "groups_dropped"})
+ROUTINE = frozenset(
+    {
+        "started",
+        "preflight",
+        "update_applied",
+        "checkpoint",
+        "finished",
+        "placement_advice",
+        "groups_dropped",
+    }
+)
 """Events that say nothing about a fault."""
 
 
@@ -69,7 +86,10 @@ def run_cell(work: Path, point: str, kind: str) -> Cell:
         return Cell(**json.loads(kept.read_text()))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    run, fault = folder / "run", Fault(point=point, kind=kind, update=UPDATE, marker=folder / "struck") if point else None
+    run, fault = (
+        folder / "run",
+        Fault(point=point, kind=kind, update=UPDATE, marker=folder / "struck") if point else None,
+    )
     codes: list[int] = []
     seconds, left = 0.0, list[str]()
     while len(codes) < MOST_ATTEMPTS and codes[-1:] != [0]:
@@ -78,7 +98,13 @@ def run_cell(work: Path, point: str, kind: str) -> Cell:
             ended = attempt.ended(timeout_s=900)
         codes.append(ended.code)
         seconds, left = seconds + ended.seconds, left + [title[:80] for title in ended.left]
-    cell = Cell(**outcome(run), codes=codes, seconds=round(seconds, 1), struck=fault is not None and fault.marker.is_file(), left=left)
+    cell = Cell(
+        **outcome(run),
+        codes=codes,
+        seconds=round(seconds, 1),
+        struck=fault is not None and fault.marker.is_file(),
+        left=left,
+    )
     kept.write_text(json.dumps(asdict(cell), indent=2) + "\n")
     return cell
 
@@ -87,13 +113,21 @@ def outcome(run: Path) -> dict[str, Any]:
     """What a run directory holds at the end; empty texts where it holds none."""
     files = sorted((run / "adapter").glob("*.safetensors"))
     states = sorted((run / "checkpoints").glob("step_*/state.json"))
-    lines = (run / "events.jsonl").read_text().splitlines() if (run / "events.jsonl").is_file() else []
+    lines = (
+        (run / "events.jsonl").read_text().splitlines() if (run / "events.jsonl").is_file() else []
+    )
     events = [json.loads(line) for line in lines]
     return {
         "adapter": hashlib.sha256(files[0].read_bytes()).hexdigest() if files else "",
         "chain": json.loads(states[-1].read_text())["ledger"]["chain"] if states else "",
-        "updates": [{k: v for k, v in event.items() if k != "time"} for event in events if event["event"] == "update_applied"],
-        "events": dict(Counter(event["event"] for event in events if event["event"] not in ROUTINE)),
+        "updates": [
+            {k: v for k, v in event.items() if k != "time"}
+            for event in events
+            if event["event"] == "update_applied"
+        ],
+        "events": dict(
+            Counter(event["event"] for event in events if event["event"] not in ROUTINE)
+        ),
     }
 
 
@@ -120,7 +154,10 @@ def row(point: str, kind: str, cell: Cell, golden: Cell) -> str:
 
 def table(golden: Cell, cells: dict[tuple[str, str], Cell]) -> str:
     commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=, with changes"], capture_output=True, text=True, check=False
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=, with changes"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     sound = sum(not problems(cell, golden) for cell in cells.values())
     return "\n".join(
@@ -149,8 +186,15 @@ def table(golden: Cell, cells: dict[tuple[str, str], Cell]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "golden", help="where cells are kept; delete it to start over")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "golden",
+        help="where cells are kept; delete it to start over",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "golden.md")
     parser.add_argument("--points", nargs="+", choices=POINTS, default=POINTS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
@@ -159,7 +203,10 @@ def main() -> int:
     golden = run_cell(asked.work, "", "")
     print(f"golden: adapter {golden.adapter[:12]}, {golden.seconds:.0f} s", flush=True)
     if golden.codes != [0]:
-        print(f"the run without a fault ended with {golden.codes}: see {asked.work / 'golden'}", file=sys.stderr)
+        print(
+            f"the run without a fault ended with {golden.codes}: see {asked.work / 'golden'}",
+            file=sys.stderr,
+        )
         return 1
     cells = {}
     for point in asked.points:

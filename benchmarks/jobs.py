@@ -27,8 +27,8 @@ from rl_edit.editors import editor_identity
 from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import Arm, read_runs, require_alike
 from rl_edit.evaluation.effort import effort
-from rl_edit.evaluation.statistics import Interval
-from rl_edit.update import TrainingFailed
+from rl_edit.measures.intervals import Interval
+from rl_edit.method.update import TrainingFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,7 +38,15 @@ TOTAL_WEIGHTS = {"judge": 0.1, "preservation": 1.0}
 
 TELL_EVERY_S = 60.0
 
-OWN = ("seed", "name", "train.updates", "evaluation.num_tasks", "data.num_heldout", "data.path", "data.heldout_path")
+OWN = (
+    "seed",
+    "name",
+    "train.updates",
+    "evaluation.num_tasks",
+    "data.num_heldout",
+    "data.path",
+    "data.heldout_path",
+)
 """Settings that tell the runs of a benchmark apart, or that its options give."""
 
 
@@ -80,13 +88,18 @@ class Job:
         if not self.stamp_file.is_file():
             return False
         if json.loads(self.stamp_file.read_text())["stamp"] != self.stamp:
-            sys.exit(f"{self.directory} was made with other settings or editor weights: give another --work or remove it")
+            sys.exit(
+                f"{self.directory} was made with other settings or editor weights: give another --work or remove it"
+            )
         return (self.directory / "evaluation.json").is_file()
 
     def trained(self) -> bool:
         """Whether training came to its end. A run that was stopped leaves an adapter too, of the updates it had done."""
         record = self.directory / "run.json"
-        return record.is_file() and json.loads(record.read_text())["status"] in ("done", "done early")
+        return record.is_file() and json.loads(record.read_text())["status"] in (
+            "done",
+            "done early",
+        )
 
     def done(self) -> float:
         """Model evaluations done so far."""
@@ -106,11 +119,19 @@ class Job:
 
         torch.set_num_threads(1)
         self.stamp_file.parent.mkdir(parents=True, exist_ok=True)
-        self.stamp_file.write_text(json.dumps({"row": self.row, "stamp": self.stamp, "commit": commit()}) + "\n")
+        self.stamp_file.write_text(
+            json.dumps({"row": self.row, "stamp": self.stamp, "commit": commit()}) + "\n"
+        )
         try:
             if not self.trained():
-                train(self.config, self.directory, resume=self.directory.is_dir() and any(self.directory.iterdir()))
-            evaluate_run(self.config, self.directory / "adapter", self.directory, console=Console(quiet=True))
+                train(
+                    self.config,
+                    self.directory,
+                    resume=self.directory.is_dir() and any(self.directory.iterdir()),
+                )
+            evaluate_run(
+                self.config, self.directory / "adapter", self.directory, console=Console(quiet=True)
+            )
         except typer.Exit as stopped:
             sys.exit(stopped.exit_code)
         except KeyboardInterrupt:
@@ -140,9 +161,21 @@ def arguments(parser: argparse.ArgumentParser, *, name: str) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tasks", type=positive, default=256, help="held-out tasks")
     parser.add_argument("--set", nargs="*", default=[], help="further overrides for every run")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / name, help="where runs are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.md", help="the table; its numbers go beside it as .json")
-    parser.add_argument("--side-by-side", type=positive, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / name, help="where runs are kept"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / f"{name}.md",
+        help="the table; its numbers go beside it as .json",
+    )
+    parser.add_argument(
+        "--side-by-side",
+        type=positive,
+        default=os.cpu_count() or 1,
+        help="runs at a time, one thread each",
+    )
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
 
 
@@ -166,10 +199,14 @@ def positive(text: str) -> int:
 def require_sound(options: argparse.Namespace) -> None:
     """Raises InputError for options that would make two runs one: a seed given twice, or set for all."""
     if len(set(options.seeds)) != len(options.seeds):
-        raise InputError(f"--seeds {' '.join(map(str, options.seeds))} names one twice: a run of its own would not tell anything new")
+        raise InputError(
+            f"--seeds {' '.join(map(str, options.seeds))} names one twice: a run of its own would not tell anything new"
+        )
     for change in options.set:
         if change.partition("=")[0] in OWN:
-            raise InputError(f"--set {change}: the benchmark sets that itself for every run; use its options (--seeds, --tasks, --updates)")
+            raise InputError(
+                f"--set {change}: the benchmark sets that itself for every run; use its options (--seeds, --tasks, --updates)"
+            )
 
 
 def run_all(jobs: Sequence[Job], *, side_by_side: int) -> int:
@@ -186,7 +223,12 @@ def run_all(jobs: Sequence[Job], *, side_by_side: int) -> int:
         while queue or running:
             while queue and len(running) < side_by_side:
                 index = queue.pop(0)
-                running[index] = (subprocess.Popen([sys.executable, *sys.argv, "--one", str(index)], env=environment), time.time())
+                running[index] = (
+                    subprocess.Popen(
+                        [sys.executable, *sys.argv, "--one", str(index)], env=environment
+                    ),
+                    time.time(),
+                )
             time.sleep(1)
             for index in [i for i, (process, _) in running.items() if process.poll() is not None]:
                 process, start = running.pop(index)
@@ -217,8 +259,15 @@ class _Progress:
     def tell(self, what: str) -> None:
         done = sum(job.done() for job in self._jobs)
         spent, gained = time.time() - self._began, done - self._before
-        left = f"about {spent / gained * (self._total - done) / 60:.0f} min left" if gained else "time left unknown yet"
-        print(f"[{self.over}/{len(self._jobs)} runs, {done / self._total:.0%} of the evaluations, {left}] {what}", flush=True)
+        left = (
+            f"about {spent / gained * (self._total - done) / 60:.0f} min left"
+            if gained
+            else "time left unknown yet"
+        )
+        print(
+            f"[{self.over}/{len(self._jobs)} runs, {done / self._total:.0%} of the evaluations, {left}] {what}",
+            flush=True,
+        )
         self.told = time.time()
 
 
@@ -236,7 +285,11 @@ def cell(interval: Interval | None, digits: int) -> str:
     """A difference with its interval."""
     if interval is None:
         return ""
-    ends = f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]" if math.isfinite(interval.low) else "(one task)"
+    ends = (
+        f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+        if math.isfinite(interval.low)
+        else "(one task)"
+    )
     return f"{interval.mean:+.{digits}f} {ends}"
 
 
@@ -248,7 +301,9 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def write(out: Path, lines: Sequence[str]) -> None:
     """The table. What a person wrote below it under "## Reading" stays: it is not the command's to delete."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _, heading, reading = out.read_text().partition("\n## Reading\n") if out.is_file() else ("", "", "")
+    _, heading, reading = (
+        out.read_text().partition("\n## Reading\n") if out.is_file() else ("", "", "")
+    )
     out.write_text("\n".join(lines) + heading + reading)
     print("\n".join(lines))
 
@@ -265,7 +320,12 @@ def provenance(script: str) -> list[str]:
 
 
 def commit() -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return result.stdout.strip() or "unknown"
 
 

@@ -23,13 +23,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jobs
-from rl_edit.automask import AutoMask
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import BUILTIN_SHAPES
+from rl_edit.data.mask_finding import MaskFinder
 from rl_edit.editors import editor_identity
-from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, TOTAL, Arm, Comparison, plain, require_alike
+from rl_edit.evaluation.comparison import (
+    COMMON_MEASURES,
+    MEASURES,
+    TOTAL,
+    Arm,
+    Comparison,
+    plain,
+    require_alike,
+)
 from rl_edit.evaluation.effort import effort
-from rl_edit.evaluation.statistics import Interval
+from rl_edit.measures.intervals import Interval
 
 EVALUATIONS = 15_360
 """Forwards of one latent state that a run may ask for: 30 updates of ``rc-grpo``, as in ``ablation.py``."""
@@ -57,10 +65,16 @@ EVERYWHERE = [
     "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.7, keep_reference: true}",
     "algorithm.credit={kind: group, normalise: minibatch, rows: {kind: uniform}}",
 ]
-ADAPTIVE = ["algorithm.initial_noise={kind: adaptive, start: {inside: 0.7, outside: 0.05}, watch: judge.instruction}"]
-LOCAL = ["algorithm.initial_noise={inside: 0.7, outside: 0.05, locality: 1}"]
-HELD = [f"algorithm.objective={{kind: background_anchored, target: reference, weight: 0.4, inner: {SURROGATE}}}"]
-COPIED = [f"algorithm.objective={{kind: background_anchored, target: source, weight: 0.03, inner: {SURROGATE}}}"]
+ADAPTIVE = [
+    "algorithm.initial_noise={kind: adaptive, start: {inside: 0.7, outside: 0.05}, watch: judge.instruction}"
+]
+LOCAL = ["algorithm.initial_noise={inside: 0.7, outside: 0.05, background_pull: 1}"]
+HELD = [
+    f"algorithm.objective={{kind: background_regularised, target: reference, weight: 0.4, inner: {SURROGATE}}}"
+]
+COPIED = [
+    f"algorithm.objective={{kind: background_regularised, target: source, weight: 0.03, inner: {SURROGATE}}}"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +93,18 @@ class Row:
     against: str = ""
 
 
-def rc_grpo(*values: str, tasks: Literal["world", "true", "found"] = "world", against: str = "") -> Row:
+def rc_grpo(
+    *values: str, tasks: Literal["world", "true", "found"] = "world", against: str = ""
+) -> Row:
     return Row(preset="tiny-rc-grpo", values=(*RC_GRPO, *values), tasks=tasks, against=against)
 
 
 TWO_LEVELS = "{kind: forward_process, num_times: 2, reference_weight: 0}"
 """DiffusionNFT at a quarter of the states: two noise levels a group instead of five, and no look at the base."""
-SPARE_ROW, SPARE_REGULARISED_ROW = "diffusion-nft, 2 levels, rate 1e-3", "cocoedit, 2 levels, rate 1e-3"
+SPARE_ROW, SPARE_REGULARISED_ROW = (
+    "diffusion-nft, 2 levels, rate 1e-3",
+    "cocoedit, 2 levels, rate 1e-3",
+)
 
 ON_DISK = 256
 NO_ATTENTION_ROW, EVERYWHERE_ROW = "rc-grpo, no attention reward", "rc-grpo, noise everywhere"
@@ -102,18 +121,26 @@ ROWS: dict[str, Row] = {
     "spatialflow-grpo": Row(preset="tiny-spatialflow-grpo"),
     "edit-grpo": Row(preset="tiny-edit-grpo"),
     "edit-grpo-neighbor": Row(preset="tiny-edit-grpo-neighbor"),
-    SPARE_ROW: Row(preset="tiny-diffusion-nft", values=(f"algorithm.objective={TWO_LEVELS}", "train.learning_rate=1.0e-3")),
-    SPARE_REGULARISED_ROW: Row(preset="tiny-cocoedit", values=(f"algorithm.objective.inner={TWO_LEVELS}", "train.learning_rate=1.0e-3")),
+    SPARE_ROW: Row(
+        preset="tiny-diffusion-nft",
+        values=(f"algorithm.objective={TWO_LEVELS}", "train.learning_rate=1.0e-3"),
+    ),
+    SPARE_REGULARISED_ROW: Row(
+        preset="tiny-cocoedit",
+        values=(f"algorithm.objective.inner={TWO_LEVELS}", "train.learning_rate=1.0e-3"),
+    ),
     NO_ATTENTION_ROW: rc_grpo(*NO_ATTENTION),
     EVERYWHERE_ROW: rc_grpo(*EVERYWHERE, *NO_ATTENTION),
     "rc-grpo + adaptive spread": rc_grpo(*ADAPTIVE, against="rc-grpo"),
-    "rc-grpo + locality": rc_grpo(*LOCAL, against="rc-grpo"),
+    "rc-grpo + background_pull": rc_grpo(*LOCAL, against="rc-grpo"),
     "rc-grpo + background held at the base": rc_grpo(*HELD, against="rc-grpo"),
     "rc-grpo + background pulled to the source": rc_grpo(*COPIED, against="rc-grpo"),
     TRUE_ROW: rc_grpo(tasks="true"),
     f"{TRUE_ROW} + masks found": rc_grpo(tasks="found", against=TRUE_ROW),
     TRUE_REGIONS_ROW: Row(preset="tiny-spatialflow-grpo", tasks="true"),
-    f"{TRUE_REGIONS_ROW} + regions found": Row(preset="tiny-spatialflow-grpo", tasks="found", against=TRUE_REGIONS_ROW),
+    f"{TRUE_REGIONS_ROW} + regions found": Row(
+        preset="tiny-spatialflow-grpo", tasks="found", against=TRUE_REGIONS_ROW
+    ),
 }
 
 
@@ -145,7 +172,9 @@ class Effect:
     def verdict(self, interval: Interval | None) -> str:
         if interval is None:
             return "not measured"
-        low, mean = (-interval.high, -interval.mean) if self.falls else (interval.low, interval.mean)
+        low, mean = (
+            (-interval.high, -interval.mean) if self.falls else (interval.low, interval.mean)
+        )
         high = -interval.low if self.falls else interval.high
         if low > 0:
             return "reproduced"
@@ -175,7 +204,12 @@ EFFECTS = (
         other=NO_ATTENTION_ROW,
         measure=PSNR,
     ),
-    Effect(claim="RC-GRPO-Editing: the whole method edits better than the base", one="rc-grpo", other="", measure="instruction"),
+    Effect(
+        claim="RC-GRPO-Editing: the whole method edits better than the base",
+        one="rc-grpo",
+        other="",
+        measure="instruction",
+    ),
     Effect(
         claim="CoCoEdit: the region regulariser keeps the background better than plain DiffusionNFT",
         one="cocoedit",
@@ -219,14 +253,29 @@ def main() -> None:
     failed = jobs.run_all(every, side_by_side=options.side_by_side)
     write_table(every, options)
     if failed:
-        sys.exit(f"{failed} runs failed; their rows are missing above. Run the same command again to retry them.")
+        sys.exit(
+            f"{failed} runs failed; their rows are missing above. Run the same command again to retry them."
+        )
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help=f"of: {'; '.join(ROWS)}")
-    parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="model evaluations of a run")
-    parser.add_argument("--updates", type=jobs.positive, help="updates of every run instead, for a small try")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(ROWS),
+        choices=list(ROWS),
+        metavar="ROW",
+        help=f"of: {'; '.join(ROWS)}",
+    )
+    parser.add_argument(
+        "--evaluations", type=int, default=EVALUATIONS, help="model evaluations of a run"
+    )
+    parser.add_argument(
+        "--updates", type=jobs.positive, help="updates of every run instead, for a small try"
+    )
     jobs.arguments(parser, name="methods")
     return parser.parse_args()
 
@@ -237,20 +286,39 @@ def job_of(row: str, seed: int, options: argparse.Namespace) -> jobs.Job:
     on_disk = []
     if asked.tasks != "world":
         # A found mask may miss the edit altogether: the judge then gives no score, and the group is dropped.
-        on_disk = [f"data.path={tasks_at(asked.tasks, options)}", f"data.heldout_path={BUILTIN_SHAPES}", "train.max_dropped_groups=8"]
-    changes = [*COMMON, *jobs.overrides(seed=seed, tasks=options.tasks), *asked.values, *on_disk, f"name={row}", *options.set]
+        on_disk = [
+            f"data.path={tasks_at(asked.tasks, options)}",
+            f"data.heldout_path={BUILTIN_SHAPES}",
+            "train.max_dropped_groups=8",
+        ]
+    changes = [
+        *COMMON,
+        *jobs.overrides(seed=seed, tasks=options.tasks),
+        *asked.values,
+        *on_disk,
+        f"name={row}",
+        *options.set,
+    ]
     config = load_config(preset=asked.preset, overrides=changes)
     updates = options.updates or updates_within(config, options.evaluations)
     config = load_config(preset=asked.preset, overrides=[*changes, f"train.updates={updates}"])
-    return jobs.Job(row=row, directory=options.work / jobs.slug(row) / f"seed_{seed}", config=config)
+    return jobs.Job(
+        row=row, directory=options.work / jobs.slug(row) / f"seed_{seed}", config=config
+    )
 
 
 def tasks_at(tasks: str, options: argparse.Namespace) -> Path:
     """Where a row's tasks on disk are. Masks that another editor or other settings found are other tasks, in another place."""
     if tasks == "true":
         return options.work / "tasks-true"
-    settings = {"editor": editor_identity(load_config(preset="tiny-rc-grpo", overrides=options.set).editor), **AutoMask().model_dump()}
-    return options.work / f"tasks-found-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+    settings = {
+        "editor": editor_identity(load_config(preset="tiny-rc-grpo", overrides=options.set).editor),
+        **MaskFinder().model_dump(),
+    }
+    return (
+        options.work
+        / f"tasks-found-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+    )
 
 
 def write_tasks(tasks: str, options: argparse.Namespace) -> None:
@@ -276,7 +344,9 @@ def updates_within(config: RunConfig, evaluations: int) -> int:
     """
     one = effort(config).total
     if evaluations < one:
-        sys.exit(f"--evaluations {evaluations} is below the {one} of one update of {config.name}: allow more")
+        sys.exit(
+            f"--evaluations {evaluations} is below the {one} of one update of {config.name}: allow more"
+        )
     return evaluations // one
 
 
@@ -287,7 +357,13 @@ def write_table(every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
         sys.exit("no run is finished: there is nothing to tell")
     runs = [run for arm in arms.values() for run in arm.runs]
     require_alike(runs)
-    whole = Comparison(meta=runs[0].meta, arms=tuple(arms.values()), weights=jobs.TOTAL_WEIGHTS, against=arms.get("rc-grpo"), notes=())
+    whole = Comparison(
+        meta=runs[0].meta,
+        arms=tuple(arms.values()),
+        weights=jobs.TOTAL_WEIGHTS,
+        against=arms.get("rc-grpo"),
+        notes=(),
+    )
     budget = (
         f"{options.updates} updates each, so evaluations are not equal"
         if options.updates
@@ -334,13 +410,26 @@ def write_table(every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
         "",
     ]
     jobs.write(options.out, lines)
-    options.out.with_suffix(".json").write_text(json.dumps(_record(whole), indent=2, allow_nan=False) + "\n")
+    options.out.with_suffix(".json").write_text(
+        json.dumps(_record(whole), indent=2, allow_nan=False) + "\n"
+    )
 
 
 def _gains(whole: Comparison, rows: Sequence[str]) -> list[str]:
-    heading = ["row", "seeds", "updates", "evaluations", *(m.heading for m in MEASURES), "s an update", "evaluations an update"]
+    heading = [
+        "row",
+        "seeds",
+        "updates",
+        "evaluations",
+        *(m.heading for m in MEASURES),
+        "s an update",
+        "evaluations an update",
+    ]
     base = [whole.base(measure.name) for measure in MEASURES]
-    means = ["" if found is None else f"{found.mean:.{m.digits}f}" for found, m in zip(base, MEASURES, strict=True)]
+    means = [
+        "" if found is None else f"{found.mean:.{m.digits}f}"
+        for found, m in zip(base, MEASURES, strict=True)
+    ]
     cells = [["base", "", "", "", *means, "", ""]]
     arms = {arm.label: arm for arm in whole.arms}
     for row in rows:
@@ -349,8 +438,20 @@ def _gains(whole: Comparison, rows: Sequence[str]) -> list[str]:
             continue
         seconds, one = arm.seconds_per_update, arm.effort
         gains = [jobs.cell(arm.gain(measure.name), measure.digits) for measure in MEASURES]
-        costs = ["" if seconds is None else f"{seconds:.2f}", f"{one.total} ({one.rollout} + {one.learning})"]
-        cells.append([row, str(len(arm.runs)), str(arm.updates), str(arm.updates * one.total), *gains, *costs])
+        costs = [
+            "" if seconds is None else f"{seconds:.2f}",
+            f"{one.total} ({one.rollout} + {one.learning})",
+        ]
+        cells.append(
+            [
+                row,
+                str(len(arm.runs)),
+                str(arm.updates),
+                str(arm.updates * one.total),
+                *gains,
+                *costs,
+            ]
+        )
     return jobs.table(heading, cells)
 
 
@@ -366,37 +467,69 @@ def said(gain: Interval | None) -> str:
     """Whether an interval lies above zero."""
     if gain is None:
         return "not measured"
-    return "yes" if gain.low > 0 else "no; it falls" if gain.high < 0 else "no; the interval includes zero"
+    return (
+        "yes"
+        if gain.low > 0
+        else "no; it falls"
+        if gain.high < 0
+        else "no; the interval includes zero"
+    )
 
 
 def _effects(arms: dict[str, Arm]) -> list[str]:
     rows = []
     for effect in EFFECTS:
-        interval, measure = effect.found(arms), next(m for m in MEASURES if m.name == effect.measure)
+        interval, measure = (
+            effect.found(arms),
+            next(m for m in MEASURES if m.name == effect.measure),
+        )
         where = f", {effect.task_type.replace('_', ' ')}" if effect.task_type else ""
         compared = f"{effect.one} minus {effect.other or 'base'}, {measure.heading}{where}"
-        shown = "" if interval is None else f"{jobs.cell(interval, measure.digits)}, n = {interval.n}"
+        shown = (
+            "" if interval is None else f"{jobs.cell(interval, measure.digits)}, n = {interval.n}"
+        )
         rows.append([effect.claim, compared, shown, effect.verdict(interval)])
     return jobs.table(["published", "compared", "difference", "here"], rows)
 
 
 def _beyond(arms: dict[str, Arm]) -> list[str]:
     rows = [
-        [row, against, *(jobs.cell(arms[row].over(arms[against], measure.name), measure.digits) for measure in COMMON_MEASURES)]
+        [
+            row,
+            against,
+            *(
+                jobs.cell(arms[row].over(arms[against], measure.name), measure.digits)
+                for measure in COMMON_MEASURES
+            ),
+        ]
         for row in arms
         if (against := ROWS[row].against) in arms
     ]
-    return jobs.table(["with it", "without it", *(measure.heading for measure in COMMON_MEASURES)], rows)
+    return jobs.table(
+        ["with it", "without it", *(measure.heading for measure in COMMON_MEASURES)], rows
+    )
 
 
 def _by_type(arms: dict[str, Arm]) -> list[str]:
     lines: list[str] = []
     kinds = next(iter(arms.values())).task_types()
     for measure in (m for m in MEASURES if m.name in BY_TYPE):
-        gains = {row: {kind: arm.gain(measure.name, task_type=kind) for kind in kinds} for row, arm in arms.items()}
-        sizes = {kind: max((gain.n for found in gains.values() if (gain := found[kind])), default=0) for kind in kinds}
-        heading = [measure.heading, *(f"{kind.replace('_', ' ')} (n = {sizes[kind]})" for kind in kinds)]
-        rows = [[row, *(jobs.cell(found[kind], measure.digits) for kind in kinds)] for row, found in gains.items()]
+        gains = {
+            row: {kind: arm.gain(measure.name, task_type=kind) for kind in kinds}
+            for row, arm in arms.items()
+        }
+        sizes = {
+            kind: max((gain.n for found in gains.values() if (gain := found[kind])), default=0)
+            for kind in kinds
+        }
+        heading = [
+            measure.heading,
+            *(f"{kind.replace('_', ' ')} (n = {sizes[kind]})" for kind in kinds),
+        ]
+        rows = [
+            [row, *(jobs.cell(found[kind], measure.digits) for kind in kinds)]
+            for row, found in gains.items()
+        ]
         lines += [*jobs.table(heading, rows), ""]
     return lines
 
@@ -404,8 +537,12 @@ def _by_type(arms: dict[str, Arm]) -> list[str]:
 def _by_seed(arms: dict[str, Arm]) -> list[str]:
     lines = []
     for row, arm in arms.items():
-        reward, edit, background = (arm.by_seed(measure) for measure in ("reward", "instruction", PSNR))
-        lines.append(f"- {row}: {' | '.join(f'{s}: {reward[s]:+.3f}; {edit[s]:+.3f}; {background[s]:+.2f}' for s in arm.seeds)}")
+        reward, edit, background = (
+            arm.by_seed(measure) for measure in ("reward", "instruction", PSNR)
+        )
+        lines.append(
+            f"- {row}: {' | '.join(f'{s}: {reward[s]:+.3f}; {edit[s]:+.3f}; {background[s]:+.2f}' for s in arm.seeds)}"
+        )
     return lines
 
 
@@ -414,14 +551,32 @@ def _record(whole: Comparison) -> dict[str, Any]:
     effects = []
     for effect in EFFECTS:
         interval = effect.found(arms)
-        told = {"claim": effect.claim, "one": effect.one, "other": effect.other or "base", "measure": effect.measure}
-        effects.append({**told, "task_type": effect.task_type, "difference": plain(interval), "here": effect.verdict(interval)})
+        told = {
+            "claim": effect.claim,
+            "one": effect.one,
+            "other": effect.other or "base",
+            "measure": effect.measure,
+        }
+        effects.append(
+            {
+                **told,
+                "task_type": effect.task_type,
+                "difference": plain(interval),
+                "here": effect.verdict(interval),
+            }
+        )
     raised = {row: said(arm.gain("reward")) for row, arm in arms.items()}
     compared = whole.record()
     for arm in compared["arms"]:
         # Where runs lay on the machine that made the table is nobody's business.
         arm["runs"] = [Path(run).name for run in arm["runs"]]
-    return {"commit": jobs.commit(), "command": jobs.settings(), **compared, "raises_training_reward": raised, "effects": effects}
+    return {
+        "commit": jobs.commit(),
+        "command": jobs.settings(),
+        **compared,
+        "raises_training_reward": raised,
+        "effects": effects,
+    }
 
 
 if __name__ == "__main__":

@@ -20,19 +20,19 @@ from typing import Any
 
 import torch
 
-from actors.crew import Crew, crew
-from actors.local import LocalExecutor
+from actors.local_executor import LocalExecutor
 from actors.reward import RewardActor
+from actors.roles import Roles, crew
 from actors.rollout import RolloutActor
-from learner.executor import Executor
+from learner.controller.executor import Executor
+from learner.controller.loop import TaskCursor
 from learner.learner import Learner
-from learner.loop import TaskCursor
 from rl_edit import wire
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.editors import inspect_editor
-from rl_edit.exploration import keyed_seed
+from rl_edit.method.exploration import keyed_seed
 from rl_edit.types import LearnOrder, LearnSlot, WorkItem
 from scaling import RESULTS, Stopwatch, control, report
 from sleepers import Naps, sleeping_crew
@@ -52,9 +52,15 @@ class Budget:
 
 BUDGETS = (
     Budget(
-        name="1 rollout actor, 1 thread in every process; bare: 1 thread", overrides=("actors.num_rollout=1", "actors.threads=1"), threads=1
+        name="1 rollout actor, 1 thread in every process; bare: 1 thread",
+        overrides=("actors.num_rollout=1", "actors.threads=1"),
+        threads=1,
     ),
-    Budget(name="the demo: 2 rollout actors x 1 thread, learner 2 threads; bare: 2 threads", overrides=("actors.threads=null",), threads=2),
+    Budget(
+        name="the demo: 2 rollout actors x 1 thread, learner 2 threads; bare: 2 threads",
+        overrides=("actors.threads=null",),
+        threads=2,
+    ),
 )
 
 
@@ -79,12 +85,16 @@ class Bare:
         self.rollout = RolloutActor(config, threads)
         self.reward = RewardActor(config, dataset.fields, threads)
         self.learner = Learner(config, threads)
-        self.cursor = TaskCursor(dataset, seed=config.seed, groups_per_update=config.train.groups_per_update)
+        self.cursor = TaskCursor(
+            dataset, seed=config.seed, groups_per_update=config.train.groups_per_update
+        )
         self.multiple = inspect_editor(config.editor).pixels_per_token
         report, blob, _, _ = self.learner.export()
         self.adapter = report.adapter
         self.rollout.load(blob)
-        torch.set_num_threads(threads)  # of the process: constructing the others may have changed it
+        torch.set_num_threads(
+            threads
+        )  # of the process: constructing the others may have changed it
 
     def update(self, update: int) -> float:
         """Applies an update. Returns the seconds of its tensor work: packing what the learner takes packed is not in it."""
@@ -96,21 +106,27 @@ class Bare:
             table = self.reward.table(group.candidates, group_id=group.group_id)
             seconds += time.perf_counter() - began
             blobs.append(wire.pack(group))
-            slots.append(LearnSlot(task_type=item.task.task_type, areas=group.areas, tables=(wire.pack(table),)))
+            slots.append(
+                LearnSlot(
+                    task_type=item.task.task_type, areas=group.areas, tables=(wire.pack(table),)
+                )
+            )
         began = time.perf_counter()
-        answer, blob, _, _ = self.learner.learn(LearnOrder(update=update, plan=str(update), slots=tuple(slots)), *blobs)
+        answer, blob, _, _ = self.learner.learn(
+            LearnOrder(update=update, plan=str(update), slots=tuple(slots)), *blobs
+        )
         self.rollout.load(blob)
         self.adapter = answer.adapter
         return seconds + time.perf_counter() - began
 
     def _item(self, update: int, slot: int) -> WorkItem:
-        task, draw = self.cursor.at(update, slot)
+        task, epoch = self.cursor.at(update, slot)
         size = self.config.rollout.group_size
         return WorkItem(
-            group_id=f"{keyed_seed(self.config.seed, 'work', update, slot, task.task_id, draw):016x}",  # as the loop names it: seeds follow
+            group_id=f"{keyed_seed(self.config.seed, 'work', update, slot, task.task_id, epoch):016x}",  # as the loop names it: seeds follow
             chunk=(0, size),
             task=fit(task, resolution=self.config.editor.resolution, multiple=self.multiple),
-            draw=draw,
+            epoch=epoch,
             update=update,
             num_candidates=size,
             run_seed=self.config.seed,
@@ -132,8 +148,13 @@ class Alternating:
         # The first update began before this observer saw anything; it is not counted, so its own measure will do.
         ray_s = time.perf_counter() - self.went_on if self.went_on else metrics["seconds/update"]
         bare_s = self.bare.update(metrics["update"])
-        self.pairs.append(Pair(ray_s=ray_s, bare_s=bare_s, same=str(self.bare.adapter) == metrics["adapter"]))
-        print(f"  update {metrics['update']}: Ray {ray_s:.2f} s, bare {bare_s:.2f} s, ratio {self.pairs[-1].ratio:.3f}", flush=True)
+        self.pairs.append(
+            Pair(ray_s=ray_s, bare_s=bare_s, same=str(self.bare.adapter) == metrics["adapter"])
+        )
+        print(
+            f"  update {metrics['update']}: Ray {ray_s:.2f} s, bare {bare_s:.2f} s, ratio {self.pairs[-1].ratio:.3f}",
+            flush=True,
+        )
         self.went_on = time.perf_counter()
 
     def note(self, text: str) -> None:
@@ -146,11 +167,11 @@ def demo(updates: int, *overrides: str) -> RunConfig:
     return load_config(preset="tiny-rc-grpo", overrides=changes)
 
 
-def on_ray(config: RunConfig, posts: Crew) -> Executor:
-    from actors import pool
+def on_ray(config: RunConfig, posts: Roles) -> Executor:
+    from actors import ray_executor
 
-    pool.connect(config)
-    return pool.RayExecutor(posts)
+    ray_executor.connect(config)
+    return ray_executor.RayExecutor(posts)
 
 
 def compared(budget: Budget, pairs: int, *overrides: str) -> list[Pair]:
@@ -158,7 +179,13 @@ def compared(budget: Budget, pairs: int, *overrides: str) -> list[Pair]:
     config = demo(WARM + pairs + 1, *overrides, *budget.overrides)
     dataset = open_dataset(config.data, "train")
     watch = Alternating(Bare(config, dataset, budget.threads))
-    control(config, dataset, on_ray(config, crew(config, dataset.fields, Learner)), watch, pixels_per_token=watch.bare.multiple)
+    control(
+        config,
+        dataset,
+        on_ray(config, crew(config, dataset.fields, Learner)),
+        watch,
+        pixels_per_token=watch.bare.multiple,
+    )
     return watch.pairs[WARM:-1]
 
 
@@ -166,8 +193,18 @@ def own_ms(runtime: str, updates: int, *overrides: str) -> tuple[float, float]:
     """Milliseconds an item (by the clock, computed by the controller's thread) when workers answer at once."""
     config = demo(updates, *overrides, "actors.preflight=false")
     posts, dataset, watch = sleeping_crew(Naps()), open_dataset(config.data, "train"), Stopwatch()
-    executor = on_ray(config, posts) if runtime == "ray" else LocalExecutor(posts, threaded=runtime == "thread")
-    control(config, dataset, executor, watch, pixels_per_token=inspect_editor(config.editor).pixels_per_token)
+    executor = (
+        on_ray(config, posts)
+        if runtime == "ray"
+        else LocalExecutor(posts, threaded=runtime == "thread")
+    )
+    control(
+        config,
+        dataset,
+        executor,
+        watch,
+        pixels_per_token=inspect_editor(config.editor).pixels_per_token,
+    )
     items = config.train.groups_per_update * len(config.rollout.chunks)
     clock, busy = watch.per_update()
     return 1000 * clock / items, 1000 * busy / items
@@ -187,13 +224,24 @@ def summary(budget: Budget, pairs: Sequence[Pair]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8, help="of updates, for each budget; 1 or more")
-    parser.add_argument("--empty-updates", type=int, default=40, help="of the runs whose workers answer at once; 7 or more")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=8, help="of updates, for each budget; 1 or more"
+    )
+    parser.add_argument(
+        "--empty-updates",
+        type=int,
+        default=40,
+        help="of the runs whose workers answer at once; 7 or more",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.md")
     given = parser.parse_args()
     if given.pairs < 1 or given.empty_updates < 7:
-        parser.error(f"--pairs {given.pairs} --empty-updates {given.empty_updates} leave nothing to count: give 1 and 7, or more")
+        parser.error(
+            f"--pairs {given.pairs} --empty-updates {given.empty_updates} leave nothing to count: give 1 and 7, or more"
+        )
     rows = []
     for budget in BUDGETS:
         print(budget.name, flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from learner.planning import GroupCost, recommend
+from learner.controller.placement import GroupCost, recommend
 
 MIB = 2**20
 CANDIDATES = 12
@@ -46,7 +46,9 @@ def tokens(pixels: int) -> int:
 def forward_tflop(pixels: int) -> float:
     """One transformer call on one candidate: target, source and text tokens; matrix products only."""
     length = 2 * tokens(pixels) + TEXT_TOKENS
-    linear = 2 * length * BLOCKS * 12 * WIDTH**2  # 12 WIDTH^2 weights a block: q, k, v, output and a fourfold MLP
+    linear = (
+        2 * length * BLOCKS * 12 * WIDTH**2
+    )  # 12 WIDTH^2 weights a block: q, k, v, output and a fourfold MLP
     attention = 4 * length**2 * WIDTH * BLOCKS
     return (linear + attention) / 1e12
 
@@ -113,10 +115,14 @@ PROFILES = {
 def main() -> None:
     for name, one in PROFILES.items():
         seconds = f"rollout {one.cost.rollout_s:.1f} s, reward {one.cost.reward_s:.1f} s, learn {one.cost.learn_s:.1f} s"
-        print(f"{name}: a group {seconds}, {one.group_bytes / MIB:.0f} MiB; the adapter {one.adapter_bytes / MIB:.0f} MiB")
+        print(
+            f"{name}: a group {seconds}, {one.group_bytes / MIB:.0f} MiB; the adapter {one.adapter_bytes / MIB:.0f} MiB"
+        )
         for workers in (8, 64):
             for max_lag in (0, 1):
-                print(f"  max_lag {max_lag}: {recommend(one.cost, workers, 2 * workers, max_lag, chunks=3).words}")
+                print(
+                    f"  max_lag {max_lag}: {recommend(one.cost, workers, 2 * workers, max_lag, chunks=3).words}"
+                )
 
 
 if __name__ == "__main__":

@@ -27,11 +27,17 @@ from typing import Any
 
 import torch
 
-from actors.local import LocalExecutor
-from learner.executor import Executor
-from learner.lease import Lease
-from learner.loop import Run, TrainingLoop
-from learner.planning import GroupCost, Seats, colocated_seconds, iteration_seconds, recommend
+from actors.local_executor import LocalExecutor
+from learner.controller.executor import Executor
+from learner.controller.lease import Lease
+from learner.controller.loop import Run, TrainingLoop
+from learner.controller.placement import (
+    GroupCost,
+    WorkerCounts,
+    colocated_seconds,
+    iteration_seconds,
+    recommend,
+)
 from profiles import CANDIDATES, PROFILES, tokens
 from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
@@ -60,7 +66,7 @@ class Case:
 
     name: str
     profile: str
-    seats: Seats
+    seats: WorkerCounts
     groups: int
     max_lag: int
     colocated: bool = False
@@ -122,7 +128,9 @@ class OneTask:
         mask = torch.zeros(pixels, pixels, dtype=torch.bool)
         mask[: pixels // 2] = True
         source = torch.zeros(pixels, pixels, 3, dtype=torch.uint8)
-        self._task = EditTask(task_id="", task_type="edit", source=source, instruction="make it blue", edit_mask=mask)
+        self._task = EditTask(
+            task_id="", task_type="edit", source=source, instruction="make it blue", edit_mask=mask
+        )
 
     def __len__(self) -> int:
         return 1024
@@ -149,7 +157,9 @@ class Stopwatch:
         """Median (seconds, computing seconds) of the steady updates, each with its successor: one step off they alternate."""
         steady = self.ended[FILL - 1 : len(self.ended) - FILL]
         pairs = list(zip(steady, steady[2:], strict=False))
-        clock, busy = (statistics.median((later[i] - sooner[i]) / 2 for sooner, later in pairs) for i in (0, 1))
+        clock, busy = (
+            statistics.median((later[i] - sooner[i]) / 2 for sooner, later in pairs) for i in (0, 1)
+        )
         return clock, busy
 
 
@@ -161,13 +171,38 @@ def cases() -> list[Case]:
             groups = 2 * gpus
             for max_lag in (0, 1):
                 seats = recommend(PROFILES[profile].cost, gpus, groups, max_lag, CHUNKS).seats
-                found.append(Case(name=f"{profile}-{gpus}-lag{max_lag}", profile=profile, seats=seats, groups=groups, max_lag=max_lag))
-            seats = Seats(rollout=gpus, reward=gpus, learner=gpus)
-            found.append(Case(name=f"{profile}-{gpus}-colocated", profile=profile, seats=seats, groups=groups, max_lag=0, colocated=True))
+                found.append(
+                    Case(
+                        name=f"{profile}-{gpus}-lag{max_lag}",
+                        profile=profile,
+                        seats=seats,
+                        groups=groups,
+                        max_lag=max_lag,
+                    )
+                )
+            seats = WorkerCounts(rollout=gpus, reward=gpus, learner=gpus)
+            found.append(
+                Case(
+                    name=f"{profile}-{gpus}-colocated",
+                    profile=profile,
+                    seats=seats,
+                    groups=groups,
+                    max_lag=0,
+                    colocated=True,
+                )
+            )
     found += [swept(rollout) for rollout in ROLLOUT_ACTORS]
     seats = recommend(PROFILES["kontext-512-6"].cost, 8, 16, 1, CHUNKS).seats
     found += [
-        Case(name=f"ray-8-lag{max_lag}", profile="kontext-512-6", seats=seats, groups=16, max_lag=max_lag, ray=True) for max_lag in (0, 1)
+        Case(
+            name=f"ray-8-lag{max_lag}",
+            profile="kontext-512-6",
+            seats=seats,
+            groups=16,
+            max_lag=max_lag,
+            ray=True,
+        )
+        for max_lag in (0, 1)
     ]
     return found
 
@@ -175,9 +210,18 @@ def cases() -> list[Case]:
 def swept(rollout: int) -> Case:
     """So many rollout actors, two groups for each, and of the other roles as many as keep up with them."""
     cost = PROFILES["kontext-1024-28"].cost
-    reward, learner = (max(1, round(rollout * seconds / cost.rollout_s)) for seconds in (cost.reward_s, cost.learn_s))
-    seats = Seats(rollout=rollout, reward=reward, learner=learner)
-    return Case(name=f"sweep-{rollout}", profile="kontext-1024-28", seats=seats, groups=2 * rollout, max_lag=1)
+    reward, learner = (
+        max(1, round(rollout * seconds / cost.rollout_s))
+        for seconds in (cost.reward_s, cost.learn_s)
+    )
+    seats = WorkerCounts(rollout=rollout, reward=reward, learner=learner)
+    return Case(
+        name=f"sweep-{rollout}",
+        profile="kontext-1024-28",
+        seats=seats,
+        groups=2 * rollout,
+        max_lag=1,
+    )
 
 
 def config_of(case: Case, updates: int) -> RunConfig:
@@ -218,10 +262,10 @@ def timed(case: Case, *, seconds: float, updates: int) -> Timing:
     config = config_of(case, updates)
     crew = sleeping_crew(naps_of(case, scale), colocated=case.colocated)
     if case.ray:
-        from actors import pool
+        from actors import ray_executor
 
-        pool.connect(config)
-        executor: Executor = pool.RayExecutor(crew)
+        ray_executor.connect(config)
+        executor: Executor = ray_executor.RayExecutor(crew)
     else:
         executor = LocalExecutor(crew, threaded=True)
     watch = Stopwatch()
@@ -230,14 +274,29 @@ def timed(case: Case, *, seconds: float, updates: int) -> Timing:
     return Timing(case=case, model_s=seconds, measured_s=measured_s, busy_s=busy_s)
 
 
-def control(config: RunConfig, dataset: Any, executor: Executor, observer: Any, *, pixels_per_token: int = PIXELS_PER_TOKEN) -> None:
+def control(
+    config: RunConfig,
+    dataset: Any,
+    executor: Executor,
+    observer: Any,
+    *,
+    pixels_per_token: int = PIXELS_PER_TOKEN,
+) -> None:
     """The real loop from its first update to its last, in a directory that is thrown away."""
 
     async def whole(directory: Path) -> None:
-        run = Run(config=config, dataset=dataset, directory=directory, settings={}, pixels_per_token=pixels_per_token)
+        run = Run(
+            config=config,
+            dataset=dataset,
+            directory=directory,
+            settings={},
+            pixels_per_token=pixels_per_token,
+        )
         events = telemetry.Events(directory / telemetry.EVENTS)
         try:
-            await TrainingLoop(run, executor, lease=Lease.take(directory), events=events, observer=observer).run(resume=False)
+            await TrainingLoop(
+                run, executor, lease=Lease.take(directory), events=events, observer=observer
+            ).run(resume=False)
         finally:
             await executor.close()
 
@@ -289,7 +348,9 @@ def verdict(timings: Sequence[Timing]) -> list[str]:
 def report(path: Path, title: str, lines: Iterable[str]) -> None:
     """Writes a results file that says where its numbers come from."""
     git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    commit = (
+        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    )
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     origin = f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {os.cpu_count()} cores. Command: `{command}`."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,15 +359,27 @@ def report(path: Path, title: str, lines: Iterable[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of an update in the shrunken model")
-    parser.add_argument("--updates", type=int, default=10, help=f"of each case; {FEWEST_UPDATES} or more")
-    parser.add_argument("--cases", nargs="*", default=[], help="only cases whose name contains one of these")
-    parser.add_argument("--profile", help="profile the controller in this case instead of writing results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of an update in the shrunken model"
+    )
+    parser.add_argument(
+        "--updates", type=int, default=10, help=f"of each case; {FEWEST_UPDATES} or more"
+    )
+    parser.add_argument(
+        "--cases", nargs="*", default=[], help="only cases whose name contains one of these"
+    )
+    parser.add_argument(
+        "--profile", help="profile the controller in this case instead of writing results"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.md")
     given = parser.parse_args()
     if given.updates < FEWEST_UPDATES:
-        parser.error(f"--updates {given.updates} leaves no steady pair of updates: give {FEWEST_UPDATES} or more")
+        parser.error(
+            f"--updates {given.updates} leaves no steady pair of updates: give {FEWEST_UPDATES} or more"
+        )
     words = [given.profile] if given.profile else given.cases
     chosen = [case for case in cases() if not words or any(word in case.name for word in words)]
     if not chosen:

@@ -15,13 +15,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.crew import Crew, Post
+from actors.roles import Roles, WorkerSpec
 from rl_edit import wire
-from rl_edit.adapters import digest
-from rl_edit.types import AdapterId, AdapterWeights, LearnAnswer, LearnerState, LearnOrder, LearnReport, RewardTable, Rolled
+from rl_edit.editors.lora import digest
+from rl_edit.types import (
+    AdapterId,
+    AdapterWeights,
+    LearnAnswer,
+    LearnerState,
+    LearnOrder,
+    LearnReport,
+    RewardTable,
+    RolloutResult,
+)
 
 REWARDS = {"judge": 1.0, "preservation": 0.6, "attention": 0.1}
-COMPONENTS = ("background.psnr", "background.ssim", "change.inside", "concentration", "judge.instruction", "judge.quality")
+COMPONENTS = (
+    "background.psnr",
+    "background.ssim",
+    "change.inside",
+    "concentration",
+    "judge.instruction",
+    "judge.quality",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +71,18 @@ class Sleeper:
     def load(self, blob: np.ndarray) -> None:
         time.sleep(self.naps.publish_s)
 
-    def run(self, blob: np.ndarray) -> tuple[Rolled, np.ndarray]:
+    def run(self, blob: np.ndarray) -> tuple[RolloutResult, np.ndarray]:
         began = time.perf_counter()
         item = _fields(blob)
         group_id, chunk = item["group_id"], item["chunk"]["$tuple"]
         work_id = f"{group_id}.{chunk[0]}-{chunk[1]}"
-        group = np.frombuffer(json.dumps({"group_id": group_id, "rows": chunk[1] - chunk[0]}).encode(), dtype=np.uint8)
+        group = np.frombuffer(
+            json.dumps({"group_id": group_id, "rows": chunk[1] - chunk[0]}).encode(), dtype=np.uint8
+        )
         areas = torch.zeros(1, 1, self.naps.tokens, dtype=torch.bool)
         areas[0, 0, 0] = True
         _sleep_until(began + self.naps.rollout_s)
-        rolled = Rolled(
+        rolled = RolloutResult(
             work_id=work_id,
             adapter=AdapterId(**item["adapter"]["fields"]),
             sha256=hashlib.sha256(work_id.encode()).hexdigest(),
@@ -104,7 +122,9 @@ class Sleeper:
     def _answer(self, *, plan: str, used: int, seconds: float) -> LearnAnswer:
         tensors = {"weight": torch.tensor([float(self.updates_done)])}
         weights = AdapterWeights(id=AdapterId(self.updates_done, digest(tensors)), tensors=tensors)
-        report = LearnReport(adapter=weights.id, result=weights.id, plan=plan, metrics={}, used=used, seconds=seconds)
+        report = LearnReport(
+            adapter=weights.id, result=weights.id, plan=plan, metrics={}, used=used, seconds=seconds
+        )
         state = wire.pack(LearnerState(updates_done=self.updates_done, tensors=tensors))
         return report, wire.pack(weights), state, np.empty(0, dtype=np.uint8)
 
@@ -116,10 +136,13 @@ class Sleeper:
         return replace(answer[0], seconds=time.perf_counter() - began), *answer[1:]
 
 
-def sleeping_crew(naps: Naps, *, colocated: bool = False) -> Crew:
+def sleeping_crew(naps: Naps, *, colocated: bool = False) -> Roles:
     """Every role asleep, each in processes of its own, or all three by turns in the same ones."""
     return {
-        role: Post(process="colocated" if colocated else role, make=Sleeper, arguments=(naps,)) for role in ("rollout", "reward", "learner")
+        role: WorkerSpec(
+            process="colocated" if colocated else role, make=Sleeper, arguments=(naps,)
+        )
+        for role in ("rollout", "reward", "learner")
     }
 
 

@@ -94,7 +94,11 @@ def _cpu_ticks() -> tuple[int, int]:
 def cases(latency_s: float, num_reward: int) -> list[Case]:
     """Without and with the latency, the latter with one reward actor and with several, on-policy and one step off."""
     seats = ((0.0, 1), (latency_s, 1), (latency_s, num_reward))
-    return [Case(latency_s=latency, max_lag=lag, num_reward=number) for lag in (0, 1) for latency, number in seats]
+    return [
+        Case(latency_s=latency, max_lag=lag, num_reward=number)
+        for lag in (0, 1)
+        for latency, number in seats
+    ]
 
 
 def judged(body: dict[str, Any], number: int) -> Answer:
@@ -127,20 +131,50 @@ def kept(work: Path, case: Case, *, updates: int, idle_s: float) -> Timing:
 
 
 def timed(case: Case, *, updates: int) -> Timing:
-    with serving(judged, delay_s=case.latency_s) as judge, tempfile.TemporaryDirectory() as temporary:
+    with (
+        serving(judged, delay_s=case.latency_s) as judge,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         run, overrides = Path(temporary) / "run", settings(case, judge.url, updates)
-        command = [sys.executable, "-m", "rl_edit", "train", "--preset", "tiny-rc-grpo", "--run-dir", str(run), *overrides]
-        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
-        ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet}, capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "rl_edit",
+            "train",
+            "--preset",
+            "tiny-rc-grpo",
+            "--run-dir",
+            str(run),
+            *overrides,
+        ]
+        quiet = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_worker_niceness": "0",
+        }
+        ended = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **quiet},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if ended.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
+            raise SystemExit(
+                f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+            )
         return timing(case, load_config(preset="tiny-rc-grpo", overrides=overrides), run, judge)
 
 
 def timing(case: Case, config: RunConfig, run: Path, judge: JudgeServer) -> Timing:
     """What a finished run says of itself."""
     lines = telemetry.read_jsonl(run / telemetry.METRICS)[WARM:-COOL]
-    applied = [event["time"] for event in telemetry.read_jsonl(run / telemetry.EVENTS) if event["event"] == "update_applied"]
+    applied = [
+        event["time"]
+        for event in telemetry.read_jsonl(run / telemetry.EVENTS)
+        if event["event"] == "update_applied"
+    ]
     update_s = (applied[-1 - COOL] - applied[WARM - 1]) / len(lines)
     rollout_s = fmean(line["seconds/rollout"] for line in lines)
     return Timing(
@@ -188,12 +222,30 @@ def table(timings: Sequence[Timing]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, default=3.0, help="seconds of the slow judge before each answer")
-    parser.add_argument("--num-reward", type=int, default=4, help="reward actors where there are several")
-    parser.add_argument("--updates", type=int, default=6, help=f"of each run; {WARM + COOL + 1} or more")
-    parser.add_argument("--idle", type=float, default=0.0, help="before each run, wait until the machine was idle for so many seconds")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "slow_judge", help="where cases are kept; delete it to start over")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--latency", type=float, default=3.0, help="seconds of the slow judge before each answer"
+    )
+    parser.add_argument(
+        "--num-reward", type=int, default=4, help="reward actors where there are several"
+    )
+    parser.add_argument(
+        "--updates", type=int, default=6, help=f"of each run; {WARM + COOL + 1} or more"
+    )
+    parser.add_argument(
+        "--idle",
+        type=float,
+        default=0.0,
+        help="before each run, wait until the machine was idle for so many seconds",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "slow_judge",
+        help="where cases are kept; delete it to start over",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "slow_judge.md")
     given = parser.parse_args()
     if given.updates <= WARM + COOL or given.latency <= 0 or given.num_reward < 2:

@@ -1,6 +1,6 @@
 """How many CPU threads an actor should get: rollouts per second for processes x threads, as ratios in one run.
 
-Oversubscribed OpenMP threads wait for each other inside every layer. ``actors/crew.py`` splits the cores by this table::
+Oversubscribed OpenMP threads wait for each other inside every layer. ``actors/roles.py`` splits the cores by this table::
 
     python benchmarks/threads.py            # writes benchmarks/results/threads.md
 """
@@ -33,13 +33,22 @@ def rollouts(threads: int, ready: Any, go: Any, times: Any) -> None:
 
     config = load_config(preset="tiny-rc-grpo", overrides=["data.num_train=16"])
     actor = RolloutActor(config, threads)
-    from rl_edit import adapters
+    from rl_edit.editors import lora
 
-    weights = adapters.export(actor.editor.transformer, step=0)
+    weights = lora.export(actor.editor.transformer, step=0)
     actor.load(wire.pack(weights))
     dataset = open_dataset(config.data, "train")
     items = [
-        WorkItem(group_id=str(i), chunk=(0, 8), task=dataset[i], draw=0, update=0, num_candidates=8, run_seed=0, adapter=weights.id)
+        WorkItem(
+            group_id=str(i),
+            chunk=(0, 8),
+            task=dataset[i],
+            epoch=0,
+            update=0,
+            num_candidates=8,
+            run_seed=0,
+            adapter=weights.id,
+        )
         for i in range(GROUPS)
     ]
     actor.rollout(items[0])
@@ -56,7 +65,9 @@ def measure(processes: int, threads: int) -> float:
     """Groups per second of all processes together."""
     context = multiprocessing.get_context("spawn")
     ready, go, times = context.Semaphore(0), context.Event(), context.Queue()
-    workers = [context.Process(target=rollouts, args=(threads, ready, go, times)) for _ in range(processes)]
+    workers = [
+        context.Process(target=rollouts, args=(threads, ready, go, times)) for _ in range(processes)
+    ]
     for worker in workers:
         worker.start()
     for _ in workers:
@@ -72,7 +83,10 @@ def main() -> None:
     rates = {layout: measure(*layout) for layout in LAYOUTS}
     best = rates[(1, 1)]
     commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     lines = [
         "# Threads per rollout actor",

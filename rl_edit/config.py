@@ -17,16 +17,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rl_edit.adapters import LoraConfig
-from rl_edit.advantages import RegionCredit, SplitCredit
-from rl_edit.algorithms import METHODS, Algorithm
 from rl_edit.data import DataConfig
 from rl_edit.editors import EditorConfig
+from rl_edit.editors.lora import LoraConfig
 from rl_edit.errors import InputError
 from rl_edit.evaluation import EvaluationConfig
-from rl_edit.exploration import AdaptiveSpread
+from rl_edit.method.advantages import RegionCredit, SplitCredit
+from rl_edit.method.algorithms import METHODS, Algorithm
+from rl_edit.method.exploration import AdaptiveSpread
+from rl_edit.method.rollout import Solver
 from rl_edit.rewards import Reward
-from rl_edit.rollout import Solver
 
 OPERATIONAL_TRAIN = frozenset(
     {"updates", "checkpoint_every", "keep_checkpoints", "max_dropped_groups", "max_skipped"}
@@ -58,21 +58,23 @@ class RolloutConfig(BaseModel):
     def chunks(self) -> tuple[tuple[int, int], ...]:
         """(first, past the last) candidate of each chunk of a group."""
         size = self.chunk or self.group_size
-        return tuple((start, min(start + size, self.group_size)) for start in range(0, self.group_size, size))
+        return tuple(
+            (start, min(start + size, self.group_size)) for start in range(0, self.group_size, size)
+        )
 
 
 class TrainConfig(BaseModel):
     """The learning schedule.
 
     Attributes:
-        updates: updates of the whole run, each of ``passes * minibatches`` optimizer steps.
+        updates: updates of the whole run, each of ``inner_epochs * minibatches`` optimizer steps.
         groups_per_update: groups one update learns from.
         learning_rate, weight_decay: AdamW; 3e-4 and 1e-4 are the LoRA values of flow_grpo and CoCoEdit.
         max_grad_norm: 1.0 throughout the field.
-        passes: optimizer steps per batch of groups; from the second on the ratio leaves 1 and the clip acts.
+        inner_epochs: optimizer steps per batch of groups; from the second on the ratio leaves 1 and the clip acts.
         minibatches: equal parts of the groups, each with an optimizer step of its own: from the second on the ratio leaves 1. 2 in
             Neighbor GRPO and Flow-GRPO, 4 in MixGRPO as released; 1 learns from all groups at once.
-        rows: states (anchors or candidates, at some step) of one forward and backward: more of them use a GPU better, fewer save memory.
+        states_per_forward: states (anchors or candidates, at some step) of one forward and backward: more of them use a GPU better, fewer save memory.
             The gradient is the same up to rounding. None is one trained step at a time. editor.micro_batch splits forwards further.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated and saved; the policy and
             the actors do without. 0.9 in flow_grpo; None saves the policy. It starts short: min((1 + n) / (10 + n), ema_decay).
@@ -94,9 +96,9 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    passes: int = Field(default=1, ge=1)
+    inner_epochs: int = Field(default=1, ge=1)
     minibatches: int = Field(default=1, ge=1)
-    rows: int | None = Field(default=None, ge=1)
+    states_per_forward: int | None = Field(default=None, ge=1)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     max_lag: int = Field(default=0, ge=0, le=1)
     ratio_tolerance: float = Field(default=1e-6, ge=0)
@@ -172,14 +174,21 @@ class ActorsConfig(BaseModel):
                 f"runtime {self.runtime!r} is one process, which cannot hold num_learner {self.num_learner} ranks: use runtime ray, or 1."
             )
         if self.shard_base and self.num_learner == 1:
-            raise ValueError("shard_base with one learner rank would shard over nobody: raise num_learner, or leave shard_base out.")
+            raise ValueError(
+                "shard_base with one learner rank would shard over nobody: raise num_learner, or leave shard_base out."
+            )
         if self.shard_base and self.placement == "colocated":
             raise ValueError(
                 "shard_base needs placement disaggregated: in colocated processes every rollout would have to wait for all learner ranks."
             )
-        for role, least, number in (("rollout", self.min_rollout, self.num_rollout), ("reward", self.min_reward, self.num_reward)):
+        for role, least, number in (
+            ("rollout", self.min_rollout, self.num_rollout),
+            ("reward", self.min_reward, self.num_reward),
+        ):
             if least > number:
-                raise ValueError(f"min_{role} {least} exceeds num_{role} {number}: lower min_{role} or raise num_{role}.")
+                raise ValueError(
+                    f"min_{role} {least} exceeds num_{role} {number}: lower min_{role} or raise num_{role}."
+                )
         return self
 
 
@@ -204,7 +213,9 @@ class RunConfig(BaseModel):
     def _bundle(cls, value: Any) -> Any:
         """A known ``algorithm.name`` supplies every seam; the other keys adjust it."""
         if isinstance(value, Mapping) and not isinstance(value.get("name", ""), str):
-            raise ValueError(f"name {value['name']!r} is no method's name: use one of {', '.join(METHODS)}, or custom")
+            raise ValueError(
+                f"name {value['name']!r} is no method's name: use one of {', '.join(METHODS)}, or custom"
+            )
         if isinstance(value, Mapping) and value.get("name", "custom") in METHODS:
             return _merge(METHODS[value["name"]].algorithm.model_dump(mode="json"), value)
         if isinstance(value, Mapping) and value.get("name", "custom") != "custom":
@@ -218,7 +229,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _name_terms(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: {**term, "name": key} if isinstance(term, Mapping) else term for key, term in value.items() if term is not None}
+            return {
+                key: {**term, "name": key} if isinstance(term, Mapping) else term
+                for key, term in value.items()
+                if term is not None
+            }
         return value
 
     def patience_s(self) -> float:
@@ -238,7 +253,9 @@ class RunConfig(BaseModel):
         for name in self.algorithm.credit.needed_components():
             term = self.rewards.get(name)
             if term is None or not term.gives_regions or term.weight <= 0:
-                able = [other for other, candidate in self.rewards.items() if candidate.gives_regions]
+                able = [
+                    other for other, candidate in self.rewards.items() if candidate.gives_regions
+                ]
                 raise ValueError(
                     f"algorithm.credit {self.algorithm.credit.kind!r} reads scores by region from reward {name!r}, "
                     f"{'which is not among rewards' if term is None else 'which gives none or has no weight'}: name one that does in "
@@ -266,18 +283,26 @@ class RunConfig(BaseModel):
                 f"actors.num_learner {self.actors.num_learner} exceeds train.groups_per_update {self.train.groups_per_update}: "
                 "some ranks would have nothing to learn from. Lower num_learner or raise groups_per_update."
             )
-        attention = [name for name, term in self.rewards.items() if term.needs_attention and term.weight > 0]
+        attention = [
+            name for name, term in self.rewards.items() if term.needs_attention and term.weight > 0
+        ]
         if attention and self.editor.attention_layers == 0:
             raise ValueError(
                 f"reward {attention[0]!r} reads attention but editor.attention_layers is 0: set it to 1 or more, or the weight to 0."
             )
         if not any(term.weight > 0 for term in self.rewards.values()):
-            raise ValueError("no reward has a positive weight: nothing would be learnt. Raise a weight in rewards.")
+            raise ValueError(
+                "no reward has a positive weight: nothing would be learnt. Raise a weight in rewards."
+            )
         return self
 
     def _require_named(self) -> None:
         """Every reward that credit and exploration name is there."""
-        credit, noise, known = self.algorithm.credit, self.algorithm.initial_noise, ", ".join(self.rewards)
+        credit, noise, known = (
+            self.algorithm.credit,
+            self.algorithm.initial_noise,
+            ", ".join(self.rewards),
+        )
         if isinstance(credit, SplitCredit | RegionCredit):
             heard = {name for name, term in self.rewards.items() if term.weight > 0}
             judged, keeps = heard - set(credit.needed_components()), set(credit.background_terms)
@@ -297,7 +322,11 @@ class RunConfig(BaseModel):
     def _require_edit_judged(self, heard: Set[str]) -> None:
         """Credit split by area follows some reward inside the mask too."""
         credit = self.algorithm.credit
-        if isinstance(credit, SplitCredit) and credit.edit_share > 0 and heard <= set(credit.background_terms):
+        if (
+            isinstance(credit, SplitCredit)
+            and credit.edit_share > 0
+            and heard <= set(credit.background_terms)
+        ):
             raise ValueError(
                 f"algorithm.credit 'split' has no reward for the edit: {', '.join(sorted(heard))} judge what should stay "
                 "(algorithm.credit.background_terms). Add a reward that judges the edit, such as editscore or region_judge, or set "
@@ -314,13 +343,28 @@ class RunConfig(BaseModel):
             InputError: with the name of the setting, the reward and the reason.
         """
         try:
-            self._require_edit_judged({name for name, term in self.rewards.items() if term.weight > 0 and name not in left_out})
+            self._require_edit_judged(
+                {
+                    name
+                    for name, term in self.rewards.items()
+                    if term.weight > 0 and name not in left_out
+                }
+            )
         except ValueError as error:
-            raise InputError(f"{error} Left out: {'; '.join(f'{name} ({why})' for name, why in left_out.items())}.") from error
+            raise InputError(
+                f"{error} Left out: {'; '.join(f'{name} ({why})' for name, why in left_out.items())}."
+            ) from error
         noise = self.algorithm.initial_noise
         read = {
-            **{name: f"algorithm.credit {self.algorithm.credit.kind!r}" for name in self.algorithm.credit.needed_components()},
-            **({noise.watched_term: "algorithm.initial_noise.watch"} if isinstance(noise, AdaptiveSpread) else {}),
+            **{
+                name: f"algorithm.credit {self.algorithm.credit.kind!r}"
+                for name in self.algorithm.credit.needed_components()
+            },
+            **(
+                {noise.watched_term: "algorithm.initial_noise.watch"}
+                if isinstance(noise, AdaptiveSpread)
+                else {}
+            ),
         }
         for name, reader in read.items():
             if name in left_out:
@@ -335,12 +379,23 @@ class RunConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The settings that change results: not names, places of processes, paths (their content is hashed) or budgets."""
-        content: dict[str, Any] = self.model_dump(mode="json", exclude={"name", "actors", "evaluation"})
+        content: dict[str, Any] = self.model_dump(
+            mode="json", exclude={"name", "actors", "evaluation"}
+        )
         content["train"] = {k: v for k, v in content["train"].items() if k not in OPERATIONAL_TRAIN}
-        content["rollout"] = {k: v for k, v in content["rollout"].items() if k not in OPERATIONAL_ROLLOUT}
-        content["rewards"] = {n: {**term.fingerprint(), "weight": term.weight, "when": term.when} for n, term in self.rewards.items()}
-        content["data"] = {k: v for k, v in content["data"].items() if k not in ("path", "heldout_path")}
-        content["editor"] = {k: v for k, v in content["editor"].items() if k not in ("path", "revision", "device")}
+        content["rollout"] = {
+            k: v for k, v in content["rollout"].items() if k not in OPERATIONAL_ROLLOUT
+        }
+        content["rewards"] = {
+            n: {**term.fingerprint(), "weight": term.weight, "when": term.when}
+            for n, term in self.rewards.items()
+        }
+        content["data"] = {
+            k: v for k, v in content["data"].items() if k not in ("path", "heldout_path")
+        }
+        content["editor"] = {
+            k: v for k, v in content["editor"].items() if k not in ("path", "revision", "device")
+        }
         return content
 
     def to_yaml(self) -> str:
@@ -351,7 +406,9 @@ def is_default(name: str, value: Any) -> bool:
     """Whether a dotted setting of the schedule, the rollout or the adapter has its default: what a run made before it existed did."""
     section, _, key = name.partition(".")
     defaults = {"train": TrainConfig, "rollout": RolloutConfig, "lora": LoraConfig}
-    known: dict[str, Any] = defaults[section]().model_dump(mode="json") if section in defaults else {}
+    known: dict[str, Any] = (
+        defaults[section]().model_dump(mode="json") if section in defaults else {}
+    )
     return key in known and known[key] == value
 
 
@@ -365,7 +422,9 @@ def presets() -> dict[str, str]:
     return found
 
 
-def load_config(source: str | Path | None = None, *, preset: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    source: str | Path | None = None, *, preset: str | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
     """The run of a preset or YAML file, with ``dotted.key=value`` overrides applied.
 
     Raises:
@@ -377,23 +436,31 @@ def load_config(source: str | Path | None = None, *, preset: str | None = None, 
         known = presets()
         if preset not in known:
             near = difflib.get_close_matches(preset, known, n=1)
-            raise InputError(f"unknown preset {preset!r}{f', did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}.")
+            raise InputError(
+                f"unknown preset {preset!r}{f', did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}."
+            )
         text = (resources.files("rl_edit.presets") / f"{preset}.yaml").read_text()
         origin = f"preset {preset}"
     else:
         path = Path(str(source))
         if not path.is_file():
-            raise InputError(f"no config file at {path}: give an existing YAML file or --preset NAME (see: rl-edit presets)")
+            raise InputError(
+                f"no config file at {path}: give an existing YAML file or --preset NAME (see: rl-edit presets)"
+            )
         try:
             text, origin = path.read_text(encoding="utf-8"), str(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read as UTF-8 text ({error}): give a YAML file") from error
+            raise InputError(
+                f"{path} cannot be read as UTF-8 text ({error}): give a YAML file"
+            ) from error
     try:
         raw = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{origin} must be a mapping of keys such as seed, editor, train; got {type(raw).__name__}")
+        raise InputError(
+            f"{origin} must be a mapping of keys such as seed, editor, train; got {type(raw).__name__}"
+        )
     raw = _of_method(raw, overrides)
     for override in overrides:
         raw = _override(raw, override)
@@ -410,7 +477,9 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in seen:
-                raise yaml.YAMLError(f"{key.value!r} stands in line {seen[key.value]} and again in line {line}: keep one of them")
+                raise yaml.YAMLError(
+                    f"{key.value!r} stands in line {seen[key.value]} and again in line {line}: keep one of them"
+                )
             seen[key.value] = line
         return super().construct_mapping(node, deep=deep)
 
@@ -421,14 +490,20 @@ def validated(raw: Mapping[str, Any], origin: str) -> RunConfig:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         problems = [_explain(dict(item)) for item in error.errors(include_url=False)]
-        more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:3])})" if len(problems) > 1 else ""
+        more = (
+            f" (and {len(problems) - 1} more: {'; '.join(problems[1:3])})"
+            if len(problems) > 1
+            else ""
+        )
         raise InputError(f"{origin}: {problems[0]}{more}") from error
 
 
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, separator, value = override.partition("=")
     if not separator or not key or key.startswith("-"):
-        raise InputError(f"override {override!r} is not of the form dotted.key=value, e.g. train.updates=50")
+        raise InputError(
+            f"override {override!r} is not of the form dotted.key=value, e.g. train.updates=50"
+        )
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -446,16 +521,29 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 def _of_method(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """``algorithm.name=OTHER`` asks for the other method as it is: what the file says about its own one does not adjust it."""
-    named = [override.removeprefix("algorithm.name=").strip("\"' ") for override in overrides if override.startswith("algorithm.name=")]
+    named = [
+        override.removeprefix("algorithm.name=").strip("\"' ")
+        for override in overrides
+        if override.startswith("algorithm.name=")
+    ]
     algorithm = raw.get("algorithm")
-    if named and isinstance(algorithm, dict) and named[-1] in METHODS and named[-1] != algorithm.get("name"):
+    if (
+        named
+        and isinstance(algorithm, dict)
+        and named[-1] in METHODS
+        and named[-1] != algorithm.get("name")
+    ):
         return {**raw, "algorithm": {"name": named[-1]}}
     return raw
 
 
 def _merge(base: Any, change: Any) -> Any:
     """Nested mappings merged; a changed ``kind`` replaces its mapping whole."""
-    if isinstance(base, dict) and isinstance(change, Mapping) and change.get("kind", base.get("kind")) == base.get("kind"):
+    if (
+        isinstance(base, dict)
+        and isinstance(change, Mapping)
+        and change.get("kind", base.get("kind")) == base.get("kind")
+    ):
         return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
     return change
 
@@ -467,7 +555,11 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
         where = ".".join(shown[:-1])
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_known_keys(location[:-1])))}"
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"known: {', '.join(sorted(_known_keys(location[:-1])))}"
+        )
         return f"unknown key {'.'.join(shown)!r}: {hint}" + (f" (in {where})" if where else "")
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
@@ -478,9 +570,13 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{'.'.join(shown)} names no kind: add {'.'.join(shown)}.kind"
     message = error["msg"].removeprefix("Value error, ")
-    if shown[:1] == ["rewards"]:  # a key pasted into the wrong field must not reach a terminal or a log
+    if shown[:1] == [
+        "rewards"
+    ]:  # a key pasted into the wrong field must not reach a terminal or a log
         return f"{'.'.join(shown)}: {message}"
-    plain = value if isinstance(value, str | int | float | bool | type(None)) else type(value).__name__
+    plain = (
+        value if isinstance(value, str | int | float | bool | type(None)) else type(value).__name__
+    )
     return (
         f"{'.'.join(shown)}: {message}, got {plain!r}"
         if shown and error["type"] != "value_error"
@@ -494,7 +590,9 @@ def _without_tags(location: Sequence[str]) -> list[str]:
     shown = []
     for part in location:
         members = _models(current)
-        if part in {_tag(m) for m in members if _tag(m)} and not any(part in m.model_fields for m in members):
+        if part in {_tag(m) for m in members if _tag(m)} and not any(
+            part in m.model_fields for m in members
+        ):
             current = next(m for m in members if _tag(m) == part)
             continue
         shown.append(part)

@@ -21,7 +21,9 @@ def code_sha256() -> str:
         found = importlib.util.find_spec(package)
         for root in sorted((found and found.submodule_search_locations) or ()):
             for path in sorted(Path(root).rglob("*.py")):
-                digest.update(f"{package}/{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+                digest.update(
+                    f"{package}/{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes()
+                )
     return digest.hexdigest()
 
 

@@ -142,10 +142,10 @@ class WorkItem:
     same bytes.
 
     Attributes:
-        group_id: keyed hash of (run seed, update, slot, task id, draw); no clock, no uuid, no actor.
+        group_id: keyed hash of (run seed, update, slot, task id, epoch); no clock, no uuid, no actor.
         chunk: (first, past the last) candidate of the group that this item rolls out; the whole group is (0, G).
         task: the task itself.
-        draw: how many times this task has been drawn before in this run.
+        epoch: how many times this task has been used before in this run.
         update: the update this group is meant for; step-noise schedules read it.
         num_candidates: group size G.
         run_seed: root of every seed of the run.
@@ -156,7 +156,7 @@ class WorkItem:
     group_id: str
     chunk: tuple[int, int]
     task: EditTask
-    draw: int
+    epoch: int
     update: int
     num_candidates: int
     run_seed: int
@@ -222,7 +222,7 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rolled:
+class RolloutResult:
     """What a rollout actor says about a finished work item; the group itself travels beside it as a blob.
 
     Attributes:
@@ -329,7 +329,9 @@ class Score:
         if self.value is None and self.status == "ok":
             object.__setattr__(self, "status", "invalid")
         if self.value is not None and self.status != "ok":
-            raise ValueError(f"a score that is {self.status} has no value, got {self.value!r}: a number here would be an invented one")
+            raise ValueError(
+                f"a score that is {self.status} has no value, got {self.value!r}: a number here would be an invented one"
+            )
 
     @property
     def ok(self) -> bool:
@@ -363,7 +365,10 @@ class RewardTable:
 
     def complete(self, *others: str) -> bool:
         """Whether every candidate has a score of every term that weighs, and of the others named. What is only measured may fail."""
-        decides = [weight > 0 or name in others for name, weight in zip(self.names, self.weights, strict=True)]
+        decides = [
+            weight > 0 or name in others
+            for name, weight in zip(self.names, self.weights, strict=True)
+        ]
         return bool(self.valid[:, torch.tensor(decides)].all())
 
 
@@ -395,5 +400,7 @@ def moved(record: T, device: torch.device | str) -> T:
     if isinstance(record, Tensor):
         return record.to(device)  # type: ignore[return-value]  # a Tensor is what T is here
     if is_dataclass(record) and not isinstance(record, type):
-        return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})
+        return replace(
+            record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)}
+        )
     return record

@@ -59,7 +59,9 @@ def unpack(blob: np.ndarray) -> Any:
     size = int.from_bytes(raw[:8], "little")
     content = json.loads(json.loads(raw[8 : 8 + size]).get("__metadata__", {}).get("rl-edit", "{}"))
     if content.get("schema") != SCHEMA:
-        raise ValueError(f"blob has schema {content.get('schema')!r}, this version reads {SCHEMA}: actors and driver run different code")
+        raise ValueError(
+            f"blob has schema {content.get('schema')!r}, this version reads {SCHEMA}: actors and driver run different code"
+        )
     return _restore(content["record"], load_tensors(raw))
 
 
@@ -80,9 +82,17 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"$tensor": path}
     if is_dataclass(value):
         name = type(value).__name__
-        return {"$record": name, "fields": {f.name: _flatten(getattr(value, f.name), f"{path}/{f.name}", tensors) for f in fields(value)}}
+        return {
+            "$record": name,
+            "fields": {
+                f.name: _flatten(getattr(value, f.name), f"{path}/{f.name}", tensors)
+                for f in fields(value)
+            },
+        }
     if isinstance(value, dict):
-        return {"$dict": {key: _flatten(item, f"{path}/{key}", tensors) for key, item in value.items()}}
+        return {
+            "$dict": {key: _flatten(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        }
     if isinstance(value, tuple | list):
         return {"$tuple": [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
     return value
@@ -98,5 +108,9 @@ def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
     if "$tuple" in value:
         return tuple(_restore(item, tensors) for item in value["$tuple"])
     if value["$record"] not in RECORDS:
-        raise ValueError(f"blob names an unknown record {value['$record']!r}; known: {', '.join(sorted(RECORDS))}")
-    return RECORDS[value["$record"]](**{name: _restore(item, tensors) for name, item in value["fields"].items()})
+        raise ValueError(
+            f"blob names an unknown record {value['$record']!r}; known: {', '.join(sorted(RECORDS))}"
+        )
+    return RECORDS[value["$record"]](
+        **{name: _restore(item, tensors) for name, item in value["fields"].items()}
+    )

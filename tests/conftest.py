@@ -25,9 +25,11 @@ from jaxtyping import install_import_hook
 
 from rooms import MATHEMATICS
 
-# Annotated shapes are checked at every call in tests; in production the annotations cost nothing. "plugged" has no shapes, and
+# Annotated shapes are checked at every call in tests; in production the annotations cost nothing. "plugins" has no shapes, and
 # pydantic types that cannot be checked.
-install_import_hook([f"rl_edit.{name}" for name in MATHEMATICS if name != "plugged"], "beartype.beartype")
+install_import_hook(
+    [f"rl_edit.{name}" for name in MATHEMATICS if name != "method.plugins"], "beartype.beartype"
+)
 torch.set_num_threads(1)
 
 
@@ -44,7 +46,7 @@ def small_editor(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     An untrained editor starts as the identity and has no gradient; the shipped one would tie every test to its weights.
     """
-    from rl_edit.editors.pretrain import new_editor
+    from rl_edit.editors.tiny.pretraining import new_editor
 
     pipeline = new_editor(seed=0)
     generator = torch.Generator().manual_seed(0)

@@ -27,22 +27,28 @@ from unittest.mock import patch
 import numpy as np
 from torch import Tensor
 
-import actors.crew
-import learner.loop
-from actors.crew import Crew
+import actors.roles
+import learner.controller.loop
 from actors.reward import RewardActor
+from actors.roles import Roles
 from actors.rollout import RolloutActor
-from learner import checkpoint
+from learner.controller import checkpoint
+from learner.controller.lease import Lease
+from learner.controller.supervisor import Supervisor
 from learner.learner import Learner
-from learner.lease import Lease
-from learner.supervisor import Supervisor
 from rl_edit import wire
+from rl_edit.method.update import Collective
 from rl_edit.types import AdapterId, LearnOrder, RolloutGroup, WorkItem
-from rl_edit.update import Collective
 
 ROOT = Path(__file__).resolve().parent.parent
 
-WORKER_POINTS = {"rollout": "rollout", "reward": "reward", "mid-accumulate": "learner", "post-step": "learner", "post-export": "learner"}
+WORKER_POINTS = {
+    "rollout": "rollout",
+    "reward": "reward",
+    "mid-accumulate": "learner",
+    "post-step": "learner",
+    "post-export": "learner",
+}
 """Points in a worker, and whose worker it is."""
 DRIVER_POINTS = ("mid-commit", "post-rename", "pre-publish")
 POINTS = (*WORKER_POINTS, *DRIVER_POINTS)
@@ -139,7 +145,9 @@ class CrashingLearner(Learner):
         super().__init__(*given, **more)
         self.fault = fault
         self.ranks = Interrupted(self.ranks, self._accumulated)
-        self.optimizer.register_step_post_hook(lambda *_: fault.strike("post-step", self.updates_done))
+        self.optimizer.register_step_post_hook(
+            lambda *_: fault.strike("post-step", self.updates_done)
+        )
 
     def join(self, rank: int, world: int, address: str) -> None:
         super().join(rank, world, address)
@@ -172,20 +180,27 @@ class Interrupted:
         return self.inner.exchange(text)
 
 
-CLASSES: dict[str, Callable[..., Any]] = {"rollout": CrashingRollout, "reward": CrashingReward, "learner": CrashingLearner}
+CLASSES: dict[str, Callable[..., Any]] = {
+    "rollout": CrashingRollout,
+    "reward": CrashingReward,
+    "learner": CrashingLearner,
+}
 
 
-def crashing(crew: Crew, fault: Fault) -> Crew:
+def crashing(crew: Roles, fault: Fault) -> Roles:
     """A crew of separate processes whose worker with the fault's point is a crashing one."""
     role = WORKER_POINTS[fault.point]
-    return {**crew, role: replace(crew[role], make=CLASSES[role], arguments=(fault, *crew[role].arguments))}
+    return {
+        **crew,
+        role: replace(crew[role], make=CLASSES[role], arguments=(fault, *crew[role].arguments)),
+    }
 
 
 def inject(fault: Fault) -> None:
     """Puts a fault into the run that this process is about to drive."""
-    hire, put, write = actors.crew.crew, checkpoint.put, checkpoint.write
+    hire, put, write = actors.roles.crew, checkpoint.put, checkpoint.write
     if fault.point in WORKER_POINTS:
-        actors.crew.crew = lambda *given: crashing(hire(*given), fault)
+        actors.roles.crew = lambda *given: crashing(hire(*given), fault)
 
     def half_written(path: Path, content: Any) -> None:
         if path.name == checkpoint.STATE:
@@ -203,7 +218,7 @@ def inject(fault: Fault) -> None:
             super().announce(role, what, method, *args)
 
     checkpoint.put, checkpoint.write = half_written, renamed
-    learner.loop.Supervisor = CrashingSupervisor  # type: ignore[misc]
+    learner.controller.loop.Supervisor = CrashingSupervisor  # type: ignore[misc]
 
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -224,19 +239,48 @@ class Ended:
 class Launched:
     """``rl-edit ARGUMENTS`` in a process of its own, with a cluster of its own, and maybe a fault. Ends with the ``with`` block."""
 
-    def __init__(self, *arguments: object, fault: Fault | None = None, logs: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        fault: Fault | None = None,
+        logs: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.tag = uuid.uuid4().hex
-        faulty = [__file__, fault.point, fault.kind, fault.update, fault.marker] if fault else ["-m", "rl_edit"]
-        settled = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-        quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
-        shown = {"SPT_NOENV": "1"}  # Ray's workers rename themselves, by default over the environment that they show
+        faulty = (
+            [__file__, fault.point, fault.kind, fault.update, fault.marker]
+            if fault
+            else ["-m", "rl_edit"]
+        )
+        settled = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+        }
+        quiet = {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        shown = {
+            "SPT_NOENV": "1"
+        }  # Ray's workers rename themselves, by default over the environment that they show
         self.out, self.err = logs / f"{self.tag}.out", logs / f"{self.tag}.err"
         self.began = time.monotonic()
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, faulty), *map(str, arguments)],
                 cwd=ROOT,
-                env={**settled, **quiet, **shown, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(environment or {}), TAG: self.tag},
+                env={
+                    **settled,
+                    **quiet,
+                    **shown,
+                    "HF_HUB_OFFLINE": "1",
+                    "PYTHONUNBUFFERED": "1",
+                    **(environment or {}),
+                    TAG: self.tag,
+                },
                 stdout=out,
                 stderr=err,
                 start_new_session=True,  # a process group of its own, as a shell gives it: Ctrl-C is a signal to all of it
@@ -262,7 +306,13 @@ class Launched:
         deadline = time.monotonic() + patience_s
         while (left := self.living()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return Ended(code=code, out=self.out.read_text(), err=self.err.read_text(), seconds=seconds, left=sorted(left.values()))
+        return Ended(
+            code=code,
+            out=self.out.read_text(),
+            err=self.err.read_text(),
+            seconds=seconds,
+            left=sorted(left.values()),
+        )
 
 
 def _tagged(tag: str) -> Iterator[tuple[int, str]]:
@@ -273,7 +323,10 @@ def _tagged(tag: str) -> Iterator[tuple[int, str]]:
             with contextlib.suppress(OSError):
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
                 if state != "Z" and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    yield int(entry.name), (entry / "cmdline").read_text().replace("\0", " ").strip()
+                    yield (
+                        int(entry.name),
+                        (entry / "cmdline").read_text().replace("\0", " ").strip(),
+                    )
 
 
 def main() -> None:

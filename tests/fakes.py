@@ -17,11 +17,21 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from actors.crew import Crew, Post
+from actors.roles import Roles, WorkerSpec
 from rl_edit import wire
-from rl_edit.adapters import digest
+from rl_edit.editors.lora import digest
 from rl_edit.errors import BlobLost, WorkerLost, WorkFailed
-from rl_edit.types import AdapterId, AdapterWeights, LearnAnswer, LearnerState, LearnOrder, LearnReport, RewardTable, Rolled, WorkItem
+from rl_edit.types import (
+    AdapterId,
+    AdapterWeights,
+    LearnAnswer,
+    LearnerState,
+    LearnOrder,
+    LearnReport,
+    RewardTable,
+    RolloutResult,
+    WorkItem,
+)
 
 REWARDS = ("preservation", "attention")
 
@@ -51,13 +61,20 @@ class FakeRollout:
         self.loaded[weights.id] = weights
         return weights.id
 
-    def run(self, blob: np.ndarray) -> tuple[Rolled, np.ndarray]:
+    def run(self, blob: np.ndarray) -> tuple[RolloutResult, np.ndarray]:
         item: WorkItem = wire.unpack(blob)
         if item.adapter not in self.loaded:
             raise RuntimeError(f"work asks for adapter {item.adapter}")
         said = hashlib.sha256(f"{item.work_id} {item.adapter.sha256}".encode()).hexdigest()
-        group = as_array({"group_id": item.group_id, "work_id": item.work_id, "said": said, "rows": item.chunk[1] - item.chunk[0]})
-        rolled = Rolled(
+        group = as_array(
+            {
+                "group_id": item.group_id,
+                "work_id": item.work_id,
+                "said": said,
+                "rows": item.chunk[1] - item.chunk[0],
+            }
+        )
+        rolled = RolloutResult(
             work_id=item.work_id,
             adapter=item.adapter,
             sha256=hashlib.sha256(group.tobytes()).hexdigest(),
@@ -82,7 +99,14 @@ class FakeReward:
         return wire.pack(self.table(group["group_id"], values))
 
     def table(self, group_id: str, values: torch.Tensor) -> RewardTable:
-        return RewardTable(group_id=group_id, names=REWARDS, weights=(1.0, 0.3), values=values, valid=values.isfinite(), seconds=0.001)
+        return RewardTable(
+            group_id=group_id,
+            names=REWARDS,
+            weights=(1.0, 0.3),
+            values=values,
+            valid=values.isfinite(),
+            seconds=0.001,
+        )
 
 
 class FakeLearner:
@@ -135,17 +159,23 @@ class FakeLearner:
         self.weight = torch.tensor([float(byte) for byte in content.digest()[:4]])
         self.updates_done += 1
         lost = tuple(slot.lost for slot in order.slots if slot.lost)
-        self.answers = {order.plan: self.answer(plan=order.plan, used=len(order.slots) - len(lost), lost=lost)}
+        self.answers = {
+            order.plan: self.answer(plan=order.plan, used=len(order.slots) - len(lost), lost=lost)
+        }
         return self.answers[order.plan]
 
 
-def fake_crew(**classes: Callable[[], Any]) -> Callable[[Crew], Crew]:
+def fake_crew(**classes: Callable[[], Any]) -> Callable[[Roles], Roles]:
     """Every role played by a fake, or by a class given by role."""
     made = {"rollout": FakeRollout, "reward": FakeReward, "learner": FakeLearner, **classes}
-    return lambda crew: {role: Post(process=role, make=make, arguments=()) for role, make in made.items()}
+    return lambda crew: {
+        role: WorkerSpec(process=role, make=make, arguments=()) for role, make in made.items()
+    }
 
 
-Kind = Literal["lose", "die_after", "raise", "hang", "late", "corrupt", "lose_blob", "crash", "crash_after"]
+Kind = Literal[
+    "lose", "die_after", "raise", "hang", "late", "corrupt", "lose_blob", "crash", "crash_after"
+]
 
 
 class Crash(Exception):
@@ -193,8 +223,12 @@ class FaultyExecutor:
     def fault(self, role: str, method: str, seat: int) -> Fault | None:
         number: dict[int | None, int] = {}
         for counted in (None, seat):
-            number[counted] = self.calls[role, method, counted] = self.calls.get((role, method, counted), 0) + 1
-        meant = (f for f in self.faults if (f.role, f.method) == (role, method) and f.seat in number)
+            number[counted] = self.calls[role, method, counted] = (
+                self.calls.get((role, method, counted), 0) + 1
+            )
+        meant = (
+            f for f in self.faults if (f.role, f.method) == (role, method) and f.seat in number
+        )
         return next((f for f in meant if f.nth <= number[f.seat] < f.nth + f.times), None)
 
 
@@ -218,7 +252,12 @@ class Chaos(FaultyExecutor):
     def fault(self, role: str, method: str, seat: int) -> Fault | None:
         # A worker that dies during the very first start ends the run with a clear message, which is another test's subject.
         self.started += method == "load"
-        if not self.started or not self.left or method not in self.KINDS or self.random.random() > self.share:
+        if (
+            not self.started
+            or not self.left
+            or method not in self.KINDS
+            or self.random.random() > self.share
+        ):
             return None
         self.left -= 1
         return Fault(role, method, 0, self.random.choice(self.KINDS[method]))
@@ -266,7 +305,9 @@ class _FaultyWorker:
         self._inside.kill()
 
 
-def faulty(*faults: Fault, latency: Callable[[], float] | None = None) -> Callable[[Any], FaultyExecutor]:
+def faulty(
+    *faults: Fault, latency: Callable[[], float] | None = None
+) -> Callable[[Any], FaultyExecutor]:
     return lambda inside: FaultyExecutor(inside, list(faults), latency)
 
 

@@ -61,7 +61,9 @@ class JudgeServer:
 
 
 @contextlib.contextmanager
-def serving(reply: Callable[[dict[str, Any], int], Answer], **options: Any) -> Iterator[JudgeServer]:
+def serving(
+    reply: Callable[[dict[str, Any], int], Answer], **options: Any
+) -> Iterator[JudgeServer]:
     """A running server; ``url`` is its address."""
     judge = JudgeServer(reply=reply, **options)
 
@@ -82,7 +84,9 @@ def serving(reply: Callable[[dict[str, Any], int], Answer], **options: Any) -> I
 
     server = Server(("127.0.0.1", 0), Handler)
     judge.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield judge
@@ -92,12 +96,20 @@ def serving(reply: Callable[[dict[str, Any], int], Answer], **options: Any) -> I
         thread.join(timeout=5)
 
 
-def completion(content: Any, *, tokens: Sequence[dict[str, float]] | None = None, **message: Any) -> bytes:
+def completion(
+    content: Any, *, tokens: Sequence[dict[str, float]] | None = None, **message: Any
+) -> bytes:
     """A chat completion. ``tokens`` are its token log-probabilities: at each place the alternatives, what was said first."""
     finish = message.pop("finish_reason", "stop")
-    choice: dict[str, Any] = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    choice: dict[str, Any] = {
+        "message": {"role": "assistant", "content": content, **message},
+        "finish_reason": finish,
+    }
     if tokens is not None:
-        listed = [[{"token": text, "logprob": math.log(chance)} for text, chance in place.items()] for place in tokens]
+        listed = [
+            [{"token": text, "logprob": math.log(chance)} for text, chance in place.items()]
+            for place in tokens
+        ]
         choice["logprobs"] = {"content": [{**place[0], "top_logprobs": place} for place in listed]}
     return json.dumps({"choices": [choice]}).encode()
 
@@ -114,7 +126,9 @@ def words_of(body: dict[str, Any]) -> str:
 def images_of(body: dict[str, Any]) -> list[np.ndarray]:
     urls = [part["image_url"]["url"] for part in parts_of(body) if part["type"] == "image_url"]
     assert all(url.startswith("data:image/png;base64,") for url in urls)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls]
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls
+    ]
 
 
 def question_of(body: dict[str, Any]) -> str:
@@ -138,21 +152,81 @@ FAULTS: dict[str, tuple[Answer, str, str]] = {
     "not a completion": ((200, b"<html>hello</html>"), "invalid", "no chat completion"),
     "no choices": ((200, b'{"choices": []}'), "invalid", "no chat completion"),
     "truncated JSON": ((200, completion(_TWO[:-4])), "invalid", "no JSON object"),
-    "stopped at max_tokens": ((200, completion(_TWO, finish_reason="length")), "invalid", "cut off at max_tokens"),
-    "single score": ((200, completion('{"reasoning": "", "score": [10]}')), "invalid", '"score" is not a list of 2'),
-    "three scores": ((200, completion('{"reasoning": "", "score": [10, 1, 1]}')), "invalid", '"score" is not a list of 2'),
-    "no score": ((200, completion('{"reasoning": ""}')), "invalid", "not an object of exactly reasoning, score"),
-    "two answers": ((200, completion('{"reasoning": "", "score": [1, 2], "score": [3, 4]}')), "invalid", "a key stands twice"),
-    "out of range": ((200, completion('{"reasoning": "", "score": [10, 26]}')), "invalid", r"26 is not a number in 0\.\.25"),
-    "negative": ((200, completion('{"reasoning": "", "score": [-1, 2]}')), "invalid", "-1 is not a number"),
-    "NaN": ((200, completion('{"reasoning": "", "score": [NaN, 2]}')), "invalid", "NaN is no number"),
-    "infinite": ((200, completion('{"reasoning": "", "score": [1e999, 2]}')), "invalid", "inf is not a number"),
-    "text scores": ((200, completion('{"reasoning": "", "score": ["ten", "10"]}')), "invalid", "is not a number"),
-    "true": ((200, completion('{"reasoning": "", "score": [true, 2]}')), "invalid", "True is not a number"),
-    "prose": ((200, completion("I would give it 20 and 21 out of 25.")), "invalid", "no JSON object"),
-    "refusal in words": ((200, completion("I'm sorry, I can't help with that.")), "invalid", "no JSON object"),
-    "refusal field": ((200, completion(None, refusal="not allowed")), "refused", "refused: not allowed"),
-    "content filter": ((200, completion("", finish_reason="content_filter")), "refused", "refused: content_filter"),
+    "stopped at max_tokens": (
+        (200, completion(_TWO, finish_reason="length")),
+        "invalid",
+        "cut off at max_tokens",
+    ),
+    "single score": (
+        (200, completion('{"reasoning": "", "score": [10]}')),
+        "invalid",
+        '"score" is not a list of 2',
+    ),
+    "three scores": (
+        (200, completion('{"reasoning": "", "score": [10, 1, 1]}')),
+        "invalid",
+        '"score" is not a list of 2',
+    ),
+    "no score": (
+        (200, completion('{"reasoning": ""}')),
+        "invalid",
+        "not an object of exactly reasoning, score",
+    ),
+    "two answers": (
+        (200, completion('{"reasoning": "", "score": [1, 2], "score": [3, 4]}')),
+        "invalid",
+        "a key stands twice",
+    ),
+    "out of range": (
+        (200, completion('{"reasoning": "", "score": [10, 26]}')),
+        "invalid",
+        r"26 is not a number in 0\.\.25",
+    ),
+    "negative": (
+        (200, completion('{"reasoning": "", "score": [-1, 2]}')),
+        "invalid",
+        "-1 is not a number",
+    ),
+    "NaN": (
+        (200, completion('{"reasoning": "", "score": [NaN, 2]}')),
+        "invalid",
+        "NaN is no number",
+    ),
+    "infinite": (
+        (200, completion('{"reasoning": "", "score": [1e999, 2]}')),
+        "invalid",
+        "inf is not a number",
+    ),
+    "text scores": (
+        (200, completion('{"reasoning": "", "score": ["ten", "10"]}')),
+        "invalid",
+        "is not a number",
+    ),
+    "true": (
+        (200, completion('{"reasoning": "", "score": [true, 2]}')),
+        "invalid",
+        "True is not a number",
+    ),
+    "prose": (
+        (200, completion("I would give it 20 and 21 out of 25.")),
+        "invalid",
+        "no JSON object",
+    ),
+    "refusal in words": (
+        (200, completion("I'm sorry, I can't help with that.")),
+        "invalid",
+        "no JSON object",
+    ),
+    "refusal field": (
+        (200, completion(None, refusal="not allowed")),
+        "refused",
+        "refused: not allowed",
+    ),
+    "content filter": (
+        (200, completion("", finish_reason="content_filter")),
+        "refused",
+        "refused: content_filter",
+    ),
     "empty": ((200, completion("  ")), "invalid", "no JSON object"),
     "no content": ((200, completion(None)), "invalid", "no JSON object"),
 }

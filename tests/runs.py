@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from actors.crew import Crew, crew
-from actors.local import LocalExecutor
+from actors.local_executor import LocalExecutor
+from actors.roles import Roles, crew
+from learner.controller.lease import Lease
+from learner.controller.loop import Outcome, Run, Stop, TrainingLoop
 from learner.learner import Learner
-from learner.lease import Lease
-from learner.loop import Outcome, Run, Stop, TrainingLoop
 from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
@@ -39,11 +39,23 @@ class Nobody:
         pass
 
 
-def small_config(editor: str, *overrides: str, rewards: dict[str, Any] | None = None, directory: Path | None = None) -> RunConfig:
+def small_config(
+    editor: str,
+    *overrides: str,
+    rewards: dict[str, Any] | None = None,
+    directory: Path | None = None,
+) -> RunConfig:
     """RC-GRPO at its smallest: 2 groups of 4 candidates, 3 solver steps, 32 pixels. ``directory`` is where to leave it as YAML."""
     raw = {
         "name": "small",
-        "editor": {"path": editor, "resolution": 32, "max_text_tokens": 16, "micro_batch": 4, "attention_layers": 1, "device": "cpu"},
+        "editor": {
+            "path": editor,
+            "resolution": 32,
+            "max_text_tokens": 16,
+            "micro_batch": 4,
+            "attention_layers": 1,
+            "device": "cpu",
+        },
         "lora": {"rank": 4, "alpha": 8},
         "data": {"num_train": 8, "num_heldout": 4},
         "algorithm": {
@@ -54,7 +66,13 @@ def small_config(editor: str, *overrides: str, rewards: dict[str, Any] | None = 
         },
         "rollout": {"group_size": 4, "num_steps": 3},
         "rewards": rewards or {"preservation": PRESERVATION, "attention": ATTENTION},
-        "train": {"updates": 3, "groups_per_update": 2, "learning_rate": 5.0e-3, "ratio_tolerance": 0.0, "checkpoint_every": 1},
+        "train": {
+            "updates": 3,
+            "groups_per_update": 2,
+            "learning_rate": 5.0e-3,
+            "ratio_tolerance": 0.0,
+            "checkpoint_every": 1,
+        },
         "actors": {"runtime": "inline", "threads": 1, "backoff_s": 0, "preflight": False},
         "evaluation": {"num_tasks": 3, "examples": 1, "num_steps": 2},
     }
@@ -71,7 +89,7 @@ def written(raw: dict[str, Any], *overrides: str, directory: Path | None) -> Run
         return load_config(path, overrides=overrides)
 
 
-def replaced(role: str, make: Callable[..., Any]) -> Callable[[Crew], Crew]:
+def replaced(role: str, make: Callable[..., Any]) -> Callable[[Roles], Roles]:
     """Another class for a role."""
     return lambda crew: {**crew, role: replace(crew[role], make=make)}
 
@@ -91,7 +109,14 @@ def run_of(config: RunConfig, directory: Path, **more: Any) -> Run:
     """What ``rl-edit train`` would say about the run, with the settings alone as its identity."""
     unit = inspect_editor(config.editor).pixels_per_token
     dataset = open_dataset(config.data, "train")
-    return Run(config=config, dataset=dataset, directory=directory, settings=config.identity(), pixels_per_token=unit, **more)
+    return Run(
+        config=config,
+        dataset=dataset,
+        directory=directory,
+        settings=config.identity(),
+        pixels_per_token=unit,
+        **more,
+    )
 
 
 def run_inline(
@@ -101,7 +126,7 @@ def run_inline(
     resume: bool = False,
     stop_after: int = 0,
     observer: Any = None,
-    change: Callable[[Crew], Crew] = lambda crew: crew,
+    change: Callable[[Roles], Roles] = lambda crew: crew,
     executor: Callable[[Any], Any] = lambda executor: executor,
 ) -> Outcome:
     """A run in this process. ``change`` may give roles to other classes, ``executor`` may wrap what runs them."""
@@ -123,7 +148,10 @@ def run_inline(
 def adapter_bytes(outcome: Outcome) -> dict[str, bytes]:
     """The adapter as bytes by tensor name: equal exactly when the adapters are."""
     assert outcome.adapter is not None
-    return {name: np.ascontiguousarray(tensor.numpy()).tobytes() for name, tensor in outcome.adapter.tensors.items()}
+    return {
+        name: np.ascontiguousarray(tensor.numpy()).tobytes()
+        for name, tensor in outcome.adapter.tensors.items()
+    }
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
@@ -131,7 +159,11 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def events_of(directory: Path, event: str) -> list[dict[str, Any]]:
-    return [record for record in telemetry.read_jsonl(directory / telemetry.EVENTS) if record["event"] == event]
+    return [
+        record
+        for record in telemetry.read_jsonl(directory / telemetry.EVENTS)
+        if record["event"] == event
+    ]
 
 
 def command(monkeypatch: Any, capsys: Any, *arguments: Any) -> tuple[int, str, Sequence[str]]:

@@ -16,14 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rl_edit import adapters
-from rl_edit.adapters import WEIGHTS_FILE, LoraConfig
 from rl_edit.data import shapes
-from rl_edit.editors import EditorConfig
+from rl_edit.editors import EditorConfig, lora
 from rl_edit.editors.flux_kontext import FluxKontextEditor
-from rl_edit.editors.pretrain import new_editor
+from rl_edit.editors.lora import WEIGHTS_FILE, LoraConfig
+from rl_edit.editors.tiny.pretraining import new_editor
 from rl_edit.errors import InputError
-from rl_edit.rollout import denoise
+from rl_edit.method.rollout import denoise
 from rl_edit.types import AdapterId, AdapterWeights, Conditioning
 
 LORA = LoraConfig(rank=4, alpha=10)
@@ -44,9 +43,9 @@ def trained(editor: FluxKontextEditor, seed: int = 1) -> AdapterWeights:
     """What an adapter looks like after training: no zero B. Loaded into ``editor``."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in adapters.parameters(editor.transformer):
+        for parameter in lora.parameters(editor.transformer):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return adapters.export(editor.transformer, step=7)
+    return lora.export(editor.transformer, step=7)
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +56,17 @@ def base() -> FluxKontextEditor:
 @pytest.fixture(scope="module")
 def attached() -> FluxKontextEditor:
     fresh = FluxKontextEditor(random_pipeline(), EditorConfig(path="random", device="cpu"))
-    adapters.attach(fresh.transformer, LORA, seed=0)
+    lora.attach(fresh.transformer, LORA, seed=0)
     return fresh
 
 
 @pytest.fixture
 def editor(attached: FluxKontextEditor) -> Iterator[FluxKontextEditor]:
     """The editor with a new adapter; every test finds it as attached."""
-    new = adapters.export(attached.transformer, step=0)
+    new = lora.export(attached.transformer, step=0)
     yield attached
-    adapters.load(attached.transformer, new)
-    adapters.set_active(attached.transformer, True)
+    lora.load(attached.transformer, new)
+    lora.set_active(attached.transformer, True)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,9 @@ def conditioning(base: FluxKontextEditor) -> Conditioning:
 
 
 def noise(conditioning: Conditioning, rows: int = 4) -> Tensor:
-    return torch.randn(rows, *conditioning.source_latents.shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        rows, *conditioning.source_latents.shape, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def velocity(editor: FluxKontextEditor, conditioning: Conditioning) -> Tensor:
@@ -87,8 +88,14 @@ def velocity(editor: FluxKontextEditor, conditioning: Conditioning) -> Tensor:
 # --- on and off ------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_adapter_is_the_base_bitwise(base: FluxKontextEditor, editor: FluxKontextEditor, conditioning: Conditioning) -> None:
-    b = [value for name, value in adapters.export(editor.transformer, step=0).tensors.items() if "lora_B" in name]
+def test_a_new_adapter_is_the_base_bitwise(
+    base: FluxKontextEditor, editor: FluxKontextEditor, conditioning: Conditioning
+) -> None:
+    b = [
+        value
+        for name, value in lora.export(editor.transformer, step=0).tensors.items()
+        if "lora_B" in name
+    ]
     assert b and not any(bool(value.any()) for value in b)
     assert torch.equal(velocity(editor, conditioning), velocity(base, conditioning))
 
@@ -99,17 +106,21 @@ def test_switched_off_is_the_base_exactly_and_switched_on_again_the_policy(
     trained(editor)
     policy, plain = velocity(editor, conditioning), velocity(base, conditioning)
     assert not torch.allclose(policy, plain, atol=1e-3)
-    adapters.set_active(editor.transformer, False)
+    lora.set_active(editor.transformer, False)
     assert torch.equal(velocity(editor, conditioning), plain)
-    adapters.set_active(editor.transformer, True)
+    lora.set_active(editor.transformer, True)
     assert torch.equal(velocity(editor, conditioning), policy)
 
 
-def test_only_the_adapter_is_trainable_and_on_attention_projections(editor: FluxKontextEditor) -> None:
-    names = {name for name, parameter in editor.transformer.named_parameters() if parameter.requires_grad}
-    assert len(names) == len(adapters.parameters(editor.transformer)) > 0
+def test_only_the_adapter_is_trainable_and_on_attention_projections(
+    editor: FluxKontextEditor,
+) -> None:
+    names = {
+        name for name, parameter in editor.transformer.named_parameters() if parameter.requires_grad
+    }
+    assert len(names) == len(lora.parameters(editor.transformer)) > 0
     targets = {name.split(".lora_")[0].split("attn.")[1] for name in names}
-    assert targets == set(adapters.ATTENTION_PROJECTIONS)
+    assert targets == set(lora.ATTENTION_PROJECTIONS)
 
 
 def test_attaching_depends_on_the_seed_alone_and_leaves_the_global_generator() -> None:
@@ -119,28 +130,30 @@ def test_attaching_depends_on_the_seed_alone_and_leaves_the_global_generator() -
         torch.set_rng_state(state)
         torch.rand(len(ids))
         before = torch.get_rng_state()
-        adapters.attach(transformer, LORA, seed=seed)
+        lora.attach(transformer, LORA, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
-        ids.append(adapters.export(transformer, step=0).id)
+        ids.append(lora.export(transformer, step=0).id)
     assert ids[0] == ids[1] != ids[2]
 
 
 def test_the_adapter_is_fp32_over_a_bf16_base() -> None:
     transformer = random_pipeline().transformer.to(torch.bfloat16)
-    adapters.attach(transformer, LORA, seed=0)
-    assert {parameter.dtype for parameter in adapters.parameters(transformer)} == {torch.float32}
+    lora.attach(transformer, LORA, seed=0)
+    assert {parameter.dtype for parameter in lora.parameters(transformer)} == {torch.float32}
 
 
 # --- export and load -------------------------------------------------------------------------------------------------
 
 
-def test_export_and_load_round_trip_exactly(editor: FluxKontextEditor, conditioning: Conditioning) -> None:
+def test_export_and_load_round_trip_exactly(
+    editor: FluxKontextEditor, conditioning: Conditioning
+) -> None:
     weights = trained(editor)
     before = velocity(editor, conditioning)
     trained(editor, seed=2)
     assert not torch.equal(velocity(editor, conditioning), before)
-    adapters.load(editor.transformer, weights)
-    again = adapters.export(editor.transformer, step=7)
+    lora.load(editor.transformer, weights)
+    again = lora.export(editor.transformer, step=7)
     assert again.id == weights.id and again.tensors.keys() == weights.tensors.keys()
     assert all(torch.equal(again.tensors[name], value) for name, value in weights.tensors.items())
     assert torch.equal(velocity(editor, conditioning), before)
@@ -149,7 +162,7 @@ def test_export_and_load_round_trip_exactly(editor: FluxKontextEditor, condition
 def test_an_export_is_a_copy(editor: FluxKontextEditor) -> None:
     weights = trained(editor)
     trained(editor, seed=2)
-    assert adapters.digest(weights.tensors) == weights.id.sha256
+    assert lora.digest(weights.tensors) == weights.id.sha256
 
 
 @pytest.mark.parametrize("damage", ["rank", "missing", "unexpected"])
@@ -163,7 +176,7 @@ def test_an_adapter_of_another_shape_is_refused(editor: FluxKontextEditor, damag
     else:
         tensors["no.such.module.lora_A.weight"] = torch.zeros(4, 4)
     with pytest.raises(InputError, match="does not fit this editor's LoRA"):
-        adapters.load(editor.transformer, AdapterWeights(id=AdapterId(0, "x"), tensors=tensors))
+        lora.load(editor.transformer, AdapterWeights(id=AdapterId(0, "x"), tensors=tensors))
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -179,31 +192,48 @@ def test_the_digest_changes_with_any_bit(name: str, byte: int, bit: int) -> None
     changed = some_tensors()
     raw = changed[name].numpy().view(np.uint8).reshape(-1)
     raw[byte % len(raw)] ^= np.uint8(1 << bit)
-    assert adapters.digest(changed) != adapters.digest(some_tensors())
+    assert lora.digest(changed) != lora.digest(some_tensors())
 
 
 def test_the_digest_changes_with_names_shapes_and_types_and_not_with_order() -> None:
     tensors = some_tensors()
-    digest = adapters.digest(tensors)
-    assert adapters.digest(dict(sorted(tensors.items(), reverse=True))) == digest == adapters.digest(dict(sorted(tensors.items())))
-    assert adapters.digest({"d" if name == "c" else name: value for name, value in tensors.items()}) != digest
-    assert adapters.digest(tensors | {"b": tensors["b"].reshape(3, 2)}) != digest
-    assert adapters.digest(tensors | {"c": torch.zeros(1, 2, dtype=torch.int32)}) != digest
+    digest = lora.digest(tensors)
+    assert (
+        lora.digest(dict(sorted(tensors.items(), reverse=True)))
+        == digest
+        == lora.digest(dict(sorted(tensors.items())))
+    )
+    assert (
+        lora.digest({"d" if name == "c" else name: value for name, value in tensors.items()})
+        != digest
+    )
+    assert lora.digest(tensors | {"b": tensors["b"].reshape(3, 2)}) != digest
+    assert lora.digest(tensors | {"c": torch.zeros(1, 2, dtype=torch.int32)}) != digest
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=4, alpha=4), LoraConfig(rank=2, alpha=3)], ids=["r4a10", "r4a4", "r2a3"])
+@pytest.mark.parametrize(
+    "lora",
+    [LORA, LoraConfig(rank=4, alpha=4), LoraConfig(rank=2, alpha=3)],
+    ids=["r4a10", "r4a4", "r2a3"],
+)
 def test_stock_diffusers_with_the_saved_adapter_makes_our_image_bitwise(
     lora: LoraConfig, tmp_path: Path, conditioning: Conditioning
 ) -> None:
-    editor = FluxKontextEditor(random_pipeline(), EditorConfig(path="random", device="cpu", micro_batch=1))
-    adapters.attach(editor.transformer, lora, seed=0)
+    editor = FluxKontextEditor(
+        random_pipeline(), EditorConfig(path="random", device="cpu", micro_batch=1)
+    )
+    lora.attach(editor.transformer, lora, seed=0)
     start = noise(conditioning, 1)
-    plain = denoise(lambda x, s: editor.velocity(x, s, conditioning), start, editor.sigmas(3, conditioning)).final
-    adapters.save(tmp_path, trained(editor), lora)
-    final = denoise(lambda x, s: editor.velocity(x, s, conditioning), start, editor.sigmas(3, conditioning)).final
+    plain = denoise(
+        lambda x, s: editor.velocity(x, s, conditioning), start, editor.sigmas(3, conditioning)
+    ).final
+    lora.save(tmp_path, trained(editor), lora)
+    final = denoise(
+        lambda x, s: editor.velocity(x, s, conditioning), start, editor.sigmas(3, conditioning)
+    ).final
     ours = editor.decode(final, conditioning)
 
     stock = random_pipeline()
@@ -227,67 +257,83 @@ def test_stock_diffusers_with_the_saved_adapter_makes_our_image_bitwise(
     assert not torch.equal(ours, editor.decode(plain, conditioning))
 
 
-def test_reading_gives_back_tensors_name_step_and_settings(editor: FluxKontextEditor, tmp_path: Path) -> None:
+def test_reading_gives_back_tensors_name_step_and_settings(
+    editor: FluxKontextEditor, tmp_path: Path
+) -> None:
     weights = trained(editor)
-    adapters.save(tmp_path, weights, LORA)
+    lora.save(tmp_path, weights, LORA)
     for where in (tmp_path, tmp_path / WEIGHTS_FILE):
-        read, config = adapters.read(where)
-        assert read.id == weights.id and all(torch.equal(read.tensors[name], value) for name, value in weights.tensors.items())
-        assert (config.rank, config.alpha, set(config.targets)) == (LORA.rank, LORA.alpha, set(LORA.targets))
+        read, config = lora.read(where)
+        assert read.id == weights.id and all(
+            torch.equal(read.tensors[name], value) for name, value in weights.tensors.items()
+        )
+        assert (config.rank, config.alpha, set(config.targets)) == (
+            LORA.rank,
+            LORA.alpha,
+            set(LORA.targets),
+        )
 
 
 def test_equal_adapters_are_equal_files(editor: FluxKontextEditor, tmp_path: Path) -> None:
     weights = trained(editor)
     files = []
     for number in range(8):
-        adapters.save(tmp_path / str(number), weights, LORA)
+        lora.save(tmp_path / str(number), weights, LORA)
         files.append({path.name: path.read_bytes() for path in (tmp_path / str(number)).iterdir()})
     assert set(files[0]) == {WEIGHTS_FILE, "adapter.json"}
     assert all(file == files[0] for file in files)
 
 
-def test_a_diffusers_lora_without_our_note_is_read_by_its_own_metadata(editor: FluxKontextEditor, tmp_path: Path) -> None:
+def test_a_diffusers_lora_without_our_note_is_read_by_its_own_metadata(
+    editor: FluxKontextEditor, tmp_path: Path
+) -> None:
     weights = trained(editor)
-    adapters.save(tmp_path, weights, LORA)
+    lora.save(tmp_path, weights, LORA)
     (tmp_path / "adapter.json").unlink()
-    read, config = adapters.read(tmp_path)
+    read, config = lora.read(tmp_path)
     assert read.id == AdapterId(0, weights.id.sha256) and config.alpha == LORA.alpha
 
 
 def test_altered_bytes_are_refused(editor: FluxKontextEditor, tmp_path: Path) -> None:
-    adapters.save(tmp_path, trained(editor), LORA)
+    lora.save(tmp_path, trained(editor), LORA)
     raw = bytearray((tmp_path / WEIGHTS_FILE).read_bytes())
     raw[-100] ^= 1
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(raw))
     with pytest.raises(InputError, match="the adapter was altered or half-copied"):
-        adapters.read(tmp_path)
+        lora.read(tmp_path)
 
 
 def test_a_cut_file_is_refused(editor: FluxKontextEditor, tmp_path: Path) -> None:
-    adapters.save(tmp_path, trained(editor), LORA)
+    lora.save(tmp_path, trained(editor), LORA)
     raw = (tmp_path / WEIGHTS_FILE).read_bytes()
     for size in (0, 5, 300, len(raw) - 1):
         (tmp_path / WEIGHTS_FILE).write_bytes(raw[:size])
         with pytest.raises(InputError, match="not a readable safetensors file"):
-            adapters.read(tmp_path)
+            lora.read(tmp_path)
 
 
 def test_a_missing_adapter_is_refused(tmp_path: Path) -> None:
     for where in (tmp_path, tmp_path / "nowhere", tmp_path / "weights.bin"):
-        with pytest.raises(InputError, match=r"no adapter at .*expected pytorch_lora_weights\.safetensors"):
-            adapters.read(where)
+        with pytest.raises(
+            InputError, match=r"no adapter at .*expected pytorch_lora_weights\.safetensors"
+        ):
+            lora.read(where)
 
 
 @pytest.mark.parametrize("key", ["vae.conv.weight", "transformer.proj_out.weight"])
 def test_a_file_that_is_no_transformer_lora_is_refused(key: str, tmp_path: Path) -> None:
     save_file({key: torch.zeros(2, 2)}, tmp_path / WEIGHTS_FILE)
     with pytest.raises(InputError, match="holds no transformer LoRA"):
-        adapters.read(tmp_path)
+        lora.read(tmp_path)
 
 
-@pytest.mark.parametrize("note", ["{", "[]", json.dumps({"step": 1}), json.dumps({"step": "x", "sha256": "y"})])
-def test_a_broken_note_is_refused_in_words(editor: FluxKontextEditor, tmp_path: Path, note: str) -> None:
-    adapters.save(tmp_path, trained(editor), LORA)
+@pytest.mark.parametrize(
+    "note", ["{", "[]", json.dumps({"step": 1}), json.dumps({"step": "x", "sha256": "y"})]
+)
+def test_a_broken_note_is_refused_in_words(
+    editor: FluxKontextEditor, tmp_path: Path, note: str
+) -> None:
+    lora.save(tmp_path, trained(editor), LORA)
     (tmp_path / "adapter.json").write_text(note)
     with pytest.raises(InputError, match=r"adapter\.json is not readable .*copy the adapter again"):
-        adapters.read(tmp_path)
+        lora.read(tmp_path)

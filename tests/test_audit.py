@@ -22,15 +22,15 @@ from typer.testing import CliRunner
 
 from rl_edit.audit import Audit, Check, Expectation, audit, expected_of
 from rl_edit.audit.checks import kendall
-from rl_edit.audit.damages import GRADED, LEVELS, SIDES, UNDONE, exhibits, reference
+from rl_edit.audit.corruptions import GRADED, LEVELS, SIDES, UNDONE, exhibits, reference
 from rl_edit.audit.page import render
 from rl_edit.audit.throughput import measure
 from rl_edit.cli.audit_reward import audit_reward_command
 from rl_edit.cli.bench_reward import bench_reward_command
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
-from rl_edit.evaluation import metrics
-from rl_edit.rewards import Composite, Judge, Preservation, Psnr, PythonReward, Reward, Ssim
+from rl_edit.measures import pixels
+from rl_edit.rewards import Composite, Preservation, Psnr, PythonReward, Reward, ShapesJudge, Ssim
 from rl_edit.types import Candidates, EditTask, PairedTask, Score
 
 NUM_TASKS = 4
@@ -48,7 +48,7 @@ def _mean_squared(group: Candidates, keep: Tensor) -> Tensor:
 
 def inverted_mask(group: Candidates) -> list[float]:
     """Background PSNR with a mask that is True where pixels must stay."""
-    return metrics.psnr(group.images, group.task.source, group.task.edit_mask, "masked").tolist()
+    return pixels.psnr(group.images, group.task.source, group.task.edit_mask, "masked").tolist()
 
 
 def summed_over_channels(group: Candidates) -> list[float]:
@@ -62,18 +62,26 @@ def summed_over_everything(group: Candidates) -> list[float]:
 
 
 def decibels_summed_over_channels(group: Candidates) -> list[float]:
-    return metrics.psnr(group.images, group.task.source, ~group.task.edit_mask, "cocoedit").tolist()
+    return pixels.psnr(group.images, group.task.source, ~group.task.edit_mask, "cocoedit").tolist()
 
 
 def saturated_ssim(group: Candidates) -> list[float]:
     """Constants for 0..255 on pictures in 0..1: they swamp every window."""
     a, b = (group.images.double() / 255, group.task.source.double() / 255)
-    return (1 - (a - b).square().mean(dim=-1) / (58.0 + a.var() + b.var()))[:, ~group.task.edit_mask].mean(dim=1).tolist()
+    return (
+        (1 - (a - b).square().mean(dim=-1) / (58.0 + a.var() + b.var()))[:, ~group.task.edit_mask]
+        .mean(dim=1)
+        .tolist()
+    )
 
 
 def generous_ssim(group: Candidates) -> list[float]:
     """Anything from a half up is perfect."""
-    return (2 * metrics.ssim(group.images, group.task.source, ~group.task.edit_mask, "map_masked")).clamp(0, 1).tolist()
+    return (
+        (2 * pixels.ssim(group.images, group.task.source, ~group.task.edit_mask, "map_masked"))
+        .clamp(0, 1)
+        .tolist()
+    )
 
 
 def constant(group: Candidates) -> list[float]:
@@ -81,12 +89,19 @@ def constant(group: Candidates) -> list[float]:
 
 
 def _background(group: Candidates) -> list[float]:
-    return (metrics.psnr(group.images, group.task.source, ~group.task.edit_mask, "masked") / 60).clamp(0, 1).tolist()
+    return (
+        (pixels.psnr(group.images, group.task.source, ~group.task.edit_mask, "masked") / 60)
+        .clamp(0, 1)
+        .tolist()
+    )
 
 
 def middle_of_the_wrong_scale(group: Candidates) -> list[float]:
     """0..10, and 12.5, the middle of 0..25, for an answer that could not be read."""
-    return [12.5 if _drawn(image) < 0.2 else 10 * value for image, value in zip(group.images, _background(group), strict=True)]
+    return [
+        12.5 if _drawn(image) < 0.2 else 10 * value
+        for image, value in zip(group.images, _background(group), strict=True)
+    ]
 
 
 _CALLS = itertools.count()
@@ -96,7 +111,10 @@ def random_fallback(group: Candidates) -> list[float]:
     """A number out of a hat for one answer in eight."""
     hat = torch.Generator().manual_seed(next(_CALLS))
     draws = torch.rand(len(group.images), 2, generator=hat).tolist()
-    return [fallback if failed < 0.125 else value for value, (failed, fallback) in zip(_background(group), draws, strict=True)]
+    return [
+        fallback if failed < 0.125 else value
+        for value, (failed, fallback) in zip(_background(group), draws, strict=True)
+    ]
 
 
 def compares_within_the_group(group: Candidates) -> list[float]:
@@ -105,7 +123,10 @@ def compares_within_the_group(group: Candidates) -> list[float]:
 
 
 def often_silent(group: Candidates) -> list[float | None]:
-    return [None if _drawn(image) < 0.2 else value for image, value in zip(group.images, _background(group), strict=True)]
+    return [
+        None if _drawn(image) < 0.2 else value
+        for image, value in zip(group.images, _background(group), strict=True)
+    ]
 
 
 def never_answers(group: Candidates) -> list[None]:
@@ -114,19 +135,26 @@ def never_answers(group: Candidates) -> list[None]:
 
 def global_score(group: Candidates) -> list[float]:
     """Likeness of the whole picture to the right edit, sold as that of a side."""
-    return metrics.psnr(group.images, _target(group), torch.ones_like(group.task.edit_mask), "masked").tolist()
+    return pixels.psnr(
+        group.images, _target(group), torch.ones_like(group.task.edit_mask), "masked"
+    ).tolist()
 
 
 def global_score_in_every_region(group: Candidates) -> list[Score]:
     regions = len(group.task.regions)  # type: ignore[attr-defined]  # shapes tasks have them
     names = [f"region.{number}" for number in range(regions)] + ["background"]
-    return [Score(value=value, components=dict.fromkeys(names, value)) for value in global_score(group)]
+    return [
+        Score(value=value, components=dict.fromkeys(names, value)) for value in global_score(group)
+    ]
 
 
 def score_of_each_region(group: Candidates) -> list[Score]:
     places = {f"region.{number}": region for number, region in enumerate(group.task.regions)}  # type: ignore[attr-defined]
     places["background"] = ~group.task.edit_mask
-    parts = {name: metrics.psnr(group.images, _target(group), place, "masked").tolist() for name, place in places.items()}
+    parts = {
+        name: pixels.psnr(group.images, _target(group), place, "masked").tolist()
+        for name, place in places.items()
+    }
     return [
         Score(value=value, components={name: row[number] for name, row in parts.items()})
         for number, value in enumerate(global_score(group))
@@ -135,9 +163,12 @@ def score_of_each_region(group: Candidates) -> list[Score]:
 
 def loves_blur(group: Candidates) -> list[float]:
     """Likeness from afar, and a prize for smoothness."""
-    edits, source = (metrics.gaussian_mean(metrics.unit_range(p), sigma=4, radius=12) for p in (group.images, group.task.source))
+    edits, source = (
+        pixels.gaussian_mean(pixels.unit_range(p), sigma=4, radius=12)
+        for p in (group.images, group.task.source)
+    )
     afar = (edits - source).abs()[:, ~group.task.edit_mask].mean(dim=(1, 2))
-    rough = metrics.unit_range(group.images).diff(dim=2).abs().mean(dim=(1, 2, 3))
+    rough = pixels.unit_range(group.images).diff(dim=2).abs().mean(dim=(1, 2, 3))
     return (-afar - rough).tolist()
 
 
@@ -146,14 +177,22 @@ def likes_what_was_asked(group: Candidates) -> list[float]:
     right = RIGHT.get(group.task.instruction)
     if right is None or not torch.equal(right.source, group.task.source):
         return [0.0] * len(group.images)
-    return (metrics.psnr(group.images, right.target, torch.ones_like(right.edit_mask), "masked") / 60).tolist()
+    return (
+        pixels.psnr(group.images, right.target, torch.ones_like(right.edit_mask), "masked") / 60
+    ).tolist()
 
 
 def ignores_the_instruction(group: Candidates) -> list[float]:
     """Follows the one task that this source belongs to, whatever it is told, and whichever picture comes first."""
-    right = next(task for task in TASKS if torch.equal(task.edit_mask, group.task.edit_mask[:: _scale(group), :: _scale(group)]))
+    right = next(
+        task
+        for task in TASKS
+        if torch.equal(task.edit_mask, group.task.edit_mask[:: _scale(group), :: _scale(group)])
+    )
     target = right.target.repeat_interleave(_scale(group), 0).repeat_interleave(_scale(group), 1)
-    return (metrics.psnr(group.images, target, torch.ones_like(group.task.edit_mask), "masked") / 60).tolist()
+    return (
+        pixels.psnr(group.images, target, torch.ones_like(group.task.edit_mask), "masked") / 60
+    ).tolist()
 
 
 RIGHT = {task.instruction: task for task in TASKS}
@@ -174,12 +213,23 @@ def _drawn(image: Tensor) -> float:
 
 
 def bad(function: str, *, low: float = 0.0, high: float = 1.0, **changes: Any) -> PythonReward:
-    return PythonReward(function=f"{__name__}:{function}", name=function, low=low, high=high, **changes)
+    return PythonReward(
+        function=f"{__name__}:{function}", name=function, low=low, high=high, **changes
+    )
 
 
 @cache
 def audited(function: str, expects: str, **options: Any) -> dict[str, Check]:
-    return checks(bad(function, **{key: frozenset(value) if key == "requires" else value for key, value in options.items()}), expects)
+    return checks(
+        bad(
+            function,
+            **{
+                key: frozenset(value) if key == "requires" else value
+                for key, value in options.items()
+            },
+        ),
+        expects,
+    )
 
 
 def checks(term: Reward, expects: str | None = None, tasks: list[Any] = TASKS) -> dict[str, Check]:
@@ -216,8 +266,13 @@ def test_a_psnr_of_summed_channels_is_recognised_by_its_offset() -> None:
     assert found["PSNR convention"].numbers["offset_db"] == pytest.approx(-4.77, abs=0.02)
 
 
-@pytest.mark.parametrize(("function", "word"), [("saturated_ssim", "Flat"), ("generous_ssim", "Saturated"), ("constant", "Constant")])
-def test_a_reward_that_cannot_tell_edits_apart_fails_in_its_response(function: str, word: str) -> None:
+@pytest.mark.parametrize(
+    ("function", "word"),
+    [("saturated_ssim", "Flat"), ("generous_ssim", "Saturated"), ("constant", "Constant")],
+)
+def test_a_reward_that_cannot_tell_edits_apart_fails_in_its_response(
+    function: str, word: str
+) -> None:
     found = audited(function, "outside")
     assert "response" in failed(found)
     assert found["response"].sentence.startswith(word)
@@ -260,8 +315,14 @@ def test_a_global_score_declared_for_one_side_fails_the_localisation(side: str) 
 
 
 @pytest.mark.parametrize("tasks", [TASKS, TWO_REGIONS], ids=["one region", "two regions"])
-def test_a_global_score_copied_into_every_region_fails_the_localisation_of_each(tasks: list[Any]) -> None:
-    found = checks(bad("global_score_in_every_region", high=60.0, requires=frozenset({"target", "regions"})), "both", tasks)
+def test_a_global_score_copied_into_every_region_fails_the_localisation_of_each(
+    tasks: list[Any],
+) -> None:
+    found = checks(
+        bad("global_score_in_every_region", high=60.0, requires=frozenset({"target", "regions"})),
+        "both",
+        tasks,
+    )
     parts = {name: check for name, check in found.items() if name.startswith("localisation of ")}
     assert set(parts) >= {"localisation of background", "localisation of region.0"}
     assert set(parts) <= failed(found)
@@ -270,7 +331,11 @@ def test_a_global_score_copied_into_every_region_fails_the_localisation_of_each(
 
 
 def test_scores_of_their_own_region_pass_the_localisation_of_each() -> None:
-    found = checks(bad("score_of_each_region", high=60.0, requires=frozenset({"target", "regions"})), "both", TWO_REGIONS)
+    found = checks(
+        bad("score_of_each_region", high=60.0, requires=frozenset({"target", "regions"})),
+        "both",
+        TWO_REGIONS,
+    )
     for part in ("region.0", "region.1", "background"):
         assert found[f"localisation of {part}"].verdict == "pass"
         assert found[f"localisation of {part}"].numbers["auroc_mean"] == 1.0
@@ -302,12 +367,32 @@ def test_a_judge_without_target_is_asked_another_instruction_and_the_exchanged_p
 
 @pytest.mark.parametrize(
     "term",
-    [Judge(), Judge(coarse=True), Preservation(), Psnr(), Psnr(convention="zero_filled"), Ssim(), Composite(of=Judge())],
-    ids=["judge", "coarse judge", "preservation", "masked psnr", "zero-filled psnr", "ssim", "composite"],
+    [
+        ShapesJudge(),
+        ShapesJudge(coarse=True),
+        Preservation(),
+        Psnr(),
+        Psnr(convention="zero_filled"),
+        Ssim(),
+        Composite(of=ShapesJudge()),
+    ],
+    ids=[
+        "judge",
+        "coarse judge",
+        "preservation",
+        "masked psnr",
+        "zero-filled psnr",
+        "ssim",
+        "composite",
+    ],
 )
 def test_the_built_in_pixel_rewards_pass_every_check(term: Reward) -> None:
     found = checks(term)
-    assert {name: check.sentence for name, check in found.items() if check.verdict not in ("pass", "n/a")} == {}
+    assert {
+        name: check.sentence
+        for name, check in found.items()
+        if check.verdict not in ("pass", "n/a")
+    } == {}
     assert found["response"].verdict == "pass"
 
 
@@ -326,7 +411,9 @@ def test_damage_stays_on_its_side_and_grows_with_its_level(side: str) -> None:
     for (damage, where), pictures in shown.graded.items():
         if where != side:
             continue
-        errors = [float((picture.double() - shown.clean.double()).square().mean()) for picture in pictures]
+        errors = [
+            float((picture.double() - shown.clean.double()).square().mean()) for picture in pictures
+        ]
         assert len(pictures) == LEVELS
         assert all(torch.equal(picture[other], shown.clean[other]) for picture in pictures), damage
         assert errors == sorted(errors) and errors[0] > 0, damage
@@ -334,7 +421,9 @@ def test_damage_stays_on_its_side_and_grows_with_its_level(side: str) -> None:
 
 def test_every_damage_is_done_on_both_sides_and_only_the_edit_can_be_undone() -> None:
     shown = exhibits(reference(TASKS[0]), seed=0)
-    assert set(shown.graded) == {(damage, side) for damage in GRADED for side in SIDES} | {(UNDONE, "inside")}
+    assert set(shown.graded) == {(damage, side) for damage in GRADED for side in SIDES} | {
+        (UNDONE, "inside")
+    }
     assert torch.equal(shown.graded[UNDONE, "inside"][-1], shown.task.source)
 
 
@@ -349,7 +438,9 @@ def test_an_edit_pasted_elsewhere_leaves_its_place_untouched_where_it_does_not_o
     shown = exhibits(reference(TASKS[0]), seed=0)
     assert shown.elsewhere is not None
     changed = (shown.elsewhere != shown.task.source).any(dim=-1)
-    assert int((changed & shown.task.edit_mask).sum()) < int((changed & ~shown.task.edit_mask).sum())
+    assert int((changed & shown.task.edit_mask).sum()) < int(
+        (changed & ~shown.task.edit_mask).sum()
+    )
 
 
 def test_without_a_target_the_mask_is_painted_and_the_instruction_says_so() -> None:
@@ -357,11 +448,16 @@ def test_without_a_target_the_mask_is_painted_and_the_instruction_says_so() -> N
     right = reference(task)
     assert torch.equal(right.edit[~task.edit_mask], task.source[~task.edit_mask])
     assert bool((right.edit != task.source)[task.edit_mask].any())
-    assert re.fullmatch(r"paint the area in the [a-z ]+ of the picture (red|green|blue|yellow)", right.task.instruction)
+    assert re.fullmatch(
+        r"paint the area in the [a-z ]+ of the picture (red|green|blue|yellow)",
+        right.task.instruction,
+    )
 
 
 def unpaired(task: PairedTask) -> EditTask:
-    return EditTask(**{field.name: getattr(task, field.name) for field in dataclasses.fields(EditTask)})
+    return EditTask(
+        **{field.name: getattr(task, field.name) for field in dataclasses.fields(EditTask)}
+    )
 
 
 def test_preservation_passes_on_data_without_targets() -> None:
@@ -371,7 +467,9 @@ def test_preservation_passes_on_data_without_targets() -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6))
 @settings(max_examples=50, deadline=None)
-def test_kendall_is_plus_one_for_falling_scores_and_changes_sign_when_reversed(scores: list[float]) -> None:
+def test_kendall_is_plus_one_for_falling_scores_and_changes_sign_when_reversed(
+    scores: list[float],
+) -> None:
     assert kendall(scores) == pytest.approx(-kendall(scores[::-1]))
     if len(set(scores)) == len(scores):
         assert kendall(sorted(scores, reverse=True)) == 1.0
@@ -381,8 +479,8 @@ def test_what_a_term_responds_to_must_be_declared() -> None:
     with pytest.raises(InputError, match="--expects inside, outside or both"):
         expected_of(bad("constant"), None)
     assert expected_of(Preservation(), None).sides == ("outside",)
-    assert expected_of(Judge(), None).sides == SIDES
-    assert expected_of(Judge(), "inside").sides == ("inside",)
+    assert expected_of(ShapesJudge(), None).sides == SIDES
+    assert expected_of(ShapesJudge(), "inside").sides == ("inside",)
 
 
 def test_a_class_may_declare_what_it_responds_to_and_the_command_line_goes_first() -> None:
@@ -392,7 +490,9 @@ def test_a_class_may_declare_what_it_responds_to_and_the_command_line_goes_first
 
     term = Framing(function=f"{__name__}:constant", low=0, high=1)
     assert expected_of(term, None) == Expectation(sides=("inside",), reads_instruction=False)
-    assert expected_of(term, "both", reads_instruction=True) == Expectation(sides=SIDES, reads_instruction=True)
+    assert expected_of(term, "both", reads_instruction=True) == Expectation(
+        sides=SIDES, reads_instruction=True
+    )
 
 
 def test_a_reward_without_a_score_for_the_right_edit_is_not_asked_further() -> None:
@@ -412,17 +512,23 @@ def report() -> Audit:
 
 def test_the_same_seed_gives_the_same_json_but_for_times() -> None:
     term = Preservation()
-    texts = [audit([(term, expected_of(term, None))], TASKS[:2], seed=3).to_json() for _ in range(2)]
+    texts = [
+        audit([(term, expected_of(term, None))], TASKS[:2], seed=3).to_json() for _ in range(2)
+    ]
     first, second = (re.sub(r'"seconds": [^,]+', "", text) for text in texts)
     assert first == second
 
 
 def test_the_json_has_a_schema_version_and_no_number_that_json_lacks() -> None:
-    content = json.loads(report().to_json(run="r"), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    content = json.loads(
+        report().to_json(run="r"), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
+    )
     assert content["schema"] == "rl-edit/audit-reward/1"
     assert content["verdict"] == "fail"
     assert [term["verdict"] for term in content["terms"]] == ["pass", "fail"]
-    assert {"noise", "blur", "JPEG", "shift", "recolour", "no edit"} == {curve["damage"] for curve in content["terms"][0]["curves"]}
+    assert {"noise", "blur", "JPEG", "shift", "recolour", "no edit"} == {
+        curve["damage"] for curve in content["terms"][0]["curves"]
+    }
 
 
 def test_the_page_is_self_contained_and_shows_curves_and_damaged_pictures() -> None:
@@ -441,18 +547,37 @@ app.command("bench-reward")(bench_reward_command)
 RUN = ["--preset", "tiny-rc-grpo"]
 
 
-def test_the_command_writes_both_files_and_exits_with_zero_for_sound_rewards(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["audit-reward", *RUN, "--tasks", "2", "--out", str(tmp_path / "out")])
+def test_the_command_writes_both_files_and_exits_with_zero_for_sound_rewards(
+    tmp_path: Path,
+) -> None:
+    result = CliRunner().invoke(
+        app, ["audit-reward", *RUN, "--tasks", "2", "--out", str(tmp_path / "out")]
+    )
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert [term["name"] for term in content["terms"]] == ["judge", "preservation"]
     assert list(content["left_out"]) == ["attention"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["audit.html", "audit.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "audit.html",
+        "audit.json",
+    ]
 
 
 def test_the_command_exits_with_three_when_a_reward_would_mislead(tmp_path: Path) -> None:
     flat = f"rewards.flat={{kind: python, function: '{__name__}:constant', low: 0, high: 1}}"
-    command = ["audit-reward", *RUN, flat, "--term", "flat", "--expects", "both", "--tasks", "1", "--out", str(tmp_path)]
+    command = [
+        "audit-reward",
+        *RUN,
+        flat,
+        "--term",
+        "flat",
+        "--expects",
+        "both",
+        "--tasks",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 3, result.output
     assert "would mislead training: flat" in result.output
@@ -466,7 +591,9 @@ def test_the_command_names_the_rewards_there_are_when_asked_for_another() -> Non
 
 def test_throughput_counts_calls_candidates_and_missing_scores() -> None:
     references = [reference(task) for task in TASKS]
-    found = measure(bad("often_silent"), references, seconds=0.0, concurrency=2, group_size=8, seed=0)
+    found = measure(
+        bad("often_silent"), references, seconds=0.0, concurrency=2, group_size=8, seed=0
+    )
     assert found.calls == 2
     assert found.candidates_per_s == pytest.approx(16 / found.seconds)
     assert 0 < found.p50_s <= found.p90_s <= found.p99_s <= found.max_s <= found.seconds
@@ -476,7 +603,20 @@ def test_throughput_counts_calls_candidates_and_missing_scores() -> None:
 
 def test_bench_reward_writes_one_result_a_reward_and_concurrency(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    command = ["bench-reward", *RUN, "--seconds", "0.01", "--concurrency", "1", "--concurrency", "2", "--tasks", "1", "--out", str(file)]
+    command = [
+        "bench-reward",
+        *RUN,
+        "--seconds",
+        "0.01",
+        "--concurrency",
+        "1",
+        "--concurrency",
+        "2",
+        "--tasks",
+        "1",
+        "--out",
+        str(file),
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     content = json.loads(file.read_text())

@@ -31,13 +31,19 @@ def overhead(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def small(scaling: Any, *, colocated: bool = False) -> Any:
-    seats = scaling.Seats(rollout=2, reward=2, learner=2)
-    return scaling.Case(name="small", profile="kontext-512-6", seats=seats, groups=2, max_lag=0, colocated=colocated)
+    seats = scaling.WorkerCounts(rollout=2, reward=2, learner=2)
+    return scaling.Case(
+        name="small", profile="kontext-512-6", seats=seats, groups=2, max_lag=0, colocated=colocated
+    )
 
 
 @pytest.mark.parametrize("colocated", [False, True])
-def test_sleepers_take_the_real_loop_through_every_update_and_never_beat_the_model(scaling: Any, colocated: bool) -> None:
-    timing = scaling.timed(small(scaling, colocated=colocated), seconds=0.1, updates=scaling.FEWEST_UPDATES)
+def test_sleepers_take_the_real_loop_through_every_update_and_never_beat_the_model(
+    scaling: Any, colocated: bool
+) -> None:
+    timing = scaling.timed(
+        small(scaling, colocated=colocated), seconds=0.1, updates=scaling.FEWEST_UPDATES
+    )
     assert timing.model_s == 0.1
     assert 0 < timing.share <= 1.01
     assert timing.busy_s > 0
@@ -52,14 +58,18 @@ def test_the_sleep_of_an_update_adds_up_to_the_work_of_the_cost_model(scaling: A
     assert math.isclose(work, case.groups * case.cost.per_group_s)
 
 
-def test_the_cases_hold_8_and_64_gpus_both_lags_both_placements_and_every_rollout_number(scaling: Any) -> None:
+def test_the_cases_hold_8_and_64_gpus_both_lags_both_placements_and_every_rollout_number(
+    scaling: Any,
+) -> None:
     cases = scaling.cases()
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     for gpus in (8, 64):
         for kind in ("lag0", "lag1", "colocated"):
             assert {f"kontext-512-6-{gpus}-{kind}", f"kontext-1024-28-{gpus}-{kind}"} <= set(names)
-    assert [case.seats.rollout for case in cases if case.name.startswith("sweep-")] == list(scaling.ROLLOUT_ACTORS)
+    assert [case.seats.rollout for case in cases if case.name.startswith("sweep-")] == list(
+        scaling.ROLLOUT_ACTORS
+    )
     assert all(case.max_lag == 0 for case in cases if case.colocated)
     assert any(case.ray for case in cases)
 
@@ -94,7 +104,9 @@ def test_the_bare_process_ends_with_the_adapter_of_the_controller(
 
 
 @pytest.mark.parametrize("runtime", ["inline", "thread"])
-def test_the_controllers_own_time_is_measured_on_workers_that_answer_at_once(overhead: Any, runtime: str) -> None:
+def test_the_controllers_own_time_is_measured_on_workers_that_answer_at_once(
+    overhead: Any, runtime: str
+) -> None:
     clock, busy = overhead.own_ms(runtime, 7, "train.groups_per_update=2")
     assert clock > 0
     assert busy > 0

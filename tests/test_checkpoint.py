@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner import checkpoint
-from learner.checkpoint import ABSENT, MANIFEST, Checkpoint, Unsound
-from learner.lease import Lease
+from learner.controller import checkpoint
+from learner.controller.checkpoint import ABSENT, MANIFEST, Checkpoint, Unsound
+from learner.controller.lease import Lease
 from rl_edit import wire
 from rl_edit.errors import Fenced, InputError
 from rl_edit.types import AdapterId, AdapterWeights, LearnerState
@@ -45,7 +45,11 @@ def adapter(step: int) -> AdapterId:
 
 
 def weights(step: int) -> np.ndarray:
-    return wire.pack(AdapterWeights(id=adapter(step), tensors={"block.lora_A.weight": torch.full((2, 3), float(step))}))
+    return wire.pack(
+        AdapterWeights(
+            id=adapter(step), tensors={"block.lora_A.weight": torch.full((2, 3), float(step))}
+        )
+    )
 
 
 def example(step: int, name: str = "c") -> Checkpoint:
@@ -87,12 +91,23 @@ def test_what_is_read_is_what_was_written(directory: Path, lease: Lease) -> None
     assert found is not None
     assert replace(found, learner=given.learner, acting=given.acting) == given
     assert found.learner.tobytes() == given.learner.tobytes()
-    assert [(name, packed.tobytes()) for name, packed in found.acting.items()] == [(n, p.tobytes()) for n, p in given.acting.items()]
-    assert given.nbytes == sum(file.stat().st_size for file in (directory / "step_000007").glob("*.safetensors"))
+    assert [(name, packed.tobytes()) for name, packed in found.acting.items()] == [
+        (n, p.tobytes()) for n, p in given.acting.items()
+    ]
+    assert given.nbytes == sum(
+        file.stat().st_size for file in (directory / "step_000007").glob("*.safetensors")
+    )
 
 
-def test_a_checkpoint_tells_its_parent_its_lease_and_that_seeds_are_keyed(directory: Path, lease: Lease) -> None:
-    states = [json.loads((checkpoint.write(directory, example(step), lease=lease) / "state.json").read_text()) for step in (2, 4)]
+def test_a_checkpoint_tells_its_parent_its_lease_and_that_seeds_are_keyed(
+    directory: Path, lease: Lease
+) -> None:
+    states = [
+        json.loads(
+            (checkpoint.write(directory, example(step), lease=lease) / "state.json").read_text()
+        )
+        for step in (2, 4)
+    ]
     assert [state["parent"] for state in states] == [None, "step_000002"]
     assert {state["lease_epoch"] for state in states} == {lease.epoch}
     assert "no generator state" in states[0]["seeds"]
@@ -100,7 +115,9 @@ def test_a_checkpoint_tells_its_parent_its_lease_and_that_seeds_are_keyed(direct
 
 
 def test_settings_without_bounds_come_back_as_they_were(directory: Path, lease: Lease) -> None:
-    given = replace(example(1), settings={"rewards": {"custom": {"low": -float("inf"), "high": float("inf")}}})
+    given = replace(
+        example(1), settings={"rewards": {"custom": {"low": -float("inf"), "high": float("inf")}}}
+    )
     checkpoint.write(directory, given, lease=lease)
     found = newest(directory)
     assert found is not None and found.settings == given.settings
@@ -121,7 +138,9 @@ def test_without_checkpoints_there_is_nothing_to_read(directory: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_anywhere_in_any_file_is_found(directory: Path, lease: Lease, name: str) -> None:
+def test_a_flipped_bit_anywhere_in_any_file_is_found(
+    directory: Path, lease: Lease, name: str
+) -> None:
     path = checkpoint.write(directory, example(2), lease=lease)
     sound = (path / name).read_bytes()
     assert checkpoint.read(path).updates_done == 2
@@ -181,7 +200,9 @@ def put(path: Path, name: str, content: bytes) -> None:
     """Puts a file into a checkpoint as someone does who knows the format: the manifest vouches for it."""
     (path / name).write_bytes(content)
     files = json.loads((path / MANIFEST).read_text())["files"]
-    renew_manifest(path, files={**files, name: {"bytes": len(content), "sha256": sha256(content).hexdigest()}})
+    renew_manifest(
+        path, files={**files, name: {"bytes": len(content), "sha256": sha256(content).hexdigest()}}
+    )
 
 
 @pytest.mark.faults
@@ -239,7 +260,9 @@ def test_a_disk_that_cannot_be_read_does_not_make_a_checkpoint_corrupt(
 
 
 @pytest.mark.faults
-def test_a_run_goes_on_from_the_last_sound_checkpoint_and_reports_the_bad_one(small_editor: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_the_last_sound_checkpoint_and_reports_the_bad_one(
+    small_editor: str, tmp_path: Path
+) -> None:
     config = small_config(small_editor, "train.updates=3")
     whole = run_inline(config, tmp_path)
     flip(tmp_path / "checkpoints" / "step_000003")
@@ -252,7 +275,9 @@ def test_a_run_goes_on_from_the_last_sound_checkpoint_and_reports_the_bad_one(sm
 
 
 @pytest.mark.faults
-def test_a_run_of_which_no_sound_checkpoint_is_left_is_not_started_over(small_editor: str, tmp_path: Path) -> None:
+def test_a_run_of_which_no_sound_checkpoint_is_left_is_not_started_over(
+    small_editor: str, tmp_path: Path
+) -> None:
     config = small_config(small_editor, "train.updates=1")
     run_inline(config, tmp_path)
     flip(tmp_path / "checkpoints" / "step_000001")
@@ -286,7 +311,10 @@ def as_zip(tmp_path: Path, content: bytes) -> bytes:
         ("learner.safetensors", True, "learner.safetensors is a zip archive"),
         ("acting_000004.safetensors", False, "acting_000004.safetensors is a pickle"),
         ("state.json", False, "state.json cannot be read"),
-        *((f"extra{suffix}", False, f"names 'extra{suffix}': only") for suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt", "")),
+        *(
+            (f"extra{suffix}", False, f"names 'extra{suffix}': only")
+            for suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt", "")
+        ),
     ],
 )
 def test_a_pickle_in_a_checkpoint_is_refused_by_magic_and_by_name_and_never_runs(
@@ -295,7 +323,11 @@ def test_a_pickle_in_a_checkpoint_is_refused_by_magic_and_by_name_and_never_runs
     checkpoint.write(directory, example(2), lease=lease)
     mark = tmp_path / "executed"
     content = pickle.dumps(Payload(mark))
-    put(checkpoint.write(directory, example(4), lease=lease), name, as_zip(tmp_path, content) if zipped else content)
+    put(
+        checkpoint.write(directory, example(4), lease=lease),
+        name,
+        as_zip(tmp_path, content) if zipped else content,
+    )
     heard = Heard()
     found = checkpoint.newest(directory, heard)
     assert found is not None and found.updates_done == 2
@@ -306,18 +338,26 @@ def test_a_pickle_in_a_checkpoint_is_refused_by_magic_and_by_name_and_never_runs
 
 
 @pytest.mark.faults
-def test_a_directory_of_pickles_is_not_a_checkpoint_and_the_problem_names_them(directory: Path, tmp_path: Path) -> None:
+def test_a_directory_of_pickles_is_not_a_checkpoint_and_the_problem_names_them(
+    directory: Path, tmp_path: Path
+) -> None:
     foreign, mark = directory / "step_000009", tmp_path / "executed"
     foreign.mkdir(parents=True)
     (foreign / "model.pt").write_bytes(pickle.dumps(Payload(mark)))
     heard = Heard()
     assert checkpoint.newest(directory, heard) is None
-    assert heard.events[0][1]["problem"] == "MANIFEST.json is missing; it holds model.pt, and pickles are never opened"
+    assert (
+        heard.events[0][1]["problem"]
+        == "MANIFEST.json is missing; it holds model.pt, and pickles are never opened"
+    )
     assert not mark.exists()
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["../outside.json", "/etc/outside.json", "..", "sub/inside.json", "sub\\inside.json", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.json", "/etc/outside.json", "..", "sub/inside.json", "sub\\inside.json", ""],
+)
 def test_a_manifest_that_names_a_path_is_refused_before_any_file_is_read(
     directory: Path, lease: Lease, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,19 +373,27 @@ def test_a_manifest_that_names_a_path_is_refused_before_any_file_is_read(
         checkpoint.read(path)
 
 
-def test_safetensors_that_begin_like_a_pickle_are_safetensors(directory: Path, lease: Lease) -> None:
+def test_safetensors_that_begin_like_a_pickle_are_safetensors(
+    directory: Path, lease: Lease
+) -> None:
     """A header of 640 bytes has a length that reads as pickle protocol 2."""
     header = b"{}".ljust(0x0280)
     content = len(header).to_bytes(8, "little") + header
     assert content.startswith(b"\x80\x02")
-    checkpoint.write(directory, replace(example(1), learner=np.frombuffer(content, dtype=np.uint8)), lease=lease)
+    checkpoint.write(
+        directory, replace(example(1), learner=np.frombuffer(content, dtype=np.uint8)), lease=lease
+    )
     found = newest(directory)
     assert found is not None and found.learner.tobytes() == content
 
 
-def test_bytes_that_would_be_refused_when_read_are_not_written(directory: Path, lease: Lease) -> None:
+def test_bytes_that_would_be_refused_when_read_are_not_written(
+    directory: Path, lease: Lease
+) -> None:
     with pytest.raises(AssertionError, match="only packed records"):
-        checkpoint.write(directory, replace(example(1), learner=np.zeros(64, dtype=np.uint8)), lease=lease)
+        checkpoint.write(
+            directory, replace(example(1), learner=np.zeros(64, dtype=np.uint8)), lease=lease
+        )
     assert names(directory) == []
 
 
@@ -360,13 +408,20 @@ def test_a_checkpoint_is_safetensors_and_json_and_no_pickle_beside_them_is_opene
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a pickle was opened")
 
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+    for module, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+    ):
         monkeypatch.setattr(module, name, opened)
     found = newest(directory)
     assert found is not None and found.updates_done == 3
 
 
-def test_whose_a_run_is_says_its_newest_sound_checkpoint_and_nothing_is_moved_to_find_out(directory: Path, lease: Lease) -> None:
+def test_whose_a_run_is_says_its_newest_sound_checkpoint_and_nothing_is_moved_to_find_out(
+    directory: Path, lease: Lease
+) -> None:
     checkpoint.write(directory, example(2, "a"), lease=lease)
     flip(checkpoint.write(directory, example(4, "b"), lease=lease))
     found = checkpoint.peek(directory)
@@ -375,8 +430,18 @@ def test_whose_a_run_is_says_its_newest_sound_checkpoint_and_nothing_is_moved_to
 
 
 def test_differences_are_dotted_and_say_what_one_side_lacks() -> None:
-    there = {"seed": 1, "train": {"learning_rate": 0.001, "passes": 1}, "rewards": {"judge": {"weight": 1.0}}, "sizes": [1, 2]}
-    here = {"seed": 1, "train": {"learning_rate": 0.0001, "passes": 1}, "rewards": {"clip": {"weight": 1.0}}, "sizes": [1, 3]}
+    there = {
+        "seed": 1,
+        "train": {"learning_rate": 0.001, "passes": 1},
+        "rewards": {"judge": {"weight": 1.0}},
+        "sizes": [1, 2],
+    }
+    here = {
+        "seed": 1,
+        "train": {"learning_rate": 0.0001, "passes": 1},
+        "rewards": {"clip": {"weight": 1.0}},
+        "sizes": [1, 3],
+    }
     assert checkpoint.differences(there, here) == {
         "rewards.clip": (ABSENT, {"weight": 1.0}),
         "rewards.judge": ({"weight": 1.0}, ABSENT),
@@ -393,14 +458,19 @@ def test_a_checkpoint_of_the_same_settings_is_accepted(tmp_path: Path) -> None:
     assert checkpoint.require_same_run(example(1), example(1).settings, tmp_path) is None
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(
-        InputError, match=r"belongs to another run \(seed: 0 there, 1 here; train.learning_rate: 0.001 there, 0.0001 here\)"
+        InputError,
+        match=r"belongs to another run \(seed: 0 there, 1 here; train.learning_rate: 0.001 there, 0.0001 here\)",
     ):
         checkpoint.require_same_run(example(1), HERE, tmp_path)
 
 
-def test_a_setting_that_did_not_exist_when_the_checkpoint_was_made_is_accepted_at_its_default(tmp_path: Path) -> None:
+def test_a_setting_that_did_not_exist_when_the_checkpoint_was_made_is_accepted_at_its_default(
+    tmp_path: Path,
+) -> None:
     found = example(1)
     section = found.settings["train"]
     assert "minibatches" not in section
@@ -421,7 +491,11 @@ def test_a_drift_is_accepted_only_for_the_settings_that_are_named(tmp_path: Path
 def test_a_checkpoint_of_other_settings_is_refused(small_editor: str, tmp_path: Path) -> None:
     run_inline(small_config(small_editor, "train.updates=1"), tmp_path)
     with pytest.raises(InputError, match="belongs to another run"):
-        run_inline(small_config(small_editor, "train.updates=1", "train.learning_rate=1e-4"), tmp_path, resume=True)
+        run_inline(
+            small_config(small_editor, "train.updates=1", "train.learning_rate=1e-4"),
+            tmp_path,
+            resume=True,
+        )
 
 
 def test_more_updates_other_places_and_other_names_are_the_same_settings(small_editor: str) -> None:
@@ -430,7 +504,14 @@ def test_more_updates_other_places_and_other_names_are_the_same_settings(small_e
         "train.updates=99", "name=other", "actors.num_rollout=2", "evaluation.num_tasks=5", "train.checkpoint_every=7",
         "train.keep_checkpoints=5", "train.max_dropped_groups=1", "data.path=elsewhere", "editor.path=elsewhere", "editor.device=auto",
     )  # fmt: skip
-    other = ("seed=1", "train.learning_rate=1e-4", "rollout.group_size=5", "data.num_train=9", "lora.rank=2", "editor.guidance=1")
+    other = (
+        "seed=1",
+        "train.learning_rate=1e-4",
+        "rollout.group_size=5",
+        "data.num_train=9",
+        "lora.rank=2",
+        "editor.guidance=1",
+    )
     assert all(small_config(small_editor, change).sha256() == base for change in same)
     assert all(small_config(small_editor, change).sha256() != base for change in other)
 
@@ -442,14 +523,27 @@ def test_only_the_newest_checkpoints_are_kept(directory: Path, lease: Lease) -> 
     assert names(directory) == ["step_000004", "step_000005"]
 
 
-def test_pruning_removes_what_killed_attempts_left_but_not_what_a_newer_one_writes(directory: Path, tmp_path: Path) -> None:
+def test_pruning_removes_what_killed_attempts_left_but_not_what_a_newer_one_writes(
+    directory: Path, tmp_path: Path
+) -> None:
     Lease.take(tmp_path)
     lease = Lease.take(tmp_path)
     checkpoint.write(directory, example(1), lease=lease)
-    for name in (".tmp-1-step_000002", ".tmp-2-step_000002", ".tmp-3-step_000002", ".old-step_000001", ".corrupt-step_000002"):
+    for name in (
+        ".tmp-1-step_000002",
+        ".tmp-2-step_000002",
+        ".tmp-3-step_000002",
+        ".old-step_000001",
+        ".corrupt-step_000002",
+    ):
         shutil.copytree(directory / "step_000001", directory / name)
     checkpoint.prune(directory, 2, lease=lease)
-    assert names(directory) == [".corrupt-step_000002", ".tmp-2-step_000002", ".tmp-3-step_000002", "step_000001"]
+    assert names(directory) == [
+        ".corrupt-step_000002",
+        ".tmp-2-step_000002",
+        ".tmp-3-step_000002",
+        "step_000001",
+    ]
 
 
 def test_a_step_written_again_replaces_the_old_one(directory: Path, lease: Lease) -> None:
@@ -461,7 +555,9 @@ def test_a_step_written_again_replaces_the_old_one(directory: Path, lease: Lease
 
 
 @pytest.mark.faults
-def test_a_fenced_attempt_neither_writes_nor_removes(directory: Path, tmp_path: Path, lease: Lease) -> None:
+def test_a_fenced_attempt_neither_writes_nor_removes(
+    directory: Path, tmp_path: Path, lease: Lease
+) -> None:
     for step in (1, 2):
         checkpoint.write(directory, example(step), lease=lease)
     Lease.take(tmp_path)
@@ -496,7 +592,11 @@ def test_an_attempt_fenced_while_it_writes_commits_nothing(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["disk full", "interrupted"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()],
+    ids=["disk full", "interrupted"],
+)
 @pytest.mark.parametrize("at", range(5))
 def test_a_write_that_fails_leaves_neither_a_step_nor_a_remainder(
     directory: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int
@@ -529,7 +629,10 @@ def killed_at(point: int, directory: Path, work: Callable[[], object]) -> bool:
 
         def count(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal seen
-            if any(isinstance(part, str | os.PathLike) and str(part).startswith(str(directory)) for part in arguments):
+            if any(
+                isinstance(part, str | os.PathLike) and str(part).startswith(str(directory))
+                for part in arguments
+            ):
                 seen += 1
                 if seen == point:
                     os._exit(9)
@@ -547,7 +650,9 @@ def killed_at(point: int, directory: Path, work: Callable[[], object]) -> bool:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("step", [2, 4], ids=["a step written again", "a new step"])
-def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_checkpoint_or_the_new_one(tmp_path: Path, step: int) -> None:
+def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path: Path, step: int
+) -> None:
     outcomes, point = [], 0
     while not outcomes or outcomes[-1][0]:
         point += 1
@@ -557,7 +662,13 @@ def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_checkpoint_or_t
         for sound in (1, 2):
             checkpoint.write(directory, example(sound, "a"), lease=lease)
         again = example(step, "b")
-        killed = killed_at(point, directory, lambda: checkpoint.write(directory, again, lease=lease))  # noqa: B023
+        killed = killed_at(
+            point,
+            directory,
+            lambda directory=directory, again=again, lease=lease: checkpoint.write(
+                directory, again, lease=lease
+            ),
+        )
         found = newest(directory)
         assert found is not None
         assert (found.code_version, found.updates_done) in {("a", 2), ("b", step)}
@@ -566,22 +677,33 @@ def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_checkpoint_or_t
         after = Lease.take(run)
         checkpoint.write(directory, example(step, "b"), lease=after)
         checkpoint.prune(directory, 2, lease=after)
-        assert names(directory) == (["step_000001", "step_000002"] if step == 2 else ["step_000002", "step_000004"])
+        assert names(directory) == (
+            ["step_000001", "step_000002"] if step == 2 else ["step_000002", "step_000004"]
+        )
     assert len(outcomes) > 10
     identities = "".join(identity for _, identity in outcomes)
-    assert identities == "a" * identities.count("a") + "b" * identities.count("b"), "once committed, a checkpoint stays"
+    assert identities == "a" * identities.count("a") + "b" * identities.count("b"), (
+        "once committed, a checkpoint stays"
+    )
     assert identities[0] == "a" and identities[-1] == "b"
 
 
 @pytest.mark.faults
-def test_the_remainder_of_a_killed_write_is_not_taken_for_a_checkpoint_and_is_replaced(directory: Path, lease: Lease) -> None:
-    os.rename(checkpoint.write(directory, example(2), lease=lease), directory / f".tmp-{lease.epoch}-step_000002")
+def test_the_remainder_of_a_killed_write_is_not_taken_for_a_checkpoint_and_is_replaced(
+    directory: Path, lease: Lease
+) -> None:
+    os.rename(
+        checkpoint.write(directory, example(2), lease=lease),
+        directory / f".tmp-{lease.epoch}-step_000002",
+    )
     assert newest(directory) is None
     checkpoint.write(directory, example(2), lease=lease)
     assert names(directory) == ["step_000002"]
 
 
-def test_a_disk_without_room_for_two_checkpoints_is_told_before_one_is_written(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_for_two_checkpoints_is_told_before_one_is_written(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def usage(path: Path) -> Any:

@@ -48,9 +48,15 @@ def test_a_task_is_the_same_bytes_in_another_process() -> None:
         "print(hashlib.sha256(b.source.numpy().tobytes() + b.target.numpy().tobytes() + repr(b.instructions).encode()).hexdigest())"
     )
     root = Path(__file__).parents[1]
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout.strip()
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    ).stdout.strip()
     here = shapes.batch("train", 5, 40, seed=3)
-    content = here.source.numpy().tobytes() + here.target.numpy().tobytes() + repr(here.instructions).encode()
+    content = (
+        here.source.numpy().tobytes()
+        + here.target.numpy().tobytes()
+        + repr(here.instructions).encode()
+    )
     assert other == hashlib.sha256(content).hexdigest()
 
 
@@ -58,9 +64,14 @@ def test_a_batch_holds_the_same_tasks_as_one_by_one() -> None:
     batch = shapes.batch("pretrain", 11, 9, seed=2)
     for row in range(9):
         task = shapes.task("pretrain", 11 + row, seed=2)
-        assert torch.equal(batch.source[row], task.source) and torch.equal(batch.target[row], task.target)
+        assert torch.equal(batch.source[row], task.source) and torch.equal(
+            batch.target[row], task.target
+        )
         assert torch.equal(batch.mask[row], task.edit_mask)
-        assert (batch.instructions[row], batch.task_types[row]) == (task.instruction, task.task_type)
+        assert (batch.instructions[row], batch.task_types[row]) == (
+            task.instruction,
+            task.task_type,
+        )
 
 
 def test_splits_and_seeds_share_no_scene() -> None:
@@ -69,7 +80,9 @@ def test_splits_and_seeds_share_no_scene() -> None:
         for seed in (0, 1):
             batch = shapes.batch(split, 0, 1000, seed=seed)
             pictures = torch.cat([batch.source, batch.target]).numpy()
-            seen[f"{split}{seed}"] = {hashlib.sha256(picture.tobytes()).digest() for picture in pictures}
+            seen[f"{split}{seed}"] = {
+                hashlib.sha256(picture.tobytes()).digest() for picture in pictures
+            }
             assert len(seen[f"{split}{seed}"]) == 2000
     assert len(set.union(*seen.values())) == sum(len(hashes) for hashes in seen.values())
 
@@ -93,7 +106,9 @@ def test_the_mask_is_the_bounding_box_of_the_change_widened_by_the_margin() -> N
             continue
         changed = (task.source != task.target).any(dim=-1).nonzero()
         top, left = (changed.min(dim=0).values - shapes.MASK_MARGIN).clamp(min=0).tolist()
-        bottom, right = (changed.max(dim=0).values + shapes.MASK_MARGIN).clamp(max=shapes.SIZE - 1).tolist()
+        bottom, right = (
+            (changed.max(dim=0).values + shapes.MASK_MARGIN).clamp(max=shapes.SIZE - 1).tolist()
+        )
         expected = torch.zeros(shapes.SIZE, shapes.SIZE, dtype=torch.bool)
         expected[top : bottom + 1, left : right + 1] = True
         assert torch.equal(task.edit_mask, expected)
@@ -113,7 +128,10 @@ def test_every_stretch_of_tasks_is_balanced_over_types_and_a_type_can_be_asked_f
         "recolour": 20,
         "two_regions": 10,
     }
-    assert all(shapes.task("train", 7, task_type=task_type).task_type == task_type for task_type in shapes.TASK_TYPES)
+    assert all(
+        shapes.task("train", 7, task_type=task_type).task_type == task_type
+        for task_type in shapes.TASK_TYPES
+    )
 
 
 def test_instructions_use_exactly_the_vocabulary() -> None:
@@ -124,7 +142,11 @@ def test_instructions_use_exactly_the_vocabulary() -> None:
 
 
 def _objects(words: list[str]) -> list[tuple[str, str]]:
-    return [(colour, shape) for colour, shape in itertools.pairwise(words) if colour in shapes.COLOURS and shape in shapes.SHAPES]
+    return [
+        (colour, shape)
+        for colour, shape in itertools.pairwise(words)
+        if colour in shapes.COLOURS and shape in shapes.SHAPES
+    ]
 
 
 def test_the_object_to_remove_is_there_before_and_gone_after() -> None:
@@ -149,7 +171,12 @@ def test_added_and_recoloured_objects_show_the_colour_asked_for() -> None:
 
 
 def test_the_place_of_an_added_object_follows_from_the_words() -> None:
-    corners = {"top left": (True, True), "top right": (True, False), "bottom left": (False, True), "bottom right": (False, False)}
+    corners = {
+        "top left": (True, True),
+        "top right": (True, False),
+        "bottom left": (False, True),
+        "bottom right": (False, False),
+    }
     num_checked = 0
     for index in range(300):
         task = shapes.task("train", index, task_type="add")
@@ -169,12 +196,17 @@ def test_no_name_of_a_scene_is_used_twice_before_or_after() -> None:
     for index in range(2000):
         changes, kept = shapes._scene(shapes.TASK_TYPES[index % 5], shapes.random.Random(index))
         for state in ("before", "after"):
-            things = [thing for change in changes if (thing := getattr(change, state)) is not None] + kept
+            things = [
+                thing for change in changes if (thing := getattr(change, state)) is not None
+            ] + kept
             assert len({thing.name for thing in things}) == len(things)
         things = [change.after or change.before for change in changes] + kept
         assert 2 <= len(things) <= 4
         for this in things:
-            assert min(this.x, this.y) - this.radius >= 1 and max(this.x, this.y) + this.radius <= shapes.SIZE - 1
+            assert (
+                min(this.x, this.y) - this.radius >= 1
+                and max(this.x, this.y) + this.radius <= shapes.SIZE - 1
+            )
 
 
 def test_objects_stand_out_from_the_ground() -> None:
@@ -223,10 +255,15 @@ def test_the_compbench_layout_reads_back_exactly_what_was_written(tmp_path: Path
     entries = json.loads((tmp_path / "data/tasks/add/metadata.json").read_text())
     assert {"image_path", "instruction", "caption"} <= set(entries[0])
     mask = np.asarray(Image.open(tmp_path / "data/tasks/add/mask" / entries[0]["image_path"]))
-    assert set(np.unique(mask)) == {0, 255} and mask[read[entries[0]["task_id"]].edit_mask.numpy()].min() == 255
+    assert (
+        set(np.unique(mask)) == {0, 255}
+        and mask[read[entries[0]["task_id"]].edit_mask.numpy()].min() == 255
+    )
 
 
-def test_the_benchmark_s_own_rows_are_read_and_frames_of_one_clip_stay_together(tmp_path: Path) -> None:
+def test_the_benchmark_s_own_rows_are_read_and_frames_of_one_clip_stay_together(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "tasks/remove"
     entries = [
         {"image_path": f"{clip}/0/0000{frame}.png", "instruction": "remove it", "caption": "a fish"}
@@ -240,8 +277,13 @@ def test_the_benchmark_s_own_rows_are_read_and_frames_of_one_clip_stay_together(
             _save(folder / kind / entry["image_path"], _picture(20, 30))
         _save(folder / "mask" / entry["image_path"], _box(20, 30))
     assert read_compbench(tmp_path)[0].task_id == "remove/a/0/00000"
-    sides = [open_dataset(DataConfig(path=str(tmp_path), heldout_fraction=0.5), split) for split in ("train", "heldout")]
-    clips = [{dataset[index].task_id.split("/")[1] for index in range(len(dataset))} for dataset in sides]
+    sides = [
+        open_dataset(DataConfig(path=str(tmp_path), heldout_fraction=0.5), split)
+        for split in ("train", "heldout")
+    ]
+    clips = [
+        {dataset[index].task_id.split("/")[1] for index in range(len(dataset))} for dataset in sides
+    ]
     assert clips[0] and clips[1] and not clips[0] & clips[1] and len(sides[0]) + len(sides[1]) == 18
     assert type(sides[0][0]) is PairedTask and sides[0].fields == {"target", "caption"}
 
@@ -291,7 +333,10 @@ def test_broken_compbench_metadata_is_refused(tmp_path: Path, content: str, word
 
 
 def test_a_region_map_that_contradicts_the_mask_is_refused(tmp_path: Path) -> None:
-    write_compbench([shapes.task("train", 0, task_type="add"), shapes.task("train", 1, task_type="add")], tmp_path / "data")
+    write_compbench(
+        [shapes.task("train", 0, task_type="add"), shapes.task("train", 1, task_type="add")],
+        tmp_path / "data",
+    )
     regions = tmp_path / "data/tasks/add/regions/train-000000.png"
     Image.fromarray(np.ones((64, 64), dtype=np.uint8)).save(regions)
     with pytest.raises(InputError, match="does not agree with the mask"):
@@ -319,7 +364,9 @@ def _save(path: Path, pixels: np.ndarray[Any, Any], **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_to_pictures_and_sizes(tmp_path: Path, orientation: int) -> None:
+def test_exif_orientation_is_applied_to_pictures_and_sizes(
+    tmp_path: Path, orientation: int
+) -> None:
     upright = _picture(5, 7)
     # The inverse of each EXIF turn, written out: stored pixels whose display is ``upright``.
     stored = {
@@ -338,7 +385,9 @@ def test_exif_orientation_is_applied_to_pictures_and_sizes(tmp_path: Path, orien
     assert np.array_equal(read_rgb(path, where="row"), upright)
     assert upright_size(path, where="row") == (5, 7)
     mask_path = _save(tmp_path / "mask.png", np.ascontiguousarray(stored[..., 0]), exif=exif)
-    assert np.array_equal(read_mask(mask_path, polarity="edit_white", where="row").edit, upright[..., 0] >= 128)
+    assert np.array_equal(
+        read_mask(mask_path, polarity="edit_white", where="row").edit, upright[..., 0] >= 128
+    )
 
 
 def test_palette_grey_and_sixteen_bit_pictures_become_rgb(tmp_path: Path) -> None:
@@ -347,9 +396,13 @@ def test_palette_grey_and_sixteen_bit_pictures_become_rgb(tmp_path: Path) -> Non
     assert Image.open(tmp_path / "palette.png").mode == "P"
     assert np.array_equal(read_rgb(tmp_path / "palette.png", where="row"), colours)
     _save(tmp_path / "grey.png", colours[..., 0])
-    assert np.array_equal(read_rgb(tmp_path / "grey.png", where="row"), np.repeat(colours[..., :1], 3, axis=2))
+    assert np.array_equal(
+        read_rgb(tmp_path / "grey.png", where="row"), np.repeat(colours[..., :1], 3, axis=2)
+    )
     _save(tmp_path / "sixteen.png", colours[..., 1].astype(np.uint16) * 257)
-    assert np.array_equal(read_rgb(tmp_path / "sixteen.png", where="row"), np.repeat(colours[..., 1:2], 3, axis=2))
+    assert np.array_equal(
+        read_rgb(tmp_path / "sixteen.png", where="row"), np.repeat(colours[..., 1:2], 3, axis=2)
+    )
     Image.new("CMYK", (3, 2), (0, 0, 0, 0)).save(tmp_path / "cmyk.tif")
     assert read_rgb(tmp_path / "cmyk.tif", where="row").min() == 255
     Image.new("1", (3, 2), 1).save(tmp_path / "bits.png")
@@ -359,7 +412,11 @@ def test_palette_grey_and_sixteen_bit_pictures_become_rgb(tmp_path: Path) -> Non
 def test_transparency_is_composited_on_white(tmp_path: Path) -> None:
     pixels = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 128]]], dtype=np.uint8)
     path = _save(tmp_path / "glass.png", pixels)
-    assert read_rgb(path, where="row")[0].tolist() == [[200, 0, 0], [255, 255, 255], [127, 127, 127]]
+    assert read_rgb(path, where="row")[0].tolist() == [
+        [200, 0, 0],
+        [255, 255, 255],
+        [127, 127, 127],
+    ]
 
 
 def test_masks_of_any_mode_are_split_at_half(tmp_path: Path) -> None:
@@ -369,8 +426,15 @@ def test_masks_of_any_mode_are_split_at_half(tmp_path: Path) -> None:
     paint[..., 0] = soft
     strokes = np.zeros((1, 5, 4), dtype=np.uint8)
     strokes[..., :3], strokes[..., 3] = 255, soft
-    for name, pixels in {"grey": soft, "red paint": paint, "strokes": strokes, "sixteen": soft.astype(np.uint16) * 257}.items():
-        mask = read_mask(_save(tmp_path / f"{name}.png", pixels), polarity="edit_white", where="row")
+    for name, pixels in {
+        "grey": soft,
+        "red paint": paint,
+        "strokes": strokes,
+        "sixteen": soft.astype(np.uint16) * 257,
+    }.items():
+        mask = read_mask(
+            _save(tmp_path / f"{name}.png", pixels), polarity="edit_white", where="row"
+        )
         assert np.array_equal(mask.edit, expected), name
         assert not mask.zero_one
 
@@ -390,7 +454,10 @@ def test_zero_one_masks_are_recognised(tmp_path: Path) -> None:
 
 def test_edit_black_is_the_complement_of_edit_white(tmp_path: Path) -> None:
     path = _save(tmp_path / "mask.png", _box(8, 8))
-    white, black = (read_mask(path, polarity=polarity, where="row").edit for polarity in ("edit_white", "edit_black"))
+    white, black = (
+        read_mask(path, polarity=polarity, where="row").edit
+        for polarity in ("edit_white", "edit_black")
+    )
     assert np.array_equal(white, ~black) and white.any()
 
 
@@ -413,11 +480,15 @@ def _jsonl(root: Path, *rows: dict[str, Any]) -> Path:
 
 
 def _all(path: Path, **options: Any) -> list[EditTask]:
-    dataset = open_dataset(DataConfig(path="builtin:shapes", heldout_path=str(path), **options), "heldout")
+    dataset = open_dataset(
+        DataConfig(path="builtin:shapes", heldout_path=str(path), **options), "heldout"
+    )
     return sorted((dataset[index] for index in range(len(dataset))), key=lambda task: task.task_id)
 
 
-def test_a_plain_folder_is_read_with_masks_and_instructions_beside_the_pictures(tmp_path: Path) -> None:
+def test_a_plain_folder_is_read_with_masks_and_instructions_beside_the_pictures(
+    tmp_path: Path,
+) -> None:
     tasks = _all(_folder(tmp_path))
     assert [task.task_id for task in tasks] == ["p0", "p1", "p2", "p3"]
     assert [task.instruction for task in tasks] == [f"edit number {index}" for index in range(4)]
@@ -432,7 +503,10 @@ def test_other_folder_layouts_are_read(tmp_path: Path, layout: str) -> None:
     place = tmp_path / layout if layout != "dotted" else tmp_path
     _save(place / "A.JPG", _picture(20, 24), format="JPEG")
     _save(tmp_path / ("A.mask.png" if layout == "dotted" else "masks/A.png"), _box(20, 24))
-    _save(tmp_path / ("A_target.png" if layout == "dotted" else "targets/A.png"), _picture(20, 24, seed=1))
+    _save(
+        tmp_path / ("A_target.png" if layout == "dotted" else "targets/A.png"),
+        _picture(20, 24, seed=1),
+    )
     if layout == "images":
         (tmp_path / "instructions.json").write_text('{"A": "do it"}')
     elif layout == "sources":
@@ -444,37 +518,79 @@ def test_other_folder_layouts_are_read(tmp_path: Path, layout: str) -> None:
     assert np.array_equal(task.target.numpy(), _picture(20, 24, seed=1))
 
 
-def test_json_lines_take_every_spelling_of_their_keys_and_paths_relative_to_the_file(tmp_path: Path) -> None:
+def test_json_lines_take_every_spelling_of_their_keys_and_paths_relative_to_the_file(
+    tmp_path: Path,
+) -> None:
     _folder(tmp_path / "photos")
     names = [("source", "instruction"), ("image", "prompt"), ("input_image", "prompt")]
     rows: list[dict[str, Any]] = [
-        {source: f"photos/p{index}.png", text: "go", "mask": f"photos/p{index}_mask.png", "width": 3, "caption": None}
+        {
+            source: f"photos/p{index}.png",
+            text: "go",
+            "mask": f"photos/p{index}_mask.png",
+            "width": 3,
+            "caption": None,
+        }
         for index, (source, text) in enumerate(names)
     ]
-    rows.append(rows[0] | {"instruction": "again", "task_type": "add", "caption": "a hat", "target": "photos/p1.png"})
+    rows.append(
+        rows[0]
+        | {
+            "instruction": "again",
+            "task_type": "add",
+            "caption": "a hat",
+            "target": "photos/p1.png",
+        }
+    )
     rows.append(rows[1] | {"id": 77})
     tasks = _all(_jsonl(tmp_path, *rows))
-    assert [task.task_id for task in tasks] == ["77", "photos/p0", "photos/p0#2", "photos/p1", "photos/p2"]
-    assert isinstance(tasks[2], PairedTask) and (tasks[2].caption, tasks[2].task_type) == ("a hat", "add")
+    assert [task.task_id for task in tasks] == [
+        "77",
+        "photos/p0",
+        "photos/p0#2",
+        "photos/p1",
+        "photos/p2",
+    ]
+    assert isinstance(tasks[2], PairedTask) and (tasks[2].caption, tasks[2].task_type) == (
+        "a hat",
+        "add",
+    )
     assert type(tasks[0]) is EditTask
 
 
 def test_metadata_jsonl_in_a_folder_comes_before_the_pairs(tmp_path: Path) -> None:
     _folder(tmp_path)
-    _jsonl(tmp_path, {"source": "p0.png", "instruction": "only this", "mask": "p0_mask.png"}).rename(tmp_path / "metadata.jsonl")
+    _jsonl(
+        tmp_path, {"source": "p0.png", "instruction": "only this", "mask": "p0_mask.png"}
+    ).rename(tmp_path / "metadata.jsonl")
     assert [task.instruction for task in _all(tmp_path)] == ["only this"]
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"source": "p0.png", "mask": "p0_mask.png"}, r"line 1: has no 'instruction' \(read from: instruction, prompt\)"),
+        (
+            {"source": "p0.png", "mask": "p0_mask.png"},
+            r"line 1: has no 'instruction' \(read from: instruction, prompt\)",
+        ),
         ({"source": "p0.png", "instruction": " ", "mask": "p0_mask.png"}, "has no 'instruction'"),
-        ({"source": "p0.png", "instruction": "x", "mask": "p0_mask.png", "tagret": "p1.png"}, "did you mean 'target'"),
+        (
+            {"source": "p0.png", "instruction": "x", "mask": "p0_mask.png", "tagret": "p1.png"},
+            "did you mean 'target'",
+        ),
         ({"source": 3, "instruction": "x", "mask": "p0_mask.png"}, "'source' is a int, not text"),
-        ({"source": "p0.png", "image": "p1.png", "instruction": "x", "mask": "p0_mask.png"}, "gives 'source' twice"),
-        ({"source": "gone.png", "instruction": "x", "mask": "p0_mask.png"}, r"rows.jsonl line 1: .*gone.png not found"),
-        ({"source": "p0.txt", "instruction": "x", "mask": "p0_mask.png"}, "p0.txt cannot be read as a picture.*save it again"),
+        (
+            {"source": "p0.png", "image": "p1.png", "instruction": "x", "mask": "p0_mask.png"},
+            "gives 'source' twice",
+        ),
+        (
+            {"source": "gone.png", "instruction": "x", "mask": "p0_mask.png"},
+            r"rows.jsonl line 1: .*gone.png not found",
+        ),
+        (
+            {"source": "p0.txt", "instruction": "x", "mask": "p0_mask.png"},
+            "p0.txt cannot be read as a picture.*save it again",
+        ),
         ([1], "is a JSON list, not an object"),
     ],
 )
@@ -495,26 +611,44 @@ def test_lines_that_are_not_json_or_missing_altogether_are_refused(tmp_path: Pat
 
 
 def test_all_rows_are_checked_and_the_first_five_problems_shown(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path, *({"source": f"gone{index}.png", "instruction": "x", "mask": "m.png"} for index in range(12)))
+    path = _jsonl(
+        tmp_path,
+        *(
+            {"source": f"gone{index}.png", "instruction": "x", "mask": "m.png"}
+            for index in range(12)
+        ),
+    )
     with pytest.raises(InputError) as caught:
         _all(path)
     message = str(caught.value)
-    assert "12 problems in 12 rows" in message and message.count("not found") == 5 and "and 7 more" in message and "\n" not in message
+    assert (
+        "12 problems in 12 rows" in message
+        and message.count("not found") == 5
+        and "and 7 more" in message
+        and "\n" not in message
+    )
 
 
 @pytest.mark.parametrize(("suffix", "keep"), [("png", 0.6), ("jpg", 0.6), ("webp", 0.6)])
-def test_a_truncated_picture_is_found_when_the_dataset_is_opened(tmp_path: Path, suffix: str, keep: float) -> None:
+def test_a_truncated_picture_is_found_when_the_dataset_is_opened(
+    tmp_path: Path, suffix: str, keep: float
+) -> None:
     _folder(tmp_path, num_rows=1)
     whole = _save(tmp_path / f"cut.{suffix}", _picture(37, 53)).read_bytes()
     (tmp_path / f"cut.{suffix}").write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(InputError, match=rf"line 1: .*cut.{suffix} cannot be read as a picture"):
-        _all(_jsonl(tmp_path, {"source": f"cut.{suffix}", "instruction": "x", "mask": "p0_mask.png"}))
+        _all(
+            _jsonl(tmp_path, {"source": f"cut.{suffix}", "instruction": "x", "mask": "p0_mask.png"})
+        )
 
 
 def test_a_mask_of_another_size_is_refused_naming_both(tmp_path: Path) -> None:
     _folder(tmp_path)
     _save(tmp_path / "p2_mask.png", _box(30, 53))
-    with pytest.raises(InputError, match=r"p2_mask.png is 53x30 but .*p2.png is 53x37.*Save both with the same width and height"):
+    with pytest.raises(
+        InputError,
+        match=r"p2_mask.png is 53x30 but .*p2.png is 53x37.*Save both with the same width and height",
+    ):
         _all(tmp_path)
 
 
@@ -532,10 +666,15 @@ def test_a_mask_drawn_on_unturned_pixels_is_told_about_the_exif_rotation(tmp_pat
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_an_empty_or_full_mask_is_an_error_or_skipped_and_counted(tmp_path: Path, value: int) -> None:
+def test_an_empty_or_full_mask_is_an_error_or_skipped_and_counted(
+    tmp_path: Path, value: int
+) -> None:
     _folder(tmp_path)
     _save(tmp_path / "p1_mask.png", np.full((37, 53), value, dtype=np.uint8))
-    with pytest.raises(InputError, match=r"p1_mask.png is empty or full: a mask must leave something to edit and something to keep.*skip"):
+    with pytest.raises(
+        InputError,
+        match=r"p1_mask.png is empty or full: a mask must leave something to edit and something to keep.*skip",
+    ):
         _all(tmp_path)
     dataset = open_dataset(DataConfig(heldout_path=str(tmp_path), empty_mask="skip"), "heldout")
     assert (len(dataset), dataset.skipped) == (3, 1)
@@ -553,7 +692,9 @@ def test_zero_one_masks_are_warned_about_once(tmp_path: Path) -> None:
     _folder(tmp_path)
     for index in range(3):
         _save(tmp_path / f"p{index}_mask.png", _box(37, 53) // 255)
-    with pytest.warns(UserWarning, match="3 masks hold only the values 0 and 1.*1 is read as edit") as caught:
+    with pytest.warns(
+        UserWarning, match="3 masks hold only the values 0 and 1.*1 is read as edit"
+    ) as caught:
         tasks = _all(tmp_path)
     assert len(caught) == 1
     assert all(np.array_equal(task.edit_mask.numpy(), _box(37, 53) > 0) for task in tasks)
@@ -568,7 +709,8 @@ def test_a_folder_without_a_dataset_says_what_was_looked_for_and_found(tmp_path:
     (tmp_path / "readme.md").write_text("x")
     _jsonl(tmp_path, {})
     with pytest.raises(
-        InputError, match=r"Looked for metadata.jsonl.*NAME_mask.png.*Found readme.md, rows.jsonl. Is it data.path=.*rows.jsonl"
+        InputError,
+        match=r"Looked for metadata.jsonl.*NAME_mask.png.*Found readme.md, rows.jsonl. Is it data.path=.*rows.jsonl",
     ):
         open_dataset(DataConfig(path=str(tmp_path)), "train")
     with pytest.raises(InputError, match="does not exist"):
@@ -612,7 +754,9 @@ def test_ids_used_twice_are_refused(tmp_path: Path) -> None:
         ("instructions.csv", b"\xff\xfe\xfa"),
     ],
 )
-def test_broken_instruction_files_are_refused_by_name(tmp_path: Path, name: str, content: str | bytes) -> None:
+def test_broken_instruction_files_are_refused_by_name(
+    tmp_path: Path, name: str, content: str | bytes
+) -> None:
     _folder(tmp_path)
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match="instructions"):
@@ -630,7 +774,10 @@ def _ids(path: Path, split: Any, **options: Any) -> set[str]:
 
 def test_the_split_is_a_partition_that_stays_when_rows_are_added(tmp_path: Path) -> None:
     _folder(tmp_path, num_rows=30, height=8, width=9)
-    train, heldout = _ids(tmp_path, "train", heldout_fraction=0.3), _ids(tmp_path, "heldout", heldout_fraction=0.3)
+    train, heldout = (
+        _ids(tmp_path, "train", heldout_fraction=0.3),
+        _ids(tmp_path, "heldout", heldout_fraction=0.3),
+    )
     assert not train & heldout and len(train | heldout) == 30 and 3 <= len(heldout) <= 16
     _folder(tmp_path, num_rows=40, height=8, width=9)
     assert train <= _ids(tmp_path, "train", heldout_fraction=0.3)
@@ -639,9 +786,15 @@ def test_the_split_is_a_partition_that_stays_when_rows_are_added(tmp_path: Path)
 
 def test_rows_of_one_picture_are_on_one_side(tmp_path: Path) -> None:
     _folder(tmp_path, num_rows=6)
-    rows = ({"source": f"p{index % 6}.png", "instruction": "x", "mask": f"p{index % 6}_mask.png"} for index in range(24))
+    rows = (
+        {"source": f"p{index % 6}.png", "instruction": "x", "mask": f"p{index % 6}_mask.png"}
+        for index in range(24)
+    )
     path = _jsonl(tmp_path, *rows)
-    sides = [{task_id.split("#")[0] for task_id in _ids(path, split, heldout_fraction=0.5)} for split in ("train", "heldout")]
+    sides = [
+        {task_id.split("#")[0] for task_id in _ids(path, split, heldout_fraction=0.5)}
+        for split in ("train", "heldout")
+    ]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
@@ -670,7 +823,10 @@ def test_a_heldout_path_leaves_all_of_path_for_training(tmp_path: Path) -> None:
     _folder(tmp_path / "a", num_rows=3)
     _folder(tmp_path / "b", num_rows=2)
     options = {"heldout_path": str(tmp_path / "b")}
-    assert (len(_ids(tmp_path / "a", "train", **options)), len(_ids(tmp_path / "a", "heldout", **options))) == (3, 2)
+    assert (
+        len(_ids(tmp_path / "a", "train", **options)),
+        len(_ids(tmp_path / "a", "heldout", **options)),
+    ) == (3, 2)
 
 
 def test_the_builtin_world_obeys_its_configuration() -> None:
@@ -679,13 +835,21 @@ def test_the_builtin_world_obeys_its_configuration() -> None:
     assert (len(train), len(heldout)) == (10, 6)
     assert [train[index].task_type for index in range(4)] == ["remove", "add", "remove", "add"]
     assert_equal_tasks(train[3], shapes.task("train", 3, seed=4, task_type="add"))
-    assert heldout[2].task_id == "heldout-000002" and heldout.fields == {"target", "caption", "regions"}
+    assert heldout[2].task_id == "heldout-000002" and heldout.fields == {
+        "target",
+        "caption",
+        "regions",
+    }
     with pytest.raises(IndexError):
         train[10]
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
-    prints = [open_dataset(DataConfig(seed=seed), split).fingerprint for seed in (0, 1) for split in ("train", "heldout")]
+    prints = [
+        open_dataset(DataConfig(seed=seed), split).fingerprint
+        for seed in (0, 1)
+        for split in ("train", "heldout")
+    ]
     assert len(set(prints)) == 4 and prints[0] == open_dataset(DataConfig(), "train").fingerprint
     path = _folder(tmp_path / "a")
     before = open_dataset(DataConfig(path=str(path)), "train").fingerprint
@@ -698,7 +862,9 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 def test_task_types_choose_rows_on_disk_and_must_exist(tmp_path: Path) -> None:
     write_compbench([shapes.task("train", index) for index in range(27)], tmp_path / "data")
-    dataset = open_dataset(DataConfig(heldout_path=str(tmp_path / "data"), task_types=("replace",)), "heldout")
+    dataset = open_dataset(
+        DataConfig(heldout_path=str(tmp_path / "data"), task_types=("replace",)), "heldout"
+    )
     assert len(dataset) == 6 and {dataset[index].task_type for index in range(6)} == {"replace"}
     with pytest.raises(InputError, match=r"no task of type rotate; it has add, recolour"):
         open_dataset(DataConfig(path=str(tmp_path / "data"), task_types=("rotate",)), "train")
@@ -706,7 +872,16 @@ def test_task_types_choose_rows_on_disk_and_must_exist(tmp_path: Path) -> None:
         open_dataset(DataConfig(task_types=("rotate",)), "train")
 
 
-@pytest.mark.parametrize("bad", [{"pth": "x"}, {"path": "builtin:mnist"}, {"num_train": 0}, {"heldout_fraction": 1.0}, {"task_types": ()}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"pth": "x"},
+        {"path": "builtin:mnist"},
+        {"num_train": 0},
+        {"heldout_fraction": 1.0},
+        {"task_types": ()},
+    ],
+)
 def test_impossible_configurations_are_refused_at_construction(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         DataConfig(**bad)
@@ -717,8 +892,15 @@ def test_impossible_configurations_are_refused_at_construction(bad: dict[str, An
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([32, 64, 100, 512]), st.sampled_from([4, 8, 16]))
-def test_a_canvas_has_about_the_area_asked_for_in_whole_steps(height: int, width: int, resolution: int, multiple: int) -> None:
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.sampled_from([32, 64, 100, 512]),
+    st.sampled_from([4, 8, 16]),
+)
+def test_a_canvas_has_about_the_area_asked_for_in_whole_steps(
+    height: int, width: int, resolution: int, multiple: int
+) -> None:
     rows, columns = canvas_size(height, width, resolution, multiple)
     assert rows % multiple == 0 and columns % multiple == 0 and min(rows, columns) >= 2 * multiple
     assert 0.5 * resolution**2 <= rows * columns <= 2 * resolution**2
@@ -738,20 +920,31 @@ def test_fit_is_the_identity_at_the_canvas_size() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(5, 90), st.integers(5, 90), st.integers(0, 2**31), st.sampled_from([16, 32, 48]))
-def test_fit_marks_a_pixel_exactly_when_it_covers_a_marked_pixel(height: int, width: int, seed: int, resolution: int) -> None:
+def test_fit_marks_a_pixel_exactly_when_it_covers_a_marked_pixel(
+    height: int, width: int, seed: int, resolution: int
+) -> None:
     rng = np.random.default_rng(seed)
     mask = np.zeros((height, width), dtype=bool)
     mask[rng.integers(height), rng.integers(width)] = True
     mask[rng.integers(height), : width // 2] = True
     picture = torch.from_numpy(_picture(height, width))
-    task = EditTask(task_id="t", task_type="edit", source=picture, instruction="x", edit_mask=torch.from_numpy(mask))
+    task = EditTask(
+        task_id="t",
+        task_type="edit",
+        source=picture,
+        instruction="x",
+        edit_mask=torch.from_numpy(mask),
+    )
     fitted = fit(task, resolution=resolution, multiple=8)
     rows, columns = fitted.edit_mask.shape
     assert tuple(fitted.source.shape) == (rows, columns, 3) and fitted.source.dtype == torch.uint8
     expected = torch.zeros(rows, columns, dtype=torch.bool)
     for y, x in mask.nonzero() and zip(*mask.nonzero(), strict=True):
         # Squares [y, y+1) x [x, x+1) of the original, in units of new pixels, as exact integer bounds.
-        expected[y * rows // height : -(-(y + 1) * rows // height), x * columns // width : -(-(x + 1) * columns // width)] = True
+        expected[
+            y * rows // height : -(-(y + 1) * rows // height),
+            x * columns // width : -(-(x + 1) * columns // width),
+        ] = True
     assert torch.equal(fitted.edit_mask, expected)
 
 
@@ -761,8 +954,14 @@ def test_fit_keeps_the_record_and_the_agreement_of_a_pair_outside_its_mask() -> 
         for resolution in (32, 48, 100, 128):
             fitted = fit(task, resolution=resolution, multiple=4)
             assert type(fitted) is shapes.ShapesTask
-            assert (fitted.task_id, fitted.instruction, fitted.caption) == (task.task_id, task.instruction, task.caption)
-            assert torch.equal(fitted.regions.any(dim=0), fitted.edit_mask) and len(fitted.regions) == len(task.regions)
+            assert (fitted.task_id, fitted.instruction, fitted.caption) == (
+                task.task_id,
+                task.instruction,
+                task.caption,
+            )
+            assert torch.equal(fitted.regions.any(dim=0), fitted.edit_mask) and len(
+                fitted.regions
+            ) == len(task.regions)
             assert torch.equal(fitted.source[~fitted.edit_mask], fitted.target[~fitted.edit_mask])
             assert not torch.equal(fitted.source[fitted.edit_mask], fitted.target[fitted.edit_mask])
 
@@ -777,7 +976,13 @@ def test_fit_does_not_touch_a_target_that_differs_outside_its_mask() -> None:
 def test_fit_refuses_a_mask_that_becomes_full() -> None:
     mask = torch.ones(64, 64, dtype=torch.bool)
     mask[10, 10] = False
-    task = EditTask(task_id="big", task_type="edit", source=torch.zeros(64, 64, 3, dtype=torch.uint8), instruction="x", edit_mask=mask)
+    task = EditTask(
+        task_id="big",
+        task_type="edit",
+        source=torch.zeros(64, 64, 3, dtype=torch.uint8),
+        instruction="x",
+        edit_mask=mask,
+    )
     with pytest.raises(InputError, match=r"'big'.*covers every pixel.*Raise the resolution"):
         fit(task, resolution=16, multiple=8)
 
@@ -788,20 +993,32 @@ def test_odd_sizes_from_disk_reach_the_canvas(tmp_path: Path) -> None:
         tasks = _all(_folder(tmp_path, height=101, width=67))
     for task in tasks:
         fitted = fit(task, resolution=64, multiple=8)
-        assert tuple(fitted.source.shape) == (80, 56, 3) and tuple(fitted.edit_mask.shape) == (80, 56)
+        assert tuple(fitted.source.shape) == (80, 56, 3) and tuple(fitted.edit_mask.shape) == (
+            80,
+            56,
+        )
 
 
-def test_a_mask_that_leaves_no_background_on_the_canvas_is_refused_or_skipped_and_counted(tmp_path: Path) -> None:
+def test_a_mask_that_leaves_no_background_on_the_canvas_is_refused_or_skipped_and_counted(
+    tmp_path: Path,
+) -> None:
     root = _folder(tmp_path / "data", num_rows=4, height=64, width=64)
     wide = np.zeros((64, 64), dtype=np.uint8)
     wide[5:60, 5:60] = 255
     _save(root / "p0_mask.png", wide)
     canvas = {"resolution": 32, "multiple": 8}
     assert len(open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train")) == 4
-    with pytest.raises(InputError, match=r"1 problems in 4 rows.*touches every 8 px token.*raise editor\.resolution"):
+    with pytest.raises(
+        InputError,
+        match=r"1 problems in 4 rows.*touches every 8 px token.*raise editor\.resolution",
+    ):
         open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train", **canvas)
-    kept = open_dataset(DataConfig(path=str(root), heldout_path=str(root), empty_mask="skip"), "train", **canvas)
+    kept = open_dataset(
+        DataConfig(path=str(root), heldout_path=str(root), empty_mask="skip"), "train", **canvas
+    )
     assert (len(kept), kept.skipped) == (3, 1)
     assert "p0" not in " ".join(kept[index].task_id for index in range(3))
-    finer = open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train", resolution=64, multiple=4)
+    finer = open_dataset(
+        DataConfig(path=str(root), heldout_path=str(root)), "train", resolution=64, multiple=4
+    )
     assert (len(finer), finer.skipped) == (4, 0)

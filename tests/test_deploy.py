@@ -41,13 +41,19 @@ def file_name(path: Path) -> str:
 
 
 def pinned(package: str) -> str:
-    found = re.search(rf"^{re.escape(package)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    found = re.search(
+        rf"^{re.escape(package)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
     assert found, f"constraints.txt does not pin {package}"
     return found[1]
 
 
 def rayjobs(path: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document["kind"] == "RayJob"]
+    return [
+        document
+        for document in yaml.safe_load_all(path.read_text())
+        if document["kind"] == "RayJob"
+    ]
 
 
 def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -85,22 +91,37 @@ def test_manifest_entrypoint_is_accepted_by_our_command_line_and_config(path: Pa
     given = command.get_command(None, verb).make_context(verb, arguments).params  # type: ignore[attr-defined]
     overrides = [*([str(given["config"])] if given["config"] else []), *(given["overrides"] or [])]
     config = load_config(preset=given["preset"], overrides=overrides)
-    assert config.actors.rollout_gpus == config.actors.reward_gpus == config.actors.learner_gpus == 0
+    assert (
+        config.actors.rollout_gpus == config.actors.reward_gpus == config.actors.learner_gpus == 0
+    )
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    mounts = [mount["mountPath"] for container in head["containers"] for mount in container["volumeMounts"]]
-    assert any(str(given["run_dir"]).startswith(f"{mount}/") for mount in mounts), "the driver writes outside its volumes"
+    mounts = [
+        mount["mountPath"]
+        for container in head["containers"]
+        for mount in container["volumeMounts"]
+    ]
+    assert any(str(given["run_dir"]).startswith(f"{mount}/") for mount in mounts), (
+        "the driver writes outside its volumes"
+    )
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=file_name)
-def test_manifest_runtime_environment_is_one_ray_accepts_and_leaves_time_to_stop(path: Path) -> None:
+def test_manifest_runtime_environment_is_one_ray_accepts_and_leaves_time_to_stop(
+    path: Path,
+) -> None:
     (job,) = rayjobs(path)
     environment = ray.runtime_env.RuntimeEnv(**yaml.safe_load(job["spec"]["runtimeEnvYAML"]))
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) <= head["terminationGracePeriodSeconds"]
+    assert (
+        int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+        <= head["terminationGracePeriodSeconds"]
+    )
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=file_name)
-def test_manifest_pods_run_unprivileged_with_bounded_resources_and_images_by_digest(path: Path) -> None:
+def test_manifest_pods_run_unprivileged_with_bounded_resources_and_images_by_digest(
+    path: Path,
+) -> None:
     (job,) = rayjobs(path)
     for pod in pods(job):
         assert pod["automountServiceAccountToken"] is False
@@ -111,9 +132,15 @@ def test_manifest_pods_run_unprivileged_with_bounded_resources_and_images_by_dig
         assert not any("hostPath" in volume for volume in pod.get("volumes", []))
         for container in pod["containers"]:
             assert DIGEST.match(container["image"]), container["image"]
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
             assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
-            assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
+            assert (
+                container["resources"]["limits"]["memory"]
+                == container["resources"]["requests"]["memory"]
+            )
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=file_name)
@@ -133,7 +160,9 @@ def test_manifest_keeps_the_operators_rules_that_no_schema_states(path: Path) ->
 @pytest.mark.parametrize("path", MANIFESTS, ids=file_name)
 def test_manifest_claims_every_volume_it_mounts(path: Path) -> None:
     claims = {
-        document["metadata"]["name"] for document in yaml.safe_load_all(path.read_text()) if document["kind"] == "PersistentVolumeClaim"
+        document["metadata"]["name"]
+        for document in yaml.safe_load_all(path.read_text())
+        if document["kind"] == "PersistentVolumeClaim"
     }
     (job,) = rayjobs(path)
     used = {
@@ -153,7 +182,9 @@ SECRET = re.compile(
 )
 
 
-@pytest.mark.parametrize("path", sorted(path for path in DEPLOY.rglob("*") if path.is_file()), ids=file_name)
+@pytest.mark.parametrize(
+    "path", sorted(path for path in DEPLOY.rglob("*") if path.is_file()), ids=file_name
+)
 def test_deployment_file_holds_no_secret_and_no_moving_tag(path: Path) -> None:
     text = path.read_text()
     assert SECRET.search(text) is None
@@ -163,17 +194,23 @@ def test_deployment_file_holds_no_secret_and_no_moving_tag(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=file_name)
 def test_image_is_staged_pinned_and_leaves_root_behind(path: Path) -> None:
     lines = [
-        line.strip() for line in path.read_text().replace("\\\n", " ").splitlines() if line.strip() and not line.strip().startswith("#")
+        line.strip()
+        for line in path.read_text().replace("\\\n", " ").splitlines()
+        if line.strip() and not line.strip().startswith("#")
     ]
     stages = [line.split() for line in lines if line.startswith("FROM ")]
     assert len(stages) >= 2
     assert {stage[1] for stage in stages} == {"${BASE_IMAGE}"}
-    assert lines.index("ARG BASE_IMAGE") < lines.index(next(line for line in lines if line.startswith("FROM ")))
+    assert lines.index("ARG BASE_IMAGE") < lines.index(
+        next(line for line in lines if line.startswith("FROM "))
+    )
     installs = [line for line in lines if re.search(r"pip install", line)]
     assert installs
     assert all("-c constraints.txt" in line for line in installs)
     assert [line for line in lines if line.startswith("USER ")][-1] == "USER 1000:1000"
-    assert next(line for line in lines if line.startswith("ENTRYPOINT")).startswith('ENTRYPOINT ["/usr/bin/tini"')
+    assert next(line for line in lines if line.startswith("ENTRYPOINT")).startswith(
+        'ENTRYPOINT ["/usr/bin/tini"'
+    )
 
 
 # --- the script, without a cluster ----------------------------------------------------------------------------------
@@ -189,7 +226,9 @@ def outside_ray() -> dict[str, str]:
     }
 
 
-def submit(*arguments: str, timeout_s: float = 30, **environment: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    *arguments: str, timeout_s: float = 30, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(SUBMIT), *arguments],
         env={**outside_ray(), **environment},
@@ -242,9 +281,19 @@ def test_submit_to_an_address_that_swallows_requests_leaves_with_5_within_10_sec
         (("--", "train", "--run-dir", "runs/x"), "http://127.0.0.1:1", "'runs/x'"),
         (("--", "train", "--preset", "tiny-rc-grpo"), "http://127.0.0.1:1", "'none'"),
     ],
-    ids=["no verb", "unknown option", "no address", "wrong scheme", "bad name", "relative run directory", "no run directory"],
+    ids=[
+        "no verb",
+        "unknown option",
+        "no address",
+        "wrong scheme",
+        "bad name",
+        "relative run directory",
+        "no run directory",
+    ],
 )
-def test_submit_refuses_bad_usage_with_2_and_one_line(arguments: tuple[str, ...], address: str, says: str) -> None:
+def test_submit_refuses_bad_usage_with_2_and_one_line(
+    arguments: tuple[str, ...], address: str, says: str
+) -> None:
     result = submit(*arguments, RAY_ADDRESS=address)
     assert result.returncode == 2
     assert says in result.stderr
@@ -261,8 +310,14 @@ class Head:
     address: str
     environment: dict[str, str]
 
-    def submit(self, *arguments: str, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-        return submit(*arguments, timeout_s=timeout_s, **{"RAY_ADDRESS": self.address, "POLL_S": "1", **self.environment, **environment})
+    def submit(
+        self, *arguments: str, timeout_s: float = 240, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return submit(
+            *arguments,
+            timeout_s=timeout_s,
+            **{"RAY_ADDRESS": self.address, "POLL_S": "1", **self.environment, **environment},
+        )
 
 
 @pytest.fixture(scope="module")
@@ -276,15 +331,42 @@ def head() -> Iterator[Head]:
     dashboard = free_port()
     binaries = Path(sys.executable).parent
     # Ray runs its workers at nice 15: beside any other program the tests would wait for it.
-    environment = {**outside_ray(), **auth, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    where = ["--node-ip-address=127.0.0.1", f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    environment = {
+        **outside_ray(),
+        **auth,
+        "RAY_worker_niceness": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    where = [
+        "--node-ip-address=127.0.0.1",
+        f"--port={free_port()}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+    ]
     # Two ports are fixed by default. Where another Ray of this machine has them, a head starts but never takes a job.
-    where += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    size = ["--num-cpus=2", "--object-store-memory=268435456", "--include-dashboard=true", "--disable-usage-stats"]
+    where += [
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={free_port()}",
+    ]
+    size = [
+        "--num-cpus=2",
+        "--object-store-memory=268435456",
+        "--include-dashboard=true",
+        "--disable-usage-stats",
+    ]
     log = home / "head.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [str(binaries / "ray"), "start", "--head", "--block", f"--temp-dir={home / 'r'}", *where, *size],
+            [
+                str(binaries / "ray"),
+                "start",
+                "--head",
+                "--block",
+                f"--temp-dir={home / 'r'}",
+                *where,
+                *size,
+            ],
             env=environment,
             cwd=home,
             stdout=output,
@@ -299,7 +381,9 @@ def head() -> Iterator[Head]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _wait_until_listening(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 180) -> None:
+def _wait_until_listening(
+    port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 180
+) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the head ended:\n{log.read_text()}"
@@ -324,7 +408,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _descendants(pid: int) -> list[int]:
     import psutil
 
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)] if psutil.pid_exists(pid) else []
+    return (
+        [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        if psutil.pid_exists(pid)
+        else []
+    )
 
 
 @pytest.mark.ray
@@ -337,7 +425,9 @@ def test_a_submitted_verb_runs_on_the_cluster_and_its_output_comes_back(head: He
 
 @pytest.mark.ray
 def test_a_failing_job_leaves_with_3_and_a_used_submission_id_with_5(head: Head) -> None:
-    failed = head.submit("--name", "bad", "--attempt", "1", "--", "show-config", "--preset", "no-such-preset")
+    failed = head.submit(
+        "--name", "bad", "--attempt", "1", "--", "show-config", "--preset", "no-such-preset"
+    )
     assert failed.returncode == 3, failed.stderr
     assert "no-such-preset" in failed.stdout
     again = head.submit("--name", "bad", "--attempt", "1", "--", "presets")
@@ -355,11 +445,21 @@ def test_a_cluster_with_a_token_refuses_a_submission_without_it(head: Head) -> N
 @pytest.mark.ray
 def test_the_environment_of_the_submitter_stays_at_home(head: Head) -> None:
     canary = f"canary{secrets.token_hex(8)}"
-    result = head.submit("--name", "canary", "--attempt", "1", "--", "presets", HF_TOKEN=canary, WANDB_API_KEY=canary)
+    result = head.submit(
+        "--name", "canary", "--attempt", "1", "--", "presets", HF_TOKEN=canary, WANDB_API_KEY=canary
+    )
     assert result.returncode == 0, result.stderr
     token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     shown = subprocess.run(
-        ["curl", "-s", "--noproxy", "*", "-H", f"Authorization: Bearer {token}", f"{head.address}/api/jobs/canary-1"],
+        [
+            "curl",
+            "-s",
+            "--noproxy",
+            "*",
+            "-H",
+            f"Authorization: Bearer {token}",
+            f"{head.address}/api/jobs/canary-1",
+        ],
         capture_output=True,
         text=True,
         timeout=20,
@@ -370,14 +470,27 @@ def test_the_environment_of_the_submitter_stays_at_home(head: Head) -> None:
 
 
 @pytest.mark.ray
-def test_a_submitted_training_of_two_updates_leaves_metrics_and_an_adapter(head: Head, tmp_path: Path) -> None:
+def test_a_submitted_training_of_two_updates_leaves_metrics_and_an_adapter(
+    head: Head, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    arguments = ["--preset", "tiny-rc-grpo", "--run-dir", str(run_dir), "train.updates=2", "train.groups_per_update=2"]
-    result = head.submit("--name", "train", "--attempt", "1", "--", "train", *arguments, timeout_s=600)
+    arguments = [
+        "--preset",
+        "tiny-rc-grpo",
+        "--run-dir",
+        str(run_dir),
+        "train.updates=2",
+        "train.groups_per_update=2",
+    ]
+    result = head.submit(
+        "--name", "train", "--attempt", "1", "--", "train", *arguments, timeout_s=600
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [0, 1]
-    assert sorted(path.suffix for path in (run_dir / "adapter").iterdir() if path.suffix == ".safetensors") == [".safetensors"]
+    assert sorted(
+        path.suffix for path in (run_dir / "adapter").iterdir() if path.suffix == ".safetensors"
+    ) == [".safetensors"]
     assert json.loads((run_dir / "run.json").read_text())["status"] == "done"
 
 
@@ -386,7 +499,11 @@ def test_a_submitted_training_of_two_updates_leaves_metrics_and_an_adapter(head:
 def test_a_stopped_job_saves_what_it_did_and_is_not_a_success(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     endless = ["train.updates=1000", "train.groups_per_update=1", "train.checkpoint_every=1000"]
-    small = ["rollout.group_size=4", "rollout.num_steps=3", "algorithm.objective={kind: neighbor, num_anchors: 2}"]
+    small = [
+        "rollout.group_size=4",
+        "rollout.num_steps=3",
+        "algorithm.objective={kind: neighbor, num_anchors: 2}",
+    ]
     arguments = ["--preset", "tiny-rc-grpo", "--run-dir", str(run_dir), *endless, *small]
     waiting = subprocess.Popen(
         [str(SUBMIT), "--name", "stopped", "--attempt", "1", "--", "train", *arguments],
@@ -397,11 +514,29 @@ def test_a_stopped_job_saves_what_it_did_and_is_not_a_success(head: Head, tmp_pa
     )
     try:
         deadline = time.monotonic() + 300
-        while not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "metrics.jsonl").read_text():
-            assert waiting.poll() is None and time.monotonic() < deadline, "the job never did an update"
+        while (
+            not (run_dir / "metrics.jsonl").is_file() or not (run_dir / "metrics.jsonl").read_text()
+        ):
+            assert waiting.poll() is None and time.monotonic() < deadline, (
+                "the job never did an update"
+            )
             time.sleep(0.2)
-        stop = [str(Path(sys.executable).parent / "ray"), "job", "stop", "--address", head.address, "stopped-1"]
-        stopped = subprocess.run(stop, env={**outside_ray(), **head.environment}, capture_output=True, text=True, timeout=180, check=False)
+        stop = [
+            str(Path(sys.executable).parent / "ray"),
+            "job",
+            "stop",
+            "--address",
+            head.address,
+            "stopped-1",
+        ]
+        stopped = subprocess.run(
+            stop,
+            env={**outside_ray(), **head.environment},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
         assert stopped.returncode == 0, stopped.stderr
         _, said = waiting.communicate(timeout=180)
     finally:

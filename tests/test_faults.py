@@ -25,19 +25,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors import pool
+from actors import ray_executor
 from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_crew, faulty
-from learner import checkpoint
-from learner.lease import Lease
-from learner.loop import Outcome
+from learner.controller import checkpoint
+from learner.controller.lease import Lease
+from learner.controller.loop import Outcome
 from rl_edit import telemetry, wire
-from rl_edit.advantages import Declined, GroupCredit, SplitCredit
 from rl_edit.errors import Fenced
+from rl_edit.method.advantages import Declined, GroupCredit, SplitCredit
+from rl_edit.method.update import TrainingFailed
 from rl_edit.provenance import differences
 from rl_edit.rewards import score_candidates
 from rl_edit.types import AdapterId, LearnOrder
-from rl_edit.update import TrainingFailed
-from runs import Nobody, StopAfter, adapter_bytes, command, events_of, metrics_of, read_json, run_inline, small_config
+from runs import (
+    Nobody,
+    StopAfter,
+    adapter_bytes,
+    command,
+    events_of,
+    metrics_of,
+    read_json,
+    run_inline,
+    small_config,
+)
 from test_checkpoint import flip
 from test_rewards import ANSWERS, python_reward, small_group
 
@@ -45,7 +55,12 @@ pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).resolve().parent.parent
 EDITOR = "builtin:tiny-kontext"
-PATIENT = ("actors.infra_retries=1000", "actors.data_retries=1000", "actors.quarantine_after=1000", "actors.deadline_s=0.1")
+PATIENT = (
+    "actors.infra_retries=1000",
+    "actors.data_retries=1000",
+    "actors.quarantine_after=1000",
+    "actors.deadline_s=0.1",
+)
 Story = tuple[dict[str, bytes], list[tuple[int, str, tuple[str, ...]]], str]
 
 
@@ -53,11 +68,16 @@ def fakes(directory: Path, *overrides: str, faults: tuple[Fault, ...] = (), **mo
     """A run of fake workers; ``more`` is a class for a role, or an argument of ``run_inline``."""
     classes = {role: more.pop(role) for role in ("rollout", "reward", "learner") if role in more}
     config = small_config(EDITOR, "editor.resolution=64", *overrides)
-    return run_inline(config, directory, change=fake_crew(**classes), **{"executor": faulty(*faults), **more})
+    return run_inline(
+        config, directory, change=fake_crew(**classes), **{"executor": faulty(*faults), **more}
+    )
 
 
 def story(outcome: Outcome, directory: Path) -> Story:
-    applied = [(e["update"], e["adapter"], tuple(e["consumed"])) for e in events_of(directory, "update_applied")]
+    applied = [
+        (e["update"], e["adapter"], tuple(e["consumed"]))
+        for e in events_of(directory, "update_applied")
+    ]
     return adapter_bytes(outcome), applied, events_of(directory, "checkpoint")[-1]["chain"]
 
 
@@ -77,7 +97,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Story
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file but the lease's own."""
-    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith((".lease", "LEASE", ".LEASE")))
+    files = (
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and not path.name.startswith((".lease", "LEASE", ".LEASE"))
+    )
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
@@ -106,14 +130,20 @@ def test_a_result_that_never_arrives_is_made_again_and_the_stall_names_it_with_i
 ) -> None:
     notes = Notes()
     overrides = ("actors.deadline_s=0.3", "actors.stall_s=0.08")
-    outcome = fakes(tmp_path, *overrides, faults=(Fault("rollout", "run", 2, "hang"),), observer=notes)
+    outcome = fakes(
+        tmp_path, *overrides, faults=(Fault("rollout", "run", 2, "hang"),), observer=notes
+    )
     assert story(outcome, tmp_path) == undisturbed()
     lost = events_of(tmp_path, "actor_lost")[0]
     assert "no answer within 0.3 s" in lost["reason"]
     stall = events_of(tmp_path, "stall")[0]
     assert stall["oldest"][0]["what"] == lost["during"]
     assert re.fullmatch(r"rollout of [0-9a-f]{16}\.0-4", lost["during"])
-    assert stall["oldest"][0]["worker"] == lost["worker"] and stall["oldest"][0]["age_s"] > 0 and stall["pending"] >= 1
+    assert (
+        stall["oldest"][0]["worker"] == lost["worker"]
+        and stall["oldest"][0]["age_s"] > 0
+        and stall["pending"] >= 1
+    )
     assert any(lost["during"] in note and lost["worker"] in note for note in notes.notes)
 
 
@@ -121,29 +151,52 @@ def test_a_seat_that_hangs_again_and_again_is_given_up_and_the_run_goes_on_with_
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
     hangs = Fault("rollout", "run", 1, "hang", times=1000, seat=0)
-    outcome = fakes(tmp_path, "actors.deadline_s=0.1", "actors.num_rollout=2", "actors.quarantine_after=3", faults=(hangs,))
+    outcome = fakes(
+        tmp_path,
+        "actors.deadline_s=0.1",
+        "actors.num_rollout=2",
+        "actors.quarantine_after=3",
+        faults=(hangs,),
+    )
     assert story(outcome, tmp_path) == undisturbed()
     (closed,) = events_of(tmp_path, "seat_quarantined")
     assert (closed["worker"], closed["kills"], closed["left"]) == ("rollout-0.3", 3, 1)
-    assert [e["worker"] for e in events_of(tmp_path, "actor_lost")] == ["rollout-0.1", "rollout-0.2", "rollout-0.3"]
+    assert [e["worker"] for e in events_of(tmp_path, "actor_lost")] == [
+        "rollout-0.1",
+        "rollout-0.2",
+        "rollout-0.3",
+    ]
 
 
 def test_fewer_rollout_actors_than_the_minimum_end_the_run_and_say_why_and_what_was_done_is_kept(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
     hangs = Fault("rollout", "run", 3, "hang", times=1000)
-    with pytest.raises(TrainingFailed, match=r"lost 2 times .*no answer within 0\.1 s.* fewer than actors\.min_rollout 1.*--resume"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"lost 2 times .*no answer within 0\.1 s.* fewer than actors\.min_rollout 1.*--resume",
+    ):
         fakes(tmp_path, "actors.deadline_s=0.1", "actors.quarantine_after=2", faults=(hangs,))
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
 
 
 @pytest.mark.parametrize("role", ["rollout", "reward"])
-def test_too_few_actors_end_the_run_although_an_earlier_update_still_waits_for_one(tmp_path: Path, role: str) -> None:
+def test_too_few_actors_end_the_run_although_an_earlier_update_still_waits_for_one(
+    tmp_path: Path, role: str
+) -> None:
     """The last seat is lost on work for update 1 while update 0 waits for it: waiting would never end."""
-    overrides = ("train.max_lag=1", "train.groups_per_update=1", "actors.quarantine_after=1", "actors.deadline_s=0.1")
+    overrides = (
+        "train.max_lag=1",
+        "train.groups_per_update=1",
+        "actors.quarantine_after=1",
+        "actors.deadline_s=0.1",
+    )
     faults = {
         "rollout": (Fault("reward", "score", 1, "lose_blob"), Fault("rollout", "run", 2, "hang")),
-        "reward": (Fault("reward", "score", 1, "raise"), Fault("reward", "score", 2, "hang", times=2)),
+        "reward": (
+            Fault("reward", "score", 1, "raise"),
+            Fault("reward", "score", 2, "hang", times=2),
+        ),
     }
     with pytest.raises(TrainingFailed, match=f"fewer than actors.min_{role} 1"):
         fakes(tmp_path, *overrides, faults=faults[role])
@@ -152,7 +205,9 @@ def test_too_few_actors_end_the_run_although_an_earlier_update_still_waits_for_o
 # --- 4, 5: judges -----------------------------------------------------------------------------------------------------
 
 
-def test_a_judge_that_hangs_is_asked_again_elsewhere(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+def test_a_judge_that_hangs_is_asked_again_elsewhere(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
     overrides = ("actors.deadline_s=0.1", "actors.num_reward=2")
     outcome = fakes(tmp_path, *overrides, faults=(Fault("reward", "score", 2, "hang"),))
     assert story(outcome, tmp_path) == undisturbed()
@@ -163,35 +218,63 @@ def test_a_judge_that_hangs_is_asked_again_elsewhere(tmp_path: Path, undisturbed
 SLOW = ("actors.deadline_s=0.1", "actors.infra_retries=1", "actors.quarantine_after=10")
 
 
-def test_a_group_that_no_judge_answers_for_is_dropped_within_the_budget_and_never_scored_zero(tmp_path: Path) -> None:
-    outcome = fakes(tmp_path, *SLOW, "train.max_dropped_groups=1", faults=(Fault("reward", "score", 1, "hang", times=2, seat=0),))
+def test_a_group_that_no_judge_answers_for_is_dropped_within_the_budget_and_never_scored_zero(
+    tmp_path: Path,
+) -> None:
+    outcome = fakes(
+        tmp_path,
+        *SLOW,
+        "train.max_dropped_groups=1",
+        faults=(Fault("reward", "score", 1, "hang", times=2, seat=0),),
+    )
     lines = metrics_of(tmp_path)
     assert outcome.updates_done == 3
-    assert [(line["groups/used"], line["groups/dropped"]) for line in lines] == [(1, 1), (2, 0), (2, 0)]
+    assert [(line["groups/used"], line["groups/dropped"]) for line in lines] == [
+        (1, 1),
+        (2, 0),
+        (2, 0),
+    ]
     ((reason, count),) = lines[0]["groups/dropped_reasons"]["lost"].items()
-    assert count == 1 and "lost its worker 2 times (actors.infra_retries 1): no answer within 0.1 s" in reason
-    assert events_of(tmp_path, "group_lost")[0]["group_id"] in events_of(tmp_path, "update_applied")[0]["consumed"]
+    assert (
+        count == 1
+        and "lost its worker 2 times (actors.infra_retries 1): no answer within 0.1 s" in reason
+    )
+    assert (
+        events_of(tmp_path, "group_lost")[0]["group_id"]
+        in events_of(tmp_path, "update_applied")[0]["consumed"]
+    )
     rewards = [line["reward/preservation/mean"] for line in lines]
     assert all(reward > 0.2 for reward in rewards), "a lost group has no share in the mean"
 
 
 def test_more_groups_without_an_answer_than_the_budget_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingFailed, match=r"1 of 2 groups of update 0 are lost .*max_dropped_groups is 0: scoring of .* lost its worker"
+        TrainingFailed,
+        match=r"1 of 2 groups of update 0 are lost .*max_dropped_groups is 0: scoring of .* lost its worker",
     ):
         fakes(tmp_path, *SLOW, faults=(Fault("reward", "score", 1, "hang", times=2),))
     assert metrics_of(tmp_path) == []
 
 
 CREDITS = [
-    *(GroupCredit(normalise=n, deviation=d) for n, d in itertools.product(("minibatch", "group", "none"), ("group", "batch"))),
+    *(
+        GroupCredit(normalise=n, deviation=d)
+        for n, d in itertools.product(("minibatch", "group", "none"), ("group", "batch"))
+    ),
     GroupCredit(quasi_norm=0.8),
     SplitCredit(background_terms=("two",)),
 ]
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.one_of(st.floats(), st.floats(0, 1), st.none(), st.sampled_from(["0.5", [], 10**400, True])), max_size=6))
+@given(
+    st.lists(
+        st.one_of(
+            st.floats(), st.floats(0, 1), st.none(), st.sampled_from(["0.5", [], 10**400, True])
+        ),
+        max_size=6,
+    )
+)
 def test_whatever_a_judge_answers_no_advantage_is_anything_but_finite(answers: list[Any]) -> None:
     terms = [python_reward(name="one"), python_reward(name="two")]
     tables = []
@@ -227,17 +310,29 @@ def one_row_short(table: Any) -> Any:
     return replace(table, values=table.values[1:], valid=table.valid[1:])
 
 
-@pytest.mark.parametrize("change", [of_another_group, not_a_number_but_valid, one_row_short], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [of_another_group, not_a_number_but_valid, one_row_short],
+    ids=lambda change: change.__name__,
+)
 def test_a_table_that_cannot_be_right_is_asked_for_again_and_never_learnt_from(
     tmp_path: Path, undisturbed: Callable[..., Story], change: Callable[[Any], Any]
 ) -> None:
-    wrong = Fault("reward", "score", 2, "corrupt", change=lambda packed: wire.pack(change(wire.unpack(packed))))
+    wrong = Fault(
+        "reward",
+        "score",
+        2,
+        "corrupt",
+        change=lambda packed: wire.pack(change(wire.unpack(packed))),
+    )
     assert story(fakes(tmp_path, faults=(wrong,)), tmp_path) == undisturbed()
     assert len(events_of(tmp_path, "work_failed")) == 1
 
 
 @pytest.mark.parametrize("reply", ["pickle", "noise", "another record"])
-def test_a_reward_reply_that_is_no_table_is_a_failed_item_and_a_pickle_in_it_does_not_run(tmp_path: Path, reply: str) -> None:
+def test_a_reward_reply_that_is_no_table_is_a_failed_item_and_a_pickle_in_it_does_not_run(
+    tmp_path: Path, reply: str
+) -> None:
     Payload.mark = tmp_path / "executed"
     replies = {
         "pickle": np.frombuffer(pickle.dumps(Payload()), dtype=np.uint8),
@@ -245,7 +340,10 @@ def test_a_reward_reply_that_is_no_table_is_a_failed_item_and_a_pickle_in_it_doe
         "another record": wire.pack(AdapterId(0, "0" * 64)),
     }
     wrong = Fault("reward", "score", 1, "corrupt", change=lambda packed: replies[reply], times=3)
-    with pytest.raises(TrainingFailed, match=r"failed 3 times \(actors\.data_retries 2\): the reply is no reward table"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"failed 3 times \(actors\.data_retries 2\): the reply is no reward table",
+    ):
         fakes(tmp_path / "run", "train.groups_per_update=1", faults=(wrong,))
     assert not Payload.mark.exists()
 
@@ -264,7 +362,12 @@ class Skipping(FakeLearner):
         self.weight = before
         named, *blobs_of = self.export()
         return replace(
-            report, adapter=named.adapter, result=named.result, skipped="the loss is nan", skipped_in_a_row=1, metrics={"loss": math.nan}
+            report,
+            adapter=named.adapter,
+            result=named.result,
+            skipped="the loss is nan",
+            skipped_in_a_row=1,
+            metrics={"loss": math.nan},
         ), *blobs_of
 
 
@@ -279,7 +382,9 @@ def test_a_skipped_step_is_told_and_its_evidence_kept_and_the_run_goes_on(tmp_pa
     folder = tmp_path / "diagnostics" / "update_000001"
     facts = read_json(folder / "facts.json")
     assert facts["reason"] == "the loss is nan"
-    assert {f"{work_id}.safetensors" for work_id in facts["groups"]} == {path.name for path in folder.glob("*.safetensors")}
+    assert {f"{work_id}.safetensors" for work_id in facts["groups"]} == {
+        path.name for path in folder.glob("*.safetensors")
+    }
     assert len(facts["groups"]) == 2
     for kept in facts["groups"].values():
         assert np.isfinite(kept["values"]).all()
@@ -292,7 +397,9 @@ class Refusing(FakeLearner):
         return super().learn(order, *blobs)
 
 
-def test_a_learner_that_stops_the_run_leaves_every_update_before_in_a_checkpoint(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+def test_a_learner_that_stops_the_run_leaves_every_update_before_in_a_checkpoint(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
     with pytest.raises(TrainingFailed, match="three times in a row"):
         fakes(tmp_path, "train.checkpoint_every=10", learner=Refusing)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
@@ -306,8 +413,14 @@ DEATHS = {
     "after the step": (Fault("learner", "learn", 2, "die_after"),),
     "twice after the step": (Fault("learner", "learn", 2, "die_after", times=2),),
     "hanging": (Fault("learner", "learn", 2, "hang"),),
-    "while it is rebuilt": (Fault("learner", "learn", 2, "die_after"), Fault("learner", "ready", 2, "lose")),
-    "while it is restored": (Fault("learner", "learn", 2, "lose"), Fault("learner", "restore", 1, "die_after")),
+    "while it is rebuilt": (
+        Fault("learner", "learn", 2, "die_after"),
+        Fault("learner", "ready", 2, "lose"),
+    ),
+    "while it is restored": (
+        Fault("learner", "learn", 2, "lose"),
+        Fault("learner", "restore", 1, "die_after"),
+    ),
     "answering late": (Fault("learner", "learn", 2, "late"),),
 }
 
@@ -324,23 +437,37 @@ def test_a_learner_that_dies_is_rebuilt_and_no_update_is_applied_twice_or_seen_e
 
         def load(self, blob: np.ndarray) -> AdapterId:
             step = wire.unpack(blob).id.step
-            durable.append((step, step == 0 or (tmp_path / "checkpoints" / f"step_{step:06d}" / "MANIFEST.json").is_file()))
+            durable.append(
+                (
+                    step,
+                    step == 0
+                    or (tmp_path / "checkpoints" / f"step_{step:06d}" / "MANIFEST.json").is_file(),
+                )
+            )
             return super().load(blob)
 
     overrides = (f"train.max_lag={lag}",)
-    outcome = fakes(tmp_path, *overrides, "actors.deadline_s=0.2", faults=DEATHS[when], rollout=Witness)
+    outcome = fakes(
+        tmp_path, *overrides, "actors.deadline_s=0.2", faults=DEATHS[when], rollout=Witness
+    )
     assert story(outcome, tmp_path) == undisturbed(*overrides)
-    assert [e["during"] for e in events_of(tmp_path, "learner_lost")] == ["update 1"] * len(events_of(tmp_path, "learner_lost"))
+    assert [e["during"] for e in events_of(tmp_path, "learner_lost")] == ["update 1"] * len(
+        events_of(tmp_path, "learner_lost")
+    )
     rebuilt = events_of(tmp_path, "learner_rebuilt")
     assert rebuilt and all(e["updates_done"] == 1 for e in rebuilt)
     assert durable == [(step, True) for step in range(3)]  # nobody needs the last
 
 
-def test_a_learner_lost_before_the_first_update_is_started_again(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+def test_a_learner_lost_before_the_first_update_is_started_again(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
     outcome = fakes(tmp_path, faults=(Fault("learner", "export", 1, "lose"),))
     assert story(outcome, tmp_path) == undisturbed()
     assert [e["during"] for e in events_of(tmp_path, "learner_lost")] == ["export"]
-    (tmp_path / "checkpoints" / "step_000003" / "state.json").unlink()  # so that the run resumes from the one before
+    (
+        tmp_path / "checkpoints" / "step_000003" / "state.json"
+    ).unlink()  # so that the run resumes from the one before
     again = fakes(tmp_path, resume=True, faults=(Fault("learner", "restore", 1, "lose"),))
     assert story(again, tmp_path) == undisturbed()
 
@@ -348,8 +475,14 @@ def test_a_learner_lost_before_the_first_update_is_started_again(tmp_path: Path,
 def test_a_learner_that_cannot_be_kept_alive_ends_the_run_and_what_was_done_is_kept(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
-    with pytest.raises(TrainingFailed, match=r"the learner was lost 3 times in update 1 .*--resume"):
-        fakes(tmp_path, "actors.infra_retries=2", faults=(Fault("learner", "learn", 2, "die_after", times=99),))
+    with pytest.raises(
+        TrainingFailed, match=r"the learner was lost 3 times in update 1 .*--resume"
+    ):
+        fakes(
+            tmp_path,
+            "actors.infra_retries=2",
+            faults=(Fault("learner", "learn", 2, "die_after", times=99),),
+        )
     assert [e["update"] for e in events_of(tmp_path, "update_applied")] == [0]
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
 
@@ -387,17 +520,38 @@ CRASHES: dict[str, tuple[Fault, ...]] = {
 @pytest.mark.parametrize(("lag", "every"), [(0, 1), (1, 2)])
 @pytest.mark.parametrize("point", CRASHES)
 def test_a_driver_that_crashes_anywhere_continues_to_the_same_story(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Story], point: str, lag: int, every: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[..., Story],
+    point: str,
+    lag: int,
+    every: int,
 ) -> None:
     overrides = (f"train.max_lag={lag}",)
     with monkeypatch.context() as patched:
         if point == "during commit":
-            patched.setattr(checkpoint, "put", crashing(checkpoint.put, lambda path, content: "step_000002" in str(path)))
+            patched.setattr(
+                checkpoint,
+                "put",
+                crashing(checkpoint.put, lambda path, content: "step_000002" in str(path)),
+            )
         if point == "after rename":
-            patched.setattr(checkpoint, "prune", crashing(checkpoint.prune, lambda where, *rest, **more: (where / "step_000002").exists()))
+            patched.setattr(
+                checkpoint,
+                "prune",
+                crashing(
+                    checkpoint.prune, lambda where, *rest, **more: (where / "step_000002").exists()
+                ),
+            )
         observer = CrashingObserver() if point == "after publish" else None
         with pytest.raises(Crash):
-            fakes(tmp_path, *overrides, f"train.checkpoint_every={every}", faults=CRASHES[point], observer=observer)
+            fakes(
+                tmp_path,
+                *overrides,
+                f"train.checkpoint_every={every}",
+                faults=CRASHES[point],
+                observer=observer,
+            )
     outcome = fakes(tmp_path, *overrides, f"train.checkpoint_every={every}", resume=True)
     assert story(outcome, tmp_path) == undisturbed(*overrides)
 
@@ -488,12 +642,24 @@ def test_a_fenced_command_leaves_with_75_and_touches_neither_record_nor_adapter(
                 (run_dir / "run.json").write_text('{"of": "the newer attempt"}')
             return super().load(blob)
 
-    monkeypatch.setattr("actors.crew.crew", lambda config, fields, learner: fake_crew(rollout=Overtaken)({}))
+    monkeypatch.setattr(
+        "actors.roles.crew", lambda config, fields, learner: fake_crew(rollout=Overtaken)({})
+    )
     small_config(EDITOR, "editor.resolution=64", directory=tmp_path)
-    code, _, (line,) = command(monkeypatch, capsys, "train", tmp_path / "run.yaml", "editor.resolution=64", "--run-dir", run_dir)
+    code, _, (line,) = command(
+        monkeypatch,
+        capsys,
+        "train",
+        tmp_path / "run.yaml",
+        "editor.resolution=64",
+        "--run-dir",
+        run_dir,
+    )
     assert code == 75 and "ends with exit code 75" in line
     assert read_json(run_dir / "run.json") == {"of": "the newer attempt"}
-    assert not (run_dir / "adapter").exists() and [line["update"] for line in metrics_of(run_dir)] == [0]
+    assert not (run_dir / "adapter").exists() and [
+        line["update"] for line in metrics_of(run_dir)
+    ] == [0]
 
 
 # --- 12 to 15: checkpoints ------------------------------------------------------------------------------------------
@@ -521,10 +687,19 @@ def test_a_full_disk_costs_a_checkpoint_and_a_warning_and_the_next_is_written(
     monkeypatch.setattr(checkpoint, "put", full_disk(checkpoint.put, 2))
     assert story(fakes(tmp_path, observer=notes), tmp_path) == undisturbed()
     (failed,) = events_of(tmp_path, "commit_failed")
-    assert (failed["updates_done"], failed["in_a_row"]) == (2, 1) and "No space left" in failed["reason"]
+    assert (failed["updates_done"], failed["in_a_row"]) == (2, 1) and "No space left" in failed[
+        "reason"
+    ]
     assert there == [[], ["step_000001"], ["step_000001"]]  # seen before each update's own commit
-    assert [event["path"] for event in events_of(tmp_path, "checkpoint")] == ["step_000001", "step_000003"]
-    assert [note for note in notes.notes if "checkpoint of update 2 could not be written" in note and "intact" in note]
+    assert [event["path"] for event in events_of(tmp_path, "checkpoint")] == [
+        "step_000001",
+        "step_000003",
+    ]
+    assert [
+        note
+        for note in notes.notes
+        if "checkpoint of update 2 could not be written" in note and "intact" in note
+    ]
 
 
 def test_a_disk_that_stays_full_stops_the_run_with_the_remedy_and_then_it_resumes(
@@ -533,14 +708,19 @@ def test_a_disk_that_stays_full_stops_the_run_with_the_remedy_and_then_it_resume
     overrides = ("train.updates=6",)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "put", full_disk(checkpoint.put, 2, 3, 4))
-        with pytest.raises(TrainingFailed, match=r"3 checkpoints in a row .*No space left.*free space.*--resume from update 1"):
+        with pytest.raises(
+            TrainingFailed,
+            match=r"3 checkpoints in a row .*No space left.*free space.*--resume from update 1",
+        ):
             fakes(tmp_path, *overrides, observer=Notes())
     assert [e["in_a_row"] for e in events_of(tmp_path, "commit_failed")] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
     assert story(fakes(tmp_path, *overrides, resume=True), tmp_path) == undisturbed(*overrides)
 
 
-def test_a_disk_too_full_for_a_line_of_events_or_metrics_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_full_for_a_line_of_events_or_metrics_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = telemetry.JsonlFile.append
 
     def append(self: telemetry.JsonlFile, record: dict[str, Any]) -> None:
@@ -569,7 +749,9 @@ def without_manifest(path: Path) -> None:
     (path / "MANIFEST.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, without_manifest], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage", [flip, cut, without_manifest], ids=lambda damage: damage.__name__
+)
 def test_a_bad_checkpoint_is_set_aside_and_the_run_ends_as_if_it_had_been_good(
     tmp_path: Path, undisturbed: Callable[..., Story], damage: Callable[[Path], object]
 ) -> None:
@@ -585,16 +767,22 @@ def test_a_bad_checkpoint_is_set_aside_and_the_run_ends_as_if_it_had_been_good(
 def test_other_settings_are_refused_by_name_unless_their_drift_is_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("actors.crew.crew", lambda config, fields, learner: fake_crew()({}))
+    monkeypatch.setattr("actors.roles.crew", lambda config, fields, learner: fake_crew()({}))
     small_config(EDITOR, "editor.resolution=64", directory=tmp_path)
     base = ("train", tmp_path / "run.yaml", "editor.resolution=64", "--run-dir", tmp_path / "run")
     assert command(monkeypatch, capsys, *base)[0] == 0
     drifted = (*base, "--resume", "train.updates=4", "train.learning_rate=1e-4", "lora.rank=2")
     before = contents(tmp_path / "run")
     code, _, (line,) = command(monkeypatch, capsys, *drifted)
-    assert code == 2 and "train.learning_rate: 0.005 there, 0.0001 here" in line and "lora.rank: 4 there, 2 here" in line
+    assert (
+        code == 2
+        and "train.learning_rate: 0.005 there, 0.0001 here" in line
+        and "lora.rank: 4 there, 2 here" in line
+    )
     code, _, (line,) = command(monkeypatch, capsys, *drifted, "--allow-config-drift", "lora.rank")
-    assert code == 2 and "lora.rank" not in line and "--allow-config-drift train.learning_rate" in line
+    assert (
+        code == 2 and "lora.rank" not in line and "--allow-config-drift train.learning_rate" in line
+    )
     assert contents(tmp_path / "run") == before
     both = ("--allow-config-drift", "lora.rank", "--allow-config-drift", "train.learning_rate")
     assert command(monkeypatch, capsys, *drifted, *both)[0] == 0
@@ -622,24 +810,39 @@ def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item(tmp_p
         fakes(tmp_path, "actors.infra_retries=0", rollout=Deaf)
     assert len(metrics_of(tmp_path)) == 1
     first = events_of(tmp_path, "result_stale")[0]
-    assert (first["wanted"].split(":")[0], first["loaded"].split(":")[0], first["update"]) == ("1", "0", 1)
+    assert (first["wanted"].split(":")[0], first["loaded"].split(":")[0], first["update"]) == (
+        "1",
+        "0",
+        1,
+    )
 
 
 def test_one_actor_that_once_misses_an_update_is_replaced_and_its_result_is_not_used(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
-    old = Fault("rollout", "run", 3, "corrupt", change=lambda answer: (replace(answer[0], adapter=AdapterId(0, "0" * 64)), answer[1]))
+    old = Fault(
+        "rollout",
+        "run",
+        3,
+        "corrupt",
+        change=lambda answer: (replace(answer[0], adapter=AdapterId(0, "0" * 64)), answer[1]),
+    )
     assert story(fakes(tmp_path, faults=(old,)), tmp_path) == undisturbed()
     assert len(events_of(tmp_path, "result_stale")) == 1
     assert events_of(tmp_path, "actor_replaced")[0]["worker"] == "rollout-0.2"
 
 
-def test_an_actor_on_which_an_adapter_changes_nothing_is_refused_before_the_first_update(tmp_path: Path) -> None:
+def test_an_actor_on_which_an_adapter_changes_nothing_is_refused_before_the_first_update(
+    tmp_path: Path,
+) -> None:
     class Unattached(FakeRollout):
         def canary(self) -> str:
             return "the adapter changes nothing"
 
-    with pytest.raises(TrainingFailed, match=r"preflight: rollout actor rollout-0\.1: the adapter changes nothing\. Check lora\.targets"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"preflight: rollout actor rollout-0\.1: the adapter changes nothing\. Check lora\.targets",
+    ):
         fakes(tmp_path, "actors.preflight=true", rollout=Unattached)
     assert events_of(tmp_path, "update_applied") == []
 
@@ -651,20 +854,31 @@ def test_an_actor_that_dies_while_it_is_sent_weights_holds_nobody_up(
 ) -> None:
     overrides = (f"train.max_lag={lag}",)
     fault = Fault("rollout", "load", 2, kind, seat=0)
-    outcome = fakes(tmp_path, *overrides, "actors.num_rollout=2", "actors.deadline_s=0.2", faults=(fault,))
+    outcome = fakes(
+        tmp_path, *overrides, "actors.num_rollout=2", "actors.deadline_s=0.2", faults=(fault,)
+    )
     assert story(outcome, tmp_path) == undisturbed(*overrides)
     (lost,) = events_of(tmp_path, "actor_lost")
     assert lost["during"].startswith("publishing 1:")
     assert [e["worker"] for e in events_of(tmp_path, "actor_replaced")] == ["rollout-0.2"]
 
 
-def test_a_replacement_that_cannot_load_the_weights_is_replaced_too(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+def test_a_replacement_that_cannot_load_the_weights_is_replaced_too(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
     faults = (Fault("rollout", "run", 3, "lose"), Fault("rollout", "load", 3, "raise"))
-    assert story(fakes(tmp_path, "actors.quarantine_after=9", faults=faults), tmp_path) == undisturbed()
+    assert (
+        story(fakes(tmp_path, "actors.quarantine_after=9", faults=faults), tmp_path)
+        == undisturbed()
+    )
     assert [e["during"] for e in events_of(tmp_path, "actor_lost")][1:] == ["replacement"]
 
 
-@pytest.mark.parametrize("fault", [Fault("rollout", "load", 2, "raise"), Fault("rollout", "load", 2, "lose_blob")], ids=["raises", "lost"])
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("rollout", "load", 2, "raise"), Fault("rollout", "load", 2, "lose_blob")],
+    ids=["raises", "lost"],
+)
 def test_weights_that_no_actor_can_be_given_end_the_run_in_one_line_and_are_kept(
     tmp_path: Path, undisturbed: Callable[..., Story], fault: Fault
 ) -> None:
@@ -684,7 +898,12 @@ def test_bounded_staleness_never_livelocks_whatever_the_latencies(
     overrides = (f"train.max_lag={lag}", "train.updates=6", "train.checkpoint_every=10")
     latency = random.Random(seed)
     slow = latency.choice(((0, 0.001), (0, 0.01), (0.004, 0.005)))
-    outcome = fakes(tmp_path, *overrides, f"actors.num_rollout={1 + seed % 3}", executor=faulty(latency=lambda: latency.uniform(*slow)))
+    outcome = fakes(
+        tmp_path,
+        *overrides,
+        f"actors.num_rollout={1 + seed % 3}",
+        executor=faulty(latency=lambda: latency.uniform(*slow)),
+    )
     assert story(outcome, tmp_path) == undisturbed(*overrides)
     staleness = [line["staleness"] for line in metrics_of(tmp_path)]
     assert staleness == [min(update, lag) for update in range(6)]
@@ -693,7 +912,9 @@ def test_bounded_staleness_never_livelocks_whatever_the_latencies(
 # --- 19: late, repeated and differing results; blobs that are gone --------------------------------------------------
 
 
-def test_a_result_that_comes_late_is_used_once_and_its_repetition_is_no_conflict(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+def test_a_result_that_comes_late_is_used_once_and_its_repetition_is_no_conflict(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
     outcome = fakes(tmp_path, "actors.deadline_s=0.1", faults=(Fault("rollout", "run", 2, "late"),))
     assert story(outcome, tmp_path) == undisturbed()
     assert events_of(tmp_path, "result_conflict") == []
@@ -706,22 +927,39 @@ def test_a_repetition_with_other_bytes_is_a_conflict_that_is_told_and_the_first_
     def other(answer: Any) -> Any:
         return replace(answer[0], sha256="f" * 64), answer[1]
 
-    outcome = fakes(tmp_path, "actors.deadline_s=0.1", faults=(Fault("rollout", "run", 2, "late", change=other),))
+    outcome = fakes(
+        tmp_path,
+        "actors.deadline_s=0.1",
+        faults=(Fault("rollout", "run", 2, "late", change=other),),
+    )
     assert story(outcome, tmp_path) == undisturbed()
     (conflict,) = events_of(tmp_path, "result_conflict")
     assert conflict["update"] == 0 and conflict["sha256"] != "f" * 64
 
 
-def test_a_late_result_of_work_whose_first_blob_was_lost_is_as_good_as_any(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+def test_a_late_result_of_work_whose_first_blob_was_lost_is_as_good_as_any(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
     """Attempt 1 is late, attempt 2 is taken and its blob lost, attempt 1 arrives, attempt 3 repeats it."""
     faults = (Fault("rollout", "run", 1, "late", until=3), Fault("reward", "score", 1, "lose_blob"))
     overrides = ("train.groups_per_update=1",)
-    outcome = fakes(tmp_path, *overrides, "actors.deadline_s=0.2", executor=faulty(*faults, latency=lambda: 0.01))
+    outcome = fakes(
+        tmp_path,
+        *overrides,
+        "actors.deadline_s=0.2",
+        executor=faulty(*faults, latency=lambda: 0.01),
+    )
     assert story(outcome, tmp_path) == undisturbed(*overrides)
-    assert [e["event"] for e in telemetry.read_jsonl(tmp_path / "events.jsonl")][1:4] == ["actor_lost", "actor_replaced", "blob_lost"]
+    assert [e["event"] for e in telemetry.read_jsonl(tmp_path / "events.jsonl")][1:4] == [
+        "actor_lost",
+        "actor_replaced",
+        "blob_lost",
+    ]
 
 
-def test_a_group_whose_blob_is_gone_is_made_again(tmp_path: Path, undisturbed: Callable[..., Story]) -> None:
+def test_a_group_whose_blob_is_gone_is_made_again(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
     faults = (Fault("reward", "score", 2, "lose_blob"), Fault("learner", "learn", 3, "lose_blob"))
     assert story(fakes(tmp_path, faults=faults), tmp_path) == undisturbed()
     assert [e["update"] for e in events_of(tmp_path, "blob_lost")] == [0, 2]
@@ -736,9 +974,16 @@ def test_groups_are_made_again_beside_one_that_was_dropped(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("role", "method"), [("reward", "score"), ("learner", "learn")])
-def test_blobs_that_are_lost_again_and_again_end_the_run(tmp_path: Path, role: str, method: str) -> None:
+def test_blobs_that_are_lost_again_and_again_end_the_run(
+    tmp_path: Path, role: str, method: str
+) -> None:
     with pytest.raises(TrainingFailed, match=r"lost .*3 times"):
-        fakes(tmp_path, "actors.infra_retries=2", "train.groups_per_update=1", faults=(Fault(role, method, 1, "lose_blob", times=999),))
+        fakes(
+            tmp_path,
+            "actors.infra_retries=2",
+            "train.groups_per_update=1",
+            faults=(Fault(role, method, 1, "lose_blob", times=999),),
+        )
 
 
 # --- 22, 25: what the nodes run, and who can reach the dashboard ----------------------------------------------------
@@ -746,7 +991,11 @@ def test_blobs_that_are_lost_again_and_again_end_the_run(tmp_path: Path, role: s
 
 def test_nodes_that_run_other_versions_are_named_with_what_differs() -> None:
     here = {"python": "3.11.9", "torch": "2.6.0", "rl-edit sources": "aaaaaaaaaaaa"}
-    nodes = {"10.0.0.1": here, "10.0.0.3": {**here, "torch": "2.5.1"}, "10.0.0.2": {"python": "3.11.9", "torch": "2.6.0"}}
+    nodes = {
+        "10.0.0.1": here,
+        "10.0.0.3": {**here, "torch": "2.5.1"},
+        "10.0.0.2": {"python": "3.11.9", "torch": "2.6.0"},
+    }
     assert differences(nodes, here) == [
         "10.0.0.2 has rl-edit sources missing, here is aaaaaaaaaaaa",
         "10.0.0.3 has torch 2.5.1, here is 2.6.0",
@@ -764,10 +1013,12 @@ def test_a_local_cluster_shows_its_dashboard_to_this_machine_only_and_its_token_
     token.write_text("secret")
     token.chmod(0o644)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(pool.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(pool.ray, "init", lambda **more: asked.update(more))
-    monkeypatch.setattr(pool.ray, "cluster_resources", lambda: {})
-    pool.connect(small_config(EDITOR, "editor.resolution=64", f"actors.dashboard={dashboard}"))
+    monkeypatch.setattr(ray_executor.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_executor.ray, "init", lambda **more: asked.update(more))
+    monkeypatch.setattr(ray_executor.ray, "cluster_resources", lambda: {})
+    ray_executor.connect(
+        small_config(EDITOR, "editor.resolution=64", f"actors.dashboard={dashboard}")
+    )
     assert asked["dashboard_host"] == "127.0.0.1"
     assert asked["include_dashboard"] is (dashboard == "true")
     assert token.stat().st_mode & 0o077 == 0
@@ -776,17 +1027,29 @@ def test_a_local_cluster_shows_its_dashboard_to_this_machine_only_and_its_token_
 # --- everything at once ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seed", "share", "most"), [*((seed, 0.2, 12) for seed in range(18)), *((seed, 0.4, 25) for seed in (1001, 1011))])
+@pytest.mark.parametrize(
+    ("seed", "share", "most"),
+    [*((seed, 0.2, 12) for seed in range(18)), *((seed, 0.4, 25) for seed in (1001, 1011))],
+)
 def test_random_faults_at_random_calls_never_change_the_story(
     tmp_path: Path, undisturbed: Callable[..., Story], seed: int, share: float, most: int
 ) -> None:
     kind = random.Random(seed)
     chunks = kind.choice((("rollout.group_size=4",), ("rollout.group_size=8", "rollout.chunk=4")))
     overrides = (f"train.max_lag={seed % 2}", "train.updates=5", *chunks)
-    seats = (f"actors.num_rollout={kind.choice((1, 2, 3))}", f"actors.num_reward={kind.choice((1, 2))}")
+    seats = (
+        f"actors.num_rollout={kind.choice((1, 2, 3))}",
+        f"actors.num_reward={kind.choice((1, 2))}",
+    )
     runtime = f"actors.runtime={kind.choice(('inline', 'thread'))}"
     outcome = fakes(
-        tmp_path, *overrides, *PATIENT, *seats, runtime, "train.checkpoint_every=2", executor=chaos(seed, share=share, most=most)
+        tmp_path,
+        *overrides,
+        *PATIENT,
+        *seats,
+        runtime,
+        "train.checkpoint_every=2",
+        executor=chaos(seed, share=share, most=most),
     )
     assert story(outcome, tmp_path) == undisturbed(*overrides)
     assert [line["update"] for line in metrics_of(tmp_path)] == list(range(5))
@@ -801,5 +1064,9 @@ def test_every_test_that_the_table_of_promises_names_exists() -> None:
     assert rows == [str(number) for number in range(1, 26)]
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", document)
     assert len(named) > 40
-    absent = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    absent = [
+        f"{file}::{name}"
+        for file, name in named
+        if f"def {name}(" not in (ROOT / "tests" / file).read_text()
+    ]
     assert absent == []

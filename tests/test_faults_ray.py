@@ -21,16 +21,26 @@ from typing import Any
 
 import pytest
 
-from actors.crew import Crew, crew
+from actors.roles import Roles, crew
 from crashing import DeafRollout, Fault, Launched, crashing
-from learner import checkpoint
+from learner.controller import checkpoint
+from learner.controller.lease import Lease
+from learner.controller.loop import Outcome, TrainingLoop
 from learner.learner import Learner
-from learner.lease import Lease
-from learner.loop import Outcome, TrainingLoop
 from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible
-from runs import Nobody, StopAfter, adapter_bytes, events_of, metrics_of, read_json, run_inline, run_of, small_config
+from runs import (
+    Nobody,
+    StopAfter,
+    adapter_bytes,
+    events_of,
+    metrics_of,
+    read_json,
+    run_inline,
+    run_of,
+    small_config,
+)
 
 pytestmark = [
     pytest.mark.ray,
@@ -41,28 +51,46 @@ pytestmark = [
 UPDATE = 1
 """The update with the fault: the last of two."""
 SMALL = ("actors.runtime=ray", "train.updates=2", "editor.micro_batch=2", "rollout.chunk=2")
-PRESET = ("train.groups_per_update=2", "rollout.chunk=4", "data.num_train=16", "actors.num_rollout=1", "actors.threads=1")
+PRESET = (
+    "train.groups_per_update=2",
+    "rollout.chunk=4",
+    "data.num_train=16",
+    "actors.num_rollout=1",
+    "actors.threads=1",
+)
 CANARY = "canary5up3rs3cr3t"
 
 
 def run_on_cluster(
-    config: RunConfig, directory: Path, *, change: Callable[[Crew], Crew] = lambda crew: crew, observer: Any = None, resume: bool = False
+    config: RunConfig,
+    directory: Path,
+    *,
+    change: Callable[[Roles], Roles] = lambda crew: crew,
+    observer: Any = None,
+    resume: bool = False,
 ) -> Outcome:
     """As ``rl-edit train`` wires it, on the tests' cluster. ``change`` may give roles to other classes."""
     from ray import cloudpickle
 
-    from actors import pool
+    from actors import ray_executor
 
-    cloudpickle.register_pickle_by_value(sys.modules[Fault.__module__])  # the actors cannot import from the tests
+    cloudpickle.register_pickle_by_value(
+        sys.modules[Fault.__module__]
+    )  # the actors cannot import from the tests
     run = run_of(config, directory)
     posts = change(crew(config, run.dataset.fields, Learner))
-    pool.connect(config)
+    ray_executor.connect(config)
     directory.mkdir(parents=True, exist_ok=True)
-    executor, watcher = pool.RayExecutor(posts), observer or Nobody()
+    executor, watcher = ray_executor.RayExecutor(posts), observer or Nobody()
     events = telemetry.Events(directory / telemetry.EVENTS)
     try:
         loop = TrainingLoop(
-            run, executor, lease=Lease.take(directory), events=events, observer=watcher, stop=getattr(watcher, "stop", None)
+            run,
+            executor,
+            lease=Lease.take(directory),
+            events=events,
+            observer=watcher,
+            stop=getattr(watcher, "stop", None),
         )
         return asyncio.run(loop.run(resume=resume))
     finally:
@@ -93,34 +121,55 @@ def updates_applied(directory: Path) -> list[int]:
 
 @pytest.mark.parametrize("fault", [("rollout", "SIGKILL")], indirect=True)
 def test_a_rollout_actor_killed_while_denoising_costs_its_chunk_and_no_other(
-    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, fault: Fault
+    ray_cluster: None,
+    small_editor: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
     outcome = run_on_cluster(
-        small_config(small_editor, *SMALL, "actors.num_rollout=2"), tmp_path / "run", change=lambda crew: crashing(crew, fault)
+        small_config(small_editor, *SMALL, "actors.num_rollout=2"),
+        tmp_path / "run",
+        change=lambda crew: crashing(crew, fault),
     )
     assert adapter_bytes(outcome) == undisturbed
     (lost,) = events_of(tmp_path / "run", "actor_lost")
     begun = Counter(fault.rollouts.read_text().split())
     assert len(begun) == 2 * 2 * 2  # updates, groups, chunks
-    assert {work_id for work_id, times in begun.items() if times > 1} == {lost["during"].removeprefix("rollout of ")}
+    assert {work_id for work_id, times in begun.items() if times > 1} == {
+        lost["during"].removeprefix("rollout of ")
+    }
     assert max(begun.values()) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [("rollout", "SIGSTOP")], indirect=True)
 def test_one_of_two_rollout_actors_that_hangs_is_killed_at_its_deadline(
-    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, fault: Fault
+    ray_cluster: None,
+    small_editor: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
     config = small_config(small_editor, *SMALL, "actors.num_rollout=2", "actors.deadline_s=15")
     outcome = run_on_cluster(config, tmp_path / "run", change=lambda crew: crashing(crew, fault))
     assert adapter_bytes(outcome) == undisturbed
     (lost,) = events_of(tmp_path / "run", "actor_lost")
-    assert lost["during"].startswith("rollout of ") and "no answer within 15 s, killed" in lost["reason"]
+    assert (
+        lost["during"].startswith("rollout of ")
+        and "no answer within 15 s, killed" in lost["reason"]
+    )
 
 
-@pytest.mark.parametrize("fault", [("reward", "SIGKILL"), ("reward", "SIGSTOP")], ids=["killed", "hung"], indirect=True)
+@pytest.mark.parametrize(
+    "fault", [("reward", "SIGKILL"), ("reward", "SIGSTOP")], ids=["killed", "hung"], indirect=True
+)
 def test_a_lost_reward_actor_is_replaced_and_every_group_keeps_its_score(
-    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, fault: Fault
+    ray_cluster: None,
+    small_editor: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
     config = small_config(small_editor, *SMALL, "actors.deadline_s=15")
     outcome = run_on_cluster(config, tmp_path / "run", change=lambda crew: crashing(crew, fault))
@@ -133,9 +182,17 @@ def test_a_lost_reward_actor_is_replaced_and_every_group_keeps_its_score(
 
 @pytest.mark.parametrize("fault", [("post-step", "SIGKILL")], indirect=True)
 def test_a_learner_killed_after_its_step_is_rebuilt_and_the_update_is_applied_once(
-    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, fault: Fault
+    ray_cluster: None,
+    small_editor: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
-    outcome = run_on_cluster(small_config(small_editor, *SMALL), tmp_path / "run", change=lambda crew: crashing(crew, fault))
+    outcome = run_on_cluster(
+        small_config(small_editor, *SMALL),
+        tmp_path / "run",
+        change=lambda crew: crashing(crew, fault),
+    )
     assert adapter_bytes(outcome) == undisturbed
     (rebuilt,) = events_of(tmp_path / "run", "learner_rebuilt")
     assert rebuilt["updates_done"] == UPDATE
@@ -144,7 +201,11 @@ def test_a_learner_killed_after_its_step_is_rebuilt_and_the_update_is_applied_on
 
 @pytest.mark.parametrize("fault", [("mid-accumulate", "SIGKILL")], indirect=True)
 def test_a_learner_rank_killed_in_an_update_takes_the_group_with_it_and_the_replay_has_the_bytes_of_one_rank(
-    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, fault: Fault
+    ray_cluster: None,
+    small_editor: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
     config = small_config(small_editor, *SMALL, "actors.num_learner=2", "actors.deadline_s=60")
     outcome = run_on_cluster(config, tmp_path / "run", change=lambda crew: crashing(crew, fault))
@@ -158,11 +219,18 @@ def test_a_learner_rank_killed_in_an_update_takes_the_group_with_it_and_the_repl
 def test_an_actor_that_ignores_an_update_is_found_out_by_its_first_item(
     ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    def with_a_deaf_one(posts: Crew) -> Crew:
+    def with_a_deaf_one(posts: Roles) -> Roles:
         post = posts["rollout"]
-        return {**posts, "rollout": replace(post, make=DeafRollout, arguments=(tmp_path / "struck", *post.arguments))}
+        return {
+            **posts,
+            "rollout": replace(
+                post, make=DeafRollout, arguments=(tmp_path / "struck", *post.arguments)
+            ),
+        }
 
-    outcome = run_on_cluster(small_config(small_editor, *SMALL), tmp_path / "run", change=with_a_deaf_one)
+    outcome = run_on_cluster(
+        small_config(small_editor, *SMALL), tmp_path / "run", change=with_a_deaf_one
+    )
     assert adapter_bytes(outcome) == undisturbed
     (stale,) = events_of(tmp_path / "run", "result_stale")
     assert stale["update"] == 1 and stale["wanted"] != stale["loaded"]
@@ -174,7 +242,10 @@ def test_two_colocated_processes_give_the_bytes_of_separate_ones(
     ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     places = ("actors.placement=colocated", "actors.num_rollout=2", "actors.num_learner=2")
-    assert adapter_bytes(run_on_cluster(small_config(small_editor, *SMALL, *places), tmp_path)) == undisturbed
+    assert (
+        adapter_bytes(run_on_cluster(small_config(small_editor, *SMALL, *places), tmp_path))
+        == undisturbed
+    )
 
 
 @pytest.mark.slow
@@ -183,7 +254,11 @@ def test_a_run_resumed_on_more_rollout_actors_and_learner_ranks_gives_the_same_b
 ) -> None:
     stopped = run_on_cluster(small_config(small_editor, *SMALL), tmp_path, observer=StopAfter(1))
     assert stopped.updates_done == 1
-    resumed = run_on_cluster(small_config(small_editor, *SMALL, "actors.num_rollout=2", "actors.num_learner=2"), tmp_path, resume=True)
+    resumed = run_on_cluster(
+        small_config(small_editor, *SMALL, "actors.num_rollout=2", "actors.num_learner=2"),
+        tmp_path,
+        resume=True,
+    )
     assert adapter_bytes(resumed) == undisturbed
     assert updates_applied(tmp_path) == [0, 1]
 
@@ -191,16 +266,27 @@ def test_a_run_resumed_on_more_rollout_actors_and_learner_ranks_gives_the_same_b
 def test_groups_that_do_not_fit_the_object_store_are_refused_with_the_arithmetic(
     ray_cluster: None, small_editor: str, tmp_path: Path
 ) -> None:
-    config = small_config(small_editor, *SMALL, "train.groups_per_update=20000", "train.max_lag=1", "actors.preflight=true")
+    config = small_config(
+        small_editor,
+        *SMALL,
+        "train.groups_per_update=20000",
+        "train.max_lag=1",
+        "actors.preflight=true",
+    )
     with pytest.raises(
-        ResourcesInfeasible, match=r"20000 groups x 2 updates x \d+ MiB = \d+ MiB in flight exceed half of the object store"
+        ResourcesInfeasible,
+        match=r"20000 groups x 2 updates x \d+ MiB = \d+ MiB in flight exceed half of the object store",
     ):
         run_on_cluster(config, tmp_path)
     assert updates_applied(tmp_path) == []
 
 
 def launched(
-    directory: Path, *overrides: str, fault: Fault | None = None, resume: bool = False, environment: Mapping[str, str] | None = None
+    directory: Path,
+    *overrides: str,
+    fault: Fault | None = None,
+    resume: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> Launched:
     """``rl-edit train --preset tiny-rc-grpo``, scaled down, on a cluster of its own."""
     more = ("--resume",) if resume else ()
@@ -229,10 +315,15 @@ def wait_for(run: Launched, condition: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(
     ("send", "code"),
-    [(lambda pid: os.kill(pid, signal.SIGTERM), 143), (lambda pid: os.killpg(pid, signal.SIGINT), 130)],
+    [
+        (lambda pid: os.kill(pid, signal.SIGTERM), 143),
+        (lambda pid: os.killpg(pid, signal.SIGINT), 130),
+    ],
     ids=["SIGTERM to the driver", "SIGINT to its process group, as Ctrl-C sends it"],
 )
-def test_a_first_signal_commits_the_newest_update_and_leaves_no_process(tmp_path: Path, send: Callable[[int], None], code: int) -> None:
+def test_a_first_signal_commits_the_newest_update_and_leaves_no_process(
+    tmp_path: Path, send: Callable[[int], None], code: int
+) -> None:
     directory = tmp_path / "run"
     with launched(directory, "train.updates=1000", "train.checkpoint_every=1000") as run:
         wait_for(run, lambda: len(updates_applied(directory)) >= 1)
@@ -243,7 +334,11 @@ def test_a_first_signal_commits_the_newest_update_and_leaves_no_process(tmp_path
     (finished,) = events_of(directory, "finished")
     assert finished["status"] == "stopped"
     (step,) = (directory / "checkpoints").iterdir()
-    assert checkpoint.read(step).updates_done == finished["updates_done"] == len(updates_applied(directory))
+    assert (
+        checkpoint.read(step).updates_done
+        == finished["updates_done"]
+        == len(updates_applied(directory))
+    )
     assert f"--run-dir {directory} --resume" in " ".join(ended.out.split())
 
 
@@ -262,11 +357,15 @@ def test_a_second_signal_ends_the_driver_at_once(tmp_path: Path) -> None:
     assert not (directory / "checkpoints").exists()
 
 
-def test_a_killed_driver_leaves_no_process_and_its_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_no_process_and_its_run_continues_to_the_same_bytes(
+    tmp_path: Path,
+) -> None:
     directory = tmp_path / "run"
     with launched(directory, "train.updates=6") as run:
         wait_for(run, lambda: len(updates_applied(directory)) >= 3)
-        assert {"ray::RolloutActor", "ray::Learner"} <= {title.partition(".")[0] for title in run.living().values()}
+        assert {"ray::RolloutActor", "ray::Learner"} <= {
+            title.partition(".")[0] for title in run.living().values()
+        }
         os.kill(run.process.pid, signal.SIGKILL)
         ended = run.ended()
     assert (ended.code, ended.left) == (-signal.SIGKILL, [])
@@ -276,13 +375,18 @@ def test_a_killed_driver_leaves_no_process_and_its_run_continues_to_the_same_byt
     (resumed,) = events_of(directory, "resumed")
     assert 2 <= resumed["updates_done"] < 6
     assert updates_applied(directory) == [0, 1, 2, 3, 4, 5]
-    config = load_config(preset="tiny-rc-grpo", overrides=[*PRESET, "train.updates=6", "actors.runtime=inline", "actors.preflight=false"])
+    config = load_config(
+        preset="tiny-rc-grpo",
+        overrides=[*PRESET, "train.updates=6", "actors.runtime=inline", "actors.preflight=false"],
+    )
     golden = run_inline(config, tmp_path / "inline")
     assert golden.adapter is not None
     assert read_json(directory / "run.json")["adapter"] == str(golden.adapter.id)
 
 
-def test_no_secret_of_the_environment_reaches_the_run_directory_the_output_or_rays_logs(tmp_path: Path) -> None:
+def test_no_secret_of_the_environment_reaches_the_run_directory_the_output_or_rays_logs(
+    tmp_path: Path,
+) -> None:
     directory = tmp_path / "run"
     judge = "{kind: editscore, transport: {model: none, base_url: 'http://127.0.0.1:9/v1', api_key_env: JUDGE_KEY}, retries: 0}"
     secrets = {name: f"{CANARY}-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "JUDGE_KEY")}
@@ -290,23 +394,33 @@ def test_no_secret_of_the_environment_reaches_the_run_directory_the_output_or_ra
     # Ray's sockets live below its folder, and a socket's path has at most 107 characters.
     rays = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     try:
-        with launched(directory, "train.updates=1", f"rewards.editscore={judge}", environment={**secrets, "RAY_TMPDIR": str(rays)}) as run:
+        with launched(
+            directory,
+            "train.updates=1",
+            f"rewards.editscore={judge}",
+            environment={**secrets, "RAY_TMPDIR": str(rays)},
+        ) as run:
             ended = run.ended()
         assert ended.code == 3, ended.err[-2000:]
         assert "editscore" in ended.err
         files = [path for place in (directory, rays) for path in place.rglob("*") if path.is_file()]
-        assert any(path.name.startswith("worker-") for path in files) and (directory / "events.jsonl") in files
+        assert (
+            any(path.name.startswith("worker-") for path in files)
+            and (directory / "events.jsonl") in files
+        )
         assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
         assert CANARY not in ended.out + ended.err
     finally:
         shutil.rmtree(rays, ignore_errors=True)
 
 
-def test_a_password_in_the_address_of_a_dead_cluster_is_not_printed(monkeypatch: pytest.MonkeyPatch, small_editor: str) -> None:
-    from actors import pool
+def test_a_password_in_the_address_of_a_dead_cluster_is_not_printed(
+    monkeypatch: pytest.MonkeyPatch, small_editor: str
+) -> None:
+    from actors import ray_executor
 
     for scheme in ("ray", "http"):
         monkeypatch.setenv("RAY_ADDRESS", f"{scheme}://me:{CANARY}@127.0.0.1:1")
         with pytest.raises(ClusterUnreachable) as error:
-            pool._join_or_start(small_config(small_editor, "actors.runtime=ray"))
+            ray_executor._join_or_start(small_config(small_editor, "actors.runtime=ray"))
         assert "127.0.0.1:1" in str(error.value) and CANARY not in str(error.value)

@@ -17,25 +17,42 @@ from actors.colocated import Colocated
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor, UnknownAdapter
 from learner.learner import Learner
-from rl_edit import adapters, wire
+from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
+from rl_edit.editors import lora
 from rl_edit.errors import InputError
-from rl_edit.rollout import joined, merged
-from rl_edit.types import AdapterId, AdapterWeights, LearnerState, LearnOrder, LearnSlot, RewardTable, RolloutGroup, WorkItem
-from rl_edit.update import TrainingFailed
+from rl_edit.method.rollout import joined, merged
+from rl_edit.method.update import TrainingFailed
+from rl_edit.types import (
+    AdapterId,
+    AdapterWeights,
+    LearnerState,
+    LearnOrder,
+    LearnSlot,
+    RewardTable,
+    RolloutGroup,
+    WorkItem,
+)
 from runs import small_config
 
 FIELDS = frozenset({"target", "caption", "regions"})
 
 
-def item_of(config: RunConfig, slot: int, adapter: AdapterId, *, update: int = 0, chunk: tuple[int, int] | None = None) -> WorkItem:
+def item_of(
+    config: RunConfig,
+    slot: int,
+    adapter: AdapterId,
+    *,
+    update: int = 0,
+    chunk: tuple[int, int] | None = None,
+) -> WorkItem:
     size = config.rollout.group_size
     return WorkItem(
         group_id=f"g{update}-{slot}",
         chunk=chunk or (0, size),
         task=open_dataset(config.data, "train")[slot + update * config.train.groups_per_update],
-        draw=0,
+        epoch=0,
         update=update,
         num_candidates=size,
         run_seed=config.seed,
@@ -51,8 +68,10 @@ class Work:
     groups: tuple[np.ndarray, ...]
 
 
-def work(config: RunConfig, actor: Any, reward: RewardActor, adapter: AdapterId, *, update: int = 0) -> Work:
-    """Rolled out and scored as the controller would have it done, whole groups, with weights the actor holds."""
+def work(
+    config: RunConfig, actor: Any, reward: RewardActor, adapter: AdapterId, *, update: int = 0
+) -> Work:
+    """RolloutResult out and scored as the controller would have it done, whole groups, with weights the actor holds."""
     slots, groups = [], []
     for slot in range(config.train.groups_per_update):
         rolled, blob = actor.run(wire.pack(item_of(config, slot, adapter, update=update)))
@@ -68,7 +87,11 @@ def changed(blob: np.ndarray, **fields: Any) -> np.ndarray:
 def state_of(learner: Learner) -> dict[str, bytes]:
     """Adapter and optimizer as bytes, without the counters."""
     tensors = wire.unpack(learner.export()[2]).tensors
-    return {name: value.numpy().tobytes() for name, value in tensors.items() if name != "skipped_in_a_row"}
+    return {
+        name: value.numpy().tobytes()
+        for name, value in tensors.items()
+        if name != "skipped_in_a_row"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +117,12 @@ def start(config: RunConfig) -> tuple[AdapterId, np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def first(config: RunConfig, actor: RolloutActor, reward: RewardActor, start: tuple[AdapterId, np.ndarray, np.ndarray]) -> Work:
+def first(
+    config: RunConfig,
+    actor: RolloutActor,
+    reward: RewardActor,
+    start: tuple[AdapterId, np.ndarray, np.ndarray],
+) -> Work:
     """The first update of a run."""
     assert actor.load(start[1]) == start[0]
     return work(config, actor, reward, start[0])
@@ -115,19 +143,29 @@ def shared(config: RunConfig) -> Learner:
 # --- the rollout actor -----------------------------------------------------------------------------------------------
 
 
-def test_chunks_merged_are_the_whole_group_bitwise_and_their_tables_the_whole_table(small_editor: str) -> None:
+def test_chunks_merged_are_the_whole_group_bitwise_and_their_tables_the_whole_table(
+    small_editor: str,
+) -> None:
     config = small_config(small_editor, "rollout.group_size=10")
     actor, reward = RolloutActor(config, 1), RewardActor(config, FIELDS, 1)
-    weights = adapters.export(actor.editor.transformer, step=3)
+    weights = lora.export(actor.editor.transformer, step=3)
     name = actor.load(wire.pack(weights))
     whole = actor.run(wire.pack(item_of(config, 0, name)))[1]
-    parts = [actor.run(wire.pack(item_of(config, 0, name, chunk=chunk)))[1] for chunk in ((0, 4), (4, 8), (8, 10))]
+    parts = [
+        actor.run(wire.pack(item_of(config, 0, name, chunk=chunk)))[1]
+        for chunk in ((0, 4), (4, 8), (8, 10))
+    ]
     assert np.array_equal(wire.pack(merged([wire.unpack(part) for part in parts])), whole)
     tables = [wire.unpack(reward.score(blob)) for blob in (whole, *parts)]
     of_groups = {name for name in tables[0].components if name.startswith("change.variance")}
     assert of_groups and not any(of_groups & set(table.components) for table in tables[1:])
-    timeless = {name: values for name, values in tables[0].components.items() if name not in of_groups}
-    alone, together = replace(tables[0], seconds=0.0, components=timeless), replace(joined(tables[1:]), seconds=0.0)
+    timeless = {
+        name: values for name, values in tables[0].components.items() if name not in of_groups
+    }
+    alone, together = (
+        replace(tables[0], seconds=0.0, components=timeless),
+        replace(joined(tables[1:]), seconds=0.0),
+    )
     assert np.array_equal(wire.pack(alone), wire.pack(together))
 
 
@@ -138,10 +176,21 @@ def test_a_result_says_what_its_blob_is_and_the_same_item_gives_the_same_bytes(
     rolled, blob = actor.run(wire.pack(item))
     again, same = actor.run(wire.pack(item))
     assert np.array_equal(blob, same) and np.array_equal(blob, first.groups[0])
-    assert (rolled.work_id, rolled.adapter, rolled.nbytes, rolled.finite) == (item.work_id, start[0], blob.nbytes, True)
-    assert rolled.sha256 == again.sha256 and rolled.seconds.keys() == {"encode", "denoise", "decode"}
+    assert (rolled.work_id, rolled.adapter, rolled.nbytes, rolled.finite) == (
+        item.work_id,
+        start[0],
+        blob.nbytes,
+        True,
+    )
+    assert rolled.sha256 == again.sha256 and rolled.seconds.keys() == {
+        "encode",
+        "denoise",
+        "decode",
+    }
     group: RolloutGroup = wire.unpack(blob)
-    assert group.group_id == item.group_id and torch.equal(group.candidates.token_mask, rolled.areas.any(dim=0).flatten())
+    assert group.group_id == item.group_id and torch.equal(
+        group.candidates.token_mask, rolled.areas.any(dim=0).flatten()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
@@ -153,16 +202,24 @@ def test_a_velocity_that_is_not_finite_is_reported(
     assert not actor.run(wire.pack(item_of(config, 0, start[0])))[0].finite
 
 
-def test_weights_altered_on_the_way_are_known_by_another_name_and_never_served(config: RunConfig, actor: RolloutActor, start: Any) -> None:
+def test_weights_altered_on_the_way_are_known_by_another_name_and_never_served(
+    config: RunConfig, actor: RolloutActor, start: Any
+) -> None:
     weights: AdapterWeights = wire.unpack(start[1])
-    other = replace(weights, id=AdapterId(7, weights.id.sha256), tensors={k: v + 1 for k, v in weights.tensors.items()})
+    other = replace(
+        weights,
+        id=AdapterId(7, weights.id.sha256),
+        tensors={k: v + 1 for k, v in weights.tensors.items()},
+    )
     name = actor.load(wire.pack(other))
-    assert name.step == 7 and name.sha256 == adapters.digest(other.tensors) != other.id.sha256
+    assert name.step == 7 and name.sha256 == lora.digest(other.tensors) != other.id.sha256
     with pytest.raises(UnknownAdapter, match="The publish did not reach it"):
         actor.run(wire.pack(item_of(config, 0, other.id)))
 
 
-def test_an_older_step_published_anew_is_not_the_one_forgotten(config: RunConfig, actor: RolloutActor, start: Any) -> None:
+def test_an_older_step_published_anew_is_not_the_one_forgotten(
+    config: RunConfig, actor: RolloutActor, start: Any
+) -> None:
     weights: AdapterWeights = wire.unpack(start[1])
     for step in (5, 6, 4):
         actor.load(wire.pack(replace(weights, id=AdapterId(step, weights.id.sha256))))
@@ -172,7 +229,9 @@ def test_an_older_step_published_anew_is_not_the_one_forgotten(config: RunConfig
         actor.run(wire.pack(item_of(config, 0, AdapterId(5, weights.id.sha256))))
 
 
-def test_the_canary_finds_nothing_in_a_sound_actor_and_leaves_its_weights(config: RunConfig, actor: RolloutActor, start: Any) -> None:
+def test_the_canary_finds_nothing_in_a_sound_actor_and_leaves_its_weights(
+    config: RunConfig, actor: RolloutActor, start: Any
+) -> None:
     actor.load(start[1])
     before = actor.run(wire.pack(item_of(config, 0, start[0])))[0].sha256
     assert actor.canary() == ""
@@ -188,8 +247,11 @@ def test_the_canary_finds_nothing_in_a_sound_actor_and_leaves_its_weights(config
 def test_the_canary_notices_an_adapter_that_is_never_applied(
     actor: RolloutActor, monkeypatch: pytest.MonkeyPatch, fault: str, complaint: str
 ) -> None:
-    off = adapters.set_active
-    broken = {"set_active": lambda transformer, active, **_: off(transformer, False), "load": lambda *_, **__: None}
+    off = lora.set_active
+    broken = {
+        "set_active": lambda transformer, active, **_: off(transformer, False),
+        "load": lambda *_, **__: None,
+    }
     monkeypatch.setattr(adapters, fault, broken[fault])
     assert complaint in actor.canary()
 
@@ -210,41 +272,76 @@ def test_the_ratio_is_one_on_a_real_rollout_of_the_same_weights_and_asking_chang
     assert learner.ratio(chunk) == 0.0
 
 
-def test_a_ratio_of_velocities_that_are_not_finite_is_not_called_one(learner: Learner, first: Work) -> None:
+def test_a_ratio_of_velocities_that_are_not_finite_is_not_called_one(
+    learner: Learner, first: Work
+) -> None:
     group: RolloutGroup = wire.unpack(first.groups[0])
-    assert math.isnan(learner.ratio(wire.pack(replace(group, velocities=torch.full_like(group.velocities, math.nan)))))
+    assert math.isnan(
+        learner.ratio(
+            wire.pack(replace(group, velocities=torch.full_like(group.velocities, math.nan)))
+        )
+    )
 
 
-def test_an_update_asked_for_twice_is_applied_once_and_answered_alike(learner: Learner, first: Work, start: Any) -> None:
+def test_an_update_asked_for_twice_is_applied_once_and_answered_alike(
+    learner: Learner, first: Work, start: Any
+) -> None:
     report, adapter, state, _ = learner.learn(first.order, *first.groups)
-    assert report.adapter != start[0] and report.adapter.step == 1 and report.used == 2 and not report.skipped
+    assert (
+        report.adapter != start[0]
+        and report.adapter.step == 1
+        and report.used == 2
+        and not report.skipped
+    )
     again = learner.learn(first.order, *first.groups)
-    assert again[0] == report and np.array_equal(again[1], adapter) and np.array_equal(again[2], state)
-    assert learner.updates_done == 1 and np.array_equal(learner.export()[2], state) and np.array_equal(learner.export()[1], adapter)
+    assert (
+        again[0] == report and np.array_equal(again[1], adapter) and np.array_equal(again[2], state)
+    )
+    assert (
+        learner.updates_done == 1
+        and np.array_equal(learner.export()[2], state)
+        and np.array_equal(learner.export()[1], adapter)
+    )
 
 
-def test_another_plan_for_a_done_update_and_an_update_out_of_order_are_refused(learner: Learner, first: Work) -> None:
+def test_another_plan_for_a_done_update_and_an_update_out_of_order_are_refused(
+    learner: Learner, first: Work
+) -> None:
     with pytest.raises(RuntimeError, match="asked for update 1"):
         learner.learn(replace(first.order, update=1), *first.groups)
     learner.learn(first.order, *first.groups)
     held = state_of(learner)
-    with pytest.raises(RuntimeError, match=r"asked for update 0 with plan another, but this learner has done 1"):
+    with pytest.raises(
+        RuntimeError, match=r"asked for update 0 with plan another, but this learner has done 1"
+    ):
         learner.learn(replace(first.order, plan="another"), *first.groups)
     assert state_of(learner) == held
 
 
-def test_a_number_of_chunks_other_than_the_order_says_is_refused(learner: Learner, first: Work) -> None:
+def test_a_number_of_chunks_other_than_the_order_says_is_refused(
+    learner: Learner, first: Work
+) -> None:
     with pytest.raises(RuntimeError, match="got 1 chunks of its slots, expected 2"):
         learner.learn(first.order, first.groups[0])
 
 
-def test_a_lost_group_is_declined_and_the_others_are_trained(learner: Learner, first: Work, start: Any) -> None:
+def test_a_lost_group_is_declined_and_the_others_are_trained(
+    learner: Learner, first: Work, start: Any
+) -> None:
     lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone three times")
-    report, _, _, _ = learner.learn(replace(first.order, slots=(lost, first.order.slots[1])), first.groups[1])
-    assert report.declined == {"lost": ("gone three times",)} and report.used == 1 and report.adapter.sha256 != start[0].sha256
+    report, _, _, _ = learner.learn(
+        replace(first.order, slots=(lost, first.order.slots[1])), first.groups[1]
+    )
+    assert (
+        report.declined == {"lost": ("gone three times",)}
+        and report.used == 1
+        and report.adapter.sha256 != start[0].sha256
+    )
 
 
-def test_an_update_without_a_group_to_train_changes_no_weight_and_is_no_skip(learner: Learner, first: Work, start: Any) -> None:
+def test_an_update_without_a_group_to_train_changes_no_weight_and_is_no_skip(
+    learner: Learner, first: Work, start: Any
+) -> None:
     lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone")
     held = state_of(learner)
     report, _, _, _ = learner.learn(replace(first.order, slots=(lost, lost)))
@@ -274,7 +371,10 @@ def test_every_minibatch_is_an_optimizer_step_from_its_own_groups_and_the_later_
     assert learnt_from == [[0], [1]]
     assert whole.metrics["ratio/max_deviation"] == 0.0 < report.metrics["ratio/max_deviation"]
     parameter = halves.parameters[0]
-    assert int(halves.optimizer.state[parameter]["step"]) == 2 and int(learner.optimizer.state[learner.parameters[0]]["step"]) == 1
+    assert (
+        int(halves.optimizer.state[parameter]["step"]) == 2
+        and int(learner.optimizer.state[learner.parameters[0]]["step"]) == 1
+    )
     # A minibatch whose only group is gone makes no step.
     halves.restore(start[2])
     lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone")
@@ -300,20 +400,36 @@ def test_a_step_that_is_skipped_undoes_the_steps_of_its_update_before_it(
     assert state_of(halves) == held
 
 
-def test_the_sum_of_gradients_does_not_depend_on_where_the_chunks_end(learner: Learner, first: Work, start: Any) -> None:
+def test_the_sum_of_gradients_does_not_depend_on_where_the_chunks_end(
+    learner: Learner, first: Work, start: Any
+) -> None:
     whole = learner.learn(first.order, *first.groups)[1]
     learner.restore(start[2])
     group: RolloutGroup = wire.unpack(first.groups[0])
     table: RewardTable = wire.unpack(first.order.slots[0].tables[0])
     chunks, tables = [], []
     for part in (slice(0, 2), slice(2, 4)):
-        candidates = replace(group.candidates, images=group.candidates.images[part], attention=group.candidates.attention[part])
-        cut = {name: getattr(group, name)[part] for name in ("latents", "next_latents", "velocities")}
+        candidates = replace(
+            group.candidates,
+            images=group.candidates.images[part],
+            attention=group.candidates.attention[part],
+        )
+        cut = {
+            name: getattr(group, name)[part] for name in ("latents", "next_latents", "velocities")
+        }
         chunks.append(wire.pack(replace(group, candidates=candidates, **cut)))
         components = {name: values[part] for name, values in table.components.items()}
-        tables.append(wire.pack(replace(table, values=table.values[part], valid=table.valid[part], components=components)))
+        tables.append(
+            wire.pack(
+                replace(
+                    table, values=table.values[part], valid=table.valid[part], components=components
+                )
+            )
+        )
     slots = (replace(first.order.slots[0], tables=tuple(tables)), first.order.slots[1])
-    assert np.array_equal(learner.learn(replace(first.order, slots=slots), *chunks, first.groups[1])[1], whole)
+    assert np.array_equal(
+        learner.learn(replace(first.order, slots=slots), *chunks, first.groups[1])[1], whole
+    )
 
 
 # --- what is not finite ----------------------------------------------------------------------------------------------
@@ -328,10 +444,19 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
     group: RolloutGroup = wire.unpack(first.groups[1])
     poisoned = wire.pack(replace(group, velocities=torch.full_like(group.velocities, math.nan)))
     for number in (1, 2):
-        report, adapter, state, _ = learner.learn(replace(first.order, update=number), first.groups[0], poisoned)
-        assert "not finite" in report.skipped and report.skipped_in_a_row == number and learner.updates_done == number + 1
+        report, adapter, state, _ = learner.learn(
+            replace(first.order, update=number), first.groups[0], poisoned
+        )
+        assert (
+            "not finite" in report.skipped
+            and report.skipped_in_a_row == number
+            and learner.updates_done == number + 1
+        )
         assert state_of(learner) == held and wire.unpack(adapter).id == report.adapter
-    with pytest.raises(TrainingFailed, match=r"not finite at update 3, after 2 .*train\.learning_rate, or look at RUN/diagnostics"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"not finite at update 3, after 2 .*train\.learning_rate, or look at RUN/diagnostics",
+    ):
         learner.learn(replace(first.order, update=3), first.groups[0], poisoned)
     assert learner.updates_done == 3 and state_of(learner) == held
 
@@ -343,7 +468,9 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_restored_learner_continues_bit_for_bit(learner: Learner, first: Work, config: RunConfig, start: Any) -> None:
+def test_a_restored_learner_continues_bit_for_bit(
+    learner: Learner, first: Work, config: RunConfig, start: Any
+) -> None:
     _, _, state, _ = learner.learn(first.order, *first.groups)
     second = replace(first.order, update=1)
     whole = learner.learn(second, *first.groups)
@@ -378,7 +505,9 @@ def test_the_address_is_one_where_rank_0_can_listen(learner: Learner) -> None:
 # --- one process for both --------------------------------------------------------------------------------------------
 
 
-def two_updates(config: RunConfig, load: Callable[[np.ndarray], AdapterId], actor: Any, learner: Any) -> list[bytes]:
+def two_updates(
+    config: RunConfig, load: Callable[[np.ndarray], AdapterId], actor: Any, learner: Any
+) -> list[bytes]:
     """Every byte that leaves the workers in two updates, with a preflight first and rollouts between the updates."""
     reward = RewardActor(config, FIELDS, 1)
     report, adapter, _, _ = learner.export()
@@ -396,13 +525,17 @@ def two_updates(config: RunConfig, load: Callable[[np.ndarray], AdapterId], acto
 
 
 def test_one_process_for_rollout_and_learning_gives_the_bytes_of_two(small_editor: str) -> None:
-    anchored = "algorithm.objective={kind: background_anchored, target: reference, inner: {num_anchors: 2, num_steps: 1}}"
-    config = small_config(small_editor, anchored, "train.passes=2")
+    anchored = "algorithm.objective={kind: background_regularised, target: reference, inner: {num_anchors: 2, num_steps: 1}}"
+    config = small_config(small_editor, anchored, "train.inner_epochs=2")
     actor, both = RolloutActor(config, 1), Colocated(config, 1, Learner)
-    assert two_updates(config, both.load, both, both) == two_updates(config, actor.load, actor, Learner(config, 1))
+    assert two_updates(config, both.load, both, both) == two_updates(
+        config, actor.load, actor, Learner(config, 1)
+    )
 
 
-def test_one_process_rolls_out_with_older_weights_while_it_learns_newer_ones(config: RunConfig, first: Work, start: Any) -> None:
+def test_one_process_rolls_out_with_older_weights_while_it_learns_newer_ones(
+    config: RunConfig, first: Work, start: Any
+) -> None:
     both = Colocated(config, 1, Learner)
     both.load(start[1])
     report, _, _, _ = both.learn(first.order, *first.groups)

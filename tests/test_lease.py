@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from learner import lease as module
-from learner.lease import LEASE, Lease
+from learner.controller import lease as module
+from learner.controller.lease import LEASE, Lease
 from rl_edit.errors import Fenced
 
 
@@ -34,7 +34,11 @@ def test_the_first_attempt_holds_epoch_1_and_the_file_says_who(tmp_path: Path) -
     assert lease.check() is None
     assert (lease.epoch, lease.previous, lease.taking_over()) == (1, None, "")
     written = on_disk(tmp_path)
-    assert (written["epoch"], written["host"], written["pid"]) == (1, socket.gethostname(), os.getpid())
+    assert (written["epoch"], written["host"], written["pid"]) == (
+        1,
+        socket.gethostname(),
+        os.getpid(),
+    )
     assert (written["renewed"], written["ended"]) == (1000.0, None)
     assert written["attempt"] == lease.holder.attempt
 
@@ -62,7 +66,10 @@ def test_a_second_attempt_takes_over_and_the_first_is_fenced_for_good(tmp_path: 
 def test_taking_over_from_an_attempt_that_did_not_end_is_said(tmp_path: Path) -> None:
     first = Lease.take(tmp_path, Clock())
     second = Lease.take(tmp_path, Clock(1003.0))
-    assert second.taking_over() == f"taking over from pid {os.getpid()} on {socket.gethostname()}, last renewed 3 s ago"
+    assert (
+        second.taking_over()
+        == f"taking over from pid {os.getpid()} on {socket.gethostname()}, last renewed 3 s ago"
+    )
     assert second.previous == first.holder
     earlier = Lease.take(tmp_path, Clock(900.0))
     assert "0 s ago" in earlier.taking_over(), "a clock that is behind gives no negative age"
@@ -119,7 +126,9 @@ def test_an_attempt_whose_lease_or_directory_is_gone_is_fenced_and_does_not_brin
 
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", [remove_file, garble_file])
-def test_an_epoch_is_never_used_again_even_when_the_file_is_lost(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_an_epoch_is_never_used_again_even_when_the_file_is_lost(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     first = Lease.take(tmp_path)
     damage(tmp_path)
     second = Lease.take(tmp_path)
@@ -149,7 +158,9 @@ def test_a_record_fences_even_when_its_claim_is_not_seen_yet(tmp_path: Path) -> 
 
 
 @pytest.mark.faults
-def test_a_taker_that_was_overtaken_before_its_record_leaves_that_of_the_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taker_that_was_overtaken_before_its_record_leaves_that_of_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = module._claimed
 
     def overtaken(run_dir: Path, epoch: int) -> bool:
@@ -167,7 +178,9 @@ def test_a_taker_that_was_overtaken_before_its_record_leaves_that_of_the_newer_o
 
 
 @pytest.mark.faults
-def test_a_slow_taker_that_was_overtaken_does_not_displace_the_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_taker_that_was_overtaken_does_not_displace_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The record of epoch 1 lands after that of epoch 2: the claims decide, and renewing repairs the file."""
     real, newer = os.replace, []
 
@@ -212,7 +225,9 @@ def test_takers_that_race_get_different_epochs_and_one_holds_the_lease(tmp_path:
 
 
 @pytest.mark.faults
-def test_takers_that_read_the_same_epoch_claim_different_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_takers_that_read_the_same_epoch_claim_different_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The race at its narrowest: the second taker reads before the first claims."""
     real, others = module._claimed, []
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learner.ledger import Ledger, State, Verdict
-from rl_edit.types import AdapterId, Rolled, WorkItem
+from learner.controller.ledger import Ledger, State, Verdict
+from rl_edit.types import AdapterId, RolloutResult, WorkItem
 from test_rewards import small_group
 
 ADAPTER = AdapterId(3, "a" * 64)
@@ -16,11 +16,27 @@ ADAPTER = AdapterId(3, "a" * 64)
 
 def item(group_id: str = "g", update: int = 3) -> WorkItem:
     task = small_group().task
-    return WorkItem(group_id=group_id, chunk=(0, 4), task=task, draw=0, update=update, num_candidates=4, run_seed=0, adapter=ADAPTER)
+    return WorkItem(
+        group_id=group_id,
+        chunk=(0, 4),
+        task=task,
+        epoch=0,
+        update=update,
+        num_candidates=4,
+        run_seed=0,
+        adapter=ADAPTER,
+    )
 
 
-def result(work_id: str = "g.0-4", sha256: str = "1" * 64) -> Rolled:
-    return Rolled(work_id=work_id, adapter=ADAPTER, sha256=sha256, nbytes=1, finite=True, areas=torch.ones(1, 1, 1, dtype=torch.bool))
+def result(work_id: str = "g.0-4", sha256: str = "1" * 64) -> RolloutResult:
+    return RolloutResult(
+        work_id=work_id,
+        adapter=ADAPTER,
+        sha256=sha256,
+        nbytes=1,
+        finite=True,
+        areas=torch.ones(1, 1, 1, dtype=torch.bool),
+    )
 
 
 @pytest.fixture
@@ -31,7 +47,9 @@ def ledger() -> Ledger:
     return made
 
 
-def test_the_first_valid_result_is_taken_and_a_repetition_is_a_duplicate_that_is_counted(ledger: Ledger) -> None:
+def test_the_first_valid_result_is_taken_and_a_repetition_is_a_duplicate_that_is_counted(
+    ledger: Ledger,
+) -> None:
     assert ledger.offer("g.0-4", result(), "first") is Verdict.TAKEN
     assert ledger.offer("g.0-4", result(), "second") is Verdict.DUPLICATE
     ledger.scored("g.0-4")
@@ -57,7 +75,7 @@ def test_other_bytes_for_a_taken_item_are_a_conflict_and_the_first_stay(ledger: 
     ids=["other bytes", "other step", "not finite", "other item"],
 )
 def test_a_result_that_is_not_what_the_item_asks_for_is_not_taken_and_leaves_the_item_open(
-    ledger: Ledger, changed: Rolled, verdict: Verdict
+    ledger: Ledger, changed: RolloutResult, verdict: Verdict
 ) -> None:
     assert ledger.offer("g.0-4", changed, "wrong") is verdict
     assert ledger.open["g.0-4"].result is None
@@ -71,7 +89,9 @@ def test_a_result_after_its_update_was_applied_is_foreign(ledger: Ledger) -> Non
     assert ledger.consumed == 1
 
 
-def test_a_failed_attempt_waits_for_the_next_but_not_when_another_was_taken_meanwhile(ledger: Ledger) -> None:
+def test_a_failed_attempt_waits_for_the_next_but_not_when_another_was_taken_meanwhile(
+    ledger: Ledger,
+) -> None:
     ledger.failed("g.0-4")
     assert ledger.open["g.0-4"].state is State.PLANNED
     assert ledger.dispatched("g.0-4") == 2
@@ -111,7 +131,9 @@ def test_chains_are_equal_exactly_when_the_same_groups_were_consumed_in_the_same
         return ledger.chain
 
     assert chain(("a", "b"), ("c",)) == chain(("a", "b"), ("c",))
-    assert len({chain(("a", "b")), chain(("b", "a")), chain(("a",)), chain(("a", "b"), ("b",))}) == 4
+    assert (
+        len({chain(("a", "b")), chain(("b", "a")), chain(("a",)), chain(("a", "b"), ("b",))}) == 4
+    )
 
 
 def test_a_restored_ledger_continues_the_chain_and_plans_open_items_anew(ledger: Ledger) -> None:

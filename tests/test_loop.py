@@ -13,14 +13,23 @@ import torch
 
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
+from learner.controller.loop import TaskCursor
 from learner.learner import Learner
-from learner.loop import TaskCursor
 from rl_edit import wire
 from rl_edit.data import DataConfig, open_dataset
 from rl_edit.errors import InputError
+from rl_edit.method.update import TrainingFailed
 from rl_edit.types import Candidates, LearnOrder, RewardTable
-from rl_edit.update import TrainingFailed
-from runs import PRESERVATION, Nobody, adapter_bytes, events_of, metrics_of, replaced, run_inline, small_config
+from runs import (
+    PRESERVATION,
+    Nobody,
+    adapter_bytes,
+    events_of,
+    metrics_of,
+    replaced,
+    run_inline,
+    small_config,
+)
 
 PROMISED = (
     "update", "reward/preservation/mean", "reward/preservation/spread", "reward/attention/mean", "reward/attention/spread",
@@ -55,12 +64,24 @@ def brightness(candidates: Candidates) -> list[float]:
 
 
 def of_function(name: str, **settings: Any) -> dict[str, Any]:
-    return {"own": {"kind": "python", "function": f"{__name__}:{name}", "low": 0.0, "high": 1.0, **settings}}
+    return {
+        "own": {
+            "kind": "python",
+            "function": f"{__name__}:{name}",
+            "low": 0.0,
+            "high": 1.0,
+            **settings,
+        }
+    }
 
 
-def test_two_runs_with_one_seed_give_the_same_adapter_bytes_and_another_seed_gives_others(small_editor: str, tmp_path: Path) -> None:
+def test_two_runs_with_one_seed_give_the_same_adapter_bytes_and_another_seed_gives_others(
+    small_editor: str, tmp_path: Path
+) -> None:
     config = small_config(small_editor)
-    first, second = (adapter_bytes(run_inline(config, tmp_path / name)) for name in ("first", "second"))
+    first, second = (
+        adapter_bytes(run_inline(config, tmp_path / name)) for name in ("first", "second")
+    )
     other = adapter_bytes(run_inline(small_config(small_editor, "seed=1"), tmp_path / "other"))
     assert first == second
     assert set(first) == set(other)
@@ -77,8 +98,16 @@ def test_a_run_moves_its_adapter(small_editor: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_run_stopped_and_resumed_gives_the_bytes_of_one_that_was_not(small_editor: str, tmp_path: Path, lag: int, passes: int) -> None:
-    config = small_config(small_editor, f"train.max_lag={lag}", f"train.passes={passes}", "train.updates=4", "train.checkpoint_every=10")
+def test_a_run_stopped_and_resumed_gives_the_bytes_of_one_that_was_not(
+    small_editor: str, tmp_path: Path, lag: int, passes: int
+) -> None:
+    config = small_config(
+        small_editor,
+        f"train.max_lag={lag}",
+        f"train.inner_epochs={passes}",
+        "train.updates=4",
+        "train.checkpoint_every=10",
+    )
     whole = run_inline(config, tmp_path / "whole")
     stopped = run_inline(config, tmp_path / "halves", stop_after=2)
     assert stopped.updates_done == 2
@@ -86,13 +115,22 @@ def test_a_run_stopped_and_resumed_gives_the_bytes_of_one_that_was_not(small_edi
     assert resumed.updates_done == 4
     assert adapter_bytes(resumed) == adapter_bytes(whole)
     timeless = [
-        [{k: v for k, v in line.items() if not k.startswith(("seconds/", "bytes/", "efficiency"))} for line in metrics_of(tmp_path / run)]
+        [
+            {
+                k: v
+                for k, v in line.items()
+                if not k.startswith(("seconds/", "bytes/", "efficiency"))
+            }
+            for line in metrics_of(tmp_path / run)
+        ]
         for run in ("whole", "halves")
     ]
     assert timeless[0] == timeless[1]
 
 
-def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(small_editor: str, tmp_path: Path) -> None:
+def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(
+    small_editor: str, tmp_path: Path
+) -> None:
     config = small_config(small_editor, "train.updates=3", "train.checkpoint_every=2")
     whole = run_inline(config, tmp_path / "whole")
 
@@ -106,16 +144,23 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(small_editor
 
     with pytest.raises(Crash):
         run_inline(config, tmp_path / "crashed", observer=CrashingInUpdateTwo())
-    assert adapter_bytes(run_inline(config, tmp_path / "crashed", resume=True)) == adapter_bytes(whole)
+    assert adapter_bytes(run_inline(config, tmp_path / "crashed", resume=True)) == adapter_bytes(
+        whole
+    )
     assert [line["update"] for line in metrics_of(tmp_path / "crashed")] == [0, 1, 2]
 
 
 def test_one_and_two_rollout_actors_give_the_same_bytes(small_editor: str, tmp_path: Path) -> None:
-    runs = [run_inline(small_config(small_editor, f"actors.num_rollout={n}"), tmp_path / str(n)) for n in (1, 2)]
+    runs = [
+        run_inline(small_config(small_editor, f"actors.num_rollout={n}"), tmp_path / str(n))
+        for n in (1, 2)
+    ]
     assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
 
 
-def test_the_ratio_is_exactly_one_on_policy_through_the_real_actor_and_learner(small_editor: str, tmp_path: Path) -> None:
+def test_the_ratio_is_exactly_one_on_policy_through_the_real_actor_and_learner(
+    small_editor: str, tmp_path: Path
+) -> None:
     run_inline(small_config(small_editor), tmp_path)
     lines = metrics_of(tmp_path)
     assert len(lines) == 3
@@ -127,7 +172,9 @@ def test_the_ratio_is_exactly_one_on_policy_through_the_real_actor_and_learner(s
         assert line["staleness"] == 0
 
 
-def test_one_step_off_is_one_version_stale_from_the_second_update_and_ratios_leave_one(small_editor: str, tmp_path: Path) -> None:
+def test_one_step_off_is_one_version_stale_from_the_second_update_and_ratios_leave_one(
+    small_editor: str, tmp_path: Path
+) -> None:
     run_inline(small_config(small_editor, "train.max_lag=1"), tmp_path)
     lines = metrics_of(tmp_path)
     assert [line["staleness"] for line in lines] == [0, 1, 1]
@@ -136,7 +183,7 @@ def test_one_step_off_is_one_version_stale_from_the_second_update_and_ratios_lea
 
 
 def test_the_second_pass_over_a_batch_leaves_ratio_one(small_editor: str, tmp_path: Path) -> None:
-    run_inline(small_config(small_editor, "train.passes=2", "train.updates=1"), tmp_path)
+    run_inline(small_config(small_editor, "train.inner_epochs=2", "train.updates=1"), tmp_path)
     assert metrics_of(tmp_path)[0]["ratio/max_deviation"] > 0
 
 
@@ -151,9 +198,15 @@ class Deaf(RolloutActor):
         return self._published[wanted]
 
 
-def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item_and_never_trained_on(small_editor: str, tmp_path: Path) -> None:
+def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item_and_never_trained_on(
+    small_editor: str, tmp_path: Path
+) -> None:
     with pytest.raises(TrainingFailed, match="a weight update did not reach it"):
-        run_inline(small_config(small_editor, "actors.infra_retries=1"), tmp_path, change=replaced("rollout", Deaf))
+        run_inline(
+            small_config(small_editor, "actors.infra_retries=1"),
+            tmp_path,
+            change=replaced("rollout", Deaf),
+        )
     event = events_of(tmp_path, "result_stale")[0]
     assert len(metrics_of(tmp_path)) == 1
     assert event["wanted"].startswith("1:")
@@ -168,7 +221,9 @@ class CutOff(RolloutActor):
         return None if self._published else super().load(blob)
 
 
-def test_an_actor_that_was_never_sent_the_weights_says_which_it_holds(small_editor: str, tmp_path: Path) -> None:
+def test_an_actor_that_was_never_sent_the_weights_says_which_it_holds(
+    small_editor: str, tmp_path: Path
+) -> None:
     with pytest.raises(TrainingFailed, match=r"work asks for adapter 1:.* holds 0:"):
         run_inline(small_config(small_editor), tmp_path, change=replaced("rollout", CutOff))
 
@@ -183,30 +238,45 @@ class Nudged(RolloutActor):
 
 
 @pytest.mark.parametrize("preflight", [True, False])
-def test_an_actor_of_another_function_is_refused_before_the_optimizer_steps(small_editor: str, tmp_path: Path, preflight: bool) -> None:
-    config = small_config(small_editor, "train.updates=1", f"actors.preflight={str(preflight).lower()}")
+def test_an_actor_of_another_function_is_refused_before_the_optimizer_steps(
+    small_editor: str, tmp_path: Path, preflight: bool
+) -> None:
+    config = small_config(
+        small_editor, "train.updates=1", f"actors.preflight={str(preflight).lower()}"
+    )
     with pytest.raises(TrainingFailed, match="do not compute the same velocity") as failure:
         run_inline(config, tmp_path, change=replaced("rollout", Nudged))
     assert str(failure.value).startswith("preflight") == preflight
     assert metrics_of(tmp_path) == []
 
 
-def test_one_invalid_candidate_drops_its_whole_group_which_is_counted(small_editor: str, tmp_path: Path) -> None:
+def test_one_invalid_candidate_drops_its_whole_group_which_is_counted(
+    small_editor: str, tmp_path: Path
+) -> None:
     SCRIPTED.script = iter([None, [0.1, None, 0.2, 0.3]])
     rewards = {"preservation": PRESERVATION, **of_function("scripted")}
-    config = small_config(small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards)
+    config = small_config(
+        small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards
+    )
     run_inline(config, tmp_path)
     (line,) = metrics_of(tmp_path)
     assert (line["groups/used"], line["groups/dropped"]) == (1, 1)
     ((reason, count),) = line["groups/dropped_reasons"]["invalid"].items()
     assert count == 1
     assert reason.startswith("own: ") and "None" in reason
-    assert events_of(tmp_path, "groups_dropped")[0]["reasons"] == line["groups/dropped_reasons"]["invalid"]
+    assert (
+        events_of(tmp_path, "groups_dropped")[0]["reasons"]
+        == line["groups/dropped_reasons"]["invalid"]
+    )
 
 
-def test_more_invalid_groups_than_the_budget_stop_the_run(small_editor: str, tmp_path: Path) -> None:
+def test_more_invalid_groups_than_the_budget_stop_the_run(
+    small_editor: str, tmp_path: Path
+) -> None:
     SCRIPTED.script = iter([None, [0.1, None, 0.2, 0.3]])
-    with pytest.raises(TrainingFailed, match=r"1 of 2 groups of update 0 .*max_dropped_groups is 0.*own: "):
+    with pytest.raises(
+        TrainingFailed, match=r"1 of 2 groups of update 0 .*max_dropped_groups is 0.*own: "
+    ):
         run_inline(small_config(small_editor, rewards=of_function("scripted")), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -215,7 +285,10 @@ def test_a_reward_that_is_only_measured_may_fail(small_editor: str, tmp_path: Pa
     SCRIPTED.script = iter([None, [0.1, None, 0.2, 0.3], [0.1, float("nan"), 0.2, 0.3], None])
     rewards = {"preservation": PRESERVATION, **of_function("scripted", weight=0)}
     run_inline(small_config(small_editor, "train.updates=2", rewards=rewards), tmp_path)
-    assert [(line["groups/used"], line["groups/dropped"]) for line in metrics_of(tmp_path)] == [(2, 0), (2, 0)]
+    assert [(line["groups/used"], line["groups/dropped"]) for line in metrics_of(tmp_path)] == [
+        (2, 0),
+        (2, 0),
+    ]
 
 
 class BlindOnce(RewardActor):
@@ -228,28 +301,44 @@ class BlindOnce(RewardActor):
         if type(self).left == 0:
             return scored
         type(self).left -= 1
-        return replace(scored, components={name: part for name, part in scored.components.items() if ".region." not in name})
+        return replace(
+            scored,
+            components={
+                name: part for name, part in scored.components.items() if ".region." not in name
+            },
+        )
 
 
-def test_groups_that_credit_cannot_judge_count_in_the_budget_like_any_invalid_one(small_editor: str, tmp_path: Path) -> None:
+def test_groups_that_credit_cannot_judge_count_in_the_budget_like_any_invalid_one(
+    small_editor: str, tmp_path: Path
+) -> None:
     rewards = {"preservation": PRESERVATION, "judge": {"kind": "shapes_judge"}}
-    config = small_config(small_editor, "algorithm.credit={kind: region}", "train.updates=1", rewards=rewards)
+    config = small_config(
+        small_editor, "algorithm.credit={kind: region}", "train.updates=1", rewards=rewards
+    )
     change = replaced("reward", BlindOnce)
     BlindOnce.left = 1
     with pytest.raises(
-        TrainingFailed, match=r"1 of 2 groups of update 0 give no credit, train.max_dropped_groups is 0: .*no judge.region.0"
+        TrainingFailed,
+        match=r"1 of 2 groups of update 0 give no credit, train.max_dropped_groups is 0: .*no judge.region.0",
     ):
         run_inline(config, tmp_path / "none", change=change)
     assert metrics_of(tmp_path / "none") == []
     BlindOnce.left = 1
-    allowed = config.model_copy(update={"train": config.train.model_copy(update={"max_dropped_groups": 1})})
+    allowed = config.model_copy(
+        update={"train": config.train.model_copy(update={"max_dropped_groups": 1})}
+    )
     run_inline(allowed, tmp_path / "one", change=change)
     (line,) = metrics_of(tmp_path / "one")
     assert (line["groups/used"], line["groups/dropped"]) == (1, 1)
 
 
-@pytest.mark.parametrize(("said", "named"), [(float("nan"), "nan"), (float("inf"), "inf"), (1.5, "1.5")])
-def test_a_reward_that_breaks_its_contract_is_the_users_error(small_editor: str, tmp_path: Path, said: float, named: str) -> None:
+@pytest.mark.parametrize(
+    ("said", "named"), [(float("nan"), "nan"), (float("inf"), "inf"), (1.5, "1.5")]
+)
+def test_a_reward_that_breaks_its_contract_is_the_users_error(
+    small_editor: str, tmp_path: Path, said: float, named: str
+) -> None:
     SCRIPTED.script = iter([[0.1, said, 0.2, 0.3]])
     with pytest.raises(InputError, match=f"own: gave {named}"):
         run_inline(small_config(small_editor, rewards=of_function("scripted")), tmp_path)
@@ -257,7 +346,9 @@ def test_a_reward_that_breaks_its_contract_is_the_users_error(small_editor: str,
 
 def test_a_group_without_spread_is_declined_and_counted(small_editor: str, tmp_path: Path) -> None:
     SCRIPTED.script = iter([[0.5] * 4, None])
-    run_inline(small_config(small_editor, "train.updates=1", rewards=of_function("scripted")), tmp_path)
+    run_inline(
+        small_config(small_editor, "train.updates=1", rewards=of_function("scripted")), tmp_path
+    )
     (line,) = metrics_of(tmp_path)
     assert (line["groups/used"], line["groups/dropped"]) == (1, 1)
     ((reason, count),) = line["groups/dropped_reasons"]["spread"].items()
@@ -265,7 +356,9 @@ def test_a_group_without_spread_is_declined_and_counted(small_editor: str, tmp_p
     assert reason == "no reward term differs between the candidates"
 
 
-def test_an_update_without_any_trainable_group_leaves_the_adapter_and_says_so(small_editor: str, tmp_path: Path) -> None:
+def test_an_update_without_any_trainable_group_leaves_the_adapter_and_says_so(
+    small_editor: str, tmp_path: Path
+) -> None:
     SCRIPTED.script = iter([[0.5] * 4] * 2)
     config = small_config(small_editor, "train.updates=1", rewards=of_function("scripted"))
     start = wire.unpack(Learner(config, threads=1).export()[1])
@@ -275,7 +368,9 @@ def test_an_update_without_any_trainable_group_leaves_the_adapter_and_says_so(sm
     assert metrics_of(tmp_path)[0]["groups/used"] == 0
 
 
-def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(small_editor: str, tmp_path: Path) -> None:
+def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(
+    small_editor: str, tmp_path: Path
+) -> None:
     """With terms normalised per group, the surviving group teaches as if it had been alone."""
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -284,11 +379,19 @@ def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(small_edito
             tables = [wire.unpack(slot.tables[0]) for slot in order.slots]
             areas = [slot.areas for slot in order.slots if slot.areas is not None]
             credits = self.config.algorithm.credit(tables, areas)
-            seen.append({t.group_id: c.values for t, c in zip(tables, credits, strict=True) if hasattr(c, "values")})
+            seen.append(
+                {
+                    t.group_id: c.values
+                    for t, c in zip(tables, credits, strict=True)
+                    if hasattr(c, "values")
+                }
+            )
             return super().learn(order, *blobs)
 
     rewards = {"preservation": PRESERVATION, **of_function("scripted")}
-    config = small_config(small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards)
+    config = small_config(
+        small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards
+    )
     for name, script in (("whole", [None, None]), ("dropped", [[None] * 4, None])):
         SCRIPTED.script = iter(script)
         run_inline(config, tmp_path / name, change=replaced("learner", Spy))
@@ -298,7 +401,9 @@ def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(small_edito
     assert torch.equal(values, whole[group_id])
 
 
-def test_every_promised_metric_is_written_for_every_update(small_editor: str, tmp_path: Path) -> None:
+def test_every_promised_metric_is_written_for_every_update(
+    small_editor: str, tmp_path: Path
+) -> None:
     run_inline(small_config(small_editor, "train.updates=2"), tmp_path)
     lines = metrics_of(tmp_path)
     assert [line["update"] for line in lines] == [0, 1]
@@ -311,25 +416,39 @@ def test_every_promised_metric_is_written_for_every_update(small_editor: str, tm
         assert line["groups/used"] == 2
 
 
-def test_the_total_reward_is_the_weighted_sum_of_its_terms(small_editor: str, tmp_path: Path) -> None:
+def test_the_total_reward_is_the_weighted_sum_of_its_terms(
+    small_editor: str, tmp_path: Path
+) -> None:
     run_inline(small_config(small_editor, "train.updates=1"), tmp_path)
     (line,) = metrics_of(tmp_path)
-    assert line["reward/total/mean"] == pytest.approx(line["reward/preservation/mean"] + 0.3 * line["reward/attention/mean"], rel=1e-5)
+    assert line["reward/total/mean"] == pytest.approx(
+        line["reward/preservation/mean"] + 0.3 * line["reward/attention/mean"], rel=1e-5
+    )
 
 
-def test_a_background_anchor_of_weight_zero_is_the_plain_surrogate_to_the_byte(small_editor: str, tmp_path: Path) -> None:
+def test_a_background_anchor_of_weight_zero_is_the_plain_surrogate_to_the_byte(
+    small_editor: str, tmp_path: Path
+) -> None:
     def run(name: str, objective: str) -> dict[str, bytes]:
-        return adapter_bytes(run_inline(small_config(small_editor, f"algorithm.objective={objective}", "train.updates=2"), tmp_path / name))
+        return adapter_bytes(
+            run_inline(
+                small_config(small_editor, f"algorithm.objective={objective}", "train.updates=2"),
+                tmp_path / name,
+            )
+        )
 
     inner = "{kind: neighbor, num_anchors: 2, num_steps: 1}"
     plain = run("plain", inner)
-    assert run("zero", f"{{kind: background_anchored, weight: 0.0, inner: {inner}}}") == plain
-    assert run("held", f"{{kind: background_anchored, weight: 1.0, inner: {inner}}}") != plain
+    assert run("zero", f"{{kind: background_regularised, weight: 0.0, inner: {inner}}}") == plain
+    assert run("held", f"{{kind: background_regularised, weight: 1.0, inner: {inner}}}") != plain
 
 
 def test_group_size_and_update_size_change_the_result(small_editor: str, tmp_path: Path) -> None:
     base = run_inline(small_config(small_editor, "train.updates=1"), tmp_path / "base")
-    for name, override in {"group": "rollout.group_size=5", "update": "train.groups_per_update=3"}.items():
+    for name, override in {
+        "group": "rollout.group_size=5",
+        "update": "train.groups_per_update=3",
+    }.items():
         other = run_inline(small_config(small_editor, "train.updates=1", override), tmp_path / name)
         assert adapter_bytes(other) != adapter_bytes(base), name
 
@@ -361,7 +480,9 @@ def test_workers_in_threads_load_their_models_one_at_a_time_and_give_the_same_ad
 
     monkeypatch.setattr(RolloutActor, "__init__", counted)
     settings = ("train.updates=1", "actors.num_rollout=3")
-    threads = run_inline(small_config(small_editor, *settings, "actors.runtime=thread"), tmp_path / "threads")
+    threads = run_inline(
+        small_config(small_editor, *settings, "actors.runtime=thread"), tmp_path / "threads"
+    )
     assert seen == [1, 1, 1]
     inline = run_inline(small_config(small_editor, *settings), tmp_path / "inline")
     assert adapter_bytes(threads) == adapter_bytes(inline)

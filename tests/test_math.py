@@ -15,15 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.collective import Alone
-from rl_edit import flow, wire
-from rl_edit.advantages import Declined, GroupCredit, SplitCredit, quasi_norm, standardise
-from rl_edit.attention import MassTally, concentration_density, text_to_image_mass
+from learner.ranks import Alone
+from rl_edit import wire
 from rl_edit.data import shapes
-from rl_edit.exploration import NoiseSource, NoStepNoise, Perturbation, keyed_seed
-from rl_edit.objectives import BackgroundAnchored, NeighborSurrogate, Velocities
-from rl_edit.regions import MaskedRows, UniformRows, token_mask
-from rl_edit.rollout import denoise, joined, merged
+from rl_edit.method import flow
+from rl_edit.method.advantages import Declined, GroupCredit, SplitCredit, quasi_norm, standardise
+from rl_edit.method.attention import MassTally, concentration_density, text_to_image_mass
+from rl_edit.method.exploration import NoiseSource, NoStepNoise, Perturbation, keyed_seed
+from rl_edit.method.objectives import BackgroundRegularised, NeighborSurrogate, Velocities
+from rl_edit.method.regions import MaskedRows, UniformRows, token_mask
+from rl_edit.method.rollout import denoise, joined, merged
+from rl_edit.method.update import LearningConfig, StepResult, TrainingFailed, learning_step
 from rl_edit.types import (
     AdapterId,
     Advantages,
@@ -36,18 +38,24 @@ from rl_edit.types import (
     WorkItem,
     moved,
 )
-from rl_edit.update import LearningConfig, StepResult, TrainingFailed, learning_step
 
 MASK = torch.tensor([True, False, False, True, False, False, False, False])
 AREAS = MASK.reshape(1, 2, 4)
 
 
-def table(values: list[list[float]], weights: tuple[float, ...] = (1.0,), valid: Tensor | None = None) -> RewardTable:
+def table(
+    values: list[list[float]], weights: tuple[float, ...] = (1.0,), valid: Tensor | None = None
+) -> RewardTable:
     scores = torch.tensor(values, dtype=torch.float32)
     names = tuple(f"term{i}" for i in range(scores.shape[1]))
     ok = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     return RewardTable(
-        group_id="w", names=names, weights=weights, values=scores, valid=ok, reasons=() if bool(ok.all()) else ("judge was down",)
+        group_id="w",
+        names=names,
+        weights=weights,
+        values=scores,
+        valid=ok,
+        reasons=() if bool(ok.all()) else ("judge was down",),
     )
 
 
@@ -58,7 +66,9 @@ def test_interpolation_runs_from_clean_at_zero_to_noise_at_one() -> None:
     clean, noise = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 4.0])
     assert torch.equal(flow.interpolate(clean, noise, torch.tensor(0.0)), clean)
     assert torch.equal(flow.interpolate(clean, noise, torch.tensor(1.0)), noise)
-    assert torch.allclose(flow.interpolate(clean, noise, torch.tensor(0.25)), torch.tensor([1.625, 0.25]))
+    assert torch.allclose(
+        flow.interpolate(clean, noise, torch.tensor(0.25)), torch.tensor([1.625, 0.25])
+    )
 
 
 @settings(deadline=None)
@@ -75,12 +85,24 @@ def test_clean_and_noise_are_recovered_from_the_velocity_at_every_noise_level(si
 @given(sigma=st.floats(0.1, 1.0), share=st.floats(0.0, 1.0))
 def test_an_euler_step_remixes_the_predicted_clean_and_noise(sigma: float, share: float) -> None:
     state, velocity = torch.linspace(-1, 1, 7).double(), torch.linspace(2, -3, 7).double()
-    now, then = torch.tensor(sigma, dtype=torch.float64), torch.tensor(sigma * share, dtype=torch.float64)
-    clean, noise = flow.clean_from_velocity(state, velocity, now), flow.noise_from_velocity(state, velocity, now)
-    assert torch.allclose(flow.euler(state, velocity, sigma=now, sigma_next=then), (1 - then) * clean + then * noise, atol=1e-12)
+    now, then = (
+        torch.tensor(sigma, dtype=torch.float64),
+        torch.tensor(sigma * share, dtype=torch.float64),
+    )
+    clean, noise = (
+        flow.clean_from_velocity(state, velocity, now),
+        flow.noise_from_velocity(state, velocity, now),
+    )
+    assert torch.allclose(
+        flow.euler(state, velocity, sigma=now, sigma_next=then),
+        (1 - then) * clean + then * noise,
+        atol=1e-12,
+    )
 
 
-def test_the_timestep_is_a_thousand_sigmas_and_the_model_time_is_rounded_where_the_model_divides() -> None:
+def test_the_timestep_is_a_thousand_sigmas_and_the_model_time_is_rounded_where_the_model_divides() -> (
+    None
+):
     sigma = torch.tensor([0.0, 0.3337, 0.9963, 1.0])
     assert torch.equal(flow.timestep_from_sigma(sigma), sigma * 1000)
     assert torch.equal(flow.model_time(sigma, torch.float32), (sigma * 1000) / 1000)
@@ -90,13 +112,20 @@ def test_the_timestep_is_a_thousand_sigmas_and_the_model_time_is_rounded_where_t
 
 
 def test_a_transition_at_level_zero_is_the_euler_step_bitwise() -> None:
-    state, velocity = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4, 3) / 3
+    state, velocity = (
+        torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 4, 3) / 3,
+    )
     step = flow.transition(state, velocity, sigma=0.9, sigma_next=0.7, level=0.0)
-    assert torch.equal(step, flow.euler(state, velocity, sigma=torch.tensor(0.9), sigma_next=torch.tensor(0.7)))
+    assert torch.equal(
+        step, flow.euler(state, velocity, sigma=torch.tensor(0.9), sigma_next=torch.tensor(0.7))
+    )
 
 
 @pytest.mark.parametrize(("sigma", "sigma_next"), [(0.8, 0.6), (1.0, 0.9)])
-def test_a_stochastic_transition_keeps_the_marginal_of_the_flow_to_first_order(sigma: float, sigma_next: float) -> None:
+def test_a_stochastic_transition_keeps_the_marginal_of_the_flow_to_first_order(
+    sigma: float, sigma_next: float
+) -> None:
     """For data N(0, 1) the exact velocity is known, and the SDE must move the ODE's variance to the next level's.
 
     An Euler-Maruyama step is first order, so halving the step must shrink the error at least threefold (locally second order).
@@ -107,7 +136,9 @@ def test_a_stochastic_transition_keeps_the_marginal_of_the_flow_to_first_order(s
         variance = (1 - sigma) ** 2 + sigma**2
         velocity_slope = (sigma - (1 - sigma)) / variance  # E[noise - clean | x] = slope * x
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        drift = flow.transition(one, velocity_slope * one, sigma=sigma, sigma_next=then, level=0.7, noise=zero)
+        drift = flow.transition(
+            one, velocity_slope * one, sigma=sigma, sigma_next=then, level=0.7, noise=zero
+        )
         spread = flow.transition(zero, zero, sigma=sigma, sigma_next=then, level=0.7, noise=one)
         errors.append(abs(float(drift**2 * variance + spread**2) - ((1 - then) ** 2 + then**2)))
     if sigma == 1.0:  # the level there is frozen at the next grid point, which costs one order
@@ -140,8 +171,14 @@ def test_a_mask_that_does_not_divide_into_tokens_is_refused() -> None:
 
 
 @settings(deadline=None)
-@given(bits=st.lists(st.booleans(), min_size=1, max_size=40), inside=st.floats(0.1, 10), outside=st.floats(0.1, 10))
-def test_every_row_sums_to_one_for_any_mask_and_bandwidths(bits: list[bool], inside: float, outside: float) -> None:
+@given(
+    bits=st.lists(st.booleans(), min_size=1, max_size=40),
+    inside=st.floats(0.1, 10),
+    outside=st.floats(0.1, 10),
+)
+def test_every_row_sums_to_one_for_any_mask_and_bandwidths(
+    bits: list[bool], inside: float, outside: float
+) -> None:
     for rows in (UniformRows(), MaskedRows(inside=inside, outside=outside)):
         row = rows(torch.tensor(bits))
         assert row.shape == (1, len(bits))
@@ -203,18 +240,32 @@ def test_deterministic_rollouts_have_no_step_noise() -> None:
 
 def attention_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    query, key = torch.randn(2, 5, 3, 4, generator=generator), torch.randn(2, 8, 3, 4, generator=generator)
-    return query, key, torch.tensor([[True, True, False, True, False], [True, False, False, False, False]])
+    query, key = (
+        torch.randn(2, 5, 3, 4, generator=generator),
+        torch.randn(2, 8, 3, 4, generator=generator),
+    )
+    return (
+        query,
+        key,
+        torch.tensor([[True, True, False, True, False], [True, False, False, False, False]]),
+    )
 
 
-def test_mass_is_the_mean_over_heads_and_instruction_rows_of_the_softmax_over_target_tokens() -> None:
+def test_mass_is_the_mean_over_heads_and_instruction_rows_of_the_softmax_over_target_tokens() -> (
+    None
+):
     query, key, rows = attention_inputs()
     mass = text_to_image_mass(query, key, rows).numpy()
     for b in range(2):
         weights = []
         for s in np.flatnonzero(rows[b].numpy()):
             for h in range(3):
-                logits = np.array([query[b, s, h].double().numpy() @ key[b, n, h].double().numpy() for n in range(8)]) / math.sqrt(4)
+                logits = np.array(
+                    [
+                        query[b, s, h].double().numpy() @ key[b, n, h].double().numpy()
+                        for n in range(8)
+                    ]
+                ) / math.sqrt(4)
                 weights.append(np.exp(logits) / np.exp(logits).sum())
         assert np.allclose(mass[b], np.mean(weights, axis=0), atol=1e-6)
 
@@ -222,21 +273,27 @@ def test_mass_is_the_mean_over_heads_and_instruction_rows_of_the_softmax_over_ta
 def test_mass_equals_the_joint_softmax_renormalised_over_target_tokens() -> None:
     query, key, rows = attention_inputs()
     others = torch.randn(2, 11, 3, 4, generator=torch.Generator().manual_seed(9))
-    joint = torch.einsum("bshd,blhd->bhsl", query.double() / 2, torch.cat([others, key], dim=1).double()).softmax(dim=-1)[..., 11:]
+    joint = torch.einsum(
+        "bshd,blhd->bhsl", query.double() / 2, torch.cat([others, key], dim=1).double()
+    ).softmax(dim=-1)[..., 11:]
     joint = (joint / joint.sum(dim=-1, keepdim=True)).mean(dim=1)
     expected = torch.stack([joint[b, rows[b]].mean(dim=0) for b in range(2)])
     assert torch.allclose(text_to_image_mass(query, key, rows).double(), expected, atol=1e-6)
 
 
 def test_mass_of_every_sample_sums_to_one() -> None:
-    assert torch.allclose(text_to_image_mass(*attention_inputs()).sum(dim=1), torch.ones(2), atol=1e-6)
+    assert torch.allclose(
+        text_to_image_mass(*attention_inputs()).sum(dim=1), torch.ones(2), atol=1e-6
+    )
 
 
 def test_excluding_rows_that_are_duplicates_changes_nothing() -> None:
     query, key, _ = attention_inputs()
     doubled = torch.cat([query, query], dim=1)
     every, first = torch.ones(2, 10, dtype=torch.bool), torch.arange(10).expand(2, 10) < 5
-    assert torch.allclose(text_to_image_mass(doubled, key, every), text_to_image_mass(doubled, key, first), atol=1e-7)
+    assert torch.allclose(
+        text_to_image_mass(doubled, key, every), text_to_image_mass(doubled, key, first), atol=1e-7
+    )
 
 
 def test_a_tally_is_the_mean_over_forwards_and_an_empty_one_raises() -> None:
@@ -256,12 +313,16 @@ def test_the_density_of_the_mean_mass_is_the_mean_of_the_densities() -> None:
 
 # --- advantages -----------------------------------------------------------------------------------------------------
 
-rewards = st.lists(st.floats(-100, 100, allow_nan=False, width=32), min_size=2, max_size=16).filter(lambda xs: float(np.std(xs)) > 1e-3)
+rewards = st.lists(st.floats(-100, 100, allow_nan=False, width=32), min_size=2, max_size=16).filter(
+    lambda xs: float(np.std(xs)) > 1e-3
+)
 
 
 @settings(deadline=None)
 @given(values=rewards)
-def test_standardised_values_have_zero_mean_unit_deviation_and_the_same_order(values: list[float]) -> None:
+def test_standardised_values_have_zero_mean_unit_deviation_and_the_same_order(
+    values: list[float],
+) -> None:
     result = standardise(torch.tensor(values, dtype=torch.float64)).numpy()
     assert np.allclose(result, (np.array(values) - np.mean(values)) / np.std(values), atol=1e-9)
     assert abs(result.sum()) < 1e-9 and np.std(result) == pytest.approx(1)
@@ -273,28 +334,41 @@ def test_the_standard_deviation_is_the_population_one() -> None:
 
 def test_minibatch_credit_is_the_hand_made_two_stage_standardisation() -> None:
     """Each term z-scored over all candidates of the update, then added by weight, then standardised in the group."""
-    a, b = np.array([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]]), np.array([[0.0, 5.0], [4.0, 5.0], [8.0, 65.0]])
-    results = GroupCredit(normalise="minibatch")([table(a.tolist(), (1.0, 0.25)), table(b.tolist(), (1.0, 0.25))], [AREAS, AREAS])
+    a, b = (
+        np.array([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]]),
+        np.array([[0.0, 5.0], [4.0, 5.0], [8.0, 65.0]]),
+    )
+    results = GroupCredit(normalise="minibatch")(
+        [table(a.tolist(), (1.0, 0.25)), table(b.tolist(), (1.0, 0.25))], [AREAS, AREAS]
+    )
     pooled = np.concatenate([a, b])
     for group, result in zip((a, b), results, strict=True):
         combined = ((group - pooled.mean(0)) / pooled.std(0)) @ np.array([1.0, 0.25])
         assert isinstance(result, Advantages)
-        assert np.allclose(result.values[:, 0].numpy(), (combined - combined.mean()) / combined.std(), atol=1e-5)
+        assert np.allclose(
+            result.values[:, 0].numpy(), (combined - combined.mean()) / combined.std(), atol=1e-5
+        )
 
 
 def test_group_normalisation_gives_each_term_its_share_whatever_its_unit() -> None:
     credit = GroupCredit(normalise="group")
     plain = credit([table([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]], (0.5, 0.5))], [AREAS])[0]
-    scaled = credit([table([[1.0, 10000.0], [2.0, 30000.0], [6.0, 20000.0]], (0.5, 0.5))], [AREAS])[0]
+    scaled = credit([table([[1.0, 10000.0], [2.0, 30000.0], [6.0, 20000.0]], (0.5, 0.5))], [AREAS])[
+        0
+    ]
     assert isinstance(plain, Advantages) and isinstance(scaled, Advantages)
     assert torch.allclose(plain.values, scaled.values, atol=1e-3)
 
 
 def test_raw_credit_standardises_the_weighted_sum() -> None:
-    result = GroupCredit(normalise="none")([table([[1.0, 0.0], [2.0, 4.0], [6.0, 1.0]], (2.0, 0.5))], [AREAS])[0]
+    result = GroupCredit(normalise="none")(
+        [table([[1.0, 0.0], [2.0, 4.0], [6.0, 1.0]], (2.0, 0.5))], [AREAS]
+    )[0]
     combined = np.array([2.0, 6.0, 12.5])
     assert isinstance(result, Advantages)
-    assert np.allclose(result.values[:, 0].numpy(), (combined - combined.mean()) / combined.std(), atol=1e-6)
+    assert np.allclose(
+        result.values[:, 0].numpy(), (combined - combined.mean()) / combined.std(), atol=1e-6
+    )
 
 
 @settings(deadline=None)
@@ -302,8 +376,12 @@ def test_raw_credit_standardises_the_weighted_sum() -> None:
     groups=st.lists(st.lists(st.floats(-10, 10), min_size=4, max_size=4), min_size=1, max_size=4),
     mode=st.sampled_from(["minibatch", "group", "none"]),
 )
-def test_advantages_of_every_trained_group_sum_to_zero(groups: list[list[float]], mode: str) -> None:
-    results = GroupCredit(normalise=mode)([table([[x] for x in group]) for group in groups], [AREAS] * len(groups))  # type: ignore[arg-type]
+def test_advantages_of_every_trained_group_sum_to_zero(
+    groups: list[list[float]], mode: str
+) -> None:
+    results = GroupCredit(normalise=mode)(
+        [table([[x] for x in group]) for group in groups], [AREAS] * len(groups)
+    )  # type: ignore[arg-type]
     for group, result in zip(groups, results, strict=True):
         if isinstance(result, Advantages):
             assert abs(float(result.values.sum())) < 1e-4
@@ -318,8 +396,15 @@ def test_a_group_with_an_invalid_reward_is_declined_whole_with_its_reason() -> N
 
 
 def test_an_invalid_group_does_not_move_the_minibatch_statistics_of_the_others() -> None:
-    good = [table([[1.0, 0.0], [2.0, 3.0], [6.0, 1.0]], (1.0, 1.0)), table([[0.0, 1.0], [2.0, 2.0], [4.0, 9.0]], (1.0, 1.0))]
-    bad = table([[math.nan, 500.0], [900.0, 2.0], [4.0, 9.0]], (1.0, 1.0), torch.tensor([[False, True], [True, True], [True, True]]))
+    good = [
+        table([[1.0, 0.0], [2.0, 3.0], [6.0, 1.0]], (1.0, 1.0)),
+        table([[0.0, 1.0], [2.0, 2.0], [4.0, 9.0]], (1.0, 1.0)),
+    ]
+    bad = table(
+        [[math.nan, 500.0], [900.0, 2.0], [4.0, 9.0]],
+        (1.0, 1.0),
+        torch.tensor([[False, True], [True, True], [True, True]]),
+    )
     alone = GroupCredit()(good, [AREAS] * 2)
     mixed = GroupCredit()([good[0], bad, good[1]], [AREAS] * 3)
     assert isinstance(mixed[1], Declined)
@@ -329,13 +414,21 @@ def test_an_invalid_group_does_not_move_the_minibatch_statistics_of_the_others()
 
 
 def test_a_group_without_spread_is_declined_not_amplified() -> None:
-    for group, spread in (([0.5, 0.501, 0.5], 0.01), ([0.7, 0.7, 0.7], 0.0), ([100.0, 100.00001, 100.0], 1e-5)):
-        result = GroupCredit(normalise="group", min_spread=spread)([table([[x] for x in group])], [AREAS])[0]
+    for group, spread in (
+        ([0.5, 0.501, 0.5], 0.01),
+        ([0.7, 0.7, 0.7], 0.0),
+        ([100.0, 100.00001, 100.0], 1e-5),
+    ):
+        result = GroupCredit(normalise="group", min_spread=spread)(
+            [table([[x] for x in group])], [AREAS]
+        )[0]
         assert isinstance(result, Declined) and result.kind == "spread", group
 
 
 @pytest.mark.parametrize("mode", ["minibatch", "group", "none"])
-def test_a_term_that_differs_only_by_rounding_says_nothing_beside_one_that_differs(mode: str) -> None:
+def test_a_term_that_differs_only_by_rounding_says_nothing_beside_one_that_differs(
+    mode: str,
+) -> None:
     credit = GroupCredit(normalise=mode)  # type: ignore[arg-type]
     alone = credit([table([[1.0], [2.0], [6.0]])], [AREAS])[0]
     beside = credit([table([[1.0, 30.0], [2.0, 30.00001], [6.0, 30.0]], (1.0, 1.0))], [AREAS])[0]
@@ -346,7 +439,9 @@ def test_a_term_that_differs_only_by_rounding_says_nothing_beside_one_that_diffe
 def test_a_term_of_weight_zero_is_measured_and_decides_nothing_even_when_invalid() -> None:
     valid = torch.tensor([[True, False], [True, True], [True, True]])
     alone = GroupCredit()([table([[1.0], [2.0], [6.0]])], [AREAS])[0]
-    beside = GroupCredit()([table([[1.0, math.nan], [2.0, 5.0], [6.0, 1.0]], (1.0, 0.0), valid)], [AREAS])[0]
+    beside = GroupCredit()(
+        [table([[1.0, math.nan], [2.0, 5.0], [6.0, 1.0]], (1.0, 0.0), valid)], [AREAS]
+    )[0]
     assert isinstance(alone, Advantages) and isinstance(beside, Advantages)
     assert torch.equal(beside.values, alone.values)
 
@@ -358,7 +453,9 @@ def test_constants_standardise_to_zero() -> None:
 def test_credit_speaks_about_the_tokens_its_rows_name() -> None:
     result = GroupCredit(rows=MaskedRows(inside=0.5))([table([[0.0], [1.0]])], [AREAS])[0]
     assert isinstance(result, Advantages)
-    assert torch.equal(result.regions, MaskedRows(inside=0.5)(MASK)) and result.weights.tolist() == [1.0]
+    assert torch.equal(
+        result.regions, MaskedRows(inside=0.5)(MASK)
+    ) and result.weights.tolist() == [1.0]
 
 
 def test_groups_of_one_update_may_lie_on_different_canvases() -> None:
@@ -370,19 +467,31 @@ def test_groups_of_one_update_may_lie_on_different_canvases() -> None:
 
 
 def test_judged_apart_each_area_follows_its_own_terms_only() -> None:
-    split, edit, keep = SplitCredit(background_terms=("term1",), edit_share=0.25), [1.0, 2.0, 6.0], [5.0, 0.0, 1.0]
-    (result,) = split([table([list(pair) for pair in zip(edit, keep, strict=True)], (1.0, 0.1))], [AREAS])
+    split, edit, keep = (
+        SplitCredit(background_terms=("term1",), edit_share=0.25),
+        [1.0, 2.0, 6.0],
+        [5.0, 0.0, 1.0],
+    )
+    (result,) = split(
+        [table([list(pair) for pair in zip(edit, keep, strict=True)], (1.0, 0.1))], [AREAS]
+    )
     assert isinstance(result, Advantages)
     for column, alone in enumerate((edit, keep)):
         assert torch.allclose(result.values[:, column], standardise(torch.tensor(alone)), atol=1e-6)
     assert torch.equal(result.regions, torch.stack([MASK / 2, ~MASK / 6]).float())
     assert result.weights.tolist() == [0.25, 0.75]
-    (other,) = split([table([[e, k] for e, k in zip(edit, reversed(keep), strict=True)], (1.0, 0.1))], [AREAS])
+    (other,) = split(
+        [table([[e, k] for e, k in zip(edit, reversed(keep), strict=True)], (1.0, 0.1))], [AREAS]
+    )
     assert isinstance(other, Advantages)
-    assert torch.equal(other.values[:, 0], result.values[:, 0]) and not torch.equal(other.values[:, 1], result.values[:, 1])
+    assert torch.equal(other.values[:, 0], result.values[:, 0]) and not torch.equal(
+        other.values[:, 1], result.values[:, 1]
+    )
 
 
-def test_judged_apart_a_silent_area_has_advantage_zero_and_two_silent_ones_or_an_invalid_reward_decline_the_group() -> None:
+def test_judged_apart_a_silent_area_has_advantage_zero_and_two_silent_ones_or_an_invalid_reward_decline_the_group() -> (
+    None
+):
     split = SplitCredit(background_terms=("term1",))
     (half,) = split([table([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]], (1.0, 1.0))], [AREAS])
     assert isinstance(half, Advantages)
@@ -390,15 +499,21 @@ def test_judged_apart_a_silent_area_has_advantage_zero_and_two_silent_ones_or_an
     (silent,) = split([table([[1.0, 5.0]] * 3, (1.0, 1.0))], [AREAS])
     assert isinstance(silent, Declined) and silent.kind == "spread"
     valid = torch.tensor([[True, True], [True, False], [True, True]])
-    (invalid,) = split([table([[1.0, 5.0], [2.0, math.nan], [6.0, 1.0]], (1.0, 1.0), valid)], [AREAS])
+    (invalid,) = split(
+        [table([[1.0, 5.0], [2.0, math.nan], [6.0, 1.0]], (1.0, 1.0), valid)], [AREAS]
+    )
     assert invalid == Declined("invalid", "judge was down")
 
 
 def test_judged_apart_a_mask_over_the_whole_picture_leaves_the_background_no_weight() -> None:
     everywhere = torch.ones(1, 2, 4, dtype=torch.bool)
-    (result,) = SplitCredit(background_terms=("term1",), edit_share=0.3)([table([[1.0, 5.0], [2.0, 0.0]], (1.0, 1.0))], [everywhere])
+    (result,) = SplitCredit(background_terms=("term1",), edit_share=0.3)(
+        [table([[1.0, 5.0], [2.0, 0.0]], (1.0, 1.0))], [everywhere]
+    )
     assert isinstance(result, Advantages)
-    assert result.weights.tolist() == pytest.approx([0.3, 0.0]) and not bool(result.regions[1].any())
+    assert result.weights.tolist() == pytest.approx([0.3, 0.0]) and not bool(
+        result.regions[1].any()
+    )
 
 
 def test_quasi_norm_ignores_the_scale_and_offset_of_the_rewards() -> None:
@@ -412,10 +527,16 @@ def test_quasi_norm_ignores_the_scale_and_offset_of_the_rewards() -> None:
 def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -> RolloutGroup:
     """A group on eight tokens whose trained steps the Euler solver made."""
     generator = torch.Generator().manual_seed(seed)
-    latents, velocities = (torch.randn(num, steps, 8, channels, generator=generator) for _ in range(2))
+    latents, velocities = (
+        torch.randn(num, steps, 8, channels, generator=generator) for _ in range(2)
+    )
     sigmas, sigmas_next = torch.linspace(1, 0.4, steps), torch.linspace(1, 0.4, steps) - 0.3
     task = EditTask(
-        task_id="t", task_type="edit", source=torch.zeros(4, 8, 3, dtype=torch.uint8), instruction="do", edit_mask=torch.eye(4, 8).bool()
+        task_id="t",
+        task_type="edit",
+        source=torch.zeros(4, 8, 3, dtype=torch.uint8),
+        instruction="do",
+        edit_mask=torch.eye(4, 8).bool(),
     )
     return RolloutGroup(
         group_id="w",
@@ -434,7 +555,12 @@ def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -
             grid=(2, 4),
         ),
         latents=latents,
-        next_latents=flow.euler(latents, velocities, sigma=sigmas[None, :, None, None], sigma_next=sigmas_next[None, :, None, None]),
+        next_latents=flow.euler(
+            latents,
+            velocities,
+            sigma=sigmas[None, :, None, None],
+            sigma_next=sigmas_next[None, :, None, None],
+        ),
         velocities=velocities,
         sigmas=sigmas,
         sigmas_next=sigmas_next,
@@ -461,7 +587,11 @@ def same(a: object, b: object) -> bool:
         other = right[name]
         if isinstance(value, Tensor):
             assert isinstance(other, Tensor)
-            if value.dtype != other.dtype or value.shape != other.shape or value.numpy().tobytes() != other.numpy().tobytes():
+            if (
+                value.dtype != other.dtype
+                or value.shape != other.shape
+                or value.numpy().tobytes() != other.numpy().tobytes()
+            ):
                 return False
         elif value != other:
             return False
@@ -478,7 +608,7 @@ def same(a: object, b: object) -> bool:
             group_id="ü",
             chunk=(0, 4),
             task=shapes.task("train", 1),
-            draw=2,
+            epoch=2,
             update=3,
             num_candidates=4,
             run_seed=5,
@@ -501,7 +631,14 @@ def test_packing_is_deterministic() -> None:
 
 def test_a_record_whose_fields_share_memory_can_be_packed() -> None:
     image = torch.zeros(4, 4, 3, dtype=torch.uint8)
-    task = PairedTask(task_id="t", task_type="edit", source=image, instruction="", edit_mask=torch.eye(4).bool(), target=image)
+    task = PairedTask(
+        task_id="t",
+        task_type="edit",
+        source=image,
+        instruction="",
+        edit_mask=torch.eye(4).bool(),
+        target=image,
+    )
     assert same(wire.unpack(wire.pack(task)), task)
 
 
@@ -531,7 +668,9 @@ def chunk_of(group: RolloutGroup, start: int, past: int) -> RolloutGroup:
     part, candidates = slice(start, past), group.candidates
     return dataclasses.replace(
         group,
-        candidates=dataclasses.replace(candidates, images=candidates.images[part], attention=candidates.attention[part]),
+        candidates=dataclasses.replace(
+            candidates, images=candidates.images[part], attention=candidates.attention[part]
+        ),
         latents=group.latents[part],
         next_latents=group.next_latents[part],
         velocities=group.velocities[part],
@@ -544,7 +683,9 @@ def test_merged_chunks_are_the_whole_group() -> None:
     assert same(merged([group]), group)
 
 
-@pytest.mark.parametrize("change", [{"group_id": "other"}, {"adapter": AdapterId(0, "1")}], ids=["group", "adapter"])
+@pytest.mark.parametrize(
+    "change", [{"group_id": "other"}, {"adapter": AdapterId(0, "1")}], ids=["group", "adapter"]
+)
 def test_chunks_of_different_groups_or_adapters_are_not_merged(change: dict) -> None:
     group = some_group()
     with pytest.raises(ValueError, match="do not make one group"):
@@ -552,8 +693,19 @@ def test_chunks_of_different_groups_or_adapters_are_not_merged(change: dict) -> 
 
 
 def test_joined_tables_keep_every_candidate_and_what_a_chunk_lacks_is_nan() -> None:
-    first = dataclasses.replace(table([[1.0], [2.0]]), components={"judge.style": (0.1, 0.2)}, reasons=("late", "torn"), seconds=1.0)
-    second = dataclasses.replace(table([[3.0]]), components={"judge.form": (0.3,)}, reasons=("torn",), contract_broken=True, seconds=2.0)
+    first = dataclasses.replace(
+        table([[1.0], [2.0]]),
+        components={"judge.style": (0.1, 0.2)},
+        reasons=("late", "torn"),
+        seconds=1.0,
+    )
+    second = dataclasses.replace(
+        table([[3.0]]),
+        components={"judge.form": (0.3,)},
+        reasons=("torn",),
+        contract_broken=True,
+        seconds=2.0,
+    )
     whole = joined([first, second])
     assert whole.values[:, 0].tolist() == [1.0, 2.0, 3.0] and whole.valid.shape == (3, 1)
     assert whole.reasons == ("late", "torn") and whole.contract_broken and whole.seconds == 3.0
@@ -586,7 +738,9 @@ def test_the_loop_is_repeated_euler_steps_and_keeps_the_named_ones() -> None:
         assert torch.equal(result.latents[:, kept], states[step][0])
         assert torch.equal(result.next_latents[:, kept], states[step][1])
         assert torch.equal(result.velocities[:, kept], states[step][2])
-    assert torch.equal(result.sigmas, sigmas[[0, 2]]) and torch.equal(result.sigmas_next, sigmas[[1, 3]])
+    assert torch.equal(result.sigmas, sigmas[[0, 2]]) and torch.equal(
+        result.sigmas_next, sigmas[[1, 3]]
+    )
 
 
 def test_keeping_nothing_gives_an_empty_trajectory_with_the_same_end() -> None:
@@ -598,8 +752,13 @@ def test_keeping_nothing_gives_an_empty_trajectory_with_the_same_end() -> None:
 
 def test_a_rollout_carries_no_gradient() -> None:
     weight = torch.ones(1, requires_grad=True)
-    result = denoise(lambda x, s: x * weight, torch.ones(2, 3, 2), torch.tensor([1.0, 0.5, 0.0]), keep=(0,))
-    assert not any(t.requires_grad for t in (result.latents, result.next_latents, result.velocities, result.final))
+    result = denoise(
+        lambda x, s: x * weight, torch.ones(2, 3, 2), torch.tensor([1.0, 0.5, 0.0]), keep=(0,)
+    )
+    assert not any(
+        t.requires_grad
+        for t in (result.latents, result.next_latents, result.velocities, result.final)
+    )
 
 
 def test_stochastic_steps_use_the_noise_of_their_own_index() -> None:
@@ -610,9 +769,18 @@ def test_stochastic_steps_use_the_noise_of_their_own_index() -> None:
         return torch.full((1, 2, 1), float(step + 1))
 
     sigmas, levels = torch.tensor([1.0, 0.6, 0.3, 0.0]), torch.tensor([0.0, 0.5, 0.0])
-    result = denoise(lambda x, s: torch.zeros_like(x), torch.zeros(1, 2, 1), sigmas, keep=(1,), step_noise=levels, normal=normal)
+    result = denoise(
+        lambda x, s: torch.zeros_like(x),
+        torch.zeros(1, 2, 1),
+        sigmas,
+        keep=(1,),
+        step_noise=levels,
+        normal=normal,
+    )
     assert asked == [1] and result.step_noise.tolist() == [0.5]
-    assert torch.allclose(result.final, torch.tensor(0.5 * math.sqrt(0.6 / 0.4) * math.sqrt(0.3) * 2))
+    assert torch.allclose(
+        result.final, torch.tensor(0.5 * math.sqrt(0.6 / 0.4) * math.sqrt(0.3) * 2)
+    )
 
 
 # --- the learning step -----------------------------------------------------------------------------------------------
@@ -630,16 +798,25 @@ class Additive(torch.nn.Module):
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         (group,) = [g for g in self.groups if g.conditioning is conditioning]
-        stored = torch.stack([group.velocities[(group.latents == state).all(dim=-1).all(dim=-1)][0] for state in latents])
+        stored = torch.stack(
+            [
+                group.velocities[(group.latents == state).all(dim=-1).all(dim=-1)][0]
+                for state in latents
+            ]
+        )
         return stored + self.offset
 
 
 def credit_of(group: RolloutGroup, seed: int = 0) -> Advantages:
-    values = standardise(torch.randn(len(group.latents), generator=torch.Generator().manual_seed(seed)))
+    values = standardise(
+        torch.randn(len(group.latents), generator=torch.Generator().manual_seed(seed))
+    )
     return Advantages(values=values[:, None], regions=UniformRows()(MASK), weights=torch.ones(1))
 
 
-def learn(model: Additive, batch: list[tuple[RolloutGroup, Advantages]], **changes: object) -> StepResult:
+def learn(
+    model: Additive, batch: list[tuple[RolloutGroup, Advantages]], **changes: object
+) -> StepResult:
     """A step of one process; the groups of :func:`some_group` are on-policy."""
     arguments: dict = {
         "config": CONFIG, "num_references": 1, "run_seed": 0, "update": 0, "pass_index": 0, "on_policy": "0",
@@ -648,7 +825,13 @@ def learn(model: Additive, batch: list[tuple[RolloutGroup, Advantages]], **chang
     optimizer = arguments.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=1.0)
     objective = arguments.pop("objective", NeighborSurrogate(num_anchors=2))
     return learning_step(
-        model.velocity, {"reference": model.velocity}, list(model.parameters()), optimizer, objective, dict(enumerate(batch)), **arguments
+        model.velocity,
+        {"reference": model.velocity},
+        list(model.parameters()),
+        optimizer,
+        objective,
+        dict(enumerate(batch)),
+        **arguments,
     )
 
 
@@ -659,9 +842,17 @@ def test_a_learning_step_applies_the_mean_gradient_over_groups_and_steps() -> No
     learn(model, batch)
     objective, expected = NeighborSurrogate(num_anchors=2), torch.zeros(8, 3)
     for group, advantages in batch:
-        for point in objective.replay(group, advantages, num_references=1, generator=NoiseSource(0, "w", 0).generator("anchors", 0)):
+        for point in objective.replay(
+            group,
+            advantages,
+            num_references=1,
+            generator=NoiseSource(0, "w", 0).generator("anchors", 0),
+        ):
             other = Additive(*groups)
-            loss = objective.loss(point, Velocities(policy=other.velocity(point.latents, point.sigma, group.conditioning))).loss
+            loss = objective.loss(
+                point,
+                Velocities(policy=other.velocity(point.latents, point.sigma, group.conditioning)),
+            ).loss
             expected += torch.autograd.grad(loss, other.offset)[0] / 4
     assert float(expected.abs().max()) > 0
     assert torch.allclose(model.offset.detach(), -expected, atol=1e-7)
@@ -686,11 +877,16 @@ def test_a_ratio_that_is_not_one_on_policy_stops_training_before_the_optimizer_s
     with pytest.raises(TrainingFailed, match="policy ratio deviates from 1"):
         learn(model, [(group, credit_of(group))])
     assert torch.equal(model.offset, before)
-    assert learn(model, [(group, credit_of(group))], on_policy="").metrics["ratio/max_deviation"] > 1e-6
+    assert (
+        learn(model, [(group, credit_of(group))], on_policy="").metrics["ratio/max_deviation"]
+        > 1e-6
+    )
 
 
 @pytest.mark.parametrize("part", ["advantages", "velocities"])
-def test_a_loss_that_is_not_finite_skips_the_step_and_touches_neither_parameters_nor_optimizer(part: str) -> None:
+def test_a_loss_that_is_not_finite_skips_the_step_and_touches_neither_parameters_nor_optimizer(
+    part: str,
+) -> None:
     group = some_group()
     model = Additive(group)
     optimizer = torch.optim.AdamW([model.offset], lr=0.1)
@@ -702,17 +898,25 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_touches_neither_parameters
         group = dataclasses.replace(group, velocities=torch.full_like(group.velocities, math.nan))
         model.groups = (group,)
     else:
-        advantages = dataclasses.replace(advantages, values=torch.full_like(advantages.values, math.nan))
+        advantages = dataclasses.replace(
+            advantages, values=torch.full_like(advantages.values, math.nan)
+        )
     result = learn(model, [(group, advantages)], on_policy="", optimizer=optimizer)
     assert "not finite" in result.skipped and math.isnan(result.metrics["loss"])
     assert torch.equal(model.offset, held) and model.offset.grad is None
-    assert all(torch.equal(value, moments[key]) for key, value in optimizer.state[model.offset].items())
+    assert all(
+        torch.equal(value, moments[key]) for key, value in optimizer.state[model.offset].items()
+    )
 
 
 def test_the_gradient_is_scaled_down_to_the_allowed_norm() -> None:
     group = some_group()
     model = Additive(group)
-    metrics = learn(model, [(group, credit_of(group))], config=LearningConfig(max_grad_norm=1e-3, ratio_tolerance=1e-6)).metrics
+    metrics = learn(
+        model,
+        [(group, credit_of(group))],
+        config=LearningConfig(max_grad_norm=1e-3, ratio_tolerance=1e-6),
+    ).metrics
     assert metrics["gradient/norm"] > 1e-3
     assert float(model.offset.detach().norm()) == pytest.approx(1e-3, rel=1e-3)
 
@@ -724,7 +928,10 @@ def test_each_pass_over_the_same_batch_draws_its_own_anchors() -> None:
         model = Additive(group)
         learn(model, [(group, credit_of(group))], pass_index=pass_index)
         chosen = NeighborSurrogate(num_anchors=2).replay(
-            group, credit_of(group), num_references=1, generator=NoiseSource(0, "w", 0).generator("anchors", pass_index)
+            group,
+            credit_of(group),
+            num_references=1,
+            generator=NoiseSource(0, "w", 0).generator("anchors", pass_index),
         )[0]
         steps.append(tuple(chosen.latents.flatten().tolist()))
     assert len(set(steps)) > 1
@@ -737,7 +944,9 @@ def test_metrics_reduce_by_what_their_name_says() -> None:
         model.offset.add_(0.3 * torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     metrics = learn(model, [(group, credit_of(group))], on_policy="").metrics
     assert metrics["ratio/min"] < metrics["ratio/mean"] < metrics["ratio/max"]
-    assert metrics["ratio/max_deviation"] == pytest.approx(max(metrics["ratio/max"] - 1, 1 - metrics["ratio/min"]), abs=1e-6)
+    assert metrics["ratio/max_deviation"] == pytest.approx(
+        max(metrics["ratio/max"] - 1, 1 - metrics["ratio/min"]), abs=1e-6
+    )
 
 
 # --- the background anchor -------------------------------------------------------------------------------------------
@@ -746,17 +955,24 @@ def test_metrics_reduce_by_what_their_name_says() -> None:
 def test_a_background_anchor_of_weight_zero_is_the_wrapped_objective_bitwise() -> None:
     group = some_group()
     results = []
-    for objective in (NeighborSurrogate(num_anchors=2), BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=0.0)):
+    for objective in (
+        NeighborSurrogate(num_anchors=2),
+        BackgroundRegularised(inner=NeighborSurrogate(num_anchors=2), weight=0.0),
+    ):
         model = Additive(group)
         learn(model, [(group, credit_of(group))], objective=objective)
         results.append(model.offset.detach().clone())
     assert torch.equal(*results)
 
 
-def test_a_background_anchor_adds_the_mean_squared_drift_outside_the_mask_and_leaves_the_inside_alone() -> None:
+def test_a_background_anchor_adds_the_mean_squared_drift_outside_the_mask_and_leaves_the_inside_alone() -> (
+    None
+):
     group = some_group()
-    objective = BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=0.1)
-    point = objective.replay(group, credit_of(group), num_references=1, generator=torch.Generator().manual_seed(0))[0]
+    objective = BackgroundRegularised(inner=NeighborSurrogate(num_anchors=2), weight=0.1)
+    point = objective.replay(
+        group, credit_of(group), num_references=1, generator=torch.Generator().manual_seed(0)
+    )[0]
     velocity = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     added = (
         objective.loss(point, Velocities(policy=velocity)).loss
@@ -771,15 +987,27 @@ def test_a_background_anchor_adds_the_mean_squared_drift_outside_the_mask_and_le
     assert float(gradient[:, ~MASK].abs().min()) > 0
 
 
-def test_a_background_held_at_the_reference_costs_the_velocity_distance_outside_the_mask_only() -> None:
+def test_a_background_held_at_the_reference_costs_the_velocity_distance_outside_the_mask_only() -> (
+    None
+):
     group = some_group()
-    objective = BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=0.5, target="reference")
-    assert objective.policies == {"reference"} and not BackgroundAnchored().policies and not NeighborSurrogate().policies
-    point = objective.replay(group, credit_of(group), num_references=1, generator=torch.Generator().manual_seed(0))[0]
+    objective = BackgroundRegularised(
+        inner=NeighborSurrogate(num_anchors=2), weight=0.5, target="reference"
+    )
+    assert (
+        objective.policies == {"reference"}
+        and not BackgroundRegularised().policies
+        and not NeighborSurrogate().policies
+    )
+    point = objective.replay(
+        group, credit_of(group), num_references=1, generator=torch.Generator().manual_seed(0)
+    )[0]
     velocity = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     reference = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(2))
     given = Velocities(policy=velocity, reference=reference)
-    added = objective.loss(point, given).loss - objective.inner.loss(point.context.inner, given).loss
+    added = (
+        objective.loss(point, given).loss - objective.inner.loss(point.context.inner, given).loss
+    )
     error = (velocity.detach() - reference).numpy()[:, ~MASK.numpy()]
     assert float(added.detach()) == pytest.approx(0.5 * float((error**2).mean()), rel=1e-4)
     (gradient,) = torch.autograd.grad(added, velocity)
@@ -790,7 +1018,9 @@ def test_at_the_base_a_background_held_at_the_reference_has_no_gradient_of_its_o
     group, offsets = some_group(), []
     for objective in (
         NeighborSurrogate(num_anchors=2),
-        BackgroundAnchored(inner=NeighborSurrogate(num_anchors=2), weight=10.0, target="reference"),
+        BackgroundRegularised(
+            inner=NeighborSurrogate(num_anchors=2), weight=10.0, target="reference"
+        ),
     ):
         model = Additive(group)
         learn(model, [(group, credit_of(group))], objective=objective)
@@ -812,6 +1042,11 @@ def test_batch_deviation_keeps_the_difference_between_groups_that_vary_much_and_
 
 def test_skipped_steps_are_never_trained_and_the_rest_are_drawn_without_replacement() -> None:
     objective = NeighborSurrogate(num_steps=2, skip_first=1, skip_last=2)
-    drawn = {objective.trained_steps(torch.zeros(6), torch.Generator().manual_seed(seed)) for seed in range(40)}
+    drawn = {
+        objective.trained_steps(torch.zeros(6), torch.Generator().manual_seed(seed))
+        for seed in range(40)
+    }
     assert drawn == {(1, 2), (1, 3), (2, 3)}
-    assert NeighborSurrogate(skip_first=3, skip_last=0).trained_steps(torch.zeros(6), torch.Generator()) == (3, 4, 5)
+    assert NeighborSurrogate(skip_first=3, skip_last=0).trained_steps(
+        torch.zeros(6), torch.Generator()
+    ) == (3, 4, 5)

@@ -10,8 +10,8 @@ import torch
 
 from rl_edit.errors import InputError
 from rl_edit.evaluation.evaluate import Evaluation, Row
-from rl_edit.evaluation.metrics import MAX_PSNR, gaussian_mean, keep_fraction, psnr, ssim
-from rl_edit.evaluation.statistics import Interval, bootstrap, paired_bootstrap
+from rl_edit.measures.intervals import Interval, bootstrap, paired_bootstrap
+from rl_edit.measures.pixels import MAX_PSNR, gaussian_mean, keep_fraction, psnr, ssim
 
 
 def textured(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,13 +27,17 @@ def left_half_edited(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("shift", [0.01, 0.1, 0.5])
 def test_masked_psnr_of_a_constant_shift_is_minus_twenty_log10_of_the_shift(shift: float) -> None:
     image = textured(12, 16, 3) * 0.5
-    assert psnr(image + shift, image, left_half_edited(12, 16), "masked").item() == pytest.approx(-20 * math.log10(shift))
+    assert psnr(image + shift, image, left_half_edited(12, 16), "masked").item() == pytest.approx(
+        -20 * math.log10(shift)
+    )
 
 
 def test_uint8_psnr_has_peak_255() -> None:
     image = torch.full((8, 8, 3), 100, dtype=torch.uint8)
     expected = 20 * math.log10(255 / 10)
-    assert psnr(image + 10, image, torch.ones(8, 8, dtype=torch.bool), "masked").item() == pytest.approx(expected)
+    assert psnr(
+        image + 10, image, torch.ones(8, 8, dtype=torch.bool), "masked"
+    ).item() == pytest.approx(expected)
 
 
 def test_psnr_ignores_what_happens_outside_the_kept_pixels() -> None:
@@ -41,7 +45,9 @@ def test_psnr_ignores_what_happens_outside_the_kept_pixels() -> None:
     spoiled = image + 0.05
     wild = torch.where(keep[..., None], spoiled, torch.zeros(()))
     for convention in ("masked", "zero_filled", "cocoedit"):
-        assert psnr(wild, image, keep, convention).item() == pytest.approx(psnr(spoiled, image, keep, convention).item())
+        assert psnr(wild, image, keep, convention).item() == pytest.approx(
+            psnr(spoiled, image, keep, convention).item()
+        )
 
 
 @pytest.mark.parametrize("share", [1, 3, 7])
@@ -57,13 +63,19 @@ def test_zero_filled_psnr_is_masked_plus_ten_log10_of_area_over_kept(share: int)
 
 def test_cocoedit_psnr_is_masked_minus_ten_log10_of_three() -> None:
     a, b = textured(8, 8, 3, seed=1), textured(8, 8, 3, seed=2)
-    gap = psnr(a, b, left_half_edited(8, 8), "cocoedit") - psnr(a, b, left_half_edited(8, 8), "masked")
+    gap = psnr(a, b, left_half_edited(8, 8), "cocoedit") - psnr(
+        a, b, left_half_edited(8, 8), "masked"
+    )
     assert gap.item() == pytest.approx(-10 * math.log10(3))
 
 
-def test_masked_psnr_of_uniform_noise_does_not_depend_on_the_edit_area_and_zero_filled_does() -> None:
+def test_masked_psnr_of_uniform_noise_does_not_depend_on_the_edit_area_and_zero_filled_does() -> (
+    None
+):
     image = textured(64, 64, 3)
-    noisy = image + 0.05 * torch.randn(64, 64, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    noisy = image + 0.05 * torch.randn(
+        64, 64, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     masked, zero_filled = [], []
     for rows in (0, 16, 32, 57):
         keep = torch.ones(64, 64, dtype=torch.bool)
@@ -84,7 +96,9 @@ def test_identical_images_have_the_capped_psnr() -> None:
 def test_ssim_of_an_image_with_itself_is_one() -> None:
     image = textured(20, 24, 3)
     for convention in ("map_masked", "zero_filled"):
-        assert ssim(image, image, left_half_edited(20, 24), convention).item() == pytest.approx(1.0, abs=1e-12)
+        assert ssim(image, image, left_half_edited(20, 24), convention).item() == pytest.approx(
+            1.0, abs=1e-12
+        )
 
 
 def test_ssim_of_flat_against_textured_is_low() -> None:
@@ -97,7 +111,9 @@ def test_ssim_of_two_flat_images_is_the_luminance_term() -> None:
     a = torch.full((16, 16, 3), 0.2, dtype=torch.float64)
     b = torch.full((16, 16, 3), 0.6, dtype=torch.float64)
     expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
-    assert ssim(a, b, left_half_edited(16, 16), "map_masked").item() == pytest.approx(expected, rel=1e-9)
+    assert ssim(a, b, left_half_edited(16, 16), "map_masked").item() == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_zero_filled_ssim_counts_the_blackened_part_as_agreement() -> None:
@@ -108,15 +124,26 @@ def test_zero_filled_ssim_counts_the_blackened_part_as_agreement() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 10])
-def test_images_smaller_than_the_window_have_an_ssim_below_one_for_different_images(size: int) -> None:
+def test_images_smaller_than_the_window_have_an_ssim_below_one_for_different_images(
+    size: int,
+) -> None:
     a, b = textured(size, size, 3, seed=1) * 0.2, 0.8 + textured(size, size, 3, seed=2) * 0.2
     value = ssim(a, b, torch.ones(size, size, dtype=torch.bool), "map_masked").item()
     assert -1.0 <= value < 0.5
 
 
 def test_a_group_against_one_source_gives_each_candidate_its_own_value() -> None:
-    group, source, keep = textured(4, 12, 12, 3, seed=1), textured(12, 12, 3, seed=2), left_half_edited(12, 12)
-    for metric, convention in ((psnr, "masked"), (psnr, "zero_filled"), (ssim, "map_masked"), (ssim, "zero_filled")):
+    group, source, keep = (
+        textured(4, 12, 12, 3, seed=1),
+        textured(12, 12, 3, seed=2),
+        left_half_edited(12, 12),
+    )
+    for metric, convention in (
+        (psnr, "masked"),
+        (psnr, "zero_filled"),
+        (ssim, "map_masked"),
+        (ssim, "zero_filled"),
+    ):
         together = metric(group, source, keep, convention)
         apart = torch.stack([metric(image, source, keep, convention) for image in group])
         assert together.shape == (4,)
@@ -200,7 +227,9 @@ def test_a_clustered_mean_weighs_observations_not_clusters() -> None:
 
 def test_one_value_has_a_mean_and_says_nothing_about_its_error() -> None:
     assert bootstrap([0.25], seed=0) == Interval(0.25, -math.inf, math.inf, 1)
-    assert bootstrap([0.25, 0.75], seed=0, groups=["same", "same"]) == Interval(0.5, -math.inf, math.inf, 1)
+    assert bootstrap([0.25, 0.75], seed=0, groups=["same", "same"]) == Interval(
+        0.5, -math.inf, math.inf, 1
+    )
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
@@ -209,10 +238,12 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
     assert bootstrap(values, seed=1) != bootstrap(values, seed=2)
 
 
-def test_resamples_drawn_in_blocks_keep_the_width_of_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resamples_drawn_in_blocks_keep_the_width_of_the_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values = np.random.default_rng(6).normal(size=200)
     whole = bootstrap(values, seed=0)
-    monkeypatch.setattr("rl_edit.evaluation.statistics._BLOCK", 999)
+    monkeypatch.setattr("rl_edit.measures.intervals._BLOCK", 999)
     blocked = bootstrap(values, seed=0)
     assert (blocked.low, blocked.high) == pytest.approx((whole.low, whole.high))
 
@@ -232,13 +263,18 @@ def test_statistics_refuse_what_has_no_interval() -> None:
         bootstrap([1.0, 2.0], seed=0, resamples=1)
 
 
-def test_a_comparison_has_every_metric_that_any_task_has_and_counts_the_tasks_where_both_sides_have_it() -> None:
+def test_a_comparison_has_every_metric_that_any_task_has_and_counts_the_tasks_where_both_sides_have_it() -> (
+    None
+):
     values = [
         ({"reward": 1.0}, {"reward": 2.0}),
         ({"reward": 2.0, "instruction": 4.0}, {"reward": 4.0, "instruction": 7.0}),
         ({"reward": math.nan, "instruction": 5.0}, {"reward": 9.0, "instruction": 6.0}),
     ]
-    rows = [Row(task_id=f"t{i}", task_type="add", values={"base": base, "trained": after}) for i, (base, after) in enumerate(values)]
+    rows = [
+        Row(task_id=f"t{i}", task_type="add", values={"base": base, "trained": after})
+        for i, (base, after) in enumerate(values)
+    ]
     summary = Evaluation(rows=tuple(rows), meta={}).summary()
     assert {metric: (value["mean"], value["n"]) for metric, value in summary["delta"].items()} == {
         "reward": (1.5, 2),

@@ -18,16 +18,15 @@ from safetensors.torch import save_file
 from rl_edit.audit.checks import expected_of
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
-from rl_edit.evaluation import metrics
-from rl_edit.judges import clip
+from rl_edit.measures import pixels
 from rl_edit.rewards import (
     ClipSimilarity,
     Composite,
-    Judge,
     Lpips,
     Preservation,
     Psnr,
     Reward,
+    ShapesJudge,
     Similarity,
     Ssim,
     available,
@@ -35,6 +34,7 @@ from rl_edit.rewards import (
 )
 from rl_edit.rewards.lpips import PerceptualDistance, distance, network
 from rl_edit.rewards.preservation import released_ssim
+from rl_edit.rewards.vlm.backends import clip
 from rl_edit.types import Candidates, EditTask
 
 TASK = shapes.task("validation", 0)
@@ -57,7 +57,12 @@ def inside(level: float, seed: int = 0) -> torch.Tensor:
 
 def candidates(images: Sequence[torch.Tensor], task: EditTask = TASK) -> Candidates:
     attention = torch.full((len(images), 4), 0.25)
-    return Candidates(task=task, images=torch.stack(list(images)), attention=attention, token_mask=torch.arange(4) < 1)
+    return Candidates(
+        task=task,
+        images=torch.stack(list(images)),
+        attention=attention,
+        token_mask=torch.arange(4) < 1,
+    )
 
 
 def values(term: Reward, images: Sequence[torch.Tensor], task: EditTask = TASK) -> list[float]:
@@ -72,27 +77,38 @@ def values(term: Reward, images: Sequence[torch.Tensor], task: EditTask = TASK) 
 @pytest.mark.parametrize("convention", ["masked", "zero_filled", "cocoedit"])
 def test_psnr_is_the_named_metric_outside_the_mask(convention: Any) -> None:
     images = [outside(level) for level in (0.02, 0.1, 0.5)]
-    expected = metrics.psnr(torch.stack(images), TASK.source, KEEP, convention)
+    expected = pixels.psnr(torch.stack(images), TASK.source, KEEP, convention)
     assert values(Psnr(convention=convention), images) == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("convention", ["map_masked", "zero_filled"])
 def test_ssim_is_the_named_metric_outside_the_mask(convention: Any) -> None:
     images = [outside(level) for level in (0.02, 0.1, 0.5)]
-    expected = metrics.ssim(torch.stack(images), TASK.source, KEEP, convention)
+    expected = pixels.ssim(torch.stack(images), TASK.source, KEEP, convention)
     assert values(Ssim(convention=convention), images) == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 def test_a_term_saturates_at_its_ceiling_and_says_so() -> None:
     images = [outside(0.001), outside(0.003), outside(0.1)]
-    table = score_candidates([Psnr(ceiling_db=35.0), Ssim(ceiling=0.9)], candidates(images), group_id="w")
+    table = score_candidates(
+        [Psnr(ceiling_db=35.0), Ssim(ceiling=0.9)], candidates(images), group_id="w"
+    )
     assert table.values[:2].tolist() == [pytest.approx([35.0, 0.9])] * 2
-    assert table.components["psnr.saturated"] == table.components["ssim.saturated"] == (1.0, 1.0, 0.0)
+    assert (
+        table.components["psnr.saturated"] == table.components["ssim.saturated"] == (1.0, 1.0, 0.0)
+    )
     assert table.components["psnr.keep_fraction"][0] == pytest.approx(KEEP.float().mean().item())
 
 
 @pytest.mark.parametrize(
-    "term", [Psnr(), Psnr(convention="cocoedit"), Psnr(convention="zero_filled"), Ssim(), Ssim(convention="zero_filled")]
+    "term",
+    [
+        Psnr(),
+        Psnr(convention="cocoedit"),
+        Psnr(convention="zero_filled"),
+        Ssim(),
+        Ssim(convention="zero_filled"),
+    ],
 )
 def test_the_declared_range_holds_for_the_best_and_the_worst_picture(term: Reward) -> None:
     black = replace(TASK, source=torch.zeros_like(TASK.source))
@@ -104,15 +120,24 @@ def test_the_declared_range_holds_for_the_best_and_the_worst_picture(term: Rewar
 
 
 def test_what_happens_inside_the_mask_does_not_reach_psnr_and_zero_filled_ssim() -> None:
-    for term in (Psnr(), Psnr(convention="zero_filled"), Psnr(convention="cocoedit"), Ssim(convention="zero_filled")):
-        first, second = values(term, [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))])
+    for term in (
+        Psnr(),
+        Psnr(convention="zero_filled"),
+        Psnr(convention="cocoedit"),
+        Ssim(convention="zero_filled"),
+    ):
+        first, second = values(
+            term, [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))]
+        )
         assert first == second
 
 
 # --- CoCoEdit's similarity ------------------------------------------------------------------------------------------
 
 
-def similarity(variant: Any, images: Sequence[torch.Tensor], task: EditTask = TASK) -> dict[str, list[float]]:
+def similarity(
+    variant: Any, images: Sequence[torch.Tensor], task: EditTask = TASK
+) -> dict[str, list[float]]:
     """Values and parts of the term, one per candidate."""
     scores = Similarity(variant=variant).score(candidates(images, task))
     return {
@@ -126,26 +151,36 @@ def test_fixed_psnr_of_a_known_offset_outside_the_mask_is_the_analytic_one() -> 
     grey = replace(TASK, source=torch.full_like(TASK.source, 100))
     for u in (3, 12, 80):
         offset = torch.where(INSIDE, TASK.target, grey.source + u)
-        assert similarity("fixed", [offset], grey)["psnr"] == pytest.approx([20 * math.log10(255 / u)], rel=1e-9)
+        assert similarity("fixed", [offset], grey)["psnr"] == pytest.approx(
+            [20 * math.log10(255 / u)], rel=1e-9
+        )
 
 
 def test_fixed_is_the_releases_mixture_of_the_right_parts_and_paper_is_their_mean() -> None:
     images = [outside(level) for level in (0.02, 0.1, 0.5)]
-    psnr = (metrics.psnr(torch.stack(images), TASK.source, KEEP, "masked") / 40).clamp(0, 1)
-    ssim = metrics.ssim(torch.stack(images), TASK.source, KEEP, "map_masked")
-    assert similarity("fixed", images)["value"] == pytest.approx((0.65 * psnr + 0.35 * ssim).tolist())
+    psnr = (pixels.psnr(torch.stack(images), TASK.source, KEEP, "masked") / 40).clamp(0, 1)
+    ssim = pixels.ssim(torch.stack(images), TASK.source, KEEP, "map_masked")
+    assert similarity("fixed", images)["value"] == pytest.approx(
+        (0.65 * psnr + 0.35 * ssim).tolist()
+    )
     assert similarity("paper", images)["value"] == pytest.approx((0.5 * psnr + 0.5 * ssim).tolist())
-    assert values(Preservation(ssim_weight=0.5), images) == pytest.approx(similarity("paper", images)["value"])
+    assert values(Preservation(ssim_weight=0.5), images) == pytest.approx(
+        similarity("paper", images)["value"]
+    )
     assert Similarity().variant == "fixed"
 
 
 def test_the_released_psnr_lies_ten_log_ten_three_below_the_fixed_one() -> None:
     images = [outside(level) for level in (0.02, 0.1, 0.5)]
-    fixed, released = (torch.tensor(similarity(variant, images)["psnr"]) for variant in ("fixed", "release"))
+    fixed, released = (
+        torch.tensor(similarity(variant, images)["psnr"]) for variant in ("fixed", "release")
+    )
     assert (fixed - released).tolist() == pytest.approx([10 * math.log10(3)] * 3, abs=1e-6)
 
 
-def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_picture_where_the_fixed_one_does_not() -> None:
+def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_picture_where_the_fixed_one_does_not() -> (
+    None
+):
     """On a textured source without a mask: noise of 0.1 and a flat grey."""
     generator = torch.Generator().manual_seed(0)
     texture = (255 * torch.rand(64, 64, 3, generator=generator)).byte()
@@ -154,7 +189,10 @@ def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_picture_where_
     task = EditTask(task_id="t", task_type="edit", source=texture, instruction="x", edit_mask=mask)
     noisy = (texture + 25.5 * torch.randn(texture.shape, generator=generator)).clamp(0, 255).byte()
     flat = torch.full_like(texture, 128)
-    fixed, released = (similarity(variant, [texture, noisy, flat], task)["ssim"] for variant in ("fixed", "release"))
+    fixed, released = (
+        similarity(variant, [texture, noisy, flat], task)["ssim"]
+        for variant in ("fixed", "release")
+    )
     assert fixed[0] == pytest.approx(1.0) and released[0] == pytest.approx(1.0)
     assert fixed[1] < 0.95 and fixed[2] < 0.05
     assert released[1] > 0.98 and released[2] > 0.8
@@ -166,22 +204,33 @@ def test_the_released_ssim_is_its_formula_with_a_gaussian_over_a_box_of_ones() -
     images, reach = outside(0.2), 5
     line = torch.exp(-(torch.arange(-reach, reach + 1).double() ** 2) / (2 * 1.5**2))
     window = torch.outer(line, line) / line.sum() ** 2
-    a, b = (torch.nn.functional.pad(x.double().movedim(-1, 0) / 255, [reach] * 4) for x in (images, TASK.source))
+    a, b = (
+        torch.nn.functional.pad(x.double().movedim(-1, 0) / 255, [reach] * 4)
+        for x in (images, TASK.source)
+    )
     keep = torch.nn.functional.pad(KEEP.double(), [reach] * 4)
     total = 0.0
     for row, column in KEEP.nonzero().tolist():
         at = (slice(None), slice(row, row + 11), slice(column, column + 11))
         share = window * keep[at[1:]] / keep[at[1:]].sum()
-        x, y, xx, yy, xy = ((share * part[at]).sum(dim=(1, 2)) for part in (a, b, a * a, b * b, a * b))
+        x, y, xx, yy, xy = (
+            (share * part[at]).sum(dim=(1, 2)) for part in (a, b, a * a, b * b, a * b)
+        )
         top = (2 * x * y + 0.01**2) * (2 * (xy - x * y) + 0.03**2)
-        total += float((top / ((x * x + y * y + 0.01**2) * (xx - x * x + yy - y * y + 0.03**2))).mean())
-    assert released_ssim(images[None], TASK.source, KEEP).item() == pytest.approx(total / int(KEEP.sum()), rel=1e-9)
+        total += float(
+            (top / ((x * x + y * y + 0.01**2) * (xx - x * x + yy - y * y + 0.03**2))).mean()
+        )
+    assert released_ssim(images[None], TASK.source, KEEP).item() == pytest.approx(
+        total / int(KEEP.sum()), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("variant", ["fixed", "paper", "release"])
 def test_similarity_lies_in_its_range_from_the_source_to_its_negative(variant: Any) -> None:
     black = replace(TASK, source=torch.zeros_like(TASK.source))
-    best, worst = values(Similarity(variant=variant), [black.source, torch.full_like(black.source, 255)], black)
+    best, worst = values(
+        Similarity(variant=variant), [black.source, torch.full_like(black.source, 255)], black
+    )
     assert 0 <= worst < 0.4 and best == pytest.approx(1.0)
 
 
@@ -189,7 +238,9 @@ def test_similarity_is_a_reward_of_the_config_and_does_not_see_the_inside() -> N
     parsed = TypeAdapter(Reward).validate_python({"kind": "similarity", "variant": "release"})
     assert isinstance(parsed, Similarity) and expected_of(parsed, None).sides == ("outside",)
     for term in (parsed, Composite(of=parsed)):
-        first, second = values(term, [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))])
+        first, second = values(
+            term, [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))]
+        )
         assert first == second
 
 
@@ -205,7 +256,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, tensor in net.state_dict().items():
         part, index, rest = name.split(".", 2)
         number = sum(int(index) >= start for start in starts)
-        stored[f"net.slice{number}.{index}.{rest}" if part == "features" else f"lin{index}.model.1.{rest}"] = tensor.clone()
+        stored[
+            f"net.slice{number}.{index}.{rest}"
+            if part == "features"
+            else f"lin{index}.model.1.{rest}"
+        ] = tensor.clone()
     for number in range(7):
         stored[f"lin{number}.model.1.weight"] = stored[f"lin{number}.model.1.weight"].abs()
         stored[f"lins.{number}.model.1.weight"] = stored[f"lin{number}.model.1.weight"].clone()
@@ -232,12 +287,19 @@ def test_every_parameter_of_the_file_is_used(weights: str) -> None:
     net = network(weights)
     assert all(bool((lin.weight >= 0).all()) for lin in net.lins)
     torch.manual_seed(0)
-    assert torch.equal(net.features[12].expand3x3.weight, PerceptualDistance().features[12].expand3x3.weight)
+    assert torch.equal(
+        net.features[12].expand3x3.weight, PerceptualDistance().features[12].expand3x3.weight
+    )
 
 
 @pytest.mark.parametrize("convention", ["masked", "zero_filled"])
-def test_lpips_is_zero_for_the_source_symmetric_and_grows_with_damage(convention: Any, weights: str) -> None:
-    net, images = network(weights), torch.stack([TASK.source, outside(0.02), outside(0.1), outside(0.3)])
+def test_lpips_is_zero_for_the_source_symmetric_and_grows_with_damage(
+    convention: Any, weights: str
+) -> None:
+    net, images = (
+        network(weights),
+        torch.stack([TASK.source, outside(0.02), outside(0.1), outside(0.3)]),
+    )
     there = distance(net, images, TASK.source, KEEP, convention).tolist()
     assert there[0] == 0 < there[1] < there[2] < there[3]
     back = [distance(net, TASK.source[None], image, KEEP, convention).item() for image in images]
@@ -248,7 +310,8 @@ def test_lpips_is_zero_for_the_source_symmetric_and_grows_with_damage(convention
 @pytest.mark.parametrize("convention", ["masked", "zero_filled"])
 def test_what_happens_inside_the_mask_does_not_reach_lpips(convention: Any, weights: str) -> None:
     first, second = values(
-        Lpips(weights=weights, convention=convention), [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))]
+        Lpips(weights=weights, convention=convention),
+        [outside(0.1), torch.where(INSIDE, 255 - TASK.source, outside(0.1))],
     )
     assert first == second
 
@@ -256,18 +319,25 @@ def test_what_happens_inside_the_mask_does_not_reach_lpips(convention: Any, weig
 def test_lpips_without_a_mask_is_the_published_mean_over_positions(weights: str) -> None:
     """With nothing masked, both conventions are sums over layers of a mean; zero_filled is the published one exactly."""
     net, everything = network(weights), torch.ones_like(TASK.edit_mask)
-    a, b = ((2 * image.float() / 255 - 1).permute(2, 0, 1)[None] for image in (noise(0.2), TASK.source))
+    a, b = (
+        (2 * image.float() / 255 - 1).permute(2, 0, 1)[None] for image in (noise(0.2), TASK.source)
+    )
     expected = 0.0
     first, second = ((picture - net.shift) / net.scale for picture in (a, b))
     for index, layer in enumerate(net.features):
         first, second = layer(first), layer(second)
         if index in (1, 4, 7, 9, 10, 11, 12):
-            unit = [x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) for x in (first, second)]
+            unit = [
+                x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+                for x in (first, second)
+            ]
             lin = net.lins[(1, 4, 7, 9, 10, 11, 12).index(index)].weight[0, :, 0, 0]
             expected += float(torch.einsum("nchw,c->nhw", (unit[0] - unit[1]) ** 2, lin).mean())
     found = distance(net, noise(0.2)[None], TASK.source, everything, "zero_filled").item()
     assert found == pytest.approx(expected, rel=1e-5)
-    assert distance(net, noise(0.2)[None], TASK.source, everything, "masked").item() == pytest.approx(expected, rel=0.1)
+    assert distance(
+        net, noise(0.2)[None], TASK.source, everything, "masked"
+    ).item() == pytest.approx(expected, rel=0.1)
 
 
 def test_lpips_is_negated_in_the_table_so_that_higher_is_better(weights: str) -> None:
@@ -296,8 +366,15 @@ def test_weights_that_are_not_lpips_are_refused(tmp_path: Path, weights: str) ->
 
 
 def test_a_picture_too_small_for_lpips_is_invalid_not_zero(weights: str) -> None:
-    small = replace(TASK, source=TASK.source[:16, :16], target=TASK.target[:16, :16], edit_mask=torch.arange(256).reshape(16, 16) < 9)
-    table = score_candidates([Lpips(weights=weights)], candidates([small.source], small), group_id="w")
+    small = replace(
+        TASK,
+        source=TASK.source[:16, :16],
+        target=TASK.target[:16, :16],
+        edit_mask=torch.arange(256).reshape(16, 16) < 9,
+    )
+    table = score_candidates(
+        [Lpips(weights=weights)], candidates([small.source], small), group_id="w"
+    )
     assert not table.valid.any() and "too small for LPIPS" in table.reasons[0]
 
 
@@ -311,21 +388,39 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: number for number, piece in enumerate([*alphabet, "<|startoftext|>", "<|endoftext|>"])}
+    vocabulary = {
+        piece: number
+        for number, piece in enumerate([*alphabet, "<|startoftext|>", "<|endoftext|>"])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     start, end = len(alphabet), len(alphabet) + 1
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", start), ("<|endoftext|>", end)]
+        single="<|startoftext|> $A <|endoftext|>",
+        special_tokens=[("<|startoftext|>", start), ("<|endoftext|>", end)],
     )
     directory = tmp_path_factory.mktemp("clip")
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        tokenizer_object=tokenizer,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     ).save_pretrained(directory)
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = CLIPConfig(
-        text_config={**small, "vocab_size": len(vocabulary), "max_position_embeddings": 24, "bos_token_id": start, "eos_token_id": end},
+        text_config={
+            **small,
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": 24,
+            "bos_token_id": start,
+            "eos_token_id": end,
+        },
         vision_config={**small, "image_size": 32, "patch_size": 8},
         projection_dim=16,
     )
@@ -335,23 +430,37 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_pictures_are_prepared_as_clips_own_processor_does() -> None:
     pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    processor = pil.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = pil.CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     for shape in ((64, 64), (50, 77), (91, 33)):
-        image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        image = torch.randint(
+            0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        )
         expected = processor(images=image.numpy(), return_tensors="np")["pixel_values"][0]
         assert np.allclose(clip.pixel_values(image, 32).numpy(), expected, atol=1e-5)
 
 
-def test_text_similarity_is_a_hundred_times_the_cosine_of_the_crop_and_the_caption(tiny_clip: str) -> None:
+def test_text_similarity_is_a_hundred_times_the_cosine_of_the_crop_and_the_caption(
+    tiny_clip: str,
+) -> None:
     from transformers import AutoTokenizer, CLIPModel
 
-    model, tokenizer = CLIPModel.from_pretrained(tiny_clip), AutoTokenizer.from_pretrained(tiny_clip)
-    rows, columns = TASK.edit_mask.any(dim=1).nonzero()[:, 0], TASK.edit_mask.any(dim=0).nonzero()[:, 0]
+    model, tokenizer = (
+        CLIPModel.from_pretrained(tiny_clip),
+        AutoTokenizer.from_pretrained(tiny_clip),
+    )
+    rows, columns = (
+        TASK.edit_mask.any(dim=1).nonzero()[:, 0],
+        TASK.edit_mask.any(dim=0).nonzero()[:, 0],
+    )
     crop = TASK.target[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     tokens = tokenizer([TASK.caption], return_tensors="pt", truncation=True, max_length=24)
     with torch.no_grad():
         expected = model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=clip.pixel_values(crop, 32)[None]
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            pixel_values=clip.pixel_values(crop, 32)[None],
         )
         cosine = torch.cosine_similarity(expected.text_embeds, expected.image_embeds).item()
     (score,) = ClipSimilarity(model=tiny_clip).score(candidates([TASK.target]))
@@ -370,16 +479,27 @@ def test_image_similarity_is_one_for_the_target_and_less_for_another_edit(tiny_c
 def test_clip_looks_at_the_box_of_the_mask_only(compare: Any, tiny_clip: str) -> None:
     box = torch.zeros_like(TASK.edit_mask)
     rows, columns = TASK.edit_mask.any(dim=1), TASK.edit_mask.any(dim=0)
-    box[rows.nonzero().min() : rows.nonzero().max() + 1, columns.nonzero().min() : columns.nonzero().max() + 1] = True
+    box[
+        rows.nonzero().min() : rows.nonzero().max() + 1,
+        columns.nonzero().min() : columns.nonzero().max() + 1,
+    ] = True
     elsewhere = torch.where(box[..., None], TASK.target, 255 - TASK.target)
-    first, second = values(ClipSimilarity(model=tiny_clip, compare=compare), [TASK.target, elsewhere])
+    first, second = values(
+        ClipSimilarity(model=tiny_clip, compare=compare), [TASK.target, elsewhere]
+    )
     assert first == second
 
 
 def test_compbenchs_crop_leaves_out_the_last_row_and_column_of_the_box() -> None:
     mask = torch.zeros(512, 512, dtype=torch.bool)
     mask[100:151, 200:301] = True
-    picture = torch.arange(512)[:, None].expand(512, 512).remainder(256).to(torch.uint8)[..., None].expand(512, 512, 3)
+    picture = (
+        torch.arange(512)[:, None]
+        .expand(512, 512)
+        .remainder(256)
+        .to(torch.uint8)[..., None]
+        .expand(512, 512, 3)
+    )
     assert ClipSimilarity(crop="exact")._crop(picture, mask).shape == (51, 101, 3)
     cropped = ClipSimilarity(crop="compbench")._crop(picture, mask)
     assert cropped.shape == (50, 100, 3) and cropped[0, 0, 0] == 100
@@ -389,10 +509,14 @@ def test_several_captions_count_by_their_mean_and_an_empty_one_is_invalid(tiny_c
     term = ClipSimilarity(model=tiny_clip)
 
     def cosine(caption: str) -> float:
-        return term.score(candidates([TASK.target], replace(TASK, caption=caption)))[0].components["cosine"]
+        return term.score(candidates([TASK.target], replace(TASK, caption=caption)))[0].components[
+            "cosine"
+        ]
 
     assert cosine("a dog|a red ball") == pytest.approx((cosine("a dog") + cosine("a red ball")) / 2)
-    table = score_candidates([term], candidates([TASK.target], replace(TASK, caption="a dog|")), group_id="w")
+    table = score_candidates(
+        [term], candidates([TASK.target], replace(TASK, caption="a dog|")), group_id="w"
+    )
     assert not table.valid.any() and "caption of task" in table.reasons[0]
 
 
@@ -410,12 +534,12 @@ def test_clip_needs_what_it_compares_with_and_a_model_that_is_there(tmp_path: Pa
 def test_the_composite_scores_the_edit_on_the_untouched_source() -> None:
     images = [torch.where(INSIDE, TASK.target, noise(0.2)), noise(0.2)]
     pasted = [torch.where(INSIDE, image, TASK.source) for image in images]
-    assert values(Composite(of=Judge()), images) == values(Judge(), pasted)
+    assert values(Composite(of=ShapesJudge()), images) == values(ShapesJudge(), pasted)
     assert values(Composite(of=Psnr()), images) == [60.0, 60.0]
 
 
 def test_the_composites_value_and_parts_are_components_under_the_terms_name() -> None:
-    term = Composite(of=Judge(name="judge"))
+    term = Composite(of=ShapesJudge(name="judge"))
     table = score_candidates([term], candidates([outside(0.2)]), group_id="w")
     assert table.names == ("composite",)
     assert table.components["composite.judge"] == pytest.approx(table.values[:, 0].tolist())
@@ -423,8 +547,10 @@ def test_the_composites_value_and_parts_are_components_under_the_terms_name() ->
 
 
 def test_a_composite_is_a_reference_without_weight_that_asks_for_what_its_term_needs() -> None:
-    parsed = TypeAdapter(Reward).validate_python({"kind": "composite", "of": {"kind": "shapes_judge", "coarse": True}})
-    assert isinstance(parsed, Composite) and isinstance(parsed.of, Judge) and parsed.of.coarse
+    parsed = TypeAdapter(Reward).validate_python(
+        {"kind": "composite", "of": {"kind": "shapes_judge", "coarse": True}}
+    )
+    assert isinstance(parsed, Composite) and isinstance(parsed.of, ShapesJudge) and parsed.of.coarse
     assert (parsed.weight, parsed.requires, parsed.low, parsed.high) == (0.0, {"target"}, 0.0, 10.0)
     assert TypeAdapter(Reward).validate_python(json.loads(parsed.model_dump_json())) == parsed
 

@@ -19,13 +19,28 @@ from typer.testing import CliRunner
 
 from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.data import shapes
-from rl_edit.editors import pretrain as room
-from rl_edit.editors.pretrain import MAX_TEXT_TOKENS, PretrainConfig, edit_images, learning_rate, new_editor, pretrain
+from rl_edit.editors.tiny import pretraining as room
+from rl_edit.editors.tiny.pretraining import (
+    MAX_TEXT_TOKENS,
+    PretrainConfig,
+    edit_images,
+    learning_rate,
+    new_editor,
+    pretrain,
+)
 from rl_edit.errors import InputError
 
 SHIPPED = Path(room.__file__).parent / "tiny" / "weights"
 MICRO = PretrainConfig(
-    vae_steps=3, vae_batch=4, transformer_steps=3, flawed_steps=3, batch=4, num_tasks=8, num_eval_tasks=5, sample_every=0, snapshot_at=(2,)
+    vae_steps=3,
+    vae_batch=4,
+    transformer_steps=3,
+    flawed_steps=3,
+    batch=4,
+    num_tasks=8,
+    num_eval_tasks=5,
+    sample_every=0,
+    snapshot_at=(2,),
 )
 SOUND, FLAWED = room.flow_stages(MICRO)
 ALL_MODELS = ("vae", "transformer", "text_encoder", "text_encoder_2")
@@ -48,19 +63,27 @@ def untrained() -> FluxKontextPipeline:
 
 
 @pytest.fixture(scope="module")
-def reloaded(untrained: FluxKontextPipeline, tmp_path_factory: pytest.TempPathFactory) -> FluxKontextPipeline:
+def reloaded(
+    untrained: FluxKontextPipeline, tmp_path_factory: pytest.TempPathFactory
+) -> FluxKontextPipeline:
     folder = tmp_path_factory.mktemp("reloaded")
     untrained.save_pretrained(folder)
     return FluxKontextPipeline.from_pretrained(folder, local_files_only=True)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
 
 
 def test_stock_diffusers_loads_and_runs_what_pretrain_writes(made: Path) -> None:
     pipeline = FluxKontextPipeline.from_pretrained(made, local_files_only=True)
-    classes = {name: type(getattr(pipeline, name)).__name__ for name in (*ALL_MODELS, "scheduler", "tokenizer")}
+    classes = {
+        name: type(getattr(pipeline, name)).__name__
+        for name in (*ALL_MODELS, "scheduler", "tokenizer")
+    }
     assert classes == {
         "vae": "AutoencoderKL",
         "transformer": "FluxTransformer2DModel",
@@ -70,12 +93,16 @@ def test_stock_diffusers_loads_and_runs_what_pretrain_writes(made: Path) -> None
         "tokenizer": "CLIPTokenizer",
     }
     assert pipeline.transformer.config.guidance_embeds
-    edits = edit_images(pipeline, [shapes.task("validation", i) for i in range(2)], seed=0, num_steps=2)
+    edits = edit_images(
+        pipeline, [shapes.task("validation", i) for i in range(2)], seed=0, num_steps=2
+    )
     assert edits.shape == (2, 64, 64, 3)
     assert edits.float().std() > 0
 
 
-def test_pretraining_changes_every_model_it_should(made: Path, untrained: FluxKontextPipeline) -> None:
+def test_pretraining_changes_every_model_it_should(
+    made: Path, untrained: FluxKontextPipeline
+) -> None:
     trained = FluxKontextPipeline.from_pretrained(made, local_files_only=True)
     for name in ALL_MODELS:
         before, after = getattr(untrained, name).state_dict(), getattr(trained, name).state_dict()
@@ -91,13 +118,17 @@ def test_saved_latents_have_mean_zero_and_spread_one(made: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", [("vae", 2), ("flow", 2), ("flawed", 2)])
-def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(made: Path, tmp_path: Path, killed_at: tuple[room.Stage, int]) -> None:
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(
+    made: Path, tmp_path: Path, killed_at: tuple[room.Stage, int]
+) -> None:
     out = tmp_path / "editor"
     assert pretrain(out, MICRO, console=quiet(), stop_after=killed_at) is None
     assert not (out / "model_index.json").exists()
     resumed = pretrain(out, MICRO, console=quiet())
     assert weights(out) == weights(made)
-    assert json.loads((out / "metrics.json").read_text()) == json.loads((made / "metrics.json").read_text())
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(
+        (made / "metrics.json").read_text()
+    )
     assert resumed is not None
     assert not (out / room.CHECKPOINT_DIR).exists()
 
@@ -124,8 +155,12 @@ def test_a_finished_editor_is_not_overwritten(made: Path) -> None:
 
 def test_snapshot_is_a_whole_pipeline_of_the_averaged_weights_at_that_step(made: Path) -> None:
     snapshot = made.with_name("editor-step-2")
-    early = FluxKontextPipeline.from_pretrained(snapshot, local_files_only=True).transformer.state_dict()
-    final = FluxKontextPipeline.from_pretrained(made, local_files_only=True).transformer.state_dict()
+    early = FluxKontextPipeline.from_pretrained(
+        snapshot, local_files_only=True
+    ).transformer.state_dict()
+    final = FluxKontextPipeline.from_pretrained(
+        made, local_files_only=True
+    ).transformer.state_dict()
     assert any(not torch.equal(early[key], final[key]) for key in final)
     card, last = ((folder / "README.md").read_text() for folder in (snapshot, made))
     assert "at transformer step 2, before the schedule of 6 steps ended" in card
@@ -133,7 +168,9 @@ def test_snapshot_is_a_whole_pipeline_of_the_averaged_weights_at_that_step(made:
     assert "flawed pairs" not in card and "discolours" not in card, "it has seen none"
 
 
-def test_every_instruction_fits_and_known_words_are_single_tokens(untrained: FluxKontextPipeline) -> None:
+def test_every_instruction_fits_and_known_words_are_single_tokens(
+    untrained: FluxKontextPipeline,
+) -> None:
     texts = shapes.batch("pretrain", 0, 900).instructions
     longest = max(len(ids) for ids in untrained.tokenizer_2(list(texts)).input_ids)
     assert longest <= MAX_TEXT_TOKENS
@@ -150,7 +187,9 @@ def test_both_tokenizers_encode_any_text_and_keep_their_ids_through_a_round_trip
 ) -> None:
     for name, length in (("tokenizer", 77), ("tokenizer_2", MAX_TEXT_TOKENS)):
         ours, theirs = (
-            getattr(pipeline, name)(text, padding="max_length", max_length=length, truncation=True).input_ids
+            getattr(pipeline, name)(
+                text, padding="max_length", max_length=length, truncation=True
+            ).input_ids
             for pipeline in (untrained, reloaded)
         )
         assert ours == theirs
@@ -160,7 +199,9 @@ def test_both_tokenizers_encode_any_text_and_keep_their_ids_through_a_round_trip
 
 
 def test_the_stock_prompt_encoder_takes_unicode(reloaded: FluxKontextPipeline) -> None:
-    embeds, pooled, _ = reloaded.encode_prompt("Ünïcode 日本語 🎉 “quotes” \u200d\n\t", max_sequence_length=MAX_TEXT_TOKENS)
+    embeds, pooled, _ = reloaded.encode_prompt(
+        "Ünïcode 日本語 🎉 “quotes” \u200d\n\t", max_sequence_length=MAX_TEXT_TOKENS
+    )
     empty, *_ = reloaded.encode_prompt("", max_sequence_length=MAX_TEXT_TOKENS)
     assert embeds.isfinite().all()
     assert pooled.isfinite().all()
@@ -169,7 +210,9 @@ def test_the_stock_prompt_encoder_takes_unicode(reloaded: FluxKontextPipeline) -
 
 def test_clip_spells_any_bytes_back(untrained: FluxKontextPipeline) -> None:
     ids = untrained.tokenizer("zürich 東京 42").input_ids
-    assert untrained.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "zürich東京42"
+    assert (
+        untrained.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "zürich東京42"
+    )
 
 
 def test_a_new_editor_depends_on_its_seed_alone_and_leaves_global_randomness_alone() -> None:
@@ -178,7 +221,10 @@ def test_a_new_editor_depends_on_its_seed_alone_and_leaves_global_randomness_alo
     first = new_editor(seed=3).transformer.state_dict()
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
-    again, other = new_editor(seed=3).transformer.state_dict(), new_editor(seed=4).transformer.state_dict()
+    again, other = (
+        new_editor(seed=3).transformer.state_dict(),
+        new_editor(seed=4).transformer.state_dict(),
+    )
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
@@ -194,7 +240,10 @@ def test_source_tokens_follow_target_tokens_and_the_loss_targets_noise_minus_cle
         # A model that knows the clean target: x = clean + sigma * (noise - clean), so the velocity is (x - clean) / sigma.
         seen.update(inputs)
         noisy, source = inputs["hidden_states"].split(64, dim=1)
-        rows = [next(i for i, known in enumerate(tasks.sources) if torch.equal(known, row)) for row in source]
+        rows = [
+            next(i for i, known in enumerate(tasks.sources) if torch.equal(known, row))
+            for row in source
+        ]
         velocity = (noisy - tasks.targets[rows]) / inputs["timestep"][:, None, None]
         return (torch.cat([velocity, torch.full_like(source, math.nan)], dim=1),)
 
@@ -208,12 +257,17 @@ def test_source_tokens_follow_target_tokens_and_the_loss_targets_noise_minus_cle
     assert torch.equal(seen["img_ids"][:64, 1:], seen["img_ids"][64:, 1:])
 
 
-def test_flawed_targets_show_no_edit_or_a_cast_in_the_shares_that_are_set(untrained: FluxKontextPipeline) -> None:
+def test_flawed_targets_show_no_edit_or_a_cast_in_the_shares_that_are_set(
+    untrained: FluxKontextPipeline,
+) -> None:
     config = PretrainConfig(failed_share=0.3, cast_share=0.2, cast_size=20)
     tasks = shapes.batch("pretrain", 0, 400, config.seed)
     images = room.flawed(tasks, config, torch.Generator().manual_seed(3))
     inside = tasks.mask[..., None]
-    of_target, of_source = images.float() - tasks.target.float(), images.float() - tasks.source.float()
+    of_target, of_source = (
+        images.float() - tasks.target.float(),
+        images.float() - tasks.source.float(),
+    )
     clean = [bool((shift == 0).all()) for shift in of_target]
     failed = [bool((shift == 0).all()) for shift in of_source]
     cast = [not a and not b for a, b in zip(clean, failed, strict=True)]
@@ -223,7 +277,9 @@ def test_flawed_targets_show_no_edit_or_a_cast_in_the_shares_that_are_set(untrai
     assert of_target[~inside.expand_as(of_target)].abs().max() > 15
     for row in (i for i, cast_here in enumerate(cast) if cast_here):
         outside = of_target[row][~tasks.mask[row]]
-        assert (outside == outside.median(dim=0).values).float().mean() > 0.7, "a cast shifts the whole picture alike"
+        assert (outside == outside.median(dim=0).values).float().mean() > 0.7, (
+            "a cast shifts the whole picture alike"
+        )
 
 
 def test_without_flaws_the_targets_are_untouched() -> None:
@@ -234,11 +290,16 @@ def test_without_flaws_the_targets_are_untouched() -> None:
 
 def test_only_the_last_stage_learns_from_flawed_pairs(untrained: FluxKontextPipeline) -> None:
     config = MICRO.model_copy(update={"failed_share": 0.999, "cast_share": 0.0})
-    sound, flawed = (room.latent_tasks(untrained, stage, config, room._Report(quiet(), 1)) for stage in (SOUND, FLAWED))
+    sound, flawed = (
+        room.latent_tasks(untrained, stage, config, room._Report(quiet(), 1))
+        for stage in (SOUND, FLAWED)
+    )
     assert not torch.equal(sound.targets, sound.sources)
     assert torch.equal(flawed.targets, flawed.sources)
     assert torch.equal(sound.sources, flawed.sources)
-    assert [stage.name for stage in room.flow_stages(MICRO.model_copy(update={"flawed_steps": 0}))] == ["flow"]
+    assert [
+        stage.name for stage in room.flow_stages(MICRO.model_copy(update={"flawed_steps": 0}))
+    ] == ["flow"]
 
 
 def test_edit_masks_cover_every_latent_that_the_edit_mask_touches() -> None:
@@ -255,11 +316,32 @@ def test_edit_masks_cover_every_latent_that_the_edit_mask_touches() -> None:
 def test_the_command_on_a_card_is_one_the_command_line_takes_back_to_the_same_recipe(
     untrained: FluxKontextPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"seed": 7, "vae_steps": 5, "vae_batch": 4, "vae_lr": 0.5, "transformer_steps": 6, "batch": 3, "lr": 0.25}
-    changes |= {"flawed_steps": 4, "flawed_lr": 0.125, "failed_share": 0.2, "cast_share": 0.1, "cast_size": 12}
-    config = PretrainConfig(**changes, num_tasks=9, edit_weight=2.5, ema_decay=0.5, num_eval_tasks=1)
+    changes = {
+        "seed": 7,
+        "vae_steps": 5,
+        "vae_batch": 4,
+        "vae_lr": 0.5,
+        "transformer_steps": 6,
+        "batch": 3,
+        "lr": 0.25,
+    }
+    changes |= {
+        "flawed_steps": 4,
+        "flawed_lr": 0.125,
+        "failed_share": 0.2,
+        "cast_share": 0.1,
+        "cast_size": 12,
+    }
+    config = PretrainConfig(
+        **changes, num_tasks=9, edit_weight=2.5, ema_decay=0.5, num_eval_tasks=1
+    )
     metrics = room.EditMetrics(
-        num_tasks=1, vae_psnr=1, vae_background_psnr=1, progress=0.5, progress_by_type={"add": 0.5}, background_psnr=1
+        num_tasks=1,
+        vae_psnr=1,
+        vae_background_psnr=1,
+        progress=0.5,
+        progress_by_type={"add": 0.5},
+        background_psnr=1,
     )
     card = room.model_card(untrained, config, metrics, steps=10)
     command = next(line for line in card.splitlines() if line.startswith("rl-edit pretrain OUT"))
@@ -280,10 +362,14 @@ def test_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert rates[-1] < 1e-5
 
 
-@pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="the weights are not in this checkout")
+@pytest.mark.skipif(
+    not (SHIPPED / "model_index.json").exists(), reason="the weights are not in this checkout"
+)
 class TestShippedWeights:
     def test_they_are_at_most_ten_megabytes(self) -> None:
-        assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 10_000_000
+        assert (
+            sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 10_000_000
+        )
 
     def test_stock_diffusers_runs_them_and_they_edit_better_than_leaving_the_source(self) -> None:
         pipeline = FluxKontextPipeline.from_pretrained(SHIPPED, local_files_only=True)
@@ -294,11 +380,17 @@ class TestShippedWeights:
         assert metrics.vae_background_psnr > metrics.background_psnr
 
     def test_their_card_states_the_metrics_in_their_metrics_file(self) -> None:
-        card, metrics = (SHIPPED / "README.md").read_text(encoding="utf-8"), json.loads((SHIPPED / "metrics.json").read_text())
+        card, metrics = (
+            (SHIPPED / "README.md").read_text(encoding="utf-8"),
+            json.loads((SHIPPED / "metrics.json").read_text()),
+        )
         assert f"| instruction progress | {metrics['progress']:.3f} |" in card
         for name, value in metrics["progress_by_type"].items():
             assert f"| instruction progress, {name} | {value:.3f} |" in card
-        assert f"| background PSNR, edit against source | {metrics['background_psnr']:.2f} dB |" in card
+        assert (
+            f"| background PSNR, edit against source | {metrics['background_psnr']:.2f} dB |"
+            in card
+        )
         assert f"| autoencoder PSNR, whole targets | {metrics['vae_psnr']:.2f} dB |" in card
         assert "license: apache-2.0" in card
         assert "rl-edit pretrain OUT" in card

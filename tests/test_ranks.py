@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 import learner.learner
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
-from learner.collective import Ranks, free_address
 from learner.learner import Learner
+from learner.ranks import Ranks, free_address
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.types import LearnOrder, LearnSlot
@@ -46,19 +46,29 @@ def applied(scenario: Scenario, one: Learner, rank: int, world: int) -> dict[str
     seen: dict[str, Any] = {"ratio": one.ratio(probe), "reports": []}
     adapter = state = np.empty(0, dtype=np.uint8)
     for order, groups in zip(scenario.orders, scenario.groups, strict=True):
-        report, adapter, state, _ = one.learn(order, *(group for group in groups[rank::world] if group is not None))
-        seen["reports"].append([str(report.adapter), report.used, report.metrics, report.declined, report.skipped])
+        report, adapter, state, _ = one.learn(
+            order, *(group for group in groups[rank::world] if group is not None)
+        )
+        seen["reports"].append(
+            [str(report.adapter), report.used, report.metrics, report.declined, report.skipped]
+        )
     return {**seen, "adapter": adapter.tobytes().hex(), "state": state.tobytes().hex()}
 
 
 def base_of(one: Learner) -> list[torch.nn.Parameter]:
     """The frozen parameters of the transformer."""
-    return [parameter for name, parameter in one.editor.transformer.named_parameters() if "lora_" not in name]
+    return [
+        parameter
+        for name, parameter in one.editor.transformer.named_parameters()
+        if "lora_" not in name
+    ]
 
 
 def be_rank(rank: int, address: str, scenarios: Mapping[str, Scenario], directory: str) -> None:
     """A process of the test: every scenario with a learner of its own, joined to the other process's."""
-    learner.learner.Ranks = functools.cache(Ranks)  # a process joins once, its learners one after the other are the same rank
+    learner.learner.Ranks = functools.cache(
+        Ranks
+    )  # a process joins once, its learners one after the other are the same rank
     answers = {}
     for name, scenario in scenarios.items():
         joined = Learner(scenario.config, 1)
@@ -71,7 +81,7 @@ def be_rank(rank: int, address: str, scenarios: Mapping[str, Scenario], director
 @pytest.fixture(scope="module")
 def scenarios(small_editor: str) -> dict[str, Scenario]:
     """Three groups on two ranks, so that one rank has nothing to do in the last round; then the same groups off-policy."""
-    anchored = "algorithm.objective={kind: background_anchored, target: reference, inner: {num_anchors: 2, num_steps: 1}}"
+    anchored = "algorithm.objective={kind: background_regularised, target: reference, inner: {num_anchors: 2, num_steps: 1}}"
     overrides = (
         anchored,
         "train.groups_per_update=3",
@@ -85,11 +95,19 @@ def scenarios(small_editor: str) -> dict[str, Scenario]:
     step = work(config, actor, RewardActor(config, FIELDS, 1), report.adapter)
     orders, groups = (step.order, replace(step.order, update=1)), (step.groups, step.groups)
     ordered = Scenario(config=config, orders=orders, groups=groups)
-    sharded = small_config(small_editor, *overrides, "actors.shard_base=true", "train.passes=2", "train.minibatches=3")
+    sharded = small_config(
+        small_editor,
+        *overrides,
+        "actors.shard_base=true",
+        "train.inner_epochs=2",
+        "train.minibatches=3",
+    )
     only_rank_0 = replace(step.order, slots=(step.order.slots[0], LOST, step.order.slots[2]))
     return {
         "ordered": ordered,
-        "allreduce": replace(ordered, config=small_config(small_editor, *overrides, "train.reduction=allreduce")),
+        "allreduce": replace(
+            ordered, config=small_config(small_editor, *overrides, "train.reduction=allreduce")
+        ),
         "sharded": Scenario(config=sharded, orders=orders, groups=groups),
         "sharded, one rank without a group": Scenario(
             config=sharded, orders=(only_rank_0,), groups=((step.groups[0], None, step.groups[2]),)
@@ -98,11 +116,18 @@ def scenarios(small_editor: str) -> dict[str, Scenario]:
 
 
 @pytest.fixture(scope="module")
-def together(scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def together(
+    scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """Every rank's answers."""
     directory, address = tmp_path_factory.mktemp("ranks"), free_address()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=be_rank, args=(rank, address, scenarios, str(directory)), daemon=True) for rank in range(WORLD)]
+    processes = [
+        context.Process(
+            target=be_rank, args=(rank, address, scenarios, str(directory)), daemon=True
+        )
+        for rank in range(WORLD)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -114,7 +139,10 @@ def together(scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def alone(scenarios: dict[str, Scenario]) -> dict[str, dict[str, Any]]:
     """The answers of one learner that does everything. A learner alone shards nothing."""
-    return {name: json.loads(json.dumps(applied(scenario, Learner(scenario.config, 1), 0, 1))) for name, scenario in scenarios.items()}
+    return {
+        name: json.loads(json.dumps(applied(scenario, Learner(scenario.config, 1), 0, 1)))
+        for name, scenario in scenarios.items()
+    }
 
 
 NAMES = ("ordered", "sharded", "sharded, one rank without a group")
@@ -127,31 +155,46 @@ def test_two_ranks_give_the_bytes_and_the_metrics_of_one(
     assert together[0][name]["reports"] == alone[name]["reports"]
     assert together[0][name]["adapter"] == alone[name]["adapter"]
     assert together[0][name]["state"] == alone[name]["state"]
-    assert [report[1] for report in alone[name]["reports"]] == [2 if "without" in name else 3] * len(alone[name]["reports"])
+    assert [report[1] for report in alone[name]["reports"]] == [
+        2 if "without" in name else 3
+    ] * len(alone[name]["reports"])
 
 
 @pytest.mark.parametrize("name", [*NAMES, "allreduce"])
-def test_every_rank_reports_the_same_and_only_rank_0_sends_weights(name: str, together: list[dict[str, Any]]) -> None:
+def test_every_rank_reports_the_same_and_only_rank_0_sends_weights(
+    name: str, together: list[dict[str, Any]]
+) -> None:
     first, second = (answers[name] for answers in together)
     assert first["reports"] == second["reports"] and first["adapter"] and first["state"]
     assert second["adapter"] == second["state"] == ""
 
 
-def test_allreduce_is_equal_up_to_rounding(together: list[dict[str, Any]], alone: dict[str, dict[str, Any]]) -> None:
-    two, one = (wire.unpack(np.frombuffer(bytes.fromhex(a["allreduce"]["adapter"]), dtype=np.uint8)) for a in (together[0], alone))
+def test_allreduce_is_equal_up_to_rounding(
+    together: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+) -> None:
+    two, one = (
+        wire.unpack(np.frombuffer(bytes.fromhex(a["allreduce"]["adapter"]), dtype=np.uint8))
+        for a in (together[0], alone)
+    )
     scale = max(float(value.abs().max()) for value in one.tensors.values())
-    furthest = max(float((two.tensors[name] - value).abs().max()) for name, value in one.tensors.items())
+    furthest = max(
+        float((two.tensors[name] - value).abs().max()) for name, value in one.tensors.items()
+    )
     # Adam divides by the gradient's size, so rounding in an almost zero gradient is felt most.
     assert furthest <= 1e-2 * scale
     assert torch.cat([value.flatten() for value in one.tensors.values()]).isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_ratio_of_every_rank_is_one_at_equal_weights(name: str, together: list[dict[str, Any]]) -> None:
+def test_the_ratio_of_every_rank_is_one_at_equal_weights(
+    name: str, together: list[dict[str, Any]]
+) -> None:
     assert [answers[name]["ratio"] for answers in together] == [0.0, 0.0]
 
 
-def test_a_sharded_base_is_held_in_halves_and_a_whole_one_twice(together: list[dict[str, Any]], scenarios: dict[str, Scenario]) -> None:
+def test_a_sharded_base_is_held_in_halves_and_a_whole_one_twice(
+    together: list[dict[str, Any]], scenarios: dict[str, Scenario]
+) -> None:
     size = sum(parameter.numel() for parameter in base_of(Learner(scenarios["ordered"].config, 1)))
     assert [answers["ordered"]["held"] for answers in together] == [size, size]
     halves = [answers["sharded"]["held"] for answers in together]

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from actors.crew import crew
+from actors.roles import crew
+from learner.controller.lease import Lease
+from learner.controller.loop import Outcome, TrainingLoop
 from learner.learner import Learner
-from learner.lease import Lease
-from learner.loop import Outcome, TrainingLoop
 from rl_edit import telemetry
 from rl_edit.config import RunConfig
 from rl_edit.errors import InputError, ResourcesInfeasible
@@ -31,18 +31,22 @@ ROOT = Path(__file__).parent.parent
 ON_RAY = ("actors.runtime=ray", "train.updates=2", "train.groups_per_update=3")
 
 
-def run_on_ray(config: RunConfig, directory: Path, observer: Any = None, *, resume: bool = False) -> Outcome:
+def run_on_ray(
+    config: RunConfig, directory: Path, observer: Any = None, *, resume: bool = False
+) -> Outcome:
     """As ``rl-edit train`` wires it, on the tests' cluster."""
-    from actors import pool
+    from actors import ray_executor
 
     run = run_of(config, directory)
     posts = crew(config, run.dataset.fields, Learner)
-    pool.connect(config)
+    ray_executor.connect(config)
     directory.mkdir(parents=True, exist_ok=True)
-    executor = pool.RayExecutor(posts)
+    executor = ray_executor.RayExecutor(posts)
     try:
         events = telemetry.Events(directory / telemetry.EVENTS)
-        loop = TrainingLoop(run, executor, lease=Lease.take(directory), events=events, observer=observer or Nobody())
+        loop = TrainingLoop(
+            run, executor, lease=Lease.take(directory), events=events, observer=observer or Nobody()
+        )
         return asyncio.run(loop.run(resume=resume))
     finally:
         asyncio.run(executor.close())
@@ -77,7 +81,9 @@ def processes_below(parent: int, title: str) -> list[int]:
     return sorted(pid for pid, words in titles.items() if words.startswith(title) and below(pid))
 
 
-def test_ray_gives_the_bytes_of_one_process(ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_ray_gives_the_bytes_of_one_process(
+    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     outcome = run_on_ray(small_config(small_editor, *ON_RAY), tmp_path)
     assert adapter_bytes(outcome) == undisturbed
     lines = metrics_of(tmp_path)
@@ -108,14 +114,22 @@ class Assassin(Nobody):
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the actor's process in /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="finds the actor's process in /proc"
+)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_lost_rollout_actor_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
-    ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path, number: signal.Signals
+    ray_cluster: None,
+    small_editor: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     assassin = Assassin(number)
     try:
-        outcome = run_on_ray(small_config(small_editor, *ON_RAY, "actors.deadline_s=15"), tmp_path, assassin)
+        outcome = run_on_ray(
+            small_config(small_editor, *ON_RAY, "actors.deadline_s=15"), tmp_path, assassin
+        )
     finally:
         for pid in assassin.struck:
             with contextlib.suppress(ProcessLookupError):
@@ -139,32 +153,44 @@ def test_what_an_actor_refuses_at_its_start_is_the_users_error_and_is_not_retrie
     assert events_of(tmp_path, "actor_lost") == []
 
 
-def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free(ray_cluster: None, small_editor: str, tmp_path: Path) -> None:
-    with pytest.raises(ResourcesInfeasible, match=r"not all of 3 actors were running after 0\.01 s .*start_timeout_s.*free are .*CPU"):
+def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free(
+    ray_cluster: None, small_editor: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ResourcesInfeasible,
+        match=r"not all of 3 actors were running after 0\.01 s .*start_timeout_s.*free are .*CPU",
+    ):
         run_on_ray(small_config(small_editor, *ON_RAY, "actors.start_timeout_s=0.01"), tmp_path)
 
 
-def test_more_gpus_than_a_cluster_has_are_refused_on_a_running_cluster(ray_cluster: None, small_editor: str) -> None:
-    from actors import pool
+def test_more_gpus_than_a_cluster_has_are_refused_on_a_running_cluster(
+    ray_cluster: None, small_editor: str
+) -> None:
+    from actors import ray_executor
 
     config = small_config(small_editor, "actors.runtime=ray", "actors.rollout_gpus=64")
-    with pytest.raises(ResourcesInfeasible, match=r"needs 64 GPUs \(1 rollout x 64, 1 reward x 0, 1 learner x 0\)"):
-        pool.reserve(config, crew(config, frozenset(), Learner), note=print)
+    with pytest.raises(
+        ResourcesInfeasible, match=r"needs 64 GPUs \(1 rollout x 64, 1 reward x 0, 1 learner x 0\)"
+    ):
+        ray_executor.reserve(config, crew(config, frozenset(), Learner), note=print)
 
 
 def test_nodes_are_compared_with_the_driver_and_a_difference_is_refused_unless_allowed(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actors import pool
+    from actors import ray_executor
 
     said: list[str] = []
-    pool.check_nodes(allow_skew=False, note=said.append)
+    ray_executor.check_nodes(allow_skew=False, note=said.append)
     assert said == []
-    here = {**pool.versions(), "torch": "1.0"}
+    here = {**ray_executor.versions(), "torch": "1.0"}
     monkeypatch.setattr(pool, "differences", lambda nodes, _: differences(nodes, here))
-    with pytest.raises(InputError, match=r"do not run the same code: .* has torch .*, here is 1\.0.*--allow-version-skew"):
-        pool.check_nodes(allow_skew=False, note=said.append)
-    pool.check_nodes(allow_skew=True, note=said.append)
+    with pytest.raises(
+        InputError,
+        match=r"do not run the same code: .* has torch .*, here is 1\.0.*--allow-version-skew",
+    ):
+        ray_executor.check_nodes(allow_skew=False, note=said.append)
+    ray_executor.check_nodes(allow_skew=True, note=said.append)
     assert len(said) == 1
 
 
@@ -182,10 +208,19 @@ def rl_edit(*arguments: object, **environment: str) -> tuple[int, list[str], flo
     return done.returncode, done.stderr.splitlines(), time.monotonic() - began
 
 
-def test_a_dead_cluster_address_is_refused_in_seconds_with_the_address(small_editor: str, tmp_path: Path) -> None:
+def test_a_dead_cluster_address_is_refused_in_seconds_with_the_address(
+    small_editor: str, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     small_config(small_editor, *ON_RAY, directory=tmp_path)
-    code, err, seconds = rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, "actors.runtime=ray", RAY_ADDRESS="127.0.0.1:1")
+    code, err, seconds = rl_edit(
+        "train",
+        tmp_path / "run.yaml",
+        "--run-dir",
+        run,
+        "actors.runtime=ray",
+        RAY_ADDRESS="127.0.0.1:1",
+    )
     assert code == 5
     (line,) = err
     assert "RAY_ADDRESS=127.0.0.1:1" in line and "ray start --head" in line
@@ -193,12 +228,17 @@ def test_a_dead_cluster_address_is_refused_in_seconds_with_the_address(small_edi
     assert not run.exists()
 
 
-def test_more_gpus_than_this_machine_has_are_refused_in_seconds_with_the_counts(small_editor: str, tmp_path: Path) -> None:
+def test_more_gpus_than_this_machine_has_are_refused_in_seconds_with_the_counts(
+    small_editor: str, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     small_config(small_editor, directory=tmp_path)
     settings = ("actors.runtime=ray", "actors.rollout_gpus=64", "actors.learner_gpus=1")
     code, err, seconds = rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, *settings)
     assert code == 4
-    assert "the run needs 65 GPUs (1 rollout x 64, 1 reward x 0, 1 learner x 1), the cluster has" in err[-1]
+    assert (
+        "the run needs 65 GPUs (1 rollout x 64, 1 reward x 0, 1 learner x 1), the cluster has"
+        in err[-1]
+    )
     assert seconds < 60
     assert not run.exists()

@@ -18,7 +18,15 @@ from typer.testing import CliRunner
 from rl_edit.cli.report import report_command
 from rl_edit.errors import InputError
 from rl_edit.report import render_report
-from rl_edit.report.charts import Series, line_chart, moving_average, nice_ticks, plain, signed, stacked_chart
+from rl_edit.report.charts import (
+    Series,
+    line_chart,
+    moving_average,
+    nice_ticks,
+    plain,
+    signed,
+    stacked_chart,
+)
 from rl_edit.report.run_files import read_run
 from rl_edit.report.strips import amplified_difference, heat_overlay, mask_outline, read_strip
 
@@ -45,7 +53,12 @@ def write_run(directory: Path, *, updates: int = 40, examples: int = 4) -> Path:
             "seed": 1,
             "status": "finished",
             "updates": 50,
-            "versions": {"python": "3.11.9", "torch": "2.13.0", "diffusers": "0.42.1", "commit": "0123abc"},
+            "versions": {
+                "python": "3.11.9",
+                "torch": "2.13.0",
+                "diffusers": "0.42.1",
+                "commit": "0123abc",
+            },
             "hardware": {"cpu": "2 cores", "memory_gb": 8, "gpu": None},
             "command": "rl-edit train --preset tiny-rc-grpo",
             "started": "2025-01-02T10:00:00Z",
@@ -53,14 +66,27 @@ def write_run(directory: Path, *, updates: int = 40, examples: int = 4) -> Path:
             "left_out_rewards": ["editscore: no endpoint configured"],
         },
     )
-    (directory / "config.yaml").write_text("method: rc-grpo\nrollout:\n  group_size: 8\nrewards:\n- kind: judge\n  weight: 1.0\n")
+    (directory / "config.yaml").write_text(
+        "method: rc-grpo\nrollout:\n  group_size: 8\nrewards:\n- kind: judge\n  weight: 1.0\n"
+    )
     lines = [json.dumps(metrics_row(update, updates, rng)) for update in range(updates)]
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    events = [{"time": 1735812000.0 + i, "event": "update_done", "update": i} for i in range(updates)]
+    events = [
+        {"time": 1735812000.0 + i, "event": "update_done", "update": i} for i in range(updates)
+    ]
     events.insert(
-        5, {"time": 1735812004.5, "event": "group_dropped", "reason": "no spread: all candidates score 0.41", "task_id": "t-0012"}
+        5,
+        {
+            "time": 1735812004.5,
+            "event": "group_dropped",
+            "reason": "no spread: all candidates score 0.41",
+            "task_id": "t-0012",
+        },
     )
-    events.insert(9, {"time": 1735812008.5, "event": "warning", "message": "reward actor answered after 9.5 s"})
+    events.insert(
+        9,
+        {"time": 1735812008.5, "event": "warning", "message": "reward actor answered after 9.5 s"},
+    )
     (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     write_json(directory / "evaluation.json", evaluation())
     for index in range(examples):
@@ -121,7 +147,9 @@ def comparison(shift: float = 0.0, n: int = 256) -> dict[str, Any]:
     }
     return {
         "base": {name: interval(base, half, n) for name, (base, _, half) in rows.items()},
-        "trained": {name: interval(base + delta, half, n) for name, (base, delta, half) in rows.items()},
+        "trained": {
+            name: interval(base + delta, half, n) for name, (base, delta, half) in rows.items()
+        },
         "delta": {name: interval(delta, half, n) for name, (_, delta, half) in rows.items()},
     }
 
@@ -139,20 +167,43 @@ def evaluation() -> dict[str, Any]:
     return {**comparison(), "by_type": by_type, "meta": meta}
 
 
-def write_example(directory: Path, index: int, rng: np.random.Generator, *, size: int = 64, instruction: str | None = None) -> None:
+def write_example(
+    directory: Path,
+    index: int,
+    rng: np.random.Generator,
+    *,
+    size: int = 64,
+    instruction: str | None = None,
+) -> None:
     directory.mkdir(parents=True)
     rows, columns = np.mgrid[0:size, 0:size]
-    ground = np.stack([90 + rows, 120 + columns // 2, 150 - rows // 2], axis=2) + rng.integers(-8, 9, (size, size, 1))
+    ground = np.stack([90 + rows, 120 + columns // 2, 150 - rows // 2], axis=2) + rng.integers(
+        -8, 9, (size, size, 1)
+    )
     source = np.clip(ground, 0, 255).astype(np.uint8)
     source[size // 8 : size // 3, size // 2 : size * 7 // 8] = (210, 180, 60)
-    mask = (rows - size * 0.62) ** 2 + (columns - size * (0.3 + 0.1 * index % 0.4)) ** 2 < (size * 0.2) ** 2
+    mask = (rows - size * 0.62) ** 2 + (columns - size * (0.3 + 0.1 * index % 0.4)) ** 2 < (
+        size * 0.2
+    ) ** 2
     target, base, trained = source.copy(), source.copy(), source.copy()
     target[mask], base[mask], trained[mask] = (210, 40, 40), (150, 90, 100), (200, 50, 48)
-    trained = np.clip(trained.astype(int) + rng.integers(-4, 5, trained.shape), 0, 255).astype(np.uint8)
-    pictures = {"source": source, "mask": mask.astype(np.uint8) * 255, "target": target, "base": base, "trained": trained}
+    trained = np.clip(trained.astype(int) + rng.integers(-4, 5, trained.shape), 0, 255).astype(
+        np.uint8
+    )
+    pictures = {
+        "source": source,
+        "mask": mask.astype(np.uint8) * 255,
+        "target": target,
+        "base": base,
+        "trained": trained,
+    }
     tokens = mask[:: size // 16, :: size // 16].astype(float)
-    pictures["attention_base"] = (40 + 90 * tokens + rng.uniform(0, 60, tokens.shape)).astype(np.uint8)
-    pictures["attention_trained"] = (20 + 190 * tokens + rng.uniform(0, 30, tokens.shape)).astype(np.uint8)
+    pictures["attention_base"] = (40 + 90 * tokens + rng.uniform(0, 60, tokens.shape)).astype(
+        np.uint8
+    )
+    pictures["attention_trained"] = (20 + 190 * tokens + rng.uniform(0, 30, tokens.shape)).astype(
+        np.uint8
+    )
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(directory / f"{name}.png")
     write_json(
@@ -163,7 +214,11 @@ def write_example(directory: Path, index: int, rng: np.random.Generator, *, size
             "instruction": instruction or INSTRUCTIONS[index % len(INSTRUCTIONS)],
             "metrics": {
                 "base": {"instruction": 0.31, "background_psnr_masked": 30.1, "reward": 0.9},
-                "trained": {"instruction": 0.72 + index / 100, "background_psnr_masked": 31.0, "reward": 1.3},
+                "trained": {
+                    "instruction": 0.72 + index / 100,
+                    "background_psnr_masked": 31.0,
+                    "reward": 1.3,
+                },
             },
         },
     )
@@ -203,14 +258,29 @@ def page(run_dir: Path) -> str:
 
 def test_title_block_names_run_method_editor_seed_adapter_and_updates(page: str) -> None:
     text = Page(page).text
-    for fact in ("tiny-rc-grpo-seed1", "rc-grpo", "tiny-kontext", "40:ab12cd34ef56", "40 of 50", "finished"):
+    for fact in (
+        "tiny-rc-grpo-seed1",
+        "rc-grpo",
+        "tiny-kontext",
+        "40:ab12cd34ef56",
+        "40 of 50",
+        "finished",
+    ):
         assert fact in text, fact
     assert "Seed 1" in text
 
 
-def test_headline_tiles_show_delta_interval_n_and_colour_by_whether_zero_is_excluded(page: str) -> None:
-    tiles = dict(re.findall(r'<div class="card tile (\w+)">\s*<h2>([^<]+)', page)[i][::-1] for i in range(3))
-    assert tiles == {"Training reward": "better", "Instruction score": "better", "Background PSNR": "unclear"}
+def test_headline_tiles_show_delta_interval_n_and_colour_by_whether_zero_is_excluded(
+    page: str,
+) -> None:
+    tiles = dict(
+        re.findall(r'<div class="card tile (\w+)">\s*<h2>([^<]+)', page)[i][::-1] for i in range(3)
+    )
+    assert tiles == {
+        "Training reward": "better",
+        "Instruction score": "better",
+        "Background PSNR": "unclear",
+    }
     text = Page(page).text
     assert "+0.131 " in text and "95 % paired interval +0.113 to +0.149, n = 256" in text
     assert "\u22120.03 dB" in text and "95 % paired interval \u22120.09 to +0.03, n = 256" in text
@@ -232,7 +302,9 @@ def test_comparison_table_has_every_metric_with_known_ones_first(page: str) -> N
     assert 'num worse"><b>\u22120.31</b>' in table
 
 
-def test_a_clear_change_of_a_quantity_without_a_good_direction_is_neither_green_nor_red(page: str) -> None:
+def test_a_clear_change_of_a_quantity_without_a_good_direction_is_neither_green_nor_red(
+    page: str,
+) -> None:
     row = next(part for part in page.split("<tr>") if part.startswith("<th>sharpness index"))
     assert 'class="num moved"' in row and "better" not in row and "worse" not in row
 
@@ -241,10 +313,15 @@ def test_every_task_type_has_base_trained_and_delta_for_each_headline_metric(pag
     section = page[page.index("By task type") : page.index("Other metrics by task type")]
     for kind in TYPES:
         assert section.count(f"<th>{kind}</th>") == 4
-    assert '<th>add</th><td class="num">0.495</td><td class="num">0.586</td><td class="num better"><b>+0.091</b>' in section
+    assert (
+        '<th>add</th><td class="num">0.495</td><td class="num">0.586</td><td class="num better"><b>+0.091</b>'
+        in section
+    )
 
 
-def test_every_metric_key_is_drawn_in_a_chart_with_axis_names_and_last_value(page: str, run_dir: Path) -> None:
+def test_every_metric_key_is_drawn_in_a_chart_with_axis_names_and_last_value(
+    page: str, run_dir: Path
+) -> None:
     titles = re.findall(r'<svg class="plot"[^>]*aria-label="([^"]+)"', page)
     for title in (
         "Total reward",
@@ -304,12 +381,16 @@ def test_every_strip_has_all_its_panels_and_numbers(page: str) -> None:
         assert strip.count("data:image/png;base64,") == 8 and strip.count('class="pixelated"') == 8
 
 
-def test_optional_target_and_attention_are_left_out_of_the_strip_when_absent(tmp_path: Path) -> None:
+def test_optional_target_and_attention_are_left_out_of_the_strip_when_absent(
+    tmp_path: Path,
+) -> None:
     write_example(tmp_path / "a", 0, np.random.default_rng(0))
     for name in ("target", "attention_base", "attention_trained"):
         (tmp_path / "a" / f"{name}.png").unlink()
     titles = [panel.title for panel in read_strip(tmp_path / "a").panels]
-    assert len(titles) == 5 and not any("target" in title or "attention" in title for title in titles)
+    assert len(titles) == 5 and not any(
+        "target" in title or "attention" in title for title in titles
+    )
 
 
 def test_large_pictures_are_embedded_small_and_smooth(tmp_path: Path) -> None:
@@ -319,7 +400,9 @@ def test_large_pictures_are_embedded_small_and_smooth(tmp_path: Path) -> None:
     assert (strip.width, strip.height) == (512, 512)
 
 
-def test_an_example_that_cannot_be_drawn_is_named_with_the_reason_and_the_others_are_drawn(tmp_path: Path) -> None:
+def test_an_example_that_cannot_be_drawn_is_named_with_the_reason_and_the_others_are_drawn(
+    tmp_path: Path,
+) -> None:
     run = write_run(tmp_path / "run", updates=2, examples=4)
     images = run / "evaluation" / "images"
     Image.new("RGB", (32, 32)).save(images / "shapes-0000" / "trained.png")
@@ -335,12 +418,25 @@ def test_an_example_that_cannot_be_drawn_is_named_with_the_reason_and_the_others
 
 def test_user_text_is_escaped_everywhere(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", updates=3, examples=0)
-    write_example(run / "evaluation" / "images" / "t", 0, np.random.default_rng(0), instruction=HOSTILE)
+    write_example(
+        run / "evaluation" / "images" / "t", 0, np.random.default_rng(0), instruction=HOSTILE
+    )
     about = json.loads((run / "run.json").read_text())
-    write_json(run / "run.json", {**about, "name": HOSTILE, "method": HOSTILE, "command": HOSTILE, "status": HOSTILE})
+    write_json(
+        run / "run.json",
+        {**about, "name": HOSTILE, "method": HOSTILE, "command": HOSTILE, "status": HOSTILE},
+    )
     (run / "config.yaml").write_text(HOSTILE)
-    (run / "events.jsonl").write_text(json.dumps({"time": HOSTILE, "event": "warning", "message": HOSTILE}) + "\n")
-    row = {"update": 3, f"reward/{HOSTILE}/mean": 1.0, f"seconds/{HOSTILE}": 1.0, f"groups/{HOSTILE}": 1.0, HOSTILE: 2.0}
+    (run / "events.jsonl").write_text(
+        json.dumps({"time": HOSTILE, "event": "warning", "message": HOSTILE}) + "\n"
+    )
+    row = {
+        "update": 3,
+        f"reward/{HOSTILE}/mean": 1.0,
+        f"seconds/{HOSTILE}": 1.0,
+        f"groups/{HOSTILE}": 1.0,
+        HOSTILE: 2.0,
+    }
     with (run / "metrics.jsonl").open("a") as lines:
         lines.write(json.dumps(row) + "\n")
     page = Page(render_report(run).read_text())
@@ -351,13 +447,20 @@ def test_user_text_is_escaped_everywhere(tmp_path: Path) -> None:
 
 def test_page_loads_nothing_but_itself(page: str) -> None:
     parsed = Page(page)
-    assert "http://" not in page and "https://" not in page and "@import" not in page and "url(" not in page
+    assert (
+        "http://" not in page
+        and "https://" not in page
+        and "@import" not in page
+        and "url(" not in page
+    )
     for tag, attributes in parsed.tags:
         assert tag not in {"script", "iframe", "object", "embed"}
         for name in ("src", "srcset", "data", "href", "xlink:href", "poster"):
             if name in attributes:
                 assert attributes[name].startswith(("data:", "#")), (tag, name)
-    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert "default-src 'none'" in policy
 
 
@@ -365,25 +468,39 @@ def test_configuration_environment_and_notable_events_are_shown(page: str) -> No
     text = Page(page).text
     assert "group_size: 8" in text and "rl-edit train --preset tiny-rc-grpo" in text
     assert "torch 2.13.0" in text and "cpu 2 cores" in text
-    assert "no spread: all candidates score 0.41" in text and "reward actor answered after 9.5 s" in text
+    assert (
+        "no spread: all candidates score 0.41" in text
+        and "reward actor answered after 9.5 s" in text
+    )
     assert "2025-01-02 10:00:04 UTC" in text
     assert "update_done \u00d7 40" in text and "update: 17" not in text
     assert "editscore: no endpoint configured" in text
 
 
-def test_a_half_written_last_line_is_no_fault_but_a_broken_middle_line_is_counted(tmp_path: Path) -> None:
+def test_a_half_written_last_line_is_no_fault_but_a_broken_middle_line_is_counted(
+    tmp_path: Path,
+) -> None:
     good = [json.dumps({"update": i, "reward/total/mean": 0.5 + i}) for i in range(3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(good) + '\n{"update": 3, "reward/tot')
     text = render_report(tmp_path).read_text()
     assert "3 of ?" in text and "could not be read" not in text
-    (tmp_path / "metrics.jsonl").write_text("\n".join([good[0], '{"update": 1, "rew', *good[1:]]) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join([good[0], '{"update": 1, "rew', *good[1:]]) + "\n"
+    )
     text = render_report(tmp_path).read_text()
     assert "3 of ?" in text and "1 line of metrics.jsonl could not be read" in text
 
 
 def test_nan_none_and_infinity_are_skipped_not_drawn(tmp_path: Path) -> None:
-    rows = ['{"update": 0, "gradient/norm": 0.5}', '{"update": 1, "gradient/norm": NaN}', '{"update": 2, "gradient/norm": null}']
-    rows += ['{"update": 3, "gradient/norm": Infinity}', '{"update": 4, "gradient/norm": 0.75, "clip/share": NaN}']
+    rows = [
+        '{"update": 0, "gradient/norm": 0.5}',
+        '{"update": 1, "gradient/norm": NaN}',
+        '{"update": 2, "gradient/norm": null}',
+    ]
+    rows += [
+        '{"update": 3, "gradient/norm": Infinity}',
+        '{"update": 4, "gradient/norm": 0.75, "clip/share": NaN}',
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     assert read_run(tmp_path).column("gradient/norm") == ((0.0, 0.5), (4.0, 0.75))
     text = render_report(tmp_path).read_text()
@@ -405,8 +522,15 @@ def test_metrics_without_a_number_read_as_a_dash(tmp_path: Path) -> None:
 
 def test_a_resumed_run_counts_a_repeated_update_once_with_its_later_value(tmp_path: Path) -> None:
     rows = [(0, 0.1), (1, 0.2), (2, 0.3), (1, 0.25), (2, 0.35), (3, 0.4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"update": u, "reward/total/mean": r}) + "\n" for u, r in rows))
-    assert read_run(tmp_path).column("reward/total/mean") == ((0.0, 0.1), (1.0, 0.25), (2.0, 0.35), (3.0, 0.4))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"update": u, "reward/total/mean": r}) + "\n" for u, r in rows)
+    )
+    assert read_run(tmp_path).column("reward/total/mean") == (
+        (0.0, 0.1),
+        (1.0, 0.25),
+        (2.0, 0.35),
+        (3.0, 0.4),
+    )
     assert "4 of ?" in render_report(tmp_path).read_text()
 
 
@@ -426,14 +550,20 @@ def test_missing_parts_are_said_plainly(tmp_path: Path) -> None:
 
 
 def test_evaluated_and_last_adapter_are_told_apart_when_they_differ(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"update": 9, "adapter": "10:bbbb", "reward/total/mean": 1.0}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"update": 9, "adapter": "10:bbbb", "reward/total/mean": 1.0}\n'
+    )
     write_json(tmp_path / "evaluation.json", {**comparison(), "meta": {"adapter": "5:aaaa"}})
     text = Page(render_report(tmp_path).read_text()).text
     assert "Adapter, evaluated 5:aaaa" in text and "Adapter, last update 10:bbbb" in text
 
 
-@pytest.mark.parametrize("content", [None, {}, {"config.yaml": "seed: 1\n"}, {"metrics.jsonl": '{"update": 0, "rew'}])
-def test_nothing_to_show_is_an_input_error_and_writes_nothing(tmp_path: Path, content: dict[str, str] | None) -> None:
+@pytest.mark.parametrize(
+    "content", [None, {}, {"config.yaml": "seed: 1\n"}, {"metrics.jsonl": '{"update": 0, "rew'}]
+)
+def test_nothing_to_show_is_an_input_error_and_writes_nothing(
+    tmp_path: Path, content: dict[str, str] | None
+) -> None:
     run = tmp_path / "run"
     if content is not None:
         run.mkdir()
@@ -444,7 +574,9 @@ def test_nothing_to_show_is_an_input_error_and_writes_nothing(tmp_path: Path, co
     assert not (run / "report.html").exists()
 
 
-def test_a_broken_evaluation_is_an_input_error_and_keeps_the_old_page(run_dir: Path, tmp_path: Path) -> None:
+def test_a_broken_evaluation_is_an_input_error_and_keeps_the_old_page(
+    run_dir: Path, tmp_path: Path
+) -> None:
     run = write_run(tmp_path / "run", updates=2, examples=0)
     before = render_report(run).read_bytes()
     (run / "evaluation.json").write_text('{"base": {')
@@ -474,7 +606,10 @@ def test_command_prints_the_path_of_the_page(run_dir: Path) -> None:
 
 
 def test_difference_is_absolute_times_four_and_clipped() -> None:
-    first, second = np.array([[[10, 200, 0]]], dtype=np.uint8), np.array([[[12, 100, 0]]], dtype=np.uint8)
+    first, second = (
+        np.array([[[10, 200, 0]]], dtype=np.uint8),
+        np.array([[[12, 100, 0]]], dtype=np.uint8),
+    )
     assert amplified_difference(first, second).tolist() == [[[8, 255, 0]]]
     assert amplified_difference(second, first).tolist() == [[[8, 255, 0]]]
 
@@ -500,7 +635,10 @@ def test_moving_average_starts_at_the_first_value_and_keeps_a_constant() -> None
     assert moving_average([1.0, 3.0], 3) == pytest.approx([1.0, expected])
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 17.0), (31.91, 32.04), (5.0, 5.0), (0.0, 0.0), (1e-9, 3e-9), (-2e6, 4e6)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 1.0), (-3.2, 17.0), (31.91, 32.04), (5.0, 5.0), (0.0, 0.0), (1e-9, 3e-9), (-2e6, 4e6)],
+)
 def test_ticks_are_even_enclose_the_data_and_stay_few(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     slack = 1e-6 * (ticks[1] - ticks[0])
@@ -530,6 +668,8 @@ def test_a_single_update_draws_a_dot_and_no_data_draws_no_chart() -> None:
 def test_stacked_bars_add_up_to_the_height_of_their_sum() -> None:
     chart = stacked_chart(title="t", unit="s", phases={"a": ((0.0, 1.0),), "b": ((0.0, 3.0),)})
     assert chart is not None
-    heights = [float(height) for height in re.findall(r'<rect class="bar[^>]*height="([\d.]+)"', chart.svg)]
+    heights = [
+        float(height) for height in re.findall(r'<rect class="bar[^>]*height="([\d.]+)"', chart.svg)
+    ]
     assert heights[1] == pytest.approx(3 * heights[0], abs=0.3)
     assert "a: 1 s\nb: 3 s" in chart.svg

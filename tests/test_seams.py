@@ -16,12 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from rl_edit.advantages import Advantages, Declined
-from rl_edit.algorithms import METHODS, Algorithm
 from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import InputError
-from rl_edit.objectives import Policy, ReplayPoint, Setting, Velocities
-from rl_edit.regions import UniformRows
+from rl_edit.method.advantages import Advantages, Declined
+from rl_edit.method.algorithms import METHODS, Algorithm
+from rl_edit.method.objectives import Policy, ReplayPoint, Setting, Velocities
+from rl_edit.method.regions import UniformRows
 from rl_edit.types import LossOutput, RewardTable, RolloutGroup
 from runs import adapter_bytes, command, metrics_of, run_inline, small_config
 
@@ -51,26 +51,44 @@ class Imitation(BaseModel):
 
     def check(self, setting: Setting) -> None:
         if setting.num_steps < 3:
-            raise ValueError(f"imitates from the third step on, and rollout.num_steps is {setting.num_steps}: use at least 3.")
+            raise ValueError(
+                f"imitates from the third step on, and rollout.num_steps is {setting.num_steps}: use at least 3."
+            )
 
     def trained_steps(self, levels: Tensor, generator: torch.Generator) -> tuple[int, ...]:
         return (0, len(levels) - 1)
 
     def replay(
-        self, group: RolloutGroup, advantages: Advantages, *, num_references: int, generator: torch.Generator, rows: int | None = None
+        self,
+        group: RolloutGroup,
+        advantages: Advantages,
+        *,
+        num_references: int,
+        generator: torch.Generator,
+        states_per_forward: int | None = None,
     ) -> list[ReplayPoint]:
         gain, points = advantages.values[:, 0].clamp(min=0), []
         for part in torch.arange(len(gain)).split(rows or len(gain)):
             context = Imitated(clean=group.next_latents[part, -1], gain=gain[part])
             sigma = group.sigmas[0].expand(len(part))
-            points.append(ReplayPoint(latents=group.latents[part, 0], sigma=sigma, context=context, weight=len(part) / len(gain)))
+            points.append(
+                ReplayPoint(
+                    latents=group.latents[part, 0],
+                    sigma=sigma,
+                    context=context,
+                    weight=len(part) / len(gain),
+                )
+            )
         return points
 
     def loss(self, point: ReplayPoint, velocities: Velocities) -> LossOutput:
         found = point.latents - point.sigma[:, None, None] * velocities.policy
         error = (found - point.context.clean).square().mean(dim=(1, 2))
         drift = (velocities.policy - velocities.of("reference")).square().mean()
-        return LossOutput(loss=(point.context.gain * error).mean() + self.held * drift, metrics={"imitation/error": error.detach().mean()})
+        return LossOutput(
+            loss=(point.context.gain * error).mean() + self.held * drift,
+            metrics={"imitation/error": error.detach().mean()},
+        )
 
 
 class BestOnly(BaseModel):
@@ -84,7 +102,9 @@ class BestOnly(BaseModel):
     def needed_components(self) -> tuple[str, ...]:
         return ()
 
-    def __call__(self, tables: Sequence[RewardTable], areas: Sequence[Tensor]) -> list[Advantages | Declined]:
+    def __call__(
+        self, tables: Sequence[RewardTable], areas: Sequence[Tensor]
+    ) -> list[Advantages | Declined]:
         found: list[Advantages | Declined] = []
         for table, where in zip(tables, areas, strict=True):
             total = (table.values * torch.tensor(table.weights)).sum(dim=1)
@@ -167,30 +187,52 @@ def made_up(editor: str, *overrides: str, directory: Path | None = None) -> RunC
     return small_config(editor, MADE_UP, *overrides, directory=directory)
 
 
-def test_a_made_up_objective_and_credit_rule_train_through_the_real_loop(small_editor: str, tmp_path: Path) -> None:
-    config = made_up(small_editor, "train.updates=2", "train.rows=3")
+def test_a_made_up_objective_and_credit_rule_train_through_the_real_loop(
+    small_editor: str, tmp_path: Path
+) -> None:
+    config = made_up(small_editor, "train.updates=2", "train.states_per_forward=3")
     outcome = run_inline(config, tmp_path / "run")
     assert outcome.updates_done == 2 and outcome.adapter is not None
-    assert any(bool(tensor.any()) for name, tensor in outcome.adapter.tensors.items() if "lora_B" in name)
+    assert any(
+        bool(tensor.any()) for name, tensor in outcome.adapter.tensors.items() if "lora_B" in name
+    )
     written = metrics_of(tmp_path / "run")
     assert len(written) == 2 and all("imitation/error" in str(record) for record in written)
-    other = run_inline(made_up(small_editor, "train.updates=2", "train.rows=3", "algorithm.objective.held=5"), tmp_path / "other")
+    other = run_inline(
+        made_up(
+            small_editor,
+            "train.updates=2",
+            "train.states_per_forward=3",
+            "algorithm.objective.held=5",
+        ),
+        tmp_path / "other",
+    )
     assert adapter_bytes(other) != adapter_bytes(outcome)
 
 
-def test_a_made_up_method_interrupted_and_resumed_ends_with_the_same_bytes(small_editor: str, tmp_path: Path) -> None:
+def test_a_made_up_method_interrupted_and_resumed_ends_with_the_same_bytes(
+    small_editor: str, tmp_path: Path
+) -> None:
     config = made_up(small_editor, "train.updates=2")
     whole = run_inline(config, tmp_path / "whole")
     run_inline(config, tmp_path / "cut", stop_after=1)
     assert adapter_bytes(run_inline(config, tmp_path / "cut", resume=True)) == adapter_bytes(whole)
 
 
-def test_a_made_up_method_survives_the_round_trip_through_config_yaml(small_editor: str, tmp_path: Path) -> None:
+def test_a_made_up_method_survives_the_round_trip_through_config_yaml(
+    small_editor: str, tmp_path: Path
+) -> None:
     config = made_up(small_editor)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     again = load_config(tmp_path / "config.yaml")
-    assert again == config and again.sha256() == config.sha256() and again.to_yaml() == config.to_yaml()
-    assert isinstance(again.algorithm.objective, Imitation) and again.algorithm.objective.held == 0.2
+    assert (
+        again == config
+        and again.sha256() == config.sha256()
+        and again.to_yaml() == config.to_yaml()
+    )
+    assert (
+        isinstance(again.algorithm.objective, Imitation) and again.algorithm.objective.held == 0.2
+    )
     assert isinstance(again.algorithm.credit, BestOnly)
     other = made_up(small_editor, "algorithm.objective.held=0.3")
     assert other.sha256() != config.sha256()
@@ -198,7 +240,8 @@ def test_a_made_up_method_survives_the_round_trip_through_config_yaml(small_edit
 
 def test_a_made_up_objective_can_be_wrapped_and_given_as_an_object(small_editor: str) -> None:
     wrapped = small_config(
-        small_editor, "algorithm={objective: {kind: background_anchored, target: source, inner: {kind: 'test_seams:Imitation'}}}"
+        small_editor,
+        "algorithm={objective: {kind: background_regularised, target: source, inner: {kind: 'test_seams:Imitation'}}}",
     )
     assert isinstance(wrapped.algorithm.objective.inner, Imitation)  # type: ignore[attr-defined]
     assert wrapped.algorithm.objective.policies == {"reference"}
@@ -209,7 +252,10 @@ def test_a_made_up_objective_can_be_wrapped_and_given_as_an_object(small_editor:
 
 def test_a_made_up_methods_own_refusals_name_the_seam(small_editor: str) -> None:
     said = refusal(small_editor, MADE_UP, "rollout.num_steps=2")
-    assert "algorithm.objective 'test_seams:Imitation' imitates from the third step on" in said and "use at least 3" in said
+    assert (
+        "algorithm.objective 'test_seams:Imitation' imitates from the third step on" in said
+        and "use at least 3" in said
+    )
 
 
 def refusal(editor: str, *overrides: str, rewards: dict[str, Any] | None = None) -> str:
@@ -224,8 +270,16 @@ def refusal(editor: str, *overrides: str, rewards: dict[str, Any] | None = None)
 @pytest.mark.parametrize(
     ("seam", "kind", "words"),
     [
-        ("objective", "no_such_module:Ratio", ("'no_such_module:Ratio'", "cannot be imported", "PYTHONPATH")),
-        ("objective", "test_seams:Absent", ("'test_seams:Absent'", "has no frozen pydantic model 'Absent'")),
+        (
+            "objective",
+            "no_such_module:Ratio",
+            ("'no_such_module:Ratio'", "cannot be imported", "PYTHONPATH"),
+        ),
+        (
+            "objective",
+            "test_seams:Absent",
+            ("'test_seams:Absent'", "has no frozen pydantic model 'Absent'"),
+        ),
         ("objective", "test_seams:", ("'test_seams:'", "has no frozen pydantic model")),
         ("objective", "test_seams:refusal", ("no frozen pydantic model 'refusal'",)),
         ("objective", "test_seams:NoModel", ("no frozen pydantic model 'NoModel'",)),
@@ -240,12 +294,17 @@ def refusal(editor: str, *overrides: str, rewards: dict[str, Any] | None = None)
         ("credit", "no_such_module:Rule", ("cannot be imported",)),
     ],
 )
-def test_a_class_that_is_no_method_is_refused_in_one_line(small_editor: str, seam: str, kind: str, words: tuple[str, ...]) -> None:
+def test_a_class_that_is_no_method_is_refused_in_one_line(
+    small_editor: str, seam: str, kind: str, words: tuple[str, ...]
+) -> None:
     said = refusal(small_editor, f"algorithm={{{seam}: {{kind: '{kind}'}}}}")
     assert [word for word in words if word not in said] == []
 
 
-@pytest.mark.parametrize("kind", ["broken_in_syntax:Ratio", "broken_when_run:Ratio", "leaves_when_run:Ratio", ".relative:Ratio"])
+@pytest.mark.parametrize(
+    "kind",
+    ["broken_in_syntax:Ratio", "broken_when_run:Ratio", "leaves_when_run:Ratio", ".relative:Ratio"],
+)
 def test_a_module_that_cannot_be_run_is_refused_in_one_line(
     small_editor: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,18 +321,34 @@ def test_a_made_up_methods_options_are_checked_like_all_others(small_editor: str
 
 
 def test_the_command_line_shows_a_made_up_method_and_refuses_a_bad_one_with_exit_code_two(
-    small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_editor: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made_up(small_editor, directory=tmp_path)
     code, out, err = command(monkeypatch, capsys, "show-config", tmp_path / "run.yaml", MADE_UP)
     assert (code, list(err)) == (0, []) and "test_seams:Imitation" in out and "held: 0.2" in out
-    code, _, err = command(monkeypatch, capsys, "show-config", tmp_path / "run.yaml", "algorithm.objective={kind: 'test_seams:Idle'}")
+    code, _, err = command(
+        monkeypatch,
+        capsys,
+        "show-config",
+        tmp_path / "run.yaml",
+        "algorithm.objective={kind: 'test_seams:Idle'}",
+    )
     assert code == 2 and len(err) == 1 and "lacks loss, replay" in err[0]
 
 
 # --- no loop knows a method -------------------------------------------------------------------------------------------
 
-LOOPS = sorted([*(ROOT / "learner").glob("*.py"), *(ROOT / "actors").glob("*.py"), ROOT / "rl_edit/rollout.py", ROOT / "rl_edit/update.py"])
+LOOPS = sorted(
+    [
+        *(ROOT / "learner").glob("*.py"),
+        *(ROOT / "actors").glob("*.py"),
+        ROOT / "rl_edit/method/rollout.py",
+        ROOT / "rl_edit/method/update.py",
+    ]
+)
 NAMED = re.compile(
     "|".join(sorted({re.escape(name).replace(r"\-", "[-_ ]?") for name in METHODS}))
     + r"|grpo|flow[-_ ]?grpo|dance[-_ ]?grpo|mix[-_ ]?grpo|(?<![a-z])nft(?![a-z])|diffusion[-_ ]?nft|co[-_ ]?co[-_ ]?edit|spatial[-_ ]?flow"
@@ -283,26 +358,46 @@ NAMED = re.compile(
 
 
 def test_the_words_that_name_a_method_are_recognised() -> None:
-    assert all(NAMED.search(f"as in {name}, say") for name in [*METHODS, "flow_grpo", "MixGRPO", "DiffusionNFT", "CoCoEdit", "SpatialFlow"])
+    assert all(
+        NAMED.search(f"as in {name}, say")
+        for name in [*METHODS, "flow_grpo", "MixGRPO", "DiffusionNFT", "CoCoEdit", "SpatialFlow"]
+    )
     assert not NAMED.search("mixed groups, a flow of grouped edits, an nftables rule")
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_loop_mentions_a_method_or_paper_in_code_comment_or_docstring(path: Path) -> None:
-    found = [(number, line) for number, line in enumerate(path.read_text().splitlines(), start=1) if NAMED.search(line)]
+    found = [
+        (number, line)
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if NAMED.search(line)
+    ]
     assert found == []
 
 
 # --- impossible combinations ------------------------------------------------------------------------------------------
 
-JUDGED = {"judge": {"kind": "shapes_judge", "weight": 1.0}, "preservation": {"kind": "preservation", "weight": 0.3}}
+JUDGED = {
+    "judge": {"kind": "shapes_judge", "weight": 1.0},
+    "preservation": {"kind": "preservation", "weight": 0.3},
+}
 PLAIN = {"preservation": {"kind": "preservation", "weight": 1.0}}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_with_one_candidate_is_refused(small_editor: str, name: str) -> None:
-    said = refusal(small_editor, f"algorithm={{name: {name}}}", "rollout.group_size=1", "rollout.num_steps=4", rewards=JUDGED)
-    assert "rollout.group_size is 1" in said and "every advantage is zero" in said and "Raise rollout.group_size" in said
+    said = refusal(
+        small_editor,
+        f"algorithm={{name: {name}}}",
+        "rollout.group_size=1",
+        "rollout.num_steps=4",
+        rewards=JUDGED,
+    )
+    assert (
+        "rollout.group_size is 1" in said
+        and "every advantage is zero" in said
+        and "Raise rollout.group_size" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -354,7 +449,10 @@ def test_every_method_with_one_candidate_is_refused(small_editor: str, name: str
             ("algorithm.objective 'neighbor'", "step_noise {kind: none}", "transition"),
         ),
         (
-            ("algorithm.step_noise={kind: constant}", "algorithm.objective={kind: background_anchored, inner: {num_anchors: 2}}"),
+            (
+                "algorithm.step_noise={kind: constant}",
+                "algorithm.objective={kind: background_regularised, inner: {num_anchors: 2}}",
+            ),
             PLAIN,
             ("inner 'neighbor'", "step_noise {kind: none}"),
         ),
@@ -364,9 +462,9 @@ def test_every_method_with_one_candidate_is_refused(small_editor: str, name: str
             ("algorithm.objective 'transition'", "step_noise {kind: constant}", "neighbor"),
         ),
         (
-            ("algorithm.initial_noise={inside: 0.7, keep_reference: false, locality: 0.5}",),
+            ("algorithm.initial_noise={inside: 0.7, keep_reference: false, background_pull: 0.5}",),
             PLAIN,
-            ("locality 0.5", "keep_reference is false", "set it to true"),
+            ("background_pull 0.5", "keep_reference is false", "set it to true"),
         ),
         (
             ("algorithm.initial_noise={inside: 0, outside: 0}",),
@@ -386,16 +484,21 @@ def test_every_method_with_one_candidate_is_refused(small_editor: str, name: str
     ],
 )
 def test_an_impossible_combination_is_refused_when_the_config_is_read(
-    small_editor: str, overrides: tuple[str, ...], rewards: dict[str, Any] | None, words: tuple[str, ...]
+    small_editor: str,
+    overrides: tuple[str, ...],
+    rewards: dict[str, Any] | None,
+    words: tuple[str, ...],
 ) -> None:
     said = refusal(small_editor, *overrides, rewards=rewards)
     assert [word for word in words if word not in said] == []
 
 
-def test_locality_with_stochastic_steps_is_refused_when_their_density_is_trained(small_editor: str) -> None:
-    held = "initial_noise: {inside: 0.7, keep_reference: true, locality: 0.5}"
+def test_locality_with_stochastic_steps_is_refused_when_their_density_is_trained(
+    small_editor: str,
+) -> None:
+    held = "initial_noise: {inside: 0.7, keep_reference: true, background_pull: 0.5}"
     said = refusal(small_editor, f"algorithm={{name: flow-grpo, {held}}}", rewards=PLAIN)
-    assert "locality 0.5" in said
+    assert "background_pull 0.5" in said
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
-from learner.supervisor import LONGEST_BACKOFF_S, QUARANTINE_WINDOW_S, SHORTEST_DEADLINE_S, GivenUp, Supervisor
+from learner.controller.supervisor import (
+    LONGEST_BACKOFF_S,
+    QUARANTINE_WINDOW_S,
+    SHORTEST_DEADLINE_S,
+    GivenUp,
+    Supervisor,
+)
 from rl_edit.config import ActorsConfig
 from rl_edit.errors import InputError, ResourcesInfeasible, WorkerLost, WorkFailed
-from rl_edit.update import TrainingFailed
+from rl_edit.method.update import TrainingFailed
 
 
 class Scripted:
@@ -93,8 +99,12 @@ def supervised(
     told = Told()
 
     async def run() -> Any:
-        config = ActorsConfig(**{"runtime": "inline", "backoff_s": 0, "num_rollout": seats, **asked})
-        supervisor = Supervisor(puppets, config, on_event=told, clock=clock or Clock(), patience_s=patience_s)  # type: ignore[arg-type]
+        config = ActorsConfig(
+            **{"runtime": "inline", "backoff_s": 0, "num_rollout": seats, **asked}
+        )
+        supervisor = Supervisor(
+            puppets, config, on_event=told, clock=clock or Clock(), patience_s=patience_s
+        )  # type: ignore[arg-type]
         supervisor.open("rollout", seats)
         return await body(supervisor)
 
@@ -108,7 +118,9 @@ async def work(supervisor: Supervisor, **more: Any) -> Any:
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
-def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_times_the_usual_within_bounds() -> None:
+def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_times_the_usual_within_bounds() -> (
+    None
+):
     clock = Clock()
 
     async def body(supervisor: Supervisor) -> list[float]:
@@ -119,7 +131,9 @@ def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_time
         return [*seen, supervisor.deadline_s("learn"), supervisor.deadline_s("start")]
 
     script = [clock.passes(seconds) for seconds in (20, 70, 2, 1000)]
-    seen, _ = supervised(Puppets(run=script), body, clock=clock, deadline_s=600, start_timeout_s=1800)
+    seen, _ = supervised(
+        Puppets(run=script), body, clock=clock, deadline_s=600, start_timeout_s=1800
+    )
     usual = 20.0
     expected = [600.0, 5 * usual]
     for seconds in (70, 2, 1000):
@@ -130,7 +144,9 @@ def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_time
 
 
 @pytest.mark.parametrize(("patience_s", "expected"), [(0.0, 60.0), (363.0, 423.0), (900.0, 600.0)])
-def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(patience_s: float, expected: float) -> None:
+def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(
+    patience_s: float, expected: float
+) -> None:
     clock = Clock()
 
     async def body(supervisor: Supervisor) -> tuple[float, float]:
@@ -139,7 +155,9 @@ def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(patienc
         return supervisor.deadline_s("score"), supervisor.deadline_s("run")
 
     script = {"score": [clock.passes(2.0)], "run": [clock.passes(2.0)]}
-    seen, _ = supervised(Puppets(**script), body, clock=clock, patience_s=patience_s, deadline_s=600)
+    seen, _ = supervised(
+        Puppets(**script), body, clock=clock, patience_s=patience_s, deadline_s=600
+    )
     assert seen == (expected, 60.0)
 
 
@@ -152,7 +170,9 @@ def test_a_deadline_is_not_shorter_than_a_minute_unless_it_was_configured_so() -
     assert supervised(Puppets(), body, deadline_s=5)[0] == 5
 
 
-def test_a_call_that_was_dropped_with_its_worker_is_made_again_and_does_not_end_the_run_as_if_it_had_been_stopped() -> None:
+def test_a_call_that_was_dropped_with_its_worker_is_made_again_and_does_not_end_the_run_as_if_it_had_been_stopped() -> (
+    None
+):
     answer, told = supervised(Puppets(run=[asyncio.CancelledError()]), work)
     assert answer == "rollout-0#2"
     assert told.names() == ["actor_lost", "actor_replaced"]
@@ -163,16 +183,25 @@ def test_a_call_past_its_deadline_is_killed_and_made_again_by_the_next_incarnati
     assert answer == "rollout-0#2"
     assert told.names() == ["actor_lost", "actor_replaced"]
     assert told.events[0][1]["reason"] == "no answer within 0.05 s, killed"
-    assert told.events[0][1]["worker"] == "rollout-0.1" and told.events[1][1]["worker"] == "rollout-0.2"
+    assert (
+        told.events[0][1]["worker"] == "rollout-0.1"
+        and told.events[1][1]["worker"] == "rollout-0.2"
+    )
 
 
 def test_an_answer_past_its_deadline_is_shown_to_whoever_wants_it() -> None:
     shown: list[str] = []
-    answer, _ = supervised(Puppets(run=["late"]), lambda supervisor: work(supervisor, late=shown.append), deadline_s=0.05)
+    answer, _ = supervised(
+        Puppets(run=["late"]),
+        lambda supervisor: work(supervisor, late=shown.append),
+        deadline_s=0.05,
+    )
     assert (shown, answer) == (["rollout-0#1"], "rollout-0#2")
 
 
-def test_calls_under_way_are_known_with_their_worker_and_age_oldest_first_and_forgotten_after() -> None:
+def test_calls_under_way_are_known_with_their_worker_and_age_oldest_first_and_forgotten_after() -> (
+    None
+):
     clock = Clock()
 
     async def body(supervisor: Supervisor) -> Any:
@@ -208,24 +237,37 @@ def test_lost_workers_and_failed_work_have_budgets_of_their_own() -> None:
     async def body(supervisor: Supervisor) -> Any:
         return await work(supervisor), supervisor.retries
 
-    (answer, retries), told = supervised(Puppets(run=script), body, infra_retries=2, data_retries=2, quarantine_after=9)
+    (answer, retries), told = supervised(
+        Puppets(run=script), body, infra_retries=2, data_retries=2, quarantine_after=9
+    )
     assert (answer, retries) == ("rollout-0#3", {"infra": 2, "data": 2})
-    assert [details["attempt"] for event, details in told.events if event in ("actor_lost", "work_failed")] == [1, 1, 2, 2]
+    assert [
+        details["attempt"]
+        for event, details in told.events
+        if event in ("actor_lost", "work_failed")
+    ] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("error", "says"),
-    [(WorkerLost("gone"), r"lost its worker 3 times \(actors\.infra_retries 2\): gone"), (WorkFailed("no"), r"failed 2 times .*: no")],
+    [
+        (WorkerLost("gone"), r"lost its worker 3 times \(actors\.infra_retries 2\): gone"),
+        (WorkFailed("no"), r"failed 2 times .*: no"),
+    ],
 )
 def test_work_that_spends_its_retries_is_given_up(error: Exception, says: str) -> None:
     with pytest.raises(GivenUp, match=f"the work {says}"):
-        supervised(Puppets(run=[error] * 9), work, infra_retries=2, data_retries=1, quarantine_after=9)
+        supervised(
+            Puppets(run=[error] * 9), work, infra_retries=2, data_retries=1, quarantine_after=9
+        )
 
 
 def test_failed_work_keeps_its_worker_and_a_wrong_answer_costs_it() -> None:
     assert supervised(Puppets(run=[WorkFailed("no")]), work)[0] == "rollout-0#1"
     wrong = iter(["it answered about another item"])
-    answer, told = supervised(Puppets(), lambda supervisor: work(supervisor, check=lambda answer: next(wrong, "")))
+    answer, told = supervised(
+        Puppets(), lambda supervisor: work(supervisor, check=lambda answer: next(wrong, ""))
+    )
     assert answer == "rollout-0#2"
     assert told.events[0][1]["reason"] == "it answered about another item"
 
@@ -245,11 +287,16 @@ def test_a_seat_lost_too_often_is_given_up_and_its_work_done_by_another() -> Non
         first, *_ = supervisor.seats("rollout")
         for _ in range(2):
             await supervisor._replace("rollout", first, first.worker, "gone")
-        return [await work(supervisor) for _ in range(3)], [seat.index for seat in supervisor.seats("rollout")]
+        return [await work(supervisor) for _ in range(3)], [
+            seat.index for seat in supervisor.seats("rollout")
+        ]
 
     (answers, left), told = supervised(Puppets(), body, seats=2, quarantine_after=2)
     assert (answers, left) == (["rollout-1#2"] * 3, [1])
-    assert told.events[-1] == ("seat_quarantined", {"role": "rollout", "worker": "rollout-0.2", "kills": 2, "left": 1})
+    assert told.events[-1] == (
+        "seat_quarantined",
+        {"role": "rollout", "worker": "rollout-0.2", "kills": 2, "left": 1},
+    )
 
 
 def test_losses_longer_ago_than_the_window_do_not_count() -> None:
@@ -269,23 +316,40 @@ def test_a_worker_that_two_callers_find_lost_is_replaced_once() -> None:
     async def body(supervisor: Supervisor) -> int:
         (seat,) = supervisor.seats("rollout")
         lost = seat.worker
-        await asyncio.gather(*(supervisor._replace("rollout", seat, lost, "gone") for _ in range(3)))
+        await asyncio.gather(
+            *(supervisor._replace("rollout", seat, lost, "gone") for _ in range(3))
+        )
         return seat.incarnation
 
     assert supervised(Puppets(), body)[0] == 2
 
 
 @pytest.mark.parametrize(("seats", "least"), [(1, 1), (3, 3)])
-def test_fewer_seats_than_the_minimum_end_the_run_for_everyone_who_waits(seats: int, least: int) -> None:
+def test_fewer_seats_than_the_minimum_end_the_run_for_everyone_who_waits(
+    seats: int, least: int
+) -> None:
     async def body(supervisor: Supervisor) -> list[Any]:
-        return await asyncio.gather(*(work(supervisor) for _ in range(seats + 2)), return_exceptions=True)
+        return await asyncio.gather(
+            *(work(supervisor) for _ in range(seats + 2)), return_exceptions=True
+        )
 
     script = [WorkerLost("gone")] * 50
-    answers, _ = supervised(Puppets(run=script), body, seats=seats, min_rollout=least, quarantine_after=1, infra_retries=99)
+    answers, _ = supervised(
+        Puppets(run=script),
+        body,
+        seats=seats,
+        min_rollout=least,
+        quarantine_after=1,
+        infra_retries=99,
+    )
     assert len(answers) == seats + 2
     for answer in answers:
         assert isinstance(answer, TrainingFailed)
-        assert f"fewer than actors.min_rollout {least}" in str(answer) and "(gone)" in str(answer) and "--resume" in str(answer)
+        assert (
+            f"fewer than actors.min_rollout {least}" in str(answer)
+            and "(gone)" in str(answer)
+            and "--resume" in str(answer)
+        )
 
 
 def test_a_replacement_is_prepared_before_it_works_and_replaced_when_that_fails() -> None:
@@ -302,12 +366,17 @@ def test_a_replacement_is_prepared_before_it_works_and_replaced_when_that_fails(
 
     answer, told = supervised(Puppets(run=[WorkerLost("gone")]), body, quarantine_after=9)
     assert prepared == ["reward-0#3", "reward-0#4"] and answer == "reward-0#4"
-    assert [details["reason"] for event, details in told.events if event == "actor_lost"] == ["gone", "it could not load"]
+    assert [details["reason"] for event, details in told.events if event == "actor_lost"] == [
+        "gone",
+        "it could not load",
+    ]
 
 
 def test_telling_everyone_reaches_every_seat_and_replaces_those_that_are_lost() -> None:
     async def body(supervisor: Supervisor) -> Any:
-        return await supervisor.tell("rollout", "new weights", "load"), [seat.incarnation for seat in supervisor.seats("rollout")]
+        return await supervisor.tell("rollout", "new weights", "load"), [
+            seat.incarnation for seat in supervisor.seats("rollout")
+        ]
 
     (answers, incarnations), _ = supervised(Puppets(load=[None, WorkerLost("gone")]), body, seats=3)
     assert sorted(worker for worker, _ in answers) == ["rollout-0.1", "rollout-2.1"]
@@ -318,8 +387,15 @@ def test_telling_everyone_reaches_every_seat_and_replaces_those_that_are_lost() 
 
 
 def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free() -> None:
-    with pytest.raises(ResourcesInfeasible, match=r"not all of 2 actors .* 0\.05 s .*free are 2 CPU"):
-        supervised(Puppets(ready=[None, "hang"]), lambda supervisor: supervisor.ready(), seats=2, start_timeout_s=0.05)
+    with pytest.raises(
+        ResourcesInfeasible, match=r"not all of 2 actors .* 0\.05 s .*free are 2 CPU"
+    ):
+        supervised(
+            Puppets(ready=[None, "hang"]),
+            lambda supervisor: supervisor.ready(),
+            seats=2,
+            start_timeout_s=0.05,
+        )
 
 
 def test_an_actor_that_dies_while_it_starts_ends_the_run() -> None:

@@ -11,7 +11,12 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from runs import command, metrics_of, read_json
 
-SIZES = {"street.jpg": (67, 101), "sign.png": (90, 121), "cutout.png": (75, 75), "room.jpg": (143, 64)}
+SIZES = {
+    "street.jpg": (67, 101),
+    "sign.png": (90, 121),
+    "cutout.png": (75, 75),
+    "room.jpg": (143, 64),
+}
 """Upright (height, width) of each picture."""
 INSTRUCTION = "remove the red circle"
 
@@ -23,14 +28,18 @@ def photograph(height: int, width: int, seed: int) -> Image.Image:
     base = np.stack([rows / height, columns / width, 0.5 + 0.3 * np.sin(columns / 9)], axis=-1)
     noisy = base * 200 + generator.normal(0, 8, size=(height, width, 3)) + 20
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill=(220, 40, 30))
+    ImageDraw.Draw(image).ellipse(
+        (width // 4, height // 4, width // 2, height // 2), fill=(220, 40, 30)
+    )
     return image
 
 
 def stroke(height: int, width: int) -> Image.Image:
     """A soft, hand-drawn mask: blurred edges, painted over the object."""
     image = Image.new("L", (width, height))
-    ImageDraw.Draw(image).ellipse((width // 4 - 3, height // 4 - 3, width // 2 + 3, height // 2 + 3), fill=255)
+    ImageDraw.Draw(image).ellipse(
+        (width // 4 - 3, height // 4 - 3, width // 2 + 3, height // 2 + 3), fill=255
+    )
     return image.filter(ImageFilter.GaussianBlur(2))
 
 
@@ -38,14 +47,20 @@ def stroke(height: int, width: int) -> Image.Image:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four pictures of odd sizes: a turned JPEG, a palette PNG, a transparent PNG, a plain JPEG; a mask and a text beside each."""
     data = tmp_path_factory.mktemp("photos")
-    pictures = {name: photograph(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())}
+    pictures = {
+        name: photograph(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())
+    }
     turned = Image.Exif()
     turned[0x0112] = 6
     # Orientation 6: a viewer turns the stored pixels a quarter clockwise.
-    pictures["street.jpg"].transpose(Image.Transpose.ROTATE_90).save(data / "street.jpg", exif=turned, quality=92)
+    pictures["street.jpg"].transpose(Image.Transpose.ROTATE_90).save(
+        data / "street.jpg", exif=turned, quality=92
+    )
     pictures["sign.png"].quantize(32).save(data / "sign.png")
     transparent = pictures["cutout.png"].convert("RGBA")
-    transparent.putalpha(Image.fromarray(np.where(np.indices((75, 75)).sum(axis=0) < 20, 0, 255).astype(np.uint8)))
+    transparent.putalpha(
+        Image.fromarray(np.where(np.indices((75, 75)).sum(axis=0) < 20, 0, 255).astype(np.uint8))
+    )
     transparent.save(data / "cutout.png")
     pictures["room.jpg"].save(data / "room.jpg", quality=80)
     for name, size in SIZES.items():
@@ -56,14 +71,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, small_editor: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def run(
+    folder: Path, small_editor: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """The run directory of one update of the shipped preset on the folder, and what was said."""
     directory = tmp_path_factory.mktemp("runs") / "own"
     small = (
         "actors.runtime=inline", "actors.threads=1", "train.updates=1", "train.groups_per_update=3",
         "rollout.group_size=4", "rollout.num_steps=3", "algorithm.objective={kind: neighbor, num_anchors: 2}",
     )  # fmt: skip
-    arguments = ("train", "--preset", "tiny-rc-grpo", f"data.path={folder}", f"editor.path={small_editor}", *small, "--run-dir", directory)
+    arguments = (
+        "train",
+        "--preset",
+        "tiny-rc-grpo",
+        f"data.path={folder}",
+        f"editor.path={small_editor}",
+        *small,
+        "--run-dir",
+        directory,
+    )
     with pytest.MonkeyPatch.context() as patch:
         code, out, err = command(patch, Captured(), *arguments)
     assert (code, list(err)) == (0, [])
@@ -122,7 +148,18 @@ def test_any_of_the_photos_can_be_edited_upright_and_in_its_proportions(
 ) -> None:
     output = tmp_path / "edited.png"
     adapter = run[0] / "adapter"
-    arguments = ("edit", folder / name, "--instruction", INSTRUCTION, "--adapter", adapter, "--output", output, "--steps", 2)
+    arguments = (
+        "edit",
+        folder / name,
+        "--instruction",
+        INSTRUCTION,
+        "--adapter",
+        adapter,
+        "--output",
+        output,
+        "--steps",
+        2,
+    )
     code, _, err = command(monkeypatch, capsys, *arguments)
     assert (code, list(err)) == (0, [])
     with Image.open(output) as edited:
@@ -136,10 +173,24 @@ def test_any_of_the_photos_can_be_edited_upright_and_in_its_proportions(
 
 
 def test_an_edit_is_repeatable_and_depends_on_its_seed(
-    run: tuple[Path, str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: tuple[Path, str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def edited(name: str, *options: object) -> bytes:
-        arguments = ("edit", folder / "sign.png", "--instruction", INSTRUCTION, "--output", tmp_path / name, "--steps", 2, *options)
+        arguments = (
+            "edit",
+            folder / "sign.png",
+            "--instruction",
+            INSTRUCTION,
+            "--output",
+            tmp_path / name,
+            "--steps",
+            2,
+            *options,
+        )
         assert command(monkeypatch, capsys, *arguments)[0] == 0
         return (tmp_path / name).read_bytes()
 
@@ -149,7 +200,10 @@ def test_an_edit_is_repeatable_and_depends_on_its_seed(
 
 
 def test_without_an_output_name_the_result_is_written_where_one_stands_and_not_among_the_photos(
-    run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     photo, here = tmp_path / "photos" / "photo.jpg", tmp_path / "here"
     photo.parent.mkdir()
@@ -157,7 +211,18 @@ def test_without_an_output_name_the_result_is_written_where_one_stands_and_not_a
     photograph(60, 80, seed=9).save(photo)
     before = photo.read_bytes()
     monkeypatch.chdir(here)
-    code, out, _ = command(monkeypatch, capsys, "edit", photo, "--instruction", INSTRUCTION, "--adapter", run[0] / "adapter", "--steps", 1)
+    code, out, _ = command(
+        monkeypatch,
+        capsys,
+        "edit",
+        photo,
+        "--instruction",
+        INSTRUCTION,
+        "--adapter",
+        run[0] / "adapter",
+        "--steps",
+        1,
+    )
     assert code == 0
     assert [path.name for path in here.iterdir()] == ["photo_edited.png"]
     assert "photo_edited.png" in "".join(out.split())

@@ -18,12 +18,22 @@ import torch
 from jaxtyping import TypeCheckError
 
 from rl_edit.types import LossOutput
-from rooms import MATHEMATICS
+from rooms import MATHEMATICS, layer_of
+from rooms import room_of as layered_room_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rl_edit", "actors", "learner")
 PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-EVERYTHING = sorted({*PRODUCT, *(path for room in ("tests", "benchmarks", "deploy", "docs") for path in (ROOT / room).rglob("*.py"))})
+EVERYTHING = sorted(
+    {
+        *PRODUCT,
+        *(
+            path
+            for room in ("tests", "benchmarks", "deploy", "docs")
+            for path in (ROOT / room).rglob("*.py")
+        ),
+    }
+)
 
 MODEL_LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "tokenizers")
 
@@ -43,33 +53,50 @@ class Room:
 
 ROOMS = {
     "mathematics": Room(
-        files=tuple(f"rl_edit/{name}{end}" for name in MATHEMATICS for end in (".py", "/*.py")),
-        never=("ray", "PIL", "actors", "learner", *MODEL_LIBRARIES),
+        files=("rl_edit/types.py", "rl_edit/method/*.py", "rl_edit/method/objectives/*.py"),
+        never=("ray", "PIL", *MODEL_LIBRARIES),
     ),
-    "models": Room(
-        files=("rl_edit/editors/*.py", "rl_edit/adapters.py"),
-        never=("ray", "actors", "learner", "rl_edit.cli"),
+    "measures": Room(files=("rl_edit/measures/*.py",), never=("ray", "PIL", *MODEL_LIBRARIES)),
+    "models": Room(files=("rl_edit/editors/*.py", "rl_edit/editors/tiny/*.py"), never=("ray",)),
+    "judges": Room(
+        files=("rl_edit/rewards/vlm/backends/*.py",), never=("ray", "rl_edit.rewards.term")
     ),
     "services": Room(
         files=tuple(
             f"rl_edit/{name}{end}"
-            for name in ("rewards", "audit", "data", "evaluation", "report", "telemetry", "wire")
+            for name in (
+                "rewards",
+                "rewards/vlm",
+                "audit",
+                "data",
+                "evaluation",
+                "report",
+                "telemetry",
+                "wire",
+                "config",
+                "messages",
+                "training",
+            )
             for end in (".py", "/*.py")
         ),
-        never=("ray", "actors", "learner", "rl_edit.cli", *MODEL_LIBRARIES),
+        never=("ray", *MODEL_LIBRARIES),
     ),
-    "judges": Room(files=("rl_edit/judges/*.py",), never=("ray", "actors", "learner", "rl_edit.cli", "rl_edit.rewards", "rl_edit.config")),
     "foundation": Room(
-        files=("rl_edit/__init__.py", "rl_edit/errors.py", "rl_edit/provenance.py"),
-        never=("ray", "actors", "learner", "torch", "rl_edit.cli", *MODEL_LIBRARIES),
-    ),
-    "config": Room(
-        files=("rl_edit/config.py", "rl_edit/presets/*.py"), never=("ray", "actors", "learner", "rl_edit.cli", *MODEL_LIBRARIES)
+        files=(
+            "rl_edit/__init__.py",
+            "rl_edit/errors.py",
+            "rl_edit/provenance.py",
+            "rl_edit/files.py",
+            "rl_edit/presets/*.py",
+        ),
+        never=("ray", "torch", *MODEL_LIBRARIES),
     ),
     "cli": Room(files=("rl_edit/cli/*.py", "rl_edit/__main__.py"), never=MODEL_LIBRARIES),
-    "pool": Room(files=("actors/pool.py",), never=("learner", "rl_edit.cli", *MODEL_LIBRARIES)),
-    "actors": Room(files=("actors/*.py",), never=("ray", "learner", "rl_edit.cli", *MODEL_LIBRARIES)),
-    "learner": Room(files=("learner/*.py",), never=("ray", "actors", "rl_edit.cli", *MODEL_LIBRARIES)),
+    "ray": Room(files=("actors/ray_*.py",), never=MODEL_LIBRARIES),
+    "actors": Room(files=("actors/*.py",), never=("ray", *MODEL_LIBRARIES)),
+    "learner": Room(
+        files=("learner/*.py", "learner/controller/*.py"), never=("ray", "actors", *MODEL_LIBRARIES)
+    ),
 }
 """The first room that matches a file is its room."""
 
@@ -90,7 +117,13 @@ def tree_of(path: Path) -> ast.Module:
 def room_of(path: Path) -> str | None:
     relative = path.relative_to(ROOT)
     return next(
-        (name for name, room in ROOMS.items() if any(len(relative.parts) == len(Path(p).parts) and relative.match(p) for p in room.files)),
+        (
+            name
+            for name, room in ROOMS.items()
+            if any(
+                len(relative.parts) == len(Path(p).parts) and relative.match(p) for p in room.files
+            )
+        ),
         None,
     )
 
@@ -107,8 +140,19 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
             above = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*above, *([node.module] if node.module else [])])
             yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+        ):
+            called = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else node.func.id
+                if isinstance(node.func, ast.Name)
+                else ""
+            )
             if called in ("import_module", "__import__"):
                 yield node.lineno, node.args[0].value
 
@@ -118,7 +162,12 @@ def reaches(imported: str, module: str) -> bool:
 
 
 def breaches(path: Path, never: tuple[str, ...]) -> list[str]:
-    return [f"{name_of(path)}:{line} imports {name}" for line, name in imports_of(path) for module in never if reaches(name, module)]
+    return [
+        f"{name_of(path)}:{line} imports {name}"
+        for line, name in imports_of(path)
+        for module in never
+        if reaches(name, module)
+    ]
 
 
 def test_every_file_of_the_product_has_a_room() -> None:
@@ -136,24 +185,64 @@ def test_no_file_imports_through_its_walls(path: Path) -> None:
 
 @pytest.mark.parametrize("name", MATHEMATICS)
 def test_mathematics_imports_tensors_and_what_stands_to_its_left(name: str) -> None:
-    outside = {"torch", "numpy", "pydantic", "pydantic_core", "jaxtyping", "typing_extensions", *sys.stdlib_module_names}
-    inside = ["rl_edit.errors", *(f"rl_edit.{left}" for left in MATHEMATICS[: MATHEMATICS.index(name) + 1])]
-    files = [path for path in PRODUCT if room_of(path) == "mathematics" and module_of(path).split(".")[1] == name]
+    outside = {
+        "torch",
+        "numpy",
+        "pydantic",
+        "pydantic_core",
+        "jaxtyping",
+        "typing_extensions",
+        *sys.stdlib_module_names,
+    }
+    inside = [
+        "rl_edit.errors",
+        *(f"rl_edit.{left}" for left in MATHEMATICS[: MATHEMATICS.index(name) + 1]),
+    ]
+    files = [
+        path
+        for path in PRODUCT
+        if room_of(path) == "mathematics" and reaches(module_of(path), f"rl_edit.{name}")
+    ]
     assert files
     wrong = [
         f"{name_of(path)}:{line} imports {imported}"
         for path in files
         for line, imported in imports_of(path)
-        if imported.split(".")[0] not in outside and not any(reaches(imported, module) for module in inside)
+        if imported.split(".")[0] not in outside
+        and not any(reaches(imported, module) for module in inside)
     ]
     assert wrong == []
 
 
-def test_ray_is_imported_by_at_most_three_files_in_the_pool_and_the_command_line() -> None:
+def climbs(path: Path) -> list[str]:
+    """Imports of a file that lead to a higher floor, or to another room of its own floor."""
+    here = module_of(path)
+    floor = layer_of(here)
+    assert floor is not None, f"{here} lies on no floor of tests/rooms.py"
+    inside = [
+        (line, name, other)
+        for line, name in imports_of(path)
+        if (other := layer_of(name)) is not None
+    ]
+    return [
+        f"{name_of(path)}:{line} imports {name}"
+        for line, name, other in inside
+        if other > floor or (other == floor > 0 and layered_room_of(name) != layered_room_of(here))
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PRODUCT if path != ROOT / "rl_edit/__init__.py"], ids=name_of
+)
+def test_no_import_runs_back_up(path: Path) -> None:
+    assert climbs(path) == []
+
+
+def test_ray_is_imported_by_at_most_three_files() -> None:
     users = [name_of(path) for path in PRODUCT if breaches(path, ("ray",))]
-    assert "actors/pool.py" in users
+    assert "actors/ray_executor.py" in users
     assert len(users) <= 3
-    assert [user for user in users if user != "actors/pool.py" and not user.startswith("rl_edit/cli/")] == []
+    assert [user for user in users if not user.startswith(("actors/ray_", "rl_edit/cli/"))] == []
 
 
 def test_torchvision_is_imported_nowhere() -> None:
@@ -170,17 +259,28 @@ def test_the_product_neither_unpickles_nor_evaluates() -> None:
                 continue
             called = ast.unparse(node.func)
             unpickles = any(
-                keyword.arg == "allow_pickle" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                keyword.arg == "allow_pickle"
+                and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
                 for keyword in node.keywords
             )
-            if called in ("eval", "exec", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load") or unpickles:
+            if (
+                called
+                in ("eval", "exec", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load")
+                or unpickles
+            ):
                 found.append(f"{name_of(path)}:{node.lineno} calls {called}")
     assert found == []
 
 
-METHOD_NAME = re.compile(r"grpo|(?<![a-z])nft(?![a-z])|rc[-_]?grpo|neighbou?r[-_ ]?grpo|spatial[-_]?flow|cocoedit", re.IGNORECASE)
+METHOD_NAME = re.compile(
+    r"grpo|(?<![a-z])nft(?![a-z])|rc[-_]?grpo|neighbou?r[-_ ]?grpo|spatial[-_]?flow|cocoedit",
+    re.IGNORECASE,
+)
 LOOPS = [
-    path for path in PRODUCT if path.parent.name in ("actors", "learner") or name_of(path) in ("rl_edit/rollout.py", "rl_edit/update.py")
+    path
+    for path in PRODUCT
+    if path.relative_to(ROOT).parts[0] in ("actors", "learner")
+    or name_of(path) in ("rl_edit/method/rollout.py", "rl_edit/method/update.py")
 ]
 
 
@@ -205,17 +305,26 @@ def words_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", LOOPS, ids=name_of)
 def test_no_loop_knows_the_name_of_a_method(path: Path) -> None:
-    assert [f"{name_of(path)}:{line} says {word!r}" for line, word in words_of(tree_of(path)) if METHOD_NAME.search(word)] == []
+    assert [
+        f"{name_of(path)}:{line} says {word!r}"
+        for line, word in words_of(tree_of(path))
+        if METHOD_NAME.search(word)
+    ] == []
 
 
-PATH_TO_THE_STEP = ("rl_edit/cli/train.py", "learner/learner.py", "rl_edit/update.py")
-"""The verb gives the loop an executor that holds the learner: with learner/loop.py, four files to read."""
+PATH_TO_THE_STEP = ("rl_edit/cli/train.py", "learner/learner.py", "rl_edit/method/update.py")
+"""The verb gives the loop an executor that holds the learner: with learner/controller/loop.py, four files to read."""
 
 
 def test_four_files_lead_from_the_train_verb_to_the_optimizer_step() -> None:
-    for here, there in [(PATH_TO_THE_STEP[0], "learner/loop.py"), *itertools.pairwise(PATH_TO_THE_STEP)]:
+    for here, there in [
+        (PATH_TO_THE_STEP[0], "learner/controller/loop.py"),
+        *itertools.pairwise(PATH_TO_THE_STEP),
+    ]:
         wanted = module_of(ROOT / there)
-        assert any(reaches(name, wanted) for _, name in imports_of(ROOT / here)), f"{here} does not import {wanted}"
+        assert any(reaches(name, wanted) for _, name in imports_of(ROOT / here)), (
+            f"{here} does not import {wanted}"
+        )
 
 
 def test_only_the_update_steps_the_policy_optimizer() -> None:
@@ -229,7 +338,7 @@ def test_only_the_update_steps_the_policy_optimizer() -> None:
         and node.func.attr == "step"
         and "optim" in ast.unparse(node.func.value)
     }
-    assert steps - {"rl_edit/editors/pretrain.py"} == {PATH_TO_THE_STEP[-1]}
+    assert steps - {"rl_edit/editors/tiny/pretraining.py"} == {PATH_TO_THE_STEP[-1]}
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -243,9 +352,14 @@ def proves(function: ast.AST, helpers: dict[str, Function]) -> bool:
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             last = called.rsplit(".", 1)[-1]
-            if called in ("pytest.raises", "pytest.warns", "pytest.fail") or last.startswith("assert_"):
+            if called in ("pytest.raises", "pytest.warns", "pytest.fail") or last.startswith(
+                "assert_"
+            ):
                 return True
-            if called in helpers and proves(helpers[called], {name: helper for name, helper in helpers.items() if name != called}):
+            if called in helpers and proves(
+                helpers[called],
+                {name: helper for name, helper in helpers.items() if name != called},
+            ):
                 return True
     return False
 
@@ -254,9 +368,21 @@ def test_every_test_asserts_something() -> None:
     silent = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         tree = tree_of(path)
-        helpers = {node.name: node for node in tree.body if isinstance(node, Function) and not node.name.startswith("test")}
-        tests = [node for node in ast.walk(tree) if isinstance(node, Function) and node.name.startswith("test_")]
-        silent += [f"{name_of(path)}:{test.lineno} {test.name}" for test in tests if not proves(test, helpers)]
+        helpers = {
+            node.name: node
+            for node in tree.body
+            if isinstance(node, Function) and not node.name.startswith("test")
+        }
+        tests = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, Function) and node.name.startswith("test_")
+        ]
+        silent += [
+            f"{name_of(path)}:{test.lineno} {test.name}"
+            for test in tests
+            if not proves(test, helpers)
+        ]
     assert silent == []
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rl_edit.audit.answers import Answers, Inquiry
 from rl_edit.audit.checks import Case, Check, Expectation, Verdict, verdicts, worst
-from rl_edit.audit.damages import LEVELS, Exhibits, Side, exhibits, reference
+from rl_edit.audit.corruptions import LEVELS, Side, TestImages, exhibits, reference
+from rl_edit.audit.responses import Answers, AuditSession
 from rl_edit.errors import InputError
-from rl_edit.evaluation.statistics import bootstrap
+from rl_edit.measures.intervals import bootstrap
 from rl_edit.rewards import Reward
 from rl_edit.types import EditTask
 
@@ -63,7 +63,7 @@ class Audit:
 
     terms: tuple[TermAudit, ...]
     left_out: dict[str, str]
-    example: Exhibits
+    example: TestImages
     num_tasks: int
     seed: int
     has_targets: bool
@@ -103,17 +103,22 @@ def audit(
         tasks: at least one; two or more with different instructions to ask the wrong one.
     """
     if not tasks:
-        raise InputError("There is no task to audit on. Use data with at least one, better sixteen.")
+        raise InputError(
+            "There is no task to audit on. Use data with at least one, better sixteen."
+        )
     references = [reference(task) for task in tasks]
-    inquiries = [Inquiry(term=term) for term, _ in terms]
+    inquiries = [AuditSession(term=term) for term, _ in terms]
     answers: list[list[Answers]] = [[] for _ in terms]
     seconds = [0.0 for _ in terms]
-    example: Exhibits | None = None
+    example: TestImages | None = None
     for number, right in enumerate(references):
         shown = exhibits(right, seed=seed)
         example = example or shown
         said = right.task.instruction
-        following = (references[(number + step) % len(references)].task.instruction for step in range(1, len(references)))
+        following = (
+            references[(number + step) % len(references)].task.instruction
+            for step in range(1, len(references))
+        )
         other = next((instruction for instruction in following if instruction != said), None)
         for row, inquiry in enumerate(inquiries):
             began = time.perf_counter()
@@ -154,7 +159,14 @@ def _audited(case: Case, seconds: float) -> TermAudit:
 def _curve(case: Case, damage: str, side: Side) -> Curve:
     rows = [(a.clean, *a.graded[damage, side]) for a in case.judged if (damage, side) in a.graded]
     whole = [row for row in rows if all(math.isfinite(score) for score in row)]
-    ends = [bootstrap([row[level] for row in whole], seed=case.seed, resamples=500) for level in range(LEVELS + 1)] if whole else []
+    ends = (
+        [
+            bootstrap([row[level] for row in whole], seed=case.seed, resamples=500)
+            for level in range(LEVELS + 1)
+        ]
+        if whole
+        else []
+    )
     return Curve(
         damage=damage,
         side=side,
@@ -176,7 +188,13 @@ def _term(term: TermAudit) -> dict[str, Any]:
         "reads_instruction": term.expected.reads_instruction,
         "seconds": term.seconds,
         "checks": [
-            {"name": check.name, "verdict": check.verdict, "sentence": check.sentence, "numbers": check.numbers} for check in term.checks
+            {
+                "name": check.name,
+                "verdict": check.verdict,
+                "sentence": check.sentence,
+                "numbers": check.numbers,
+            }
+            for check in term.checks
         ],
         "curves": [
             {

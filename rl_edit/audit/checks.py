@@ -13,10 +13,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from rl_edit.audit.answers import Answers, Inquiry
-from rl_edit.audit.damages import LEVELS, SIDES, UNDONE, Side
+from rl_edit.audit.corruptions import LEVELS, SIDES, UNDONE, Side
+from rl_edit.audit.responses import Answers, AuditSession
 from rl_edit.errors import InputError
-from rl_edit.evaluation.statistics import Interval, bootstrap
+from rl_edit.measures.intervals import Interval, bootstrap
 from rl_edit.rewards import Reward
 
 Verdict = Literal["pass", "warn", "fail", "n/a"]
@@ -77,7 +77,9 @@ class Expectation:
         return self.sides[0] if len(self.sides) == 1 else None
 
 
-def expected_of(term: Reward, given: str | None, *, reads_instruction: bool | None = None) -> Expectation:
+def expected_of(
+    term: Reward, given: str | None, *, reads_instruction: bool | None = None
+) -> Expectation:
     """From what is given, else the term's own attributes ``expects`` and ``reads_instruction``, else the built-in kinds.
 
     A term that answers for the inside must know what was asked: from the instruction, unless it reads a target or a caption.
@@ -89,9 +91,17 @@ def expected_of(term: Reward, given: str | None, *, reads_instruction: bool | No
             f"Reward {term.name!r} {what}, so right and wrong answers could not be told apart. "
             "Give --expects inside, outside or both, with --term NAME when the rewards differ."
         )
-    sides: tuple[Side, ...] = SIDES if said == "both" else ("inside",) if said == "inside" else ("outside",)
+    sides: tuple[Side, ...] = (
+        SIDES if said == "both" else ("inside",) if said == "inside" else ("outside",)
+    )
     if reads_instruction is None:
-        reads_instruction = bool(getattr(term, "reads_instruction", "inside" in sides and not term.requires & {"target", "caption"}))
+        reads_instruction = bool(
+            getattr(
+                term,
+                "reads_instruction",
+                "inside" in sides and not term.requires & {"target", "caption"},
+            )
+        )
     return Expectation(sides=sides, reads_instruction=reads_instruction)
 
 
@@ -111,7 +121,7 @@ class Case:
         fall: mean over tasks of the score of the right edit minus that of its worst expected damage.
     """
 
-    inquiry: Inquiry
+    inquiry: AuditSession
     expected: Expectation
     answers: tuple[Answers, ...]
     seed: int
@@ -123,7 +133,11 @@ class Case:
 
     def curves(self, side: Side) -> list[str]:
         """Damages that exist on ``side``."""
-        return list(dict.fromkeys(damage for answer in self.judged for damage, where in answer.graded if where == side))
+        return list(
+            dict.fromkeys(
+                damage for answer in self.judged for damage, where in answer.graded if where == side
+            )
+        )
 
     @property
     def fall(self) -> float:
@@ -132,7 +146,9 @@ class Case:
     def fall_on(self, sides: Sequence[Side]) -> float:
         falls = []
         for answer in self.judged:
-            scores = _finite(score for (_, side), row in answer.graded.items() if side in sides for score in row)
+            scores = _finite(
+                score for (_, side), row in answer.graded.items() if side in sides for score in row
+            )
             if scores:
                 falls.append(answer.clean - min(scores))
         return _mean(falls)
@@ -148,9 +164,24 @@ def verdicts(case: Case) -> tuple[Check, ...]:
     """All checks of one term, in the order in which a reader should look at them."""
     checks = [_valid(case), _range(case)]
     if not case.judged:
-        return (*checks, _fail("response", "No right edit has a valid score, so nothing else can be checked."))
-    checks += [_response(case), *(_monotone(case, side) for side in SIDES), *(_separates(case, side) for side in SIDES)]
-    checks += [_localised(case), *_localised_parts(case), _repeats(case), *_singles(case), _blank(case), _size(case), _decibel(case)]
+        return (
+            *checks,
+            _fail("response", "No right edit has a valid score, so nothing else can be checked."),
+        )
+    checks += [
+        _response(case),
+        *(_monotone(case, side) for side in SIDES),
+        *(_separates(case, side) for side in SIDES),
+    ]
+    checks += [
+        _localised(case),
+        *_localised_parts(case),
+        _repeats(case),
+        *_singles(case),
+        _blank(case),
+        _size(case),
+        _decibel(case),
+    ]
     return tuple(checks)
 
 
@@ -167,7 +198,12 @@ def _valid(case: Case) -> Check:
     common = inquiry.reasons.most_common(1)
     why = f": {common[0][0]}" if common else ""
     text = f"{inquiry.invalid} of {inquiry.scored} pictures ({share:.1%}) got no score, and each costs its whole group{why}"
-    return Check(name="valid", verdict="fail" if share > _INVALID_FAIL else "warn", sentence=_ended(text), numbers=numbers)
+    return Check(
+        name="valid",
+        verdict="fail" if share > _INVALID_FAIL else "warn",
+        sentence=_ended(text),
+        numbers=numbers,
+    )
 
 
 def _range(case: Case) -> Check:
@@ -175,7 +211,14 @@ def _range(case: Case) -> Check:
     declared = f"{term.low:g}..{term.high:g}"
     if not broken:
         return _pass("range", f"Every value was a finite number in the declared range {declared}.")
-    reason = next((reason for reason in case.inquiry.reasons if "outside" in reason or "not a finite" in reason), "")
+    reason = next(
+        (
+            reason
+            for reason in case.inquiry.reasons
+            if "outside" in reason or "not a finite" in reason
+        ),
+        "",
+    )
     text = f"{broken} call{'s' if broken > 1 else ''} returned what the declaration rules out (finite, {declared}, one a picture)"
     return _fail("range", _ended(f"{text}: {reason}" if reason else text), {"calls": float(broken)})
 
@@ -183,21 +226,45 @@ def _range(case: Case) -> Check:
 def _response(case: Case) -> Check:
     """Constant, hardly moving, blind to mild damage, or a step."""
     term, fall = case.inquiry.term, case.fall
-    scores = _finite(s for a in case.judged for row in (*a.graded.values(), tuple(a.blanks.values()), (a.clean,)) for s in row)
+    scores = _finite(
+        s
+        for a in case.judged
+        for row in (*a.graded.values(), tuple(a.blanks.values()), (a.clean,))
+        for s in row
+    )
     width = term.high - term.low
     use = fall / width if math.isfinite(width) else math.nan
     numbers = {"fall": fall, "share_of_range": use, "lowest": min(scores), "highest": max(scores)}
     if min(scores) == max(scores):
-        return _fail("response", f"Constant: every picture scored {min(scores):g}, so every advantage would be zero.", numbers)
+        return _fail(
+            "response",
+            f"Constant: every picture scored {min(scores):g}, so every advantage would be zero.",
+            numbers,
+        )
     if math.isnan(fall):
         return _fail("response", "No damaged picture has a valid score.", numbers)
     if fall <= 0:
-        return _fail("response", f"No damage {' and '.join(case.expected.sides)} the mask lowers the score.", numbers)
-    levels = [_mean([(a.clean - row[level]) / fall for a, row in _expected_rows(case)]) for level in range(LEVELS)]
+        return _fail(
+            "response",
+            f"No damage {' and '.join(case.expected.sides)} the mask lowers the score.",
+            numbers,
+        )
+    levels = [
+        _mean([(a.clean - row[level]) / fall for a, row in _expected_rows(case)])
+        for level in range(LEVELS)
+    ]
     numbers |= {f"fall_at_level_{level + 1}": value for level, value in enumerate(levels)}
     if use < _USE_FAIL:
-        return _fail("response", f"Flat: even the worst damage moves it by only {use:.2%} of its declared range.", numbers)
-    ties = [abs(a.clean - row[level]) < _TIE * fall for a, row in _expected_rows(case) for level in range(LEVELS // 2)]
+        return _fail(
+            "response",
+            f"Flat: even the worst damage moves it by only {use:.2%} of its declared range.",
+            numbers,
+        )
+    ties = [
+        abs(a.clean - row[level]) < _TIE * fall
+        for a, row in _expected_rows(case)
+        for level in range(LEVELS // 2)
+    ]
     numbers["ties_with_clean"] = sum(ties) / max(len(ties), 1)
     if numbers["ties_with_clean"] > _TIES_FAIL:
         return _fail(
@@ -206,12 +273,28 @@ def _response(case: Case) -> Check:
             numbers,
         )
     if use < _USE_PASS:
-        return _warn("response", f"The worst damage moves it by only {use:.1%} of its declared range; declare the range it uses.", numbers)
+        return _warn(
+            "response",
+            f"The worst damage moves it by only {use:.1%} of its declared range; declare the range it uses.",
+            numbers,
+        )
     if levels[0] < _FLAT:
-        return _warn("response", "The mildest damages hardly lower it: nearly right edits come close to a tie.", numbers)
+        return _warn(
+            "response",
+            "The mildest damages hardly lower it: nearly right edits come close to a tie.",
+            numbers,
+        )
     if levels[0] > 1 - _FLAT:
-        return _warn("response", "The mildest damages already cost everything: it says right or wrong, not how wrong.", numbers)
-    return _pass("response", f"Damage lowers it by up to {fall:.3g} and already shows at the mildest level.", numbers)
+        return _warn(
+            "response",
+            "The mildest damages already cost everything: it says right or wrong, not how wrong.",
+            numbers,
+        )
+    return _pass(
+        "response",
+        f"Damage lowers it by up to {fall:.3g} and already shows at the mildest level.",
+        numbers,
+    )
 
 
 def _monotone(case: Case, side: Side) -> Check:
@@ -223,7 +306,11 @@ def _monotone(case: Case, side: Side) -> Check:
     tasks: list[str] = []
     by_damage: dict[str, dict[str, float]] = {}
     for damage in case.curves(side):
-        pairs = [(a.task_id, kendall((a.clean, *a.graded[damage, side]))) for a in case.judged if (damage, side) in a.graded]
+        pairs = [
+            (a.task_id, kendall((a.clean, *a.graded[damage, side])))
+            for a in case.judged
+            if (damage, side) in a.graded
+        ]
         known = [(task, tau) for task, tau in pairs if math.isfinite(tau)]
         by_damage[damage] = case.interval([tau for _, tau in known], [task for task, _ in known])
         tasks += [task for task, _ in known]
@@ -236,10 +323,18 @@ def _monotone(case: Case, side: Side) -> Check:
     if overall["mean"] < 0 or len(pays) == len(by_damage):
         return _fail(name, f"Inverted: more damage {side} scores higher ({told}).", numbers)
     if pays:
-        return _fail(name, f"It pays to add {' and '.join(pays)} {side}: the right edit scores less than with it ({told}).", numbers)
+        return _fail(
+            name,
+            f"It pays to add {' and '.join(pays)} {side}: the right edit scores less than with it ({told}).",
+            numbers,
+        )
     share = numbers["share_of_fall"] = case.fall_on((side,)) / case.fall if case.fall else math.nan
     if share < _SHARE_FAIL:
-        return _fail(name, f"Damage {side} hardly counts: the worst costs {share:.1%} of what the worst on the other side does.", numbers)
+        return _fail(
+            name,
+            f"Damage {side} hardly counts: the worst costs {share:.1%} of what the worst on the other side does.",
+            numbers,
+        )
     found = _grade(overall["mean"], (_TAU_PASS, _TAU_FAIL))
     claim = f"{_NOT[found]}more damage {side} scores lower ({told})."
     return Check(name=name, verdict=found, sentence=_capital(claim), numbers=numbers)
@@ -268,17 +363,27 @@ def _separates(case: Case, side: Side) -> Check:
             if where == side and math.isfinite(row[-1]):
                 wins.append(_win(answer.clean, row[-1]))
                 tasks.append(answer.task_id)
-    return _compared(case, name, wins, tasks, f"the right edit beats the same edit grossly damaged {side}")
+    return _compared(
+        case, name, wins, tasks, f"the right edit beats the same edit grossly damaged {side}"
+    )
 
 
 def _localised(case: Case) -> Check:
     """Damage of equal strength inside and outside: a term with one side must feel its own."""
     side = case.expected.one_side
     if side is None:
-        return _not_asked("localisation", "One number for the whole picture has no place; see the response on either side.")
+        return _not_asked(
+            "localisation",
+            "One number for the whole picture has no place; see the response on either side.",
+        )
     inside = side == "inside"
-    pairs = [(a.task_id, [(d.home, d.away) if inside else (d.away, d.home) for d in a.dabs.get("", ())]) for a in case.judged]
-    return _located(case, "localisation", pairs, f"damage {side}", "equally strong damage on the other side")
+    pairs = [
+        (a.task_id, [(d.home, d.away) if inside else (d.away, d.home) for d in a.dabs.get("", ())])
+        for a in case.judged
+    ]
+    return _located(
+        case, "localisation", pairs, f"damage {side}", "equally strong damage on the other side"
+    )
 
 
 def _localised_parts(case: Case) -> list[Check]:
@@ -296,7 +401,13 @@ def _localised_parts(case: Case) -> list[Check]:
     ]
 
 
-def _located(case: Case, name: str, pairs: Sequence[tuple[str, list[tuple[float, float]]]], here: str, there: str) -> Check:
+def _located(
+    case: Case,
+    name: str,
+    pairs: Sequence[tuple[str, list[tuple[float, float]]]],
+    here: str,
+    there: str,
+) -> Check:
     """AUROC within each task (every dab here against every dab there) and how much of the response leaks."""
     wins: list[float] = []
     tasks: list[str] = []
@@ -314,53 +425,106 @@ def _located(case: Case, name: str, pairs: Sequence[tuple[str, list[tuple[float,
     auroc = case.interval(wins, tasks)
     spill = _mean(aways) / _mean(homes) if _mean(homes) else math.inf
     numbers = {**{f"auroc_{key}": value for key, value in auroc.items()}, "spill": spill}
-    leaks = f"{spill:.0%} of the response leaks" if math.isfinite(spill) else "none of the response is where it belongs"
+    leaks = (
+        f"{spill:.0%} of the response leaks"
+        if math.isfinite(spill)
+        else "none of the response is where it belongs"
+    )
     told = f"AUROC {auroc['mean']:.2f} [{auroc['low']:.2f}, {auroc['high']:.2f}], {leaks}"
-    found = worst((_grade(auroc["mean"], (_AUROC_PASS, _AUROC_FAIL)), _grade(-spill, (-_SPILL_PASS, -_SPILL_FAIL))))
+    found = worst(
+        (
+            _grade(auroc["mean"], (_AUROC_PASS, _AUROC_FAIL)),
+            _grade(-spill, (-_SPILL_PASS, -_SPILL_FAIL)),
+        )
+    )
     if found == "pass":
         return _pass(name, f"It feels {here} and not {there} ({told}).", numbers)
     if auroc["mean"] < 1 - _AUROC_FAIL:
-        return _fail(name, f"Inverted: {there} moves it more than {here} ({told}). Is the mask the wrong way round?", numbers)
+        return _fail(
+            name,
+            f"Inverted: {there} moves it more than {here} ({told}). Is the mask the wrong way round?",
+            numbers,
+        )
     if found == "fail":
-        return _fail(name, f"Blind to the place: {there} moves it about as much as {here} ({told}).", numbers)
+        return _fail(
+            name, f"Blind to the place: {there} moves it about as much as {here} ({told}).", numbers
+        )
     return _warn(name, f"Not always: it feels {here} and not {there} ({told}).", numbers)
 
 
 def _repeats(case: Case) -> Check:
     """The same picture, again, alone and in company; random draws get other seeds."""
     rows = [row for a in case.judged for picture in a.repeats if len(row := _finite(picture)) > 1]
-    spread = [float(np.std(_finite((a.clean, *(s for _, row in _rows_of(case, a) for s in row))))) for a in case.judged]
+    spread = [
+        float(np.std(_finite((a.clean, *(s for _, row in _rows_of(case, a) for s in row)))))
+        for a in case.judged
+    ]
     if not rows:
         return _not_asked("repeats", "No picture was scored twice.")
     noise = math.sqrt(_mean([float(np.var(row)) for row in rows]))
     signal = _mean(spread)
     largest = max(max(row) - min(row) for row in rows)
-    jumps = [abs(score - float(np.median(row))) > 0.5 * abs(case.fall) for row in rows for score in row]
+    jumps = [
+        abs(score - float(np.median(row))) > 0.5 * abs(case.fall) for row in rows for score in row
+    ]
     share = sum(jumps) / len(jumps)
     ratio = noise / signal if signal else (math.inf if noise else 0.0)
-    numbers = {"noise": noise, "signal": signal, "noise_to_signal": ratio, "largest_gap": largest, "jumps": share}
+    numbers = {
+        "noise": noise,
+        "signal": signal,
+        "noise_to_signal": ratio,
+        "largest_gap": largest,
+        "jumps": share,
+    }
     # What single precision rounds differently in another company is no noise.
     if ratio < 1e-5 and not share:
-        return _pass("repeats", "The same picture always gets the same score, alone and in company.", numbers)
+        return _pass(
+            "repeats", "The same picture always gets the same score, alone and in company.", numbers
+        )
     told = f"repeats differ by {noise:.3g} (deviation) where damages differ by {signal:.3g}"
     if largest and share > _JUMPS_FAIL:
-        return _fail("repeats", f"The same picture jumps by half the scale in {share:.1%} of repeats: {told}.", numbers)
+        return _fail(
+            "repeats",
+            f"The same picture jumps by half the scale in {share:.1%} of repeats: {told}.",
+            numbers,
+        )
     found = _grade(-ratio, (-_REPEAT_PASS, -_REPEAT_FAIL))
-    return Check(name="repeats", verdict=found, sentence=f"The same picture gets different scores: {told}.", numbers=numbers)
+    return Check(
+        name="repeats",
+        verdict=found,
+        sentence=f"The same picture gets different scores: {told}.",
+        numbers=numbers,
+    )
 
 
 def _singles(case: Case) -> list[Check]:
     """Pictures and questions that deserve less than the right edit, each asked once a task."""
     inside = "inside" in case.expected.sides
     reads = case.expected.reads_instruction
-    undone = [(a.task_id, _win(a.clean, a.graded[UNDONE, "inside"][-1])) for a in case.judged if (UNDONE, "inside") in a.graded]
+    undone = [
+        (a.task_id, _win(a.clean, a.graded[UNDONE, "inside"][-1]))
+        for a in case.judged
+        if (UNDONE, "inside") in a.graded
+    ]
 
     def single(key: str) -> list[tuple[str, float]]:
         return [(a.task_id, _win(a.clean, a.single[key])) for a in case.judged if key in a.single]
 
     planned: tuple[tuple[str, bool, list[tuple[str, float]], str, str], ...] = (
-        ("no edit", inside, undone, "the right edit beats the untouched source", "An untouched source is perfect for what it measures."),
-        ("edit elsewhere", True, single("elsewhere"), "the right edit beats the same edit in the wrong place", ""),
+        (
+            "no edit",
+            inside,
+            undone,
+            "the right edit beats the untouched source",
+            "An untouched source is perfect for what it measures.",
+        ),
+        (
+            "edit elsewhere",
+            True,
+            single("elsewhere"),
+            "the right edit beats the same edit in the wrong place",
+            "",
+        ),
         (
             "wrong instruction",
             reads,
@@ -380,9 +544,18 @@ def _singles(case: Case) -> list[Check]:
     for name, asked, wins, claim, why_not in planned:
         known = [(task, win) for task, win in wins if math.isfinite(win)]
         if not asked or not known:
-            checks.append(_not_asked(name, why_not if not asked else "Nothing to compare: no valid scores, or no second instruction."))
+            checks.append(
+                _not_asked(
+                    name,
+                    why_not
+                    if not asked
+                    else "Nothing to compare: no valid scores, or no second instruction.",
+                )
+            )
         else:
-            checks.append(_compared(case, name, [win for _, win in known], [task for task, _ in known], claim))
+            checks.append(
+                _compared(case, name, [win for _, win in known], [task for task, _ in known], claim)
+            )
     return checks
 
 
@@ -396,22 +569,41 @@ def _blank(case: Case) -> Check:
             tasks.append(answer.task_id)
     if not wins:
         return _pass("blank image", "Every blank picture was refused.")
-    return _compared(case, "blank image", wins, tasks, "the right edit beats grey, black, white, negative and static pictures")
+    return _compared(
+        case,
+        "blank image",
+        wins,
+        tasks,
+        "the right edit beats grey, black, white, negative and static pictures",
+    )
 
 
 def _size(case: Case) -> Check:
-    growth = [(small, large) for a in case.judged for small, large in (a.growth,) if math.isfinite(small) and math.isfinite(large)]
+    growth = [
+        (small, large)
+        for a in case.judged
+        for small, large in (a.growth,)
+        if math.isfinite(small) and math.isfinite(large)
+    ]
     small, large = _mean([pair[0] for pair in growth]), _mean([pair[1] for pair in growth])
     if not growth or abs(small) < _FLAT * abs(case.fall) or not small:
         return _not_asked("image size", "The tint used here does not move the score.")
     factor = large / small
     numbers = {"factor": factor}
     told = f"the same damage costs {factor:.2f} times as much when every pixel is doubled"
-    found = _grade(-max(factor, 1 / factor) if factor > 0 else -math.inf, (-_GROWTH_PASS, -_GROWTH_FAIL))
+    found = _grade(
+        -max(factor, 1 / factor) if factor > 0 else -math.inf, (-_GROWTH_PASS, -_GROWTH_FAIL)
+    )
     if found == "pass":
         return _pass("image size", f"Independent of the picture's size: {told}.", numbers)
-    cause = "it grows with the picture, as a sum over pixels does" if factor > 1 else "it changes with the picture's size"
-    return Check(name="image size", verdict=found, sentence=f"Not a mean: {cause}; {told}.", numbers=numbers)
+    cause = (
+        "it grows with the picture, as a sum over pixels does"
+        if factor > 1
+        else "it changes with the picture's size"
+    )
+    return Check(
+        name="image size", verdict=found, sentence=f"Not a mean: {cause}; {told}.", numbers=numbers
+    )
 
 
 def _decibel(case: Case) -> Check:
@@ -419,7 +611,14 @@ def _decibel(case: Case) -> Check:
     name = "PSNR convention"
     if case.expected.one_side != "outside":
         return _not_asked(name, "It is not a measure of the background alone.")
-    points = np.array([(db, s) for a in case.judged for damage, row in a.decibel.items() for db, s in _points(a, damage, row)])
+    points = np.array(
+        [
+            (db, s)
+            for a in case.judged
+            for damage, row in a.decibel.items()
+            for db, s in _points(a, damage, row)
+        ]
+    )
     if len(points) < 8 or np.ptp(points[:, 1]) == 0:
         return _not_asked(name, "Too few different scores.")
     # The ends of a clipped scale are no part of the line.
@@ -433,7 +632,11 @@ def _decibel(case: Case) -> Check:
     numbers = {"offset_db": offset, "score_per_db": float(slope)}
     if abs(offset - _CHANNEL_SLIP_DB) < _OFFSET_DB:
         text = f"{offset:.2f} dB off the masked PSNR: a squared error summed over three channels and divided by one channel's pixels."
-        return _warn(name, f"{text} Advantages are the same; clipping points and published numbers are not.", numbers)
+        return _warn(
+            name,
+            f"{text} Advantages are the same; clipping points and published numbers are not.",
+            numbers,
+        )
     if abs(offset) < _OFFSET_DB:
         return _pass(name, f"It is the masked PSNR ({float(slope):.3g} a dB).", numbers)
     return _pass(name, f"It is a straight line in masked PSNR, zero at {-offset:.2f} dB.", numbers)
@@ -447,28 +650,50 @@ def kendall(scores: Sequence[float]) -> float:
     known = _finite(scores)
     if len(known) < 2:
         return math.nan
-    steps = [np.sign(known[i] - known[j]) for i in range(len(known)) for j in range(i + 1, len(known))]
+    steps = [
+        np.sign(known[i] - known[j]) for i in range(len(known)) for j in range(i + 1, len(known))
+    ]
     untied = sum(step != 0 for step in steps)
     return float(sum(steps) / math.sqrt(len(steps) * untied)) if untied else 0.0
 
 
-def _compared(case: Case, name: str, wins: Sequence[float], tasks: Sequence[str], claim: str) -> Check:
+def _compared(
+    case: Case, name: str, wins: Sequence[float], tasks: Sequence[str], claim: str
+) -> Check:
     found = case.interval(wins, tasks)
     verdict = _grade(found["mean"], (_AUROC_PASS, _AUROC_FAIL))
     sentence = f"{_NOT[verdict]}{claim} (AUROC {found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}])."
-    return Check(name=name, verdict=verdict, sentence=_capital(sentence), numbers={f"auroc_{key}": value for key, value in found.items()})
+    return Check(
+        name=name,
+        verdict=verdict,
+        sentence=_capital(sentence),
+        numbers={f"auroc_{key}": value for key, value in found.items()},
+    )
 
 
 def _expected_rows(case: Case) -> list[tuple[Answers, tuple[float, ...]]]:
-    return [(a, row) for a in case.judged for _, row in _rows_of(case, a) if all(math.isfinite(score) for score in row)]
+    return [
+        (a, row)
+        for a in case.judged
+        for _, row in _rows_of(case, a)
+        if all(math.isfinite(score) for score in row)
+    ]
 
 
 def _rows_of(case: Case, answer: Answers) -> list[tuple[str, tuple[float, ...]]]:
-    return [(damage, row) for (damage, side), row in answer.graded.items() if side in case.expected.sides]
+    return [
+        (damage, row)
+        for (damage, side), row in answer.graded.items()
+        if side in case.expected.sides
+    ]
 
 
 def _points(answer: Answers, damage: str, decibel: Sequence[float]) -> list[tuple[float, float]]:
-    return [(db, s) for db, s in zip(decibel, answer.graded[damage, "outside"], strict=True) if math.isfinite(s) and math.isfinite(db)]
+    return [
+        (db, s)
+        for db, s in zip(decibel, answer.graded[damage, "outside"], strict=True)
+        if math.isfinite(s) and math.isfinite(db)
+    ]
 
 
 def _win(better: float, worse: float) -> float:

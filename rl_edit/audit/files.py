@@ -20,7 +20,9 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}), so the result would be lost. Give a writable --out.") from error
+        raise InputError(
+            f"cannot write {path} ({error.strerror}), so the result would be lost. Give a writable --out."
+        ) from error
     finally:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)

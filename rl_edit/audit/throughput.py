@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rl_edit.audit.answers import candidates
-from rl_edit.audit.damages import Reference, generator
+from rl_edit.audit.corruptions import Reference, generator
+from rl_edit.audit.responses import candidates
 from rl_edit.errors import InputError
 from rl_edit.rewards import Reward, score_candidates
 from rl_edit.types import Candidates
@@ -88,7 +88,17 @@ def measure(
         while not calls or time.perf_counter() - began < seconds:
             with guard:
                 number = next(numbers)
-            calls.append(_call(term, _group(references[number % len(references)], number, group_size=group_size, seed=seed)))
+            calls.append(
+                _call(
+                    term,
+                    _group(
+                        references[number % len(references)],
+                        number,
+                        group_size=group_size,
+                        seed=seed,
+                    ),
+                )
+            )
             progress(time.perf_counter() - began)
         return calls
 
@@ -118,11 +128,17 @@ def measure(
 def _call(term: Reward, group: Candidates) -> _Call:
     began = time.perf_counter()
     table = score_candidates((term,), group, group_id=group.task.task_id)
-    return _Call(seconds=time.perf_counter() - began, invalid=int((~table.valid).sum()), reason=table.reasons[0] if table.reasons else "")
+    return _Call(
+        seconds=time.perf_counter() - began,
+        invalid=int((~table.valid).sum()),
+        reason=table.reasons[0] if table.reasons else "",
+    )
 
 
 def _group(right: Reference, number: int, *, group_size: int, seed: int) -> Candidates:
     """The right edit under faint noise that no other call has."""
     random = generator(seed, "throughput", number)
     faint = torch.randint(-3, 4, (group_size, *right.edit.shape), generator=random)
-    return candidates(right.task, (right.edit.to(torch.int64) + faint).clamp(0, 255).to(torch.uint8))
+    return candidates(
+        right.task, (right.edit.to(torch.int64) + faint).clamp(0, 255).to(torch.uint8)
+    )

@@ -23,7 +23,7 @@ from rl_edit.cli.report import report_command
 from rl_edit.cli.show import methods_command, presets_command, show_config_command
 from rl_edit.cli.train import train_command
 from rl_edit.errors import ClusterUnreachable, Fenced, InputError, ResourcesInfeasible
-from rl_edit.update import TrainingFailed
+from rl_edit.method.update import TrainingFailed
 
 BAD_INPUT, FAILED, INFEASIBLE, UNREACHABLE, FENCED = 2, 3, 4, 5, 75
 

@@ -30,20 +30,39 @@ COLOURS: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "red",
 
 
 def audit_reward_command(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of a run; or use --preset.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. data.path=DIR")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a run; or use --preset.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Dotted overrides, e.g. data.path=DIR")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
-    term: Annotated[list[str] | None, typer.Option(help="Only this reward; may be repeated. All with a weight unless given.")] = None,
+    term: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this reward; may be repeated. All with a weight unless given."),
+    ] = None,
     tasks: Annotated[int, typer.Option(help="Training tasks to audit on.", min=1)] = 16,
-    expects: Annotated[str | None, typer.Option(help="What the rewards respond to: inside, outside or both the sides of the mask.")] = None,
-    instruction: Annotated[bool | None, typer.Option(help="Whether they read the instruction; known for built-in rewards.")] = None,
-    out: Annotated[Path, typer.Option(help="Directory for audit.json and audit.html.")] = Path("audit"),
+    expects: Annotated[
+        str | None,
+        typer.Option(
+            help="What the rewards respond to: inside, outside or both the sides of the mask."
+        ),
+    ] = None,
+    instruction: Annotated[
+        bool | None,
+        typer.Option(help="Whether they read the instruction; known for built-in rewards."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for audit.json and audit.html.")] = Path(
+        "audit"
+    ),
 ) -> None:
     """Damage right edits in known ways and check that the rewards notice. Exits with 3 when one would mislead training."""
     run = configured(config, overrides, preset)
     dataset = open_dataset(run.data, "train")
     chosen, left_out = chosen_terms(run, dataset.fields, term)
-    wanted = [(reward, expected_of(reward, expects, reads_instruction=instruction)) for reward in chosen]
+    wanted = [
+        (reward, expected_of(reward, expects, reads_instruction=instruction)) for reward in chosen
+    ]
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("auditing", total=None)
@@ -60,14 +79,20 @@ def audit_reward_command(
         console.print(_table(entry))
     for name, why in left_out.items():
         console.print(f"not audited: {name} ({why})", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{out / 'audit.json'}, {out / 'audit.html'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{out / 'audit.json'}, {out / 'audit.html'}", highlight=False, markup=False, soft_wrap=True
+    )
     if found.verdict == "fail":
         failed = ", ".join(entry.name for entry in found.terms if entry.verdict == "fail")
-        console.print(f"[red]would mislead training: {escape(failed)}[/red]", highlight=False, soft_wrap=True)
+        console.print(
+            f"[red]would mislead training: {escape(failed)}[/red]", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(MISLEADS)
 
 
-def configured(config: Path | None, overrides: Sequence[str] | None, preset: str | None) -> RunConfig:
+def configured(
+    config: Path | None, overrides: Sequence[str] | None, preset: str | None
+) -> RunConfig:
     """The run of a file or preset. With --preset the first argument is an override."""
     changes = list(overrides or [])
     if config is not None and "=" in str(config):
@@ -75,14 +100,18 @@ def configured(config: Path | None, overrides: Sequence[str] | None, preset: str
     return load_config(config, preset=preset, overrides=changes)
 
 
-def chosen_terms(run: RunConfig, fields: Collection[str], names: Sequence[str] | None) -> tuple[tuple[Reward, ...], dict[str, str]]:
+def chosen_terms(
+    run: RunConfig, fields: Collection[str], names: Sequence[str] | None
+) -> tuple[tuple[Reward, ...], dict[str, str]]:
     """The rewards to ask, those named or all with a weight, and why the others are left out.
 
     Attention comes from an editor's rollout, not from a picture: terms that read it cannot be asked without one.
     """
     unknown = [name for name in names or () if name not in run.rewards]
     if unknown:
-        raise InputError(f"There is no reward {unknown[0]!r} in this run; it has {', '.join(run.rewards)}. Correct --term.")
+        raise InputError(
+            f"There is no reward {unknown[0]!r} in this run; it has {', '.join(run.rewards)}. Correct --term."
+        )
     terms, left_out = available(tuple(run.rewards.values()), fields)
     kept: list[Reward] = []
     for reward in terms:
@@ -103,11 +132,19 @@ def chosen_terms(run: RunConfig, fields: Collection[str], names: Sequence[str] |
 def first_tasks(dataset: Dataset, count: int, *, resolution: int) -> list[EditTask]:
     """Tasks on a canvas of the run's resolution."""
     side = max(resolution, 2 * CANVAS_STEP)
-    return [fit(dataset[row], resolution=side, multiple=CANVAS_STEP) for row in range(min(count, len(dataset)))]
+    return [
+        fit(dataset[row], resolution=side, multiple=CANVAS_STEP)
+        for row in range(min(count, len(dataset)))
+    ]
 
 
 def _table(term: TermAudit) -> Table:
-    shown = Table("check", "verdict", "what was found", title=f"{escape(term.name)}: {_coloured(term.verdict)}")
+    shown = Table(
+        "check",
+        "verdict",
+        "what was found",
+        title=f"{escape(term.name)}: {_coloured(term.verdict)}",
+    )
     for check in term.checks:
         shown.add_row(check.name, _coloured(check.verdict), escape(check.sentence))
     return shown

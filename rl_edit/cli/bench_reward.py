@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from rl_edit.audit.damages import reference
+from rl_edit.audit.corruptions import reference
 from rl_edit.audit.files import write_whole
 from rl_edit.audit.throughput import TAIL, Throughput, measure
 from rl_edit.cli.audit_reward import chosen_terms, configured, first_tasks
@@ -23,12 +23,23 @@ SCHEMA = "rl-edit/bench-reward/1"
 
 
 def bench_reward_command(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of a run; or use --preset.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. rollout.group_size=12")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a run; or use --preset.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Dotted overrides, e.g. rollout.group_size=12")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
-    term: Annotated[list[str] | None, typer.Option(help="Only this reward; may be repeated. All with a weight unless given.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long to ask each reward at each concurrency.", min=0.01)] = 10.0,
-    concurrency: Annotated[list[int] | None, typer.Option(help="Groups scored at a time; may be repeated.", min=1)] = None,
+    term: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this reward; may be repeated. All with a weight unless given."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="How long to ask each reward at each concurrency.", min=0.01)
+    ] = 10.0,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Groups scored at a time; may be repeated.", min=1)
+    ] = None,
     tasks: Annotated[int, typer.Option(help="Training tasks to take pictures from.", min=1)] = 16,
     out: Annotated[Path, typer.Option(help="File for the numbers.")] = Path("bench-reward.json"),
 ) -> None:
@@ -36,7 +47,9 @@ def bench_reward_command(
     run = configured(config, overrides, preset)
     dataset = open_dataset(run.data, "train")
     terms, left_out = chosen_terms(run, dataset.fields, term)
-    references = [reference(task) for task in first_tasks(dataset, tasks, resolution=run.editor.resolution)]
+    references = [
+        reference(task) for task in first_tasks(dataset, tasks, resolution=run.editor.resolution)
+    ]
     console = Console()
     found: list[Throughput] = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -54,18 +67,29 @@ def bench_reward_command(
                         progress=lambda elapsed, bar=bar: progress.update(bar, completed=elapsed),  # type: ignore[misc]
                     )
                 )
-    content = {"schema": SCHEMA, "run": run.name, "left_out": left_out, "results": [asdict(result) for result in found]}
+    content = {
+        "schema": SCHEMA,
+        "run": run.name,
+        "left_out": left_out,
+        "results": [asdict(result) for result in found],
+    }
     write_whole(out, json.dumps(content, indent=2, allow_nan=False) + "\n")
     console.print(_table(found))
     for result in found:
         if result.reason:
-            console.print(f"no score from {result.term}: {result.reason}", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"no score from {result.term}: {result.reason}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     console.print(str(out), highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(found: list[Throughput]) -> Table:
     shown = Table(
-        title="candidates per s, by calls at a time", caption=f"a call scores one group; tail: time in calls over {TAIL:g} medians"
+        title="candidates per s, by calls at a time",
+        caption=f"a call scores one group; tail: time in calls over {TAIL:g} medians",
     )
     shown.add_column("reward")
     for column in ("calls", "per s", "p50 s", "p90 s", "p99 s", "tail", "invalid"):

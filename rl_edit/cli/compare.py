@@ -13,8 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from rl_edit.audit.files import write_whole
-from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, Arm, Comparison, Measure, compare
-from rl_edit.evaluation.statistics import Interval
+from rl_edit.evaluation.comparison import (
+    COMMON_MEASURES,
+    MEASURES,
+    Arm,
+    Comparison,
+    Measure,
+    compare,
+)
+from rl_edit.measures.intervals import Interval
 from rl_edit.report.compare import comparison_page
 
 LEAST_WIDTH = 190
@@ -22,10 +29,19 @@ LEAST_WIDTH = 190
 
 
 def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, each evaluated with rl-edit evaluate.")],
-    against: Annotated[Path | None, typer.Option(help="A run to subtract from each of the others, beside the base.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write a page with charts, e.g. comparison.html.")] = None,
-    record: Annotated[Path | None, typer.Option("--json", help="Write every number as JSON.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, each evaluated with rl-edit evaluate.")
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="A run to subtract from each of the others, beside the base."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a page with charts, e.g. comparison.html.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option("--json", help="Write every number as JSON.")
+    ] = None,
 ) -> None:
     """Compare runs on the same held-out tasks and noises. Runs that differ only in their seed are averaged."""
     found = compare(runs, against=against)
@@ -48,7 +64,9 @@ def gains_table(comparison: Comparison) -> Table:
     """Arms as rows; each measure as its difference to base over its interval."""
     meta = comparison.meta
     noises = f" x {meta['num_noises']} noises" if meta["num_noises"] > 1 else ""
-    shown = Table(title=f"trained minus base on {meta['num_tasks']} held-out tasks{noises}; paired, 95 % bootstrap intervals over tasks")
+    shown = Table(
+        title=f"trained minus base on {meta['num_tasks']} held-out tasks{noises}; paired, 95 % bootstrap intervals over tasks"
+    )
     for heading in ("run", "seeds", "updates"):
         shown.add_column(heading, overflow="fold")
     for measure in MEASURES:
@@ -56,7 +74,9 @@ def gains_table(comparison: Comparison) -> Table:
     shown.add_column("s an\nupdate", justify="right")
     shown.add_column("evaluations\nan update", justify="right", no_wrap=True)
     base = [comparison.base(measure.name) for measure in MEASURES]
-    cells = ["" if b is None else f"{b.mean:.{m.digits}f}" for b, m in zip(base, MEASURES, strict=True)]
+    cells = [
+        "" if b is None else f"{b.mean:.{m.digits}f}" for b, m in zip(base, MEASURES, strict=True)
+    ]
     shown.add_row("base", "", "", *cells, "", "", end_section=True)
     for arm in comparison.arms:
         seconds, effort = arm.seconds_per_update, arm.effort
@@ -79,7 +99,10 @@ def over_table(arms: tuple[Arm, ...], other: Arm) -> Table:
         shown.add_column(_heading(measure), justify="right", no_wrap=True)
     for arm in arms:
         if arm is not other:
-            shown.add_row(escape(arm.label), *(_cell(arm.over(other, measure.name), measure) for measure in COMMON_MEASURES))
+            shown.add_row(
+                escape(arm.label),
+                *(_cell(arm.over(other, measure.name), measure) for measure in COMMON_MEASURES),
+            )
     return shown
 
 

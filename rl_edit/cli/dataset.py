@@ -24,14 +24,18 @@ def _group() -> None:
 def make_shapes_command(
     directory: Annotated[Path, typer.Argument(help="New directory; CompBench's layout.")],
     count: Annotated[int, typer.Option(help="Number of tasks.", min=1)] = 256,
-    split: Annotated[str, typer.Option(help="train, heldout or validation; splits share no scene.")] = "train",
+    split: Annotated[
+        str, typer.Option(help="train, heldout or validation; splits share no scene.")
+    ] = "train",
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write tasks of the shapes world: source, instruction, exact mask, exact target."""
     console = Console()
     tasks = (
         shapes.task(split, i, seed=seed)
-        for i in track(range(count), description="drawing", console=console, disable=not console.is_terminal)
+        for i in track(
+            range(count), description="drawing", console=console, disable=not console.is_terminal
+        )
     )
     write_compbench(tasks, directory)
     console.print(

@@ -10,22 +10,30 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from rl_edit import adapters
 from rl_edit.data.canvas import fit
 from rl_edit.data.images import read_rgb
-from rl_edit.editors import BUILTIN, EditorConfig, load_editor
+from rl_edit.editors import BUILTIN, EditorConfig, load_editor, lora
 from rl_edit.errors import InputError
-from rl_edit.exploration import NoiseSource
-from rl_edit.rollout import denoise
+from rl_edit.method.exploration import NoiseSource
+from rl_edit.method.rollout import denoise
 from rl_edit.types import EditTask
 
 
 def edit_command(
-    image: Annotated[Path, typer.Argument(help="Any picture; it is fitted to the editor's canvas, aspect kept.")],
+    image: Annotated[
+        Path, typer.Argument(help="Any picture; it is fitted to the editor's canvas, aspect kept.")
+    ],
     instruction: Annotated[str, typer.Option(help="What to change.")],
-    adapter: Annotated[Path | None, typer.Option(help="RUN/adapter; the base editor without it.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write; NAME_edited.png in the current directory by default.")] = None,
-    editor: Annotated[str, typer.Option(help="Editor; the run's own when the adapter lies in a run directory.")] = "",
+    adapter: Annotated[
+        Path | None, typer.Option(help="RUN/adapter; the base editor without it.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where to write; NAME_edited.png in the current directory by default."),
+    ] = None,
+    editor: Annotated[
+        str, typer.Option(help="Editor; the run's own when the adapter lies in a run directory.")
+    ] = "",
     resolution: Annotated[int | None, typer.Option(help="Canvas side in pixels.")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
@@ -37,7 +45,7 @@ def edit_command(
         raise InputError(f"no picture at {image}: give an existing image file")
     source = torch.from_numpy(read_rgb(image, where=str(image)).copy())
     config = _editor_config(editor, adapter, resolution)
-    weights = adapters.read(adapter) if adapter is not None else None
+    weights = lora.read(adapter) if adapter is not None else None
     target = output or Path(f"{image.stem}_edited.png")
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"cannot write {target}: use a .png, .jpg or .webp name")
@@ -45,18 +53,31 @@ def edit_command(
         raise InputError(f"cannot write {target}: {target.parent} is not a directory")
     loaded = load_editor(config)
     if weights is not None:
-        adapters.attach(loaded.transformer, weights[1], seed=0)
-        adapters.load(loaded.transformer, weights[0])
+        lora.attach(loaded.transformer, weights[1], seed=0)
+        lora.load(loaded.transformer, weights[0])
     mask = torch.zeros(source.shape[:2], dtype=torch.bool)
     mask[0, 0] = True
-    task = EditTask(task_id=image.name, task_type="edit", source=source, instruction=instruction, edit_mask=mask)
+    task = EditTask(
+        task_id=image.name, task_type="edit", source=source, instruction=instruction, edit_mask=mask
+    )
     task = fit(task, resolution=config.resolution, multiple=loaded.pixels_per_token)
     conditioning = loaded.encode(task)
-    initial = NoiseSource(seed, "edit", 0).normal("edit", 0, loaded.latent_shape(conditioning))[None]
-    final = denoise(lambda x, s: loaded.velocity(x, s, conditioning), initial, loaded.sigmas(steps, conditioning)).final
+    initial = NoiseSource(seed, "edit", 0).normal("edit", 0, loaded.latent_shape(conditioning))[
+        None
+    ]
+    final = denoise(
+        lambda x, s: loaded.velocity(x, s, conditioning),
+        initial,
+        loaded.sigmas(steps, conditioning),
+    ).final
     Image.fromarray(loaded.decode(final, conditioning)[0].numpy()).save(target)
     height, width = task.source.shape[:2]
-    Console().print(f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})", highlight=False, markup=False, soft_wrap=True)
+    Console().print(
+        f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _editor_config(editor: str, adapter: Path | None, resolution: int | None) -> EditorConfig:
@@ -68,5 +89,8 @@ def _editor_config(editor: str, adapter: Path | None, resolution: int | None) ->
         run = (adapter if adapter.is_dir() else adapter.parent).parent
         if (run / "config.yaml").is_file():
             config = load_config(run / "config.yaml").editor
-    changes: dict[str, object] = {"attention_layers": 0, **({"resolution": resolution} if resolution else {})}
+    changes: dict[str, object] = {
+        "attention_layers": 0,
+        **({"resolution": resolution} if resolution else {}),
+    }
     return EditorConfig.model_validate({**config.model_dump(), **changes})

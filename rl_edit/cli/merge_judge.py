@@ -10,16 +10,28 @@ from rich.console import Console
 
 
 def merge_judge_command(
-    base: Annotated[str, typer.Argument(help="Directory or hub name of the base, such as Qwen/Qwen3-VL-8B-Instruct.")],
-    lora: Annotated[str, typer.Argument(help="Directory or hub name of the LoRA, such as EditScore/EditScore-Qwen3-VL-8B-Instruct.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write the merged checkpoint to; must not exist.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="Directory or hub name of the base, such as Qwen/Qwen3-VL-8B-Instruct."
+        ),
+    ],
+    lora: Annotated[
+        str,
+        typer.Argument(
+            help="Directory or hub name of the LoRA, such as EditScore/EditScore-Qwen3-VL-8B-Instruct."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Directory to write the merged checkpoint to; must not exist.")
+    ],
 ) -> None:
     """Merge a judge's LoRA into its base model. The result is a checkpoint that vLLM serves as it is.
 
     Needs memory for the whole model, and no GPU.
     """
     # Model libraries take seconds to import, and other verbs must not wait for them.
-    from rl_edit.judges.merge import merge_judge
+    from rl_edit.rewards.vlm.backends.merge import merge_judge
 
     console = Console()
     merge_judge(base, lora, out, say=lambda step: console.print(step, highlight=False))

@@ -10,6 +10,10 @@ import typer
 from rl_edit.report import render_report
 
 
-def report_command(run: Annotated[Path, typer.Argument(help="Run directory to report on; RUN/report.html is written.")]) -> None:
+def report_command(
+    run: Annotated[
+        Path, typer.Argument(help="Run directory to report on; RUN/report.html is written.")
+    ],
+) -> None:
     """Write RUN/report.html: headline numbers, curves, before/after pictures. One file, opens anywhere."""
     typer.echo(str(render_report(run)))

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rl_edit.algorithms import METHODS, Algorithm
 from rl_edit.config import load_config, presets
-from rl_edit.exploration import AdaptiveSpread
+from rl_edit.method.algorithms import METHODS, Algorithm
+from rl_edit.method.exploration import AdaptiveSpread
 
 
 def presets_command() -> None:
@@ -24,7 +24,17 @@ def presets_command() -> None:
 
 def methods_command() -> None:
     """List the methods and the values that make them."""
-    shown = Table("method", "initial noise", "step noise", "credit", "objective", "acting", "mask", "attention", "paper")
+    shown = Table(
+        "method",
+        "initial noise",
+        "step noise",
+        "credit",
+        "objective",
+        "acting",
+        "mask",
+        "attention",
+        "paper",
+    )
     for name, method in METHODS.items():
         algorithm = method.algorithm
         shown.add_row(
@@ -48,7 +58,9 @@ def _noise(algorithm: Algorithm) -> str:
         return "shared"
     if start.inside == start.outside:
         return "independent" if start.inside == 1 else f"{start.inside:g} everywhere"
-    return f"{start.inside:g} inside, {start.outside:g} outside" + (", centre kept" if start.keep_reference else "")
+    return f"{start.inside:g} inside, {start.outside:g} outside" + (
+        ", centre kept" if start.keep_reference else ""
+    )
 
 
 def _step_noise(algorithm: Algorithm) -> str:
@@ -64,9 +76,15 @@ def _step_noise(algorithm: Algorithm) -> str:
 
 def _credit(algorithm: Algorithm) -> str:
     settings = algorithm.credit.model_dump()
-    rows = {"group": lambda: f"{settings['rows']['kind']} row", "split": lambda: "edit row + keep row", "region": lambda: "a row a region"}
+    rows = {
+        "group": lambda: f"{settings['rows']['kind']} row",
+        "split": lambda: "edit row + keep row",
+        "region": lambda: "a row a region",
+    }
     shown = rows[settings["kind"]]() + f", terms per {settings['normalise']}"
-    return shown.replace("terms per none", "raw terms") + (f", quasi-norm {p:g}" if (p := settings.get("quasi_norm")) else "")
+    return shown.replace("terms per none", "raw terms") + (
+        f", quasi-norm {p:g}" if (p := settings.get("quasi_norm")) else ""
+    )
 
 
 def _objective(algorithm: Algorithm) -> str:

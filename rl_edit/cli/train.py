@@ -18,34 +18,65 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from rl_edit import adapters, telemetry
+from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
-from rl_edit.editors import editor_identity, inspect_editor
+from rl_edit.editors import editor_identity, inspect_editor, lora
 from rl_edit.errors import Fenced, InputError
 from rl_edit.provenance import code_sha256, versions
 from rl_edit.rewards import available
 
 if TYPE_CHECKING:
-    from learner.loop import Outcome, Run, Stop
+    from learner.controller.loop import Outcome, Run, Stop
 
 
 def train_command(
     config: Annotated[Path | None, typer.Argument(help="YAML file; or use --preset.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides: train.updates=50 seed=7 data.path=DIR")] = None,
-    preset: Annotated[str | None, typer.Option(help="A shipped preset (rl-edit presets).")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run is written; runs/NAME by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir from its newest sound checkpoint.")] = False,
-    auto_resume: Annotated[
-        bool, typer.Option("--auto-resume", help="Continue the run in --run-dir if one has begun there, else start it: safe to repeat.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate config, data and editor, print the plan, start nothing.")] = False,
-    allow_config_drift: Annotated[
-        list[str] | None, typer.Option(help="With --resume: a dotted setting that may differ from the checkpoint's; repeatable.")
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Dotted overrides: train.updates=50 seed=7 data.path=DIR"),
     ] = None,
-    allow_version_skew: Annotated[bool, typer.Option(help="Run although nodes have other package versions or sources.")] = False,
+    preset: Annotated[str | None, typer.Option(help="A shipped preset (rl-edit presets).")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run is written; runs/NAME by default.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --run-dir from its newest sound checkpoint."
+        ),
+    ] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Continue the run in --run-dir if one has begun there, else start it: safe to repeat.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Validate config, data and editor, print the plan, start nothing."
+        ),
+    ] = False,
+    allow_config_drift: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --resume: a dotted setting that may differ from the checkpoint's; repeatable."
+        ),
+    ] = None,
+    allow_version_skew: Annotated[
+        bool, typer.Option(help="Run although nodes have other package versions or sources.")
+    ] = False,
 ) -> None:
     """Train an adapter.
 
@@ -81,15 +112,15 @@ def train(
     console: Console | None = None,
     allow_drift: frozenset[str] = frozenset(),
     allow_skew: bool = False,
-) -> adapters.AdapterWeights | None:
+) -> lora.AdapterWeights | None:
     """Runs ``config`` in ``directory``; returns the final adapter. Everything that can be checked is checked before a file is written."""
     console = console or Console(quiet=True)
     occupied = _require_place(directory, resume=resume)
     _require_patience(config)
     if config.actors.runtime == "ray" and not dry_run:
-        from actors import pool
+        from actors import ray_executor
 
-        pool.probe()
+        ray_executor.probe()
     run, record = _prepare(config, directory, console, resume=resume, allow_drift=allow_drift)
     if dry_run:
         return None
@@ -108,21 +139,30 @@ def _require_place(directory: Path, *, resume: bool) -> bool:
         raise InputError(f"--run-dir {directory} is a file: give a directory")
     occupied = directory.is_dir() and any(directory.iterdir())
     if occupied and not resume:
-        raise InputError(f"run directory {directory} already holds a run: add --resume to continue it, or give another --run-dir")
+        raise InputError(
+            f"run directory {directory} already holds a run: add --resume to continue it, or give another --run-dir"
+        )
     if resume and not occupied:
         raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
     return occupied
 
 
 def _prepare(
-    config: RunConfig, directory: Path, console: Console, *, resume: bool, allow_drift: frozenset[str]
+    config: RunConfig,
+    directory: Path,
+    console: Console,
+    *,
+    resume: bool,
+    allow_drift: frozenset[str],
 ) -> tuple[Run, dict[str, Any]]:
     """Opens data, editor and rewards, tells the plan, and writes nothing. Returns the run and what ``run.json`` says of it."""
-    from learner import gold
-    from learner.loop import Run
+    from learner.controller import heldout
+    from learner.controller.loop import Run
 
     facts = inspect_editor(config.editor)
-    dataset = open_dataset(config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token)
+    dataset = open_dataset(
+        config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token
+    )
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     config.require_measured(left_out)
     base = editor_identity(config.editor)
@@ -135,18 +175,30 @@ def _prepare(
         code_version=code_sha256(),
         capacity=_capacity(config),
         allow_drift=allow_drift,
-        probes=gold.probes(config, terms, pixels_per_token=facts.pixels_per_token),
+        probes=heldout.probes(config, terms, pixels_per_token=facts.pixels_per_token),
     )
     if resume:
         _require_same_run(run)
-    _describe_plan(console, config, len(dataset), dataset.skipped, [term.name for term in terms], left_out)
-    return run, _run_record(config, dataset.fingerprint, base, [f"{name}: {why}" for name, why in left_out.items()])
+    _describe_plan(
+        console, config, len(dataset), dataset.skipped, [term.name for term in terms], left_out
+    )
+    return run, _run_record(
+        config, dataset.fingerprint, base, [f"{name}: {why}" for name, why in left_out.items()]
+    )
 
 
-def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, allow_skew: bool, occupied: bool) -> Outcome:
+def _run(
+    run: Run,
+    record: dict[str, Any],
+    console: Console,
+    *,
+    resume: bool,
+    allow_skew: bool,
+    occupied: bool,
+) -> Outcome:
     """Takes the directory, trains, saves the adapter. ``run.json`` says how it ended, also when it failed."""
-    from learner.lease import Lease
-    from learner.loop import Stop, TrainingLoop
+    from learner.controller.lease import Lease
+    from learner.controller.loop import Stop, TrainingLoop
 
     config, directory = run.config, run.directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -154,7 +206,11 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
     watch = _Watch(console, config)
     lease = Lease.take(directory)
     if took := lease.taking_over():
-        console.print(f"[yellow]{took}[/yellow]: that attempt ends at its next write", highlight=False, soft_wrap=True)
+        console.print(
+            f"[yellow]{took}[/yellow]: that attempt ends at its next write",
+            highlight=False,
+            soft_wrap=True,
+        )
     (directory / "config.yaml").write_text(config.to_yaml())
     _write_record(directory, record)
     events = telemetry.Events(directory / telemetry.EVENTS)
@@ -164,28 +220,48 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
         with watch:
             executor = _executor(config, run.dataset.fields, allow_skew=allow_skew, note=watch.note)
             with _Signals(stop) as signals:
-                loop = TrainingLoop(run, executor, lease=lease, events=events, observer=watch, stop=stop)
+                loop = TrainingLoop(
+                    run, executor, lease=lease, events=events, observer=watch, stop=stop
+                )
                 outcome = asyncio.run(loop.run(resume=resume))
         if _status(outcome, config) != "stopped":
             _require_learnt(directory)
         if outcome.adapter is not None:
-            adapters.save(directory / "adapter", outcome.adapter, config.lora)
+            lora.save(directory / "adapter", outcome.adapter, config.lora)
             _save_best(directory, outcome.adapter, config, console)
-        status, name = _status(outcome, config), None if outcome.adapter is None else str(outcome.adapter.id)
+        status, name = (
+            _status(outcome, config),
+            None if outcome.adapter is None else str(outcome.adapter.id),
+        )
         events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
         ended = time.time()
-        _write_record(directory, {**record, "status": status, "adapter": name, "finished": ended, "seconds": ended - record["started"]})
+        _write_record(
+            directory,
+            {
+                **record,
+                "status": status,
+                "adapter": name,
+                "finished": ended,
+                "seconds": ended - record["started"],
+            },
+        )
     except Fenced:
         raise  # the directory is another attempt's now: not a byte more
     except BaseException as error:
         cause = getattr(error, "cause", None) or error
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         events("failed", reason=reason)
-        _write_record(directory, {**record, "status": "failed", "reason": reason, "finished": time.time()})
+        _write_record(
+            directory, {**record, "status": "failed", "reason": reason, "finished": time.time()}
+        )
         if not watch.done:  # this attempt did not add to the run, so it changes nothing of what the run says of itself
             for path, content in before.items():
                 path.write_bytes(content)
-        if not occupied and not (directory / "checkpoints").exists() and (isinstance(error, InputError) or executor is None):
+        if (
+            not occupied
+            and not (directory / "checkpoints").exists()
+            and (isinstance(error, InputError) or executor is None)
+        ):
             shutil.rmtree(directory)
         raise
     finally:
@@ -206,8 +282,16 @@ def _run(run: Run, record: dict[str, Any], console: Console, *, resume: bool, al
 
 def _said(directory: Path) -> dict[Path, bytes]:
     """What a run says of itself; without its record where that says that it runs, which a killed attempt leaves."""
-    found = {path: path.read_bytes() for path in (directory / "config.yaml", directory / "run.json") if path.is_file()}
-    return {path: content for path, content in found.items() if path.name != "run.json" or b'"status": "running"' not in content}
+    found = {
+        path: path.read_bytes()
+        for path in (directory / "config.yaml", directory / "run.json")
+        if path.is_file()
+    }
+    return {
+        path: content
+        for path, content in found.items()
+        if path.name != "run.json" or b'"status": "running"' not in content
+    }
 
 
 def _require_learnt(directory: Path) -> None:
@@ -216,14 +300,18 @@ def _require_learnt(directory: Path) -> None:
     Raises:
         TrainingFailed: every update of the run was without a group to learn from, or skipped.
     """
-    from rl_edit.update import TrainingFailed
+    from rl_edit.method.update import TrainingFailed
 
     lines = telemetry.read_jsonl(directory / telemetry.METRICS)
     if not lines or any(line["groups/used"] and not line["step/skipped"] for line in lines):
         return
     why: Counter[str] = Counter()
     for line in lines:
-        why.update({"the step was skipped: a loss or gradient was not finite": 1} if line["step/skipped"] else {})
+        why.update(
+            {"the step was skipped: a loss or gradient was not finite": 1}
+            if line["step/skipped"]
+            else {}
+        )
         for kind, reasons in line["groups/dropped_reasons"].items():
             why.update({f"{kind}: {reason}": count for reason, count in reasons.items()})
     raise TrainingFailed(
@@ -234,7 +322,13 @@ def _require_learnt(directory: Path) -> None:
 
 
 def _status(outcome: Outcome, config: RunConfig) -> str:
-    return "done" if outcome.updates_done == config.train.updates else "done early" if outcome.early else "stopped"
+    return (
+        "done"
+        if outcome.updates_done == config.train.updates
+        else "done early"
+        if outcome.early
+        else "stopped"
+    )
 
 
 def _tell_end(outcome: Outcome, run: Run, console: Console) -> None:
@@ -256,20 +350,22 @@ def _tell_end(outcome: Outcome, run: Run, console: Console) -> None:
     )
 
 
-def _save_best(directory: Path, last: adapters.AdapterWeights, config: RunConfig, console: Console) -> None:
+def _save_best(
+    directory: Path, last: lora.AdapterWeights, config: RunConfig, console: Console
+) -> None:
     """``adapter_best/`` beside ``adapter/``, when the adapter that held-out tasks liked best is not the last one."""
-    from learner import gold
+    from learner.controller import heldout
 
     shutil.rmtree(directory / "adapter_best", ignore_errors=True)
     try:
-        found = gold.read_best(directory / gold.BEST)
+        found = heldout.read_best(directory / heldout.BEST)
     except ValueError as error:  # damaged, or of another version: what was trained is saved already
         console.print(f"[yellow]note[/yellow] {error}", highlight=False, soft_wrap=True)
         return
     if found is None or found[1].id.sha256 == last.id.sha256:
         return
     best, weights = found
-    adapters.save(directory / "adapter_best", weights, config.lora)
+    lora.save(directory / "adapter_best", weights, config.lora)
     console.print(
         f"the best adapter by held-out {best.protocol} is {weights.id} with {best.gold:.4g}: {directory / 'adapter_best'}",
         highlight=False,
@@ -284,7 +380,7 @@ def _require_same_run(run: Run) -> None:
     Raises:
         InputError: the newest sound checkpoint was made from something else.
     """
-    from learner import checkpoint
+    from learner.controller import checkpoint
 
     found = checkpoint.peek(run.directory / "checkpoints")
     if found is not None:
@@ -294,8 +390,14 @@ def _require_same_run(run: Run) -> None:
                 f"{run.directory} has done {found.updates_done} updates, and train.updates is {run.config.train.updates}: ask for at least "
                 "as many, or start a new --run-dir."
             )
-    elif (written := run.directory / "config.yaml").is_file() and (there := load_config(written).identity()) != run.config.identity():
-        different = {key for key in checkpoint.differences(there, run.config.identity()) if key not in run.allow_drift}
+    elif (written := run.directory / "config.yaml").is_file() and (
+        there := load_config(written).identity()
+    ) != run.config.identity():
+        different = {
+            key
+            for key in checkpoint.differences(there, run.config.identity())
+            if key not in run.allow_drift
+        }
         if different:
             raise InputError(
                 f"{run.directory} belongs to another run: {', '.join(sorted(different))} differ from its config.yaml. "
@@ -303,22 +405,24 @@ def _require_same_run(run: Run) -> None:
             )
 
 
-def _executor(config: RunConfig, fields: frozenset[str], *, allow_skew: bool, note: Callable[[str], None]) -> Any:
-    from actors.crew import crew
+def _executor(
+    config: RunConfig, fields: frozenset[str], *, allow_skew: bool, note: Callable[[str], None]
+) -> Any:
+    from actors.roles import crew
     from learner.learner import Learner
 
     posts = crew(config, fields, Learner)
     if config.actors.runtime != "ray":
-        from actors.local import LocalExecutor
+        from actors.local_executor import LocalExecutor
 
         return LocalExecutor(posts, threaded=config.actors.runtime == "thread")
-    from actors import pool
+    from actors import ray_executor
 
-    pool.connect(config)
-    pool.check_stop_wait(config.train.grace_s, note=note)
-    places = pool.reserve(config, posts, note=note)
-    pool.check_nodes(allow_skew=allow_skew, note=note)
-    return pool.RayExecutor(posts, places)
+    ray_executor.connect(config)
+    ray_executor.check_stop_wait(config.train.grace_s, note=note)
+    places = ray_executor.reserve(config, posts, note=note)
+    ray_executor.check_nodes(allow_skew=allow_skew, note=note)
+    return ray_executor.RayExecutor(posts, places)
 
 
 def _require_patience(config: RunConfig) -> None:
@@ -338,8 +442,8 @@ def _require_patience(config: RunConfig) -> None:
 
 def _capacity(config: RunConfig) -> Any:
     """What the run's workers occupy: GPUs where there are any, else cores. Waiting for a judge elsewhere occupies none."""
-    from actors.crew import available_cores, threads_per_actor
-    from learner.capacity import Capacity
+    from actors.roles import available_cores, threads_per_actor
+    from learner.controller.capacity import Capacity
 
     asked = config.actors
     colocated = asked.placement == "colocated"
@@ -351,12 +455,21 @@ def _capacity(config: RunConfig) -> Any:
     )
     if gpus:
         equal = asked.rollout_gpus == asked.reward_gpus == learner_gpus
-        return Capacity(rollout=asked.rollout_gpus, reward=asked.reward_gpus, learner=learner_gpus, total=gpus, divisible=equal)
+        return Capacity(
+            rollout=asked.rollout_gpus,
+            reward=asked.reward_gpus,
+            learner=learner_gpus,
+            total=gpus,
+            divisible=equal,
+        )
     rollout, learner = threads_per_actor(config)
     cores = available_cores()
     reward = 0 if any(term.remote for term in config.rewards.values()) else 1
     return Capacity(
-        rollout=min(rollout, cores), reward=reward, learner=min(learner, cores), total=cores if asked.runtime == "ray" else rollout
+        rollout=min(rollout, cores),
+        reward=reward,
+        learner=min(learner, cores),
+        total=cores if asked.runtime == "ray" else rollout,
     )
 
 
@@ -364,9 +477,9 @@ def _close(config: RunConfig, executor: Any) -> None:
     if executor is not None:
         asyncio.run(executor.close())
     if config.actors.runtime == "ray":
-        from actors import pool
+        from actors import ray_executor
 
-        pool.disconnect()
+        ray_executor.disconnect()
 
 
 class _Signals:
@@ -382,7 +495,10 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._on)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -396,7 +512,9 @@ class _Signals:
         self._stop.request()
 
 
-def _run_record(config: RunConfig, fingerprint: str, base: str, left_out: list[str]) -> dict[str, Any]:
+def _run_record(
+    config: RunConfig, fingerprint: str, base: str, left_out: list[str]
+) -> dict[str, Any]:
     return {
         "name": config.name,
         "method": config.algorithm.name,
@@ -418,7 +536,11 @@ def _run_record(config: RunConfig, fingerprint: str, base: str, left_out: list[s
 def _gpus() -> list[str]:
     import torch
 
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
@@ -427,7 +549,14 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
     os.replace(temporary, directory / "run.json")
 
 
-def _describe_plan(console: Console, config: RunConfig, tasks: int, skipped: int, terms: list[str], left_out: dict[str, str]) -> None:
+def _describe_plan(
+    console: Console,
+    config: RunConfig,
+    tasks: int,
+    skipped: int,
+    terms: list[str],
+    left_out: dict[str, str],
+) -> None:
     train = config.train
     groups = train.updates * train.groups_per_update
     console.print(
@@ -436,7 +565,9 @@ def _describe_plan(console: Console, config: RunConfig, tasks: int, skipped: int
         f"({groups} groups from {tasks} tasks); rewards: {', '.join(terms)}"
     )
     if skipped:
-        console.print(f"[yellow]skipped[/yellow] {skipped} rows whose mask is empty or full (data.empty_mask=skip)")
+        console.print(
+            f"[yellow]skipped[/yellow] {skipped} rows whose mask is empty or full (data.empty_mask=skip)"
+        )
     for name, why in left_out.items():
         console.print(f"[yellow]left out[/yellow] reward {name}: {why}")
 
@@ -460,8 +591,12 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self._progress.start()
-        self._updates = self._progress.add_task("updates", total=self._config.train.updates, note="starting actors")
-        self._groups = self._progress.add_task("groups", total=self._config.train.groups_per_update, note="")
+        self._updates = self._progress.add_task(
+            "updates", total=self._config.train.updates, note="starting actors"
+        )
+        self._groups = self._progress.add_task(
+            "groups", total=self._config.train.groups_per_update, note=""
+        )
         self._began: float | None = None
         return self
 
@@ -470,7 +605,9 @@ class _Watch:
 
     def group_scored(self, update: int, done: int, total: int) -> None:
         self._began = self._began or time.time()
-        self._progress.update(self._groups, completed=done, note="learning" if done == total else "rolling out")
+        self._progress.update(
+            self._groups, completed=done, note="learning" if done == total else "rolling out"
+        )
 
     def note(self, text: str) -> None:
         self._console.print(f"[yellow]note[/yellow] {text}", highlight=False, soft_wrap=True)
@@ -484,7 +621,9 @@ class _Watch:
             elapsed = time.time() - (self._began or time.time())
             left = elapsed / self.done * (self._config.train.updates - metrics["update"] - 1)
             self._console.print(
-                f"update {metrics['update'] + 1}/{self._config.train.updates}  {note}  ETA {left:.0f} s", highlight=False, soft_wrap=True
+                f"update {metrics['update'] + 1}/{self._config.train.updates}  {note}  ETA {left:.0f} s",
+                highlight=False,
+                soft_wrap=True,
             )
 
 
@@ -494,7 +633,14 @@ def progress_line(metrics: dict[str, Any]) -> str:
     def shown(label: str, key: str, form: str) -> str:
         return f"{label} {metrics[key]:{form}}" if isinstance(metrics.get(key), float) else ""
 
-    inside = next((key for key in metrics if key.startswith("component/") and key.endswith("instruction/mean")), "change/inside/mean")
+    inside = next(
+        (
+            key
+            for key in metrics
+            if key.startswith("component/") and key.endswith("instruction/mean")
+        ),
+        "change/inside/mean",
+    )
     parts = [
         shown("reward", "reward/total/mean", ".3f"),
         shown("inside", inside, ".3f"),

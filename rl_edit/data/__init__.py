@@ -64,14 +64,18 @@ class DataConfig(BaseModel):
     @classmethod
     def _known_builtin(cls, path: str | None) -> str | None:
         if path is not None and path.startswith("builtin:") and path != BUILTIN_SHAPES:
-            raise InputError(f"There is no built-in dataset {path!r}. Use {BUILTIN_SHAPES} or the path of a directory or .jsonl file.")
+            raise InputError(
+                f"There is no built-in dataset {path!r}. Use {BUILTIN_SHAPES} or the path of a directory or .jsonl file."
+            )
         return path
 
     @field_validator("task_types")
     @classmethod
     def _some_types(cls, task_types: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if task_types is not None and not task_types:
-            raise InputError("task_types is empty, so no task is left. Name some, or leave it out for all.")
+            raise InputError(
+                "task_types is empty, so no task is left. Name some, or leave it out for all."
+            )
         return task_types
 
 
@@ -109,11 +113,19 @@ class ShapesDataset:
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps([BUILTIN_SHAPES, self.split, self.length, self.seed, self.task_types]).encode())
+        digest = hashlib.sha256(
+            json.dumps(
+                [BUILTIN_SHAPES, self.split, self.length, self.seed, self.task_types]
+            ).encode()
+        )
         # The first tasks stand for the generator: a change in how scenes are drawn is another dataset.
         for index in range(min(self.length, 16)):
             task = self[index]
-            digest.update(task.instruction.encode() + task.source.numpy().tobytes() + task.target.numpy().tobytes())
+            digest.update(
+                task.instruction.encode()
+                + task.source.numpy().tobytes()
+                + task.target.numpy().tobytes()
+            )
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -162,7 +174,9 @@ class RowsDataset:
             row
             for row in self.rows
             if leaves_no_token(
-                torch.from_numpy(read_mask(row.mask, polarity=self.mask_polarity, where=row.where).edit),
+                torch.from_numpy(
+                    read_mask(row.mask, polarity=self.mask_polarity, where=row.where).edit
+                ),
                 resolution=resolution,
                 multiple=multiple,
             )
@@ -180,7 +194,9 @@ class RowsDataset:
             )
         kept = tuple(row for row in self.rows if row not in full)
         if not kept:
-            raise InputError(f"{self.root}: on a canvas of about {resolution} px every mask covers the picture. Raise editor.resolution.")
+            raise InputError(
+                f"{self.root}: on a canvas of about {resolution} px every mask covers the picture. Raise editor.resolution."
+            )
         return replace(self, rows=kept, skipped=self.skipped + len(full))
 
     def __len__(self) -> int:
@@ -190,7 +206,9 @@ class RowsDataset:
         return load(self.rows[index], polarity=self.mask_polarity)
 
 
-def open_dataset(config: DataConfig, split: Split, *, resolution: int | None = None, multiple: int = 1) -> Dataset:
+def open_dataset(
+    config: DataConfig, split: Split, *, resolution: int | None = None, multiple: int = 1
+) -> Dataset:
     """The training or held-out tasks of ``config``. Every row is checked here; problems are one InputError.
 
     Args:
@@ -203,18 +221,42 @@ def open_dataset(config: DataConfig, split: Split, *, resolution: int | None = N
     if path == BUILTIN_SHAPES:
         for task_type in config.task_types or ():
             if task_type not in shapes.TASK_TYPES:
-                raise InputError(f"{path} has no task type {task_type!r}. Use some of {', '.join(shapes.TASK_TYPES)} in data.task_types.")
+                raise InputError(
+                    f"{path} has no task type {task_type!r}. Use some of {', '.join(shapes.TASK_TYPES)} in data.task_types."
+                )
         length = config.num_train if split == "train" else config.num_heldout
-        return ShapesDataset(split=split, length=length, seed=config.seed, task_types=config.task_types)
+        return ShapesDataset(
+            split=split, length=length, seed=config.seed, task_types=config.task_types
+        )
     root = Path(path).expanduser()
-    if not own_heldout and (root / "train").is_dir() and (root / "heldout").is_dir() and not is_compbench(root):
+    if (
+        not own_heldout
+        and (root / "train").is_dir()
+        and (root / "heldout").is_dir()
+        and not is_compbench(root)
+    ):
         root, own_heldout = root / split, True
     rows = read_compbench(root) if is_compbench(root) else read_folder(root)
-    rows = sorted(_of_types(rows, config.task_types, root), key=lambda row: (_hash(row.task_id), row.task_id))
-    checked = check(rows, source=str(root), polarity=config.mask_polarity, empty_mask=config.empty_mask)
-    kept = checked.rows if own_heldout else _side(checked.rows, split, config.heldout_fraction, root)
-    found = RowsDataset(rows=kept, root=root if root.is_dir() else root.parent, mask_polarity=config.mask_polarity, skipped=checked.skipped)
-    return found if resolution is None else found.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
+    rows = sorted(
+        _of_types(rows, config.task_types, root), key=lambda row: (_hash(row.task_id), row.task_id)
+    )
+    checked = check(
+        rows, source=str(root), polarity=config.mask_polarity, empty_mask=config.empty_mask
+    )
+    kept = (
+        checked.rows if own_heldout else _side(checked.rows, split, config.heldout_fraction, root)
+    )
+    found = RowsDataset(
+        rows=kept,
+        root=root if root.is_dir() else root.parent,
+        mask_polarity=config.mask_polarity,
+        skipped=checked.skipped,
+    )
+    return (
+        found
+        if resolution is None
+        else found.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
+    )
 
 
 def open_requests(config: DataConfig) -> tuple[Request, ...]:
@@ -224,12 +266,19 @@ def open_requests(config: DataConfig) -> tuple[Request, ...]:
         InputError: for problems of the rows, all in one; for the built-in world, and for a directory of two splits.
     """
     if config.path == BUILTIN_SHAPES:
-        raise InputError(f"{config.path} has its masks, and no rows on disk: write some first with rl-edit dataset make-shapes DIR")
+        raise InputError(
+            f"{config.path} has its masks, and no rows on disk: write some first with rl-edit dataset make-shapes DIR"
+        )
     root = Path(config.path).expanduser()
     if (root / "train").is_dir() and (root / "heldout").is_dir() and not is_compbench(root):
-        raise InputError(f"{root} holds two datasets, train and heldout: name one of them, {root / 'train'} or {root / 'heldout'}.")
+        raise InputError(
+            f"{root} holds two datasets, train and heldout: name one of them, {root / 'train'} or {root / 'heldout'}."
+        )
     requests = request_compbench(root) if is_compbench(root) else request_folder(root)
-    requests = sorted(_of_types(requests, config.task_types, root), key=lambda request: (_hash(request.task_id), request.task_id))
+    requests = sorted(
+        _of_types(requests, config.task_types, root),
+        key=lambda request: (_hash(request.task_id), request.task_id),
+    )
     return check_requests(requests, source=str(root), polarity=config.mask_polarity)
 
 
@@ -242,11 +291,15 @@ def _of_types(rows: list[R], task_types: tuple[str, ...] | None, root: Path) -> 
     present = sorted({row.task_type for row in rows})
     absent = [task_type for task_type in task_types if task_type not in present]
     if absent:
-        raise InputError(f"{root} has no task of type {', '.join(absent)}; it has {', '.join(present)}. Correct data.task_types.")
+        raise InputError(
+            f"{root} has no task of type {', '.join(absent)}; it has {', '.join(present)}. Correct data.task_types."
+        )
     return [row for row in rows if row.task_type in task_types]
 
 
-def _side(rows: tuple[Row, ...], split: Split, heldout_fraction: float, root: Path) -> tuple[Row, ...]:
+def _side(
+    rows: tuple[Row, ...], split: Split, heldout_fraction: float, root: Path
+) -> tuple[Row, ...]:
     """Rows of one split. By a hash of the picture's name: adding rows moves none, and no picture is on both sides."""
     groups = sorted({row.group for row in rows}, key=lambda group: (_hash(group), group))
     if len(groups) == 1:

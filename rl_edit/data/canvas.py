@@ -31,7 +31,9 @@ def canvas_size(height: int, width: int, resolution: int, multiple: int) -> tupl
     sides = [max(round(side * scale / multiple), 2) * multiple for side in (height, width)]
     for this, other in ((0, 1), (1, 0)):
         if sides[this] == 2 * multiple:
-            sides[other] = min(sides[other], max(math.ceil(resolution**2 / sides[this] / multiple), 2) * multiple)
+            sides[other] = min(
+                sides[other], max(math.ceil(resolution**2 / sides[this] / multiple), 2) * multiple
+            )
     return sides[0], sides[1]
 
 
@@ -71,19 +73,26 @@ def leaves_no_token(mask: Bool[Tensor, "height width"], *, resolution: int, mult
     return bool(tokens.all())
 
 
-def _resize(image: UInt8[Tensor, "height width 3"], size: tuple[int, int]) -> UInt8[Tensor, "new_height new_width 3"]:
+def _resize(
+    image: UInt8[Tensor, "height width 3"], size: tuple[int, int]
+) -> UInt8[Tensor, "new_height new_width 3"]:
     height, width = size
     resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized, dtype=np.uint8))
 
 
-def _cover(mask: Bool[Tensor, "height width"], size: tuple[int, int]) -> Bool[Tensor, "new_height new_width"]:
+def _cover(
+    mask: Bool[Tensor, "height width"], size: tuple[int, int]
+) -> Bool[Tensor, "new_height new_width"]:
     """True where a new pixel's square touches a set pixel's square with positive area."""
     pixels = mask.numpy()
     for axis, new in enumerate(size):
         old = pixels.shape[axis]
         start = np.arange(new) * old // new
         stop = -(-(np.arange(1, new + 1) * old) // new)
-        sums = np.concatenate([np.zeros_like(pixels.take([0], axis), dtype=np.int64), np.cumsum(pixels, axis=axis)], axis=axis)
+        sums = np.concatenate(
+            [np.zeros_like(pixels.take([0], axis), dtype=np.int64), np.cumsum(pixels, axis=axis)],
+            axis=axis,
+        )
         pixels = sums.take(stop, axis) > sums.take(start, axis)
     return torch.from_numpy(np.ascontiguousarray(pixels))

@@ -39,7 +39,9 @@ def is_compbench(directory: Path) -> bool:
     return any(directory.glob(_PATTERN))
 
 
-def write_compbench(tasks: Iterable[PairedTask], directory: Path, progress: Callable[[int], None] | None = None) -> int:
+def write_compbench(
+    tasks: Iterable[PairedTask], directory: Path, progress: Callable[[int], None] | None = None
+) -> int:
     """Write tasks; returns how many. Losslessly: reading gives equal records.
 
     The directory appears complete or not at all: files are written beside it and moved at the end. An existing directory
@@ -54,7 +56,9 @@ def new_dataset(directory: Path) -> Iterator[Path]:
     """A directory to write a dataset to, which takes its name when all went well and is gone when not."""
     directory = directory.expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists and is not an empty directory: writing there would mix two datasets. Name a new directory.")
+        raise InputError(
+            f"{directory} exists and is not an empty directory: writing there would mix two datasets. Name a new directory."
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir()
@@ -68,7 +72,9 @@ def new_dataset(directory: Path) -> Iterator[Path]:
 
 def read_compbench(directory: Path) -> list[Row]:
     """Rows of every task type, in the order of their files. Pictures are not opened."""
-    return [request for request in request_compbench(directory, masked=True) if isinstance(request, Row)]
+    return [
+        request for request in request_compbench(directory, masked=True) if isinstance(request, Row)
+    ]
 
 
 def request_compbench(directory: Path, *, masked: bool = False) -> list[Request]:
@@ -87,7 +93,8 @@ def request_compbench(directory: Path, *, masked: bool = False) -> list[Request]
                 continue
             image_path = entry["image_path"]
             common: dict[str, Any] = {
-                "task_id": entry.get("task_id") or f"{folder.name}/{image_path.removesuffix('.png')}",
+                "task_id": entry.get("task_id")
+                or f"{folder.name}/{image_path.removesuffix('.png')}",
                 "task_type": folder.name,
                 "where": where,
                 # "001ca3cb/0/00003.png" is a frame of clip 001ca3cb, and other rows may show its neighbours.
@@ -101,10 +108,14 @@ def request_compbench(directory: Path, *, masked: bool = False) -> list[Request]
             if not masked and not mask.is_file():
                 rows.append(Request(**common))
             else:
-                rows.append(Row(**common, mask=mask, regions=regions if regions.is_file() else None))
+                rows.append(
+                    Row(**common, mask=mask, regions=regions if regions.is_file() else None)
+                )
     refuse(problems, num_rows=num_entries, source=str(directory))
     if not rows:
-        raise InputError(f"{directory} has {_PATTERN} files but no entries in them, so there is nothing to train on. Check the download.")
+        raise InputError(
+            f"{directory} has {_PATTERN} files but no entries in them, so there is nothing to train on. Check the download."
+        )
     return rows
 
 
@@ -114,7 +125,11 @@ def _write(tasks: Iterable[PairedTask], root: Path, progress: Callable[[int], No
     for task in tasks:
         image_path = f"{task.task_id}.png"
         folder = root / "tasks" / task.task_type
-        if not _SAFE_NAME.fullmatch(task.task_id) or not _SAFE_NAME.fullmatch(task.task_type) or "/" in task.task_type:
+        if (
+            not _SAFE_NAME.fullmatch(task.task_id)
+            or not _SAFE_NAME.fullmatch(task.task_type)
+            or "/" in task.task_type
+        ):
             raise InputError(
                 f"Task {task.task_id!r} of type {task.task_type!r} cannot name files: use letters, digits, '.', '_' and '-' "
                 "(and '/' inside the id) and start each part with a letter or digit."
@@ -134,13 +149,23 @@ def _write(tasks: Iterable[PairedTask], root: Path, progress: Callable[[int], No
                     f"Task {task.task_id!r} has regions that overlap or are too many: a label map holds up to 255 that do not."
                 )
             labels = np.arange(1, len(regions) + 1, dtype=np.uint8)
-            _save(folder / "regions" / image_path, (regions * labels[:, None, None]).sum(axis=0, dtype=np.uint8))
-        entry = {"image_path": image_path, "instruction": task.instruction, "caption": task.caption, "task_id": task.task_id}
+            _save(
+                folder / "regions" / image_path,
+                (regions * labels[:, None, None]).sum(axis=0, dtype=np.uint8),
+            )
+        entry = {
+            "image_path": image_path,
+            "instruction": task.instruction,
+            "caption": task.caption,
+            "task_id": task.task_id,
+        }
         entries.setdefault(task.task_type, []).append(entry)
         if progress is not None:
             progress(len(written))
     if not written:
-        raise InputError("There are no tasks to write: the directory would not be readable as a dataset. Ask for at least one task.")
+        raise InputError(
+            "There are no tasks to write: the directory would not be readable as a dataset. Ask for at least one task."
+        )
     for task_type, rows in entries.items():
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
         (root / "tasks" / task_type / "metadata.json").write_text(text, encoding="utf-8")
@@ -157,9 +182,13 @@ def _entries(metadata: Path) -> list[Any]:
     try:
         entries = json.loads(metadata.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{metadata} is not readable JSON ({error}), so its rows are unknown. Download or write it again.") from error
+        raise InputError(
+            f"{metadata} is not readable JSON ({error}), so its rows are unknown. Download or write it again."
+        ) from error
     if not isinstance(entries, list):
-        raise InputError(f"{metadata} holds a {type(entries).__name__}, not an array of rows. CompBench writes a JSON array of objects.")
+        raise InputError(
+            f"{metadata} holds a {type(entries).__name__}, not an array of rows. CompBench writes a JSON array of objects."
+        )
     return entries
 
 

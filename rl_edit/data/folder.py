@@ -81,7 +81,9 @@ def request_folder(path: Path, *, masked: bool = False) -> list[Request]:
             )
         return _read_lines(path, masked)
     if not path.is_dir():
-        raise InputError(f"{path} does not exist. Name a .jsonl file or a directory with {_EXPECTED}; or use builtin:shapes.")
+        raise InputError(
+            f"{path} does not exist. Name a .jsonl file or a directory with {_EXPECTED}; or use builtin:shapes."
+        )
     if (path / "metadata.jsonl").is_file():
         return _read_lines(path / "metadata.jsonl", masked)
     return _read_pairs(path, masked)
@@ -100,7 +102,9 @@ class FoundMasks:
         row = len(self._lines)
         if request.source not in self._sources:
             # One copy of a picture that several rows show.
-            self._sources[request.source] = self._copied(request.source, "sources", len(self._sources))
+            self._sources[request.source] = self._copied(
+                request.source, "sources", len(self._sources)
+            )
         labels = np.zeros(regions.shape[1:], dtype=np.uint8)
         for number, region in enumerate(regions, start=1):
             labels[region] = number
@@ -111,11 +115,19 @@ class FoundMasks:
             "instruction": request.instruction,
             "mask": self._drawn(np.where(labels > 0, 255, 0).astype(np.uint8), "masks", row),
             "region_map": self._drawn(labels, "regions", row),
-            "target": None if request.target is None else self._copied(request.target, "targets", row),
+            "target": None
+            if request.target is None
+            else self._copied(request.target, "targets", row),
             "caption": request.caption,
             "split_group": request.group,
         }
-        self._lines.append(json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False) + "\n")
+        self._lines.append(
+            json.dumps(
+                {key: value for key, value in entry.items() if value is not None},
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
 
     def finish(self) -> None:
         """Writes the file that makes it a dataset."""
@@ -138,7 +150,9 @@ def _read_lines(file: Path, masked: bool) -> list[Request]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text ({error}). Save it as UTF-8 with one JSON object a line.") from error
+        raise InputError(
+            f"{file} cannot be read as UTF-8 text ({error}). Save it as UTF-8 with one JSON object a line."
+        ) from error
     rows: list[Request] = []
     problems: list[str] = []
     num_entries = 0
@@ -156,7 +170,11 @@ def _read_lines(file: Path, masked: bool) -> list[Request]:
         name = source.removesuffix(Path(source).suffix)
         counts[name] = counts.get(name, 0) + 1
         repeat = f"#{counts[name]}" if counts[name] > 1 else ""
-        paths = {key: file.parent / Path(entry[key]).expanduser() for key in ("source", "mask", "target", "region_map") if entry.get(key)}
+        paths = {
+            key: file.parent / Path(entry[key]).expanduser()
+            for key in ("source", "mask", "target", "region_map")
+            if entry.get(key)
+        }
         common: dict[str, Any] = {
             "task_id": entry.get("id") or name + repeat,
             "task_type": entry.get("task_type") or "edit",
@@ -173,7 +191,9 @@ def _read_lines(file: Path, masked: bool) -> list[Request]:
             rows.append(Request(**common))
     refuse(problems, num_rows=num_entries, source=str(file))
     if not rows:
-        raise InputError(f"{file} has no rows, so there is nothing to train on. Write one JSON object a line: source, instruction, mask.")
+        raise InputError(
+            f"{file} has no rows, so there is nothing to train on. Write one JSON object a line: source, instruction, mask."
+        )
     return rows
 
 
@@ -221,7 +241,9 @@ def _read_pairs(root: Path, masked: bool) -> list[Request]:
             if base is None:
                 sources.setdefault(path.stem, []).append(path)
             elif base not in stems:
-                orphans.append(f"{path.relative_to(root)} is a mask or target, but its picture {base}.* is not beside it")
+                orphans.append(
+                    f"{path.relative_to(root)} is a mask or target, but its picture {base}.* is not beside it"
+                )
     if not sources:
         raise _nothing_found(root)
     instructions = _instructions(root)
@@ -232,16 +254,25 @@ def _read_pairs(root: Path, masked: bool) -> list[Request]:
         where = str(source.relative_to(root))
         try:
             if len(paths) > 1:
-                raise InputError(f"has the same name as {paths[1].relative_to(root)}: masks and instructions could belong to either")
+                raise InputError(
+                    f"has the same name as {paths[1].relative_to(root)}: masks and instructions could belong to either"
+                )
             mask = _beside(root, source, "mask")
             target = _beside(root, source, "target")
             if mask is None and masked:
-                raise InputError(f"has no mask (looked for {stem}_mask.png, {stem}.mask.png and masks/{stem}.png, any picture ending)")
+                raise InputError(
+                    f"has no mask (looked for {stem}_mask.png, {stem}.mask.png and masks/{stem}.png, any picture ending)"
+                )
             instruction = _instruction(source, instructions)
         except InputError as problem:
             problems.append(f"{where}: {problem}")
             continue
-        common: dict[str, Any] = {"task_id": stem, "task_type": "edit", "where": where, "group": stem}
+        common: dict[str, Any] = {
+            "task_id": stem,
+            "task_type": "edit",
+            "where": where,
+            "group": stem,
+        }
         common |= {"instruction": instruction, "source": source, "target": target}
         rows.append(Request(**common) if mask is None else Row(**common, mask=mask))
     refuse(problems, num_rows=len(sources), source=str(root))
@@ -251,7 +282,11 @@ def _read_pairs(root: Path, masked: bool) -> list[Request]:
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."))
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _base(stem: str) -> str | None:
@@ -264,7 +299,11 @@ def _base(stem: str) -> str | None:
 
 def _beside(root: Path, source: Path, kind: str) -> Path | None:
     stem = source.stem
-    found = [path for path in _with_stems(source.parent, (f"{stem}_{kind}", f"{stem}.{kind}")) if path != source]
+    found = [
+        path
+        for path in _with_stems(source.parent, (f"{stem}_{kind}", f"{stem}.{kind}"))
+        if path != source
+    ]
     found += _with_stems(root / f"{kind}s", (stem, f"{stem}_{kind}", f"{stem}.{kind}"))
     if len(found) > 1:
         names = " and ".join(str(path.relative_to(root)) for path in found)
@@ -278,7 +317,9 @@ def _with_stems(folder: Path, stems: tuple[str, ...]) -> list[Path]:
 
 def _candidates(folder: Path, stem: str) -> list[Path]:
     # Asking for each name keeps a folder of 10,000 pictures linear; both cases, because cameras write .JPG.
-    paths = (folder / f"{stem}{suffix}" for ending in SUFFIXES for suffix in (ending, ending.upper()))
+    paths = (
+        folder / f"{stem}{suffix}" for ending in SUFFIXES for suffix in (ending, ending.upper())
+    )
     found: list[Path] = []
     for path in paths:
         if path.is_file() and not any(path.samefile(other) for other in found):
@@ -296,7 +337,9 @@ def _instruction(source: Path, instructions: dict[str, str]) -> str:
             raise InputError(f"{text_file.name} cannot be read as UTF-8 text ({error})") from error
     text = " ".join(text.split())
     if not text:
-        raise InputError(f"has no instruction (looked for {text_file.name}, instructions.json and instructions.csv)")
+        raise InputError(
+            f"has no instruction (looked for {text_file.name}, instructions.json and instructions.csv)"
+        )
     return text
 
 
@@ -306,25 +349,37 @@ def _instructions(root: Path) -> dict[str, str]:
     try:
         if as_json.is_file():
             content = json.loads(as_json.read_text(encoding="utf-8-sig"))
-            if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
-                raise InputError(f'{as_json} must be one object of names and texts: {{"NAME": "what to do"}}.')
+            if not isinstance(content, dict) or not all(
+                isinstance(text, str) for text in content.values()
+            ):
+                raise InputError(
+                    f'{as_json} must be one object of names and texts: {{"NAME": "what to do"}}.'
+                )
             return dict(content)
         if as_csv.is_file():
             with as_csv.open(encoding="utf-8-sig", newline="") as stream:
                 reader = csv.DictReader(stream)
                 if not {"name", "instruction"} <= set(reader.fieldnames or ()):
-                    raise InputError(f"{as_csv} needs the columns name and instruction in its first line; it has {reader.fieldnames}.")
+                    raise InputError(
+                        f"{as_csv} needs the columns name and instruction in its first line; it has {reader.fieldnames}."
+                    )
                 return {row["name"]: row["instruction"] or "" for row in reader}
     except (OSError, ValueError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{root}: instructions.json or instructions.csv cannot be read ({error}). Save it as UTF-8.") from error
+        raise InputError(
+            f"{root}: instructions.json or instructions.csv cannot be read ({error}). Save it as UTF-8."
+        ) from error
     return {}
 
 
 def _nothing_found(root: Path) -> InputError:
     entries = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir())
-    found = ", ".join(entries[:8]) + (f" and {len(entries) - 8} more" if len(entries) > 8 else "") if entries else "nothing"
+    found = (
+        ", ".join(entries[:8]) + (f" and {len(entries) - 8} more" if len(entries) > 8 else "")
+        if entries
+        else "nothing"
+    )
     lines = [name for name in entries if name.lower().endswith(".jsonl")]
     hint = f" Is it data.path={root / lines[0]}?" if lines else ""
     return InputError(f"{root} holds no dataset. Looked for {_EXPECTED}. Found {found}.{hint}")

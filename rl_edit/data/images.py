@@ -83,7 +83,10 @@ def read_mask(path: Path, *, polarity: MaskPolarity, where: str) -> Mask:
         values = _brightness(image, polarity)
         zero_one = bool(values.max() == 1)
         marked = values >= (1 if zero_one else 128)
-    return Mask(edit=np.ascontiguousarray(marked if polarity == "edit_white" else ~marked), zero_one=zero_one)
+    return Mask(
+        edit=np.ascontiguousarray(marked if polarity == "edit_white" else ~marked),
+        zero_one=zero_one,
+    )
 
 
 def read_labels(path: Path, *, where: str) -> NDArray[np.uint8]:

@@ -80,7 +80,9 @@ class Row(Request):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(path for path in (self.source, self.mask, self.target, self.regions) if path is not None)
+        return tuple(
+            path for path in (self.source, self.mask, self.target, self.regions) if path is not None
+        )
 
     @property
     def fields(self) -> frozenset[str]:
@@ -101,16 +103,24 @@ class CheckedRows:
     skipped: int
 
 
-def check(rows: Sequence[Row], *, source: str, polarity: MaskPolarity, empty_mask: EmptyMask) -> CheckedRows:
+def check(
+    rows: Sequence[Row], *, source: str, polarity: MaskPolarity, empty_mask: EmptyMask
+) -> CheckedRows:
     """Look at every file of every row. One error names the first problems and counts the rest.
 
     ``source`` is the dataset as the user named it. Rows with an empty or full mask are an error or skipped and counted.
     """
     problems, findings = _examined(rows, polarity)
     if empty_mask == "error":
-        problems += [_unusable(row) for row, finding in zip(rows, findings, strict=True) if finding.unusable_mask]
+        problems += [
+            _unusable(row)
+            for row, finding in zip(rows, findings, strict=True)
+            if finding.unusable_mask
+        ]
     refuse(problems, num_rows=len(rows), source=source)
-    kept = tuple(row for row, finding in zip(rows, findings, strict=True) if not finding.unusable_mask)
+    kept = tuple(
+        row for row, finding in zip(rows, findings, strict=True) if not finding.unusable_mask
+    )
     if not kept:
         raise InputError(
             f"{source}: every mask ({len(rows)}) is empty or full, so no row is left. Black is read as "
@@ -127,12 +137,16 @@ def check(rows: Sequence[Row], *, source: str, polarity: MaskPolarity, empty_mas
     return CheckedRows(rows=kept, skipped=len(rows) - len(kept))
 
 
-def check_requests(requests: Sequence[Request], *, source: str, polarity: MaskPolarity) -> tuple[Request, ...]:
+def check_requests(
+    requests: Sequence[Request], *, source: str, polarity: MaskPolarity
+) -> tuple[Request, ...]:
     """Look at every file of every row, with or without a mask. A row whose mask is empty or full is one without."""
     problems, findings = _examined(requests, polarity)
     refuse(problems, num_rows=len(requests), source=source)
     return tuple(
-        Request(**{field.name: getattr(request, field.name) for field in fields(Request)}) if finding.unusable_mask else request
+        Request(**{field.name: getattr(request, field.name) for field in fields(Request)})
+        if finding.unusable_mask
+        else request
         for request, finding in zip(requests, findings, strict=True)
     )
 
@@ -141,9 +155,13 @@ def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
     """Raise one InputError for all problems of a dataset, if there are any."""
     if not problems:
         return
-    shown = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems[:_NUM_SHOWN], start=1))
+    shown = "; ".join(
+        f"({number}) {problem}" for number, problem in enumerate(problems[:_NUM_SHOWN], start=1)
+    )
     more = f"; and {len(problems) - _NUM_SHOWN} more" if len(problems) > _NUM_SHOWN else ""
-    raise InputError(f"{source}: {len(problems)} problems in {num_rows} rows. Correct or remove these rows: {shown}{more}")
+    raise InputError(
+        f"{source}: {len(problems)} problems in {num_rows} rows. Correct or remove these rows: {shown}{more}"
+    )
 
 
 def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
@@ -181,7 +199,9 @@ def _examined(rows: Sequence[Request], polarity: MaskPolarity) -> tuple[list[str
     """Problems of the rows, and what was found of each."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         findings = list(pool.map(lambda row: _examine(row, polarity), rows))
-    repeated = [f"{row.where}: task id {row.task_id!r} is used more than once" for row in _repeated(rows)]
+    repeated = [
+        f"{row.where}: task id {row.task_id!r} is used more than once" for row in _repeated(rows)
+    ]
     return repeated + [finding.problem for finding in findings if finding.problem], findings
 
 
@@ -217,7 +237,9 @@ def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.asarray(regions)
 
 
-def _same_size(row: Request, path: Path, size: tuple[int, ...], source_size: tuple[int, ...]) -> None:
+def _same_size(
+    row: Request, path: Path, size: tuple[int, ...], source_size: tuple[int, ...]
+) -> None:
     if size == source_size:
         return
     (height, width), (source_height, source_width) = size, source_size

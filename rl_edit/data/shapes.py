@@ -71,8 +71,18 @@ _SUPERSAMPLING = 8
 
 _ADD = ("add {new} {where}", "draw {new} {where}", "put {new} {where}", "place {new} {where}")
 _REMOVE = ("remove the {old}", "delete the {old}", "erase the {old}", "take away the {old}")
-_REPLACE = ("replace the {old} with {new}", "swap the {old} for {new}", "turn the {old} into {new}", "change the {old} into {new}")
-_RECOLOUR = ("make the {old} {colour}", "turn the {old} {colour}", "paint the {old} {colour}", "change the {old} to {colour}")
+_REPLACE = (
+    "replace the {old} with {new}",
+    "swap the {old} for {new}",
+    "turn the {old} into {new}",
+    "change the {old} into {new}",
+)
+_RECOLOUR = (
+    "make the {old} {colour}",
+    "turn the {old} {colour}",
+    "paint the {old} {colour}",
+    "change the {old} to {colour}",
+)
 _CORNERS = {
     "in the top left corner": (-1, -1),
     "in the top right corner": (1, -1),
@@ -80,7 +90,12 @@ _CORNERS = {
     "in the bottom right corner": (1, 1),
     "in the middle": (0, 0),
 }
-_SIDES = {"to the left of the": (-1, 0), "to the right of the": (1, 0), "above the": (0, -1), "below the": (0, 1)}
+_SIDES = {
+    "to the left of the": (-1, 0),
+    "to the right of the": (1, 0),
+    "above the": (0, -1),
+    "below the": (0, 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +141,9 @@ def task(split: str, index: int, *, seed: int = 0, task_type: str | None = None)
 def batch(split: str, start: int, count: int, seed: int = 0) -> ShapesBatch:
     """Tasks ``start .. start + count - 1`` of ``split``, stacked. The same tasks as ``task`` gives one by one."""
     if count < 1:
-        raise InputError(f"shapes.batch got count({count}): a batch holds at least one task. Pass count >= 1.")
+        raise InputError(
+            f"shapes.batch got count({count}): a batch holds at least one task. Pass count >= 1."
+        )
     source = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
     target = np.empty_like(source)
     mask = np.empty((count, SIZE, SIZE), dtype=np.bool_)
@@ -194,14 +211,20 @@ class _Drawn:
 
 def _draw(split: str, index: int, *, seed: int, task_type: str | None) -> _Drawn:
     if split not in SPLITS:
-        raise InputError(f"shapes has no split {split!r}: splits are what keeps held-out scenes unseen. Use one of {', '.join(SPLITS)}.")
+        raise InputError(
+            f"shapes has no split {split!r}: splits are what keeps held-out scenes unseen. Use one of {', '.join(SPLITS)}."
+        )
     if task_type is None:
         task_type = _CYCLE[index % len(_CYCLE)]
     if task_type not in TASK_TYPES:
-        raise InputError(f"shapes has no task type {task_type!r}: it cannot be drawn. Use one of {', '.join(TASK_TYPES)}.")
+        raise InputError(
+            f"shapes has no task type {task_type!r}: it cannot be drawn. Use one of {', '.join(TASK_TYPES)}."
+        )
     if index < 0:
         raise InputError(f"shapes got index({index}): tasks are numbered from 0. Pass index >= 0.")
-    digest = hashlib.blake2b(f"{seed}/{split}/{index}".encode(), key=b"shapes", digest_size=48).digest()
+    digest = hashlib.blake2b(
+        f"{seed}/{split}/{index}".encode(), key=b"shapes", digest_size=48
+    ).digest()
     rng = random.Random(int.from_bytes(digest[:32], "little"))
     texture = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[32:], "little")))
 
@@ -225,7 +248,10 @@ def _draw(split: str, index: int, *, seed: int, task_type: str | None) -> _Drawn
         regions=regions,
         instruction=" and ".join(change.instruction for change in changes),
         # One caption a region, joined as CompBench joins them.
-        caption="|".join(_article(change.after.name) if change.after else "an empty background" for change in changes),
+        caption="|".join(
+            _article(change.after.name) if change.after else "an empty background"
+            for change in changes
+        ),
         task_type=task_type,
     )
 
@@ -308,7 +334,9 @@ def _change(kind: str, before: _Thing, names: _Names, rng: random.Random) -> _Ch
         return _Change(before, after, _pick(rng, _RECOLOUR).format(old=before.name, colour=colour))
     shape, colour = names.fresh(unlike=before)
     after = _Thing(shape, colour, before.x, before.y, before.radius)
-    return _Change(before, after, _pick(rng, _REPLACE).format(old=before.name, new=_article(after.name)))
+    return _Change(
+        before, after, _pick(rng, _REPLACE).format(old=before.name, new=_article(after.name))
+    )
 
 
 class _Names:
@@ -335,11 +363,16 @@ class _Names:
                 return pair
 
 
-def _fit_in(rng: random.Random, placed: list[_Thing], name: tuple[str, str], radius: float) -> _Thing | None:
+def _fit_in(
+    rng: random.Random, placed: list[_Thing], name: tuple[str, str], radius: float
+) -> _Thing | None:
     """An object in a free place, or None when a few dozen darts find none."""
     for _ in range(40):
         x, y = _place(rng, radius), _place(rng, radius)
-        if all(max(abs(x - other.x), abs(y - other.y)) >= radius + other.radius + _GAP for other in placed):
+        if all(
+            max(abs(x - other.x), abs(y - other.y)) >= radius + other.radius + _GAP
+            for other in placed
+        ):
             return _Thing(*name, x, y, radius)
     return None
 
@@ -394,7 +427,9 @@ def _sprite(shape: str, radius: float, fraction_x: float, fraction_y: float) -> 
     u, v = (samples[None, :] - fraction_x) / radius, (samples[:, None] - fraction_y) / radius
     inside = _INSIDE[shape](u, v).astype(np.float32)
     side = 2 * half + 1
-    coverage = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING).mean(axis=(1, 3), dtype=np.float32)
+    coverage = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING).mean(
+        axis=(1, 3), dtype=np.float32
+    )
     return np.asarray(coverage[:, :, None], dtype=np.float32)
 
 
@@ -406,12 +441,16 @@ def _paint(image: NDArray[np.float32], thing: _Thing) -> None:
     top, left = row - half, column - half
     rows = slice(max(top, 0), min(row + half + 1, SIZE))
     columns = slice(max(left, 0), min(column + half + 1, SIZE))
-    coverage = sprite[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    coverage = sprite[
+        rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+    ]
     window = image[rows, columns]
     window += coverage * (_RGB[thing.colour] - window)
 
 
-def _mark(region: NDArray[np.bool_], source: NDArray[np.uint8], target: NDArray[np.uint8], change: _Change) -> None:
+def _mark(
+    region: NDArray[np.bool_], source: NDArray[np.uint8], target: NDArray[np.uint8], change: _Change
+) -> None:
     """Set the bounding box of the pixels that ``change`` changed, widened by the margin."""
     thing = change.before or change.after
     assert thing is not None
@@ -498,7 +537,10 @@ def _muted(rng: random.Random) -> NDArray[np.float32]:
     brightness = 70 + 110 * rng.random()
     tint = 2 * math.pi * rng.random()
     chroma = 26 * rng.random()
-    return np.array([brightness + chroma * math.cos(tint + shift) for shift in (0.0, 2.1, 4.2)], dtype=np.float32)
+    return np.array(
+        [brightness + chroma * math.cos(tint + shift) for shift in (0.0, 2.1, 4.2)],
+        dtype=np.float32,
+    )
 
 
 def _ground(rng: random.Random, texture: np.random.Generator) -> NDArray[np.float32]:
@@ -511,9 +553,15 @@ def _ground(rng: random.Random, texture: np.random.Generator) -> NDArray[np.floa
     first = _muted(rng)
     # The second colour stays near the first: contrast enough to see the pattern, not enough to hide an object.
     contrast = _pick(rng, (-1, 1)) * (10 + 14 * rng.random())
-    second = first + np.array([contrast + 10 * rng.random() - 5 for _ in range(3)], dtype=np.float32)
+    second = first + np.array(
+        [contrast + 10 * rng.random() - 5 for _ in range(3)], dtype=np.float32
+    )
     shade = (9 * _value_noise(texture, 3, 3)).astype(np.float32)
-    shade += np.float32(0.8 + 1.4 * rng.random()) * texture.standard_normal((SIZE, SIZE), dtype=np.float32)
-    ground = pattern.astype(np.float32)[:, :, None] * ((second - first) / 2) + ((first + second) / 2)
+    shade += np.float32(0.8 + 1.4 * rng.random()) * texture.standard_normal(
+        (SIZE, SIZE), dtype=np.float32
+    )
+    ground = pattern.astype(np.float32)[:, :, None] * ((second - first) / 2) + (
+        (first + second) / 2
+    )
     ground += shade[:, :, None]
     return np.asarray(ground.clip(0, 255), dtype=np.float32)

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from rl_edit.attention import MassTally
+from rl_edit.method.attention import MassTally
 from rl_edit.types import Conditioning, EditTask
 
 BUILTIN = "builtin:tiny-kontext"
@@ -98,7 +98,9 @@ class Editor(Protocol):
         """
         ...
 
-    def decode(self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning) -> UInt8[Tensor, "batch height width 3"]:
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning
+    ) -> UInt8[Tensor, "batch height width 3"]:
         """Images of clean packed latents."""
         ...
 
@@ -134,7 +136,11 @@ def editor_identity(config: EditorConfig) -> str:
     if not where.is_dir():
         return f"{config.path}@{config.revision or 'main'}"
     sha = hashlib.sha256()
-    for file in sorted(path for path in where.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".model")):
+    for file in sorted(
+        path
+        for path in where.rglob("*")
+        if path.suffix in (".safetensors", ".json", ".txt", ".model")
+    ):
         size = file.stat().st_size
         sha.update(f"{file.relative_to(where)}:{size};".encode())
         with file.open("rb") as stream:

@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from rl_edit import flow
-from rl_edit.attention import MassTally, text_to_image_mass
 from rl_edit.editors import BUILTIN, BUILTIN_WEIGHTS, EditorConfig, EditorFacts
 from rl_edit.errors import InputError
+from rl_edit.method import flow
+from rl_edit.method.attention import MassTally, text_to_image_mass
 from rl_edit.types import Conditioning, EditTask, NegativePrompt
 
 
@@ -40,24 +40,41 @@ class FluxKontextEditor:
         self.pipeline = pipeline
         self.transformer: nn.Module = pipeline.transformer
         self.pixels_per_token = pipeline.vae_scale_factor * 2
-        for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        for module in (
+            pipeline.transformer,
+            pipeline.vae,
+            pipeline.text_encoder,
+            pipeline.text_encoder_2,
+        ):
             module.requires_grad_(False).eval()
         if config.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
-        joint = [*pipeline.transformer.transformer_blocks, *pipeline.transformer.single_transformer_blocks]
+        joint = [
+            *pipeline.transformer.transformer_blocks,
+            *pipeline.transformer.single_transformer_blocks,
+        ]
         _check_layers(config, len(joint))
-        self._attention_modules = [block.attn for block in joint[len(joint) - config.attention_layers :]]
+        self._attention_modules = [
+            block.attn for block in joint[len(joint) - config.attention_layers :]
+        ]
 
     @classmethod
     def load(cls, config: EditorConfig) -> FluxKontextEditor:
         where, local = _locate(config)
-        device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        device = (
+            config.device
+            if config.device != "auto"
+            else ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         diffusers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
             pipeline = FluxKontextPipeline.from_pretrained(
-                where, revision=config.revision, dtype=getattr(torch, config.dtype), local_files_only=local
+                where,
+                revision=config.revision,
+                dtype=getattr(torch, config.dtype),
+                local_files_only=local,
             )
         except Exception as error:
             raise _unreachable(where, local, error) from error
@@ -77,12 +94,16 @@ class FluxKontextEditor:
         height, width, _ = task.source.shape
         unit = self.pixels_per_token
         if height % unit or width % unit:
-            raise ValueError(f"task {task.task_id} is {height}x{width} px, not a multiple of {unit}: fit it to the canvas first")
+            raise ValueError(
+                f"task {task.task_id} is {height}x{width} px, not a multiple of {unit}: fit it to the canvas first"
+            )
         prompt_embeds, pooled = self._text(task.instruction)
         # As a picture, not as a tensor: the processor then lays memory out as in the stock pipeline, and convolutions round by layout.
         image = self.pipeline.image_processor.preprocess(Image.fromarray(task.source.cpu().numpy()))
         clean = self.pipeline._encode_vae_image(image.to(self.device, self.dtype), generator=None)
-        packed = self.pipeline._pack_latents(clean, 1, clean.shape[1], clean.shape[2], clean.shape[3])
+        packed = self.pipeline._pack_latents(
+            clean, 1, clean.shape[1], clean.shape[2], clean.shape[3]
+        )
         negative = None
         if self.config.true_cfg > 1:
             negative_embeds, negative_pooled = self._text(self.config.negative_prompt)
@@ -99,14 +120,23 @@ class FluxKontextEditor:
     def _text(self, words: str) -> tuple[Tensor, Tensor]:
         """States ``[text, text_dim]`` and pooled vector ``[pooled_dim]`` of a prompt, padded to ``max_text_tokens``."""
         embeds, pooled, _ = self.pipeline.encode_prompt(
-            prompt=words, prompt_2=None, device=self.device, max_sequence_length=self.config.max_text_tokens
+            prompt=words,
+            prompt_2=None,
+            device=self.device,
+            max_sequence_length=self.config.max_text_tokens,
         )
         return embeds[0].cpu(), pooled[0].cpu()
 
     def _instruction_rows(self, instruction: str) -> Bool[Tensor, " text"]:
         tokenizer = self.pipeline.tokenizer_2
         length = self.config.max_text_tokens
-        tokens = tokenizer(instruction, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            instruction,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
         rows = (
             tokens.attention_mask[0].bool()
             & (tokens.input_ids[0] != tokenizer.eos_token_id)
@@ -128,7 +158,9 @@ class FluxKontextEditor:
             settings.get("base_shift", 0.5),
             settings.get("max_shift", 1.15),
         )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu")
+        scheduler.set_timesteps(
+            sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu"
+        )
         return scheduler.sigmas.clone()
 
     def velocity(
@@ -149,36 +181,56 @@ class FluxKontextEditor:
         rows = len(latents)
         size = self.config.micro_batch
         shared = isinstance(conditioning, Conditioning)
-        many = [conditioning] * rows if isinstance(conditioning, Conditioning) else list(conditioning)
+        many = (
+            [conditioning] * rows if isinstance(conditioning, Conditioning) else list(conditioning)
+        )
         outputs, masses = [], []
         if any((c.negative is not None) != (self.config.true_cfg > 1) for c in many):
-            raise ValueError(f"a conditioning was encoded for other guidance than true_cfg {self.config.true_cfg:g}: encode the task anew")
+            raise ValueError(
+                f"a conditioning was encoded for other guidance than true_cfg {self.config.true_cfg:g}: encode the task anew"
+            )
         packed: _Packed | None = None
         for start in range(0, rows, size):
             index = [min(start + i, rows - 1) for i in range(size)]
             if packed is None or not shared:
-                packed = _Packed.of([many[i] for i in index], self.device, self.dtype, self.pipeline)
-            out, mass = self._forward(latents[index], sigma[index], packed, record=tally is not None)
+                packed = _Packed.of(
+                    [many[i] for i in index], self.device, self.dtype, self.pipeline
+                )
+            out, mass = self._forward(
+                latents[index], sigma[index], packed, record=tally is not None
+            )
             if packed.negative is not None:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.detach_negative):
-                    away, _ = self._forward(latents[index], sigma[index], packed.negative, record=False)
+                with torch.set_grad_enabled(
+                    torch.is_grad_enabled() and not self.config.detach_negative
+                ):
+                    away, _ = self._forward(
+                        latents[index], sigma[index], packed.negative, record=False
+                    )
                 out = away + self.config.true_cfg * (out - away)
             kept = min(size, rows - start)
             outputs.append(out[:kept])
             if mass is not None:
                 masses.append(mass[:kept])
         if tally is not None:
-            tally.add(torch.cat(masses) if masses else latents.new_full(latents.shape[:2], float("nan")))
+            tally.add(
+                torch.cat(masses) if masses else latents.new_full(latents.shape[:2], float("nan"))
+            )
         return torch.cat(outputs)
 
-    def _forward(self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool
+    ) -> tuple[Tensor, Tensor | None]:
         tokens = latents.shape[1]
         guidance = None
         settings: Any = self.transformer.config
         if settings.guidance_embeds:
-            guidance = torch.full((len(latents),), self.config.guidance, dtype=torch.float32, device=self.device)
+            guidance = torch.full(
+                (len(latents),), self.config.guidance, dtype=torch.float32, device=self.device
+            )
         hidden = torch.cat([latents.to(self.device, self.dtype), packed.source], dim=1)
-        with _attention(self._attention_modules if record else [], packed.text_rows, tokens) as masses:
+        with _attention(
+            self._attention_modules if record else [], packed.text_rows, tokens
+        ) as masses:
             out = self.transformer(
                 hidden_states=hidden,
                 timestep=flow.model_time(sigma.to(self.device), self.dtype),
@@ -189,15 +241,23 @@ class FluxKontextEditor:
                 img_ids=packed.image_ids,
                 return_dict=False,
             )[0][:, :tokens]
-        return out.to(latents.device, torch.float32), torch.stack(masses).mean(dim=0) if masses else None
+        return out.to(latents.device, torch.float32), torch.stack(masses).mean(
+            dim=0
+        ) if masses else None
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning) -> UInt8[Tensor, "batch height width 3"]:
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning
+    ) -> UInt8[Tensor, "batch height width 3"]:
         height, width = (side * self.pixels_per_token for side in conditioning.grid)
         images = []
         for part in latents.split(self.config.micro_batch):
-            spatial = self.pipeline._unpack_latents(part.to(self.device, self.dtype), height, width, self.pipeline.vae_scale_factor)
-            spatial = (spatial / self.pipeline.vae.config.scaling_factor) + self.pipeline.vae.config.shift_factor
+            spatial = self.pipeline._unpack_latents(
+                part.to(self.device, self.dtype), height, width, self.pipeline.vae_scale_factor
+            )
+            spatial = (
+                spatial / self.pipeline.vae.config.scaling_factor
+            ) + self.pipeline.vae.config.shift_factor
             decoded = self.pipeline.vae.decode(spatial, return_dict=False)[0]
             pixels = self.pipeline.image_processor.postprocess(decoded, output_type="np")
             images.append(torch.from_numpy((pixels * 255).round().astype(np.uint8)))
@@ -217,7 +277,13 @@ class _Packed:
         self.negative: _Packed | None = tensors.get("negative")
 
     @classmethod
-    def of(cls, many: list[Conditioning], device: torch.device, dtype: torch.dtype, pipeline: FluxKontextPipeline) -> _Packed:
+    def of(
+        cls,
+        many: list[Conditioning],
+        device: torch.device,
+        dtype: torch.dtype,
+        pipeline: FluxKontextPipeline,
+    ) -> _Packed:
         grids = {c.grid for c in many}
         if len(grids) != 1:
             raise ValueError(f"one batch must share one canvas, got token grids {sorted(grids)}")
@@ -233,7 +299,10 @@ class _Packed:
         }
 
         def reading(texts: Sequence[Conditioning | NegativePrompt], **more: Any) -> _Packed:
-            words = {name: torch.stack([getattr(text, name) for text in texts]).to(device, dtype) for name in ("prompt_embeds", "pooled")}
+            words = {
+                name: torch.stack([getattr(text, name) for text in texts]).to(device, dtype)
+                for name in ("prompt_embeds", "pooled")
+            }
             return cls(**words, **shared, **more)
 
         away = [c.negative for c in many if c.negative is not None]
@@ -253,17 +322,31 @@ def _attention(modules: list[nn.Module], text_rows: Tensor, tokens: int) -> Iter
     for module in modules:
         seen = threading.local()
 
-        def remember(name: str, seen: threading.local = seen) -> Callable[[nn.Module, Any, Tensor], None]:
+        def remember(
+            name: str, seen: threading.local = seen
+        ) -> Callable[[nn.Module, Any, Tensor], None]:
             return lambda _module, _inputs, output: setattr(seen, name, output)
 
-        def measure(attn: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any, seen: threading.local = seen) -> None:
+        def measure(
+            attn: nn.Module,
+            _args: Any,
+            kwargs: dict[str, Any],
+            _output: Any,
+            seen: threading.local = seen,
+        ) -> None:
             double = hasattr(seen, "text_query")
             query = seen.text_query if double else seen.query[:, :num_text]
             key = seen.key[:, :tokens] if double else seen.key[:, num_text : num_text + tokens]
             rotary = kwargs.get("image_rotary_emb")
             if rotary is not None:
-                query = apply_rotary_emb(query, tuple(part[:num_text] for part in rotary), sequence_dim=1)
-                key = apply_rotary_emb(key, tuple(part[num_text : num_text + tokens] for part in rotary), sequence_dim=1)
+                query = apply_rotary_emb(
+                    query, tuple(part[:num_text] for part in rotary), sequence_dim=1
+                )
+                key = apply_rotary_emb(
+                    key,
+                    tuple(part[num_text : num_text + tokens] for part in rotary),
+                    sequence_dim=1,
+                )
             masses.append(text_to_image_mass(query.detach(), key.detach(), text_rows))
             for name in ("text_query", "query", "key"):
                 if hasattr(seen, name):
@@ -272,7 +355,9 @@ def _attention(modules: list[nn.Module], text_rows: Tensor, tokens: int) -> Iter
         for norm, name in (("norm_q", "query"), ("norm_k", "key")):
             handles.append(module.get_submodule(norm).register_forward_hook(remember(name)))
         if getattr(module, "added_kv_proj_dim", None) is not None:
-            handles.append(module.get_submodule("norm_added_q").register_forward_hook(remember("text_query")))
+            handles.append(
+                module.get_submodule("norm_added_q").register_forward_hook(remember("text_query"))
+            )
         handles.append(module.register_forward_hook(measure, with_kwargs=True))
     try:
         yield masses
@@ -286,7 +371,9 @@ def inspect(config: EditorConfig) -> EditorFacts:
     where, local = _locate(config)
     try:
         files = [
-            Path(where) / name if local else Path(hf_hub_download(where, name, revision=config.revision))
+            Path(where) / name
+            if local
+            else Path(hf_hub_download(where, name, revision=config.revision))
             for name in ("model_index.json", "vae/config.json", "transformer/config.json")
         ]
         index, vae, transformer = (json.loads(file.read_text()) for file in files)
@@ -312,7 +399,9 @@ def _locate(config: EditorConfig) -> tuple[str, bool]:
     where = str(BUILTIN_WEIGHTS if config.path == BUILTIN else config.path)
     local = Path(where).is_dir()
     if config.path == BUILTIN and not local:
-        raise InputError(f"the built-in editor is missing at {where}: reinstall, or make it with: rl-edit pretrain {where}")
+        raise InputError(
+            f"the built-in editor is missing at {where}: reinstall, or make it with: rl-edit pretrain {where}"
+        )
     if not local and (where.startswith((".", "/")) or where.count("/") != 1):
         raise InputError(
             f"no editor at {where}: give a directory written by save_pretrained, a Hugging Face id such as ORG/NAME, or {BUILTIN}"
@@ -329,4 +418,6 @@ def _unreachable(where: str, local: bool, error: Exception) -> InputError:
         else "Check the id and the network, and that you may read it "
         "(gated weights: accept the licence, then hf auth login); or give a local directory."
     )
-    return InputError(f"cannot load the editor {where}{'' if local else ' from the Hugging Face hub'}: {reason}. {remedy}")
+    return InputError(
+        f"cannot load the editor {where}{'' if local else ' from the Hugging Face hub'}: {reason}. {remedy}"
+    )

@@ -22,7 +22,7 @@ from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import InputError
 from rl_edit.evaluation.effort import Effort, effort
 from rl_edit.evaluation.evaluate import Row
-from rl_edit.evaluation.statistics import Interval, bootstrap
+from rl_edit.measures.intervals import Interval, bootstrap
 
 TOTAL, PRESERVATION = "total", "preservation"
 
@@ -148,13 +148,23 @@ class Arm:
 
     def by_seed(self, measure: str) -> dict[int, float | None]:
         """Mean gain of each run by itself."""
-        alone = {run.config.seed: replace(self, runs=(run,))._gains(measure).values() for run in self.runs}
+        alone = {
+            run.config.seed: replace(self, runs=(run,))._gains(measure).values()
+            for run in self.runs
+        }
         return {seed: statistics.fmean(gains) if gains else None for seed, gains in alone.items()}
 
     def _gains(self, measure: str) -> dict[Key, float]:
-        return self._means(measure, lambda values: self._value(values["trained"], measure) - self._value(values["base"], measure))
+        return self._means(
+            measure,
+            lambda values: (
+                self._value(values["trained"], measure) - self._value(values["base"], measure)
+            ),
+        )
 
-    def _means(self, measure: str, of: Callable[[Mapping[str, Mapping[str, float]]], float]) -> dict[Key, float]:
+    def _means(
+        self, measure: str, of: Callable[[Mapping[str, Mapping[str, float]]], float]
+    ) -> dict[Key, float]:
         """A number of each row, mean over the runs in which it is one."""
         found: dict[Key, list[float]] = defaultdict(list)
         for run in self.runs:
@@ -166,12 +176,18 @@ class Arm:
     def _value(self, values: Mapping[str, float], measure: str) -> float:
         if measure != TOTAL:
             return values.get(measure, math.nan)
-        terms = [weight * values.get(f"reward/{name}", math.nan) for name, weight in self.weights.items()]
+        terms = [
+            weight * values.get(f"reward/{name}", math.nan) for name, weight in self.weights.items()
+        ]
         return math.fsum(terms) if terms else math.nan
 
     def _of_type(self, values: Mapping[Key, float], task_type: str | None) -> dict[Key, float]:
         rows = self.runs[0].rows
-        return {key: value for key, value in values.items() if task_type is None or rows[key].task_type == task_type}
+        return {
+            key: value
+            for key, value in values.items()
+            if task_type is None or rows[key].task_type == task_type
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,26 +211,42 @@ class Comparison:
         """The base editor itself, where all arms agree on how it is measured: each has a training reward of its own."""
         found = [_interval(arm.base(measure)) for arm in self.arms]
         means = [interval.mean for interval in found if interval is not None]
-        alike = len(means) == len(found) and all(math.isclose(mean, means[0], rel_tol=1e-9) for mean in means)
+        alike = len(means) == len(found) and all(
+            math.isclose(mean, means[0], rel_tol=1e-9) for mean in means
+        )
         return found[0] if alike else None
 
     def record(self) -> dict[str, Any]:
         """The comparison as JSON; an interval's end that is not known (one task) is null."""
-        others = () if self.against is None else tuple(arm for arm in self.arms if arm is not self.against)
+        others = (
+            ()
+            if self.against is None
+            else tuple(arm for arm in self.arms if arm is not self.against)
+        )
         return {
             "protocol": {key: self.meta[key] for key in _PROTOCOL},
             "total_weights": dict(self.weights),
             "base": {m.name: plain(self.base(m.name)) for m in MEASURES},
             "arms": [_described(arm) for arm in self.arms],
             "against": self.against.label if self.against else None,
-            "over": {arm.label: {m.name: plain(arm.over(self.against, m.name)) for m in COMMON_MEASURES} for arm in others if self.against},
+            "over": {
+                arm.label: {m.name: plain(arm.over(self.against, m.name)) for m in COMMON_MEASURES}
+                for arm in others
+                if self.against
+            },
             "notes": list(self.notes),
         }
 
 
 def plain(interval: Interval | None) -> dict[str, float | None] | None:
     """An interval as JSON."""
-    return None if interval is None else {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}
+    return (
+        None
+        if interval is None
+        else {
+            key: value if math.isfinite(value) else None for key, value in asdict(interval).items()
+        }
+    )
 
 
 def compare(directories: Sequence[Path], *, against: Path | None = None) -> Comparison:
@@ -232,7 +264,9 @@ def compare(directories: Sequence[Path], *, against: Path | None = None) -> Comp
     arms = grouped(runs, weights)
     chosen = None
     if against is not None:
-        chosen = next(arm for arm in arms if places[against.resolve()] in [run.directory for run in arm.runs])
+        chosen = next(
+            arm for arm in arms if places[against.resolve()] in [run.directory for run in arm.runs]
+        )
     notes += [
         f"{run.directory} now has adapter {run.stale}, and {run.meta['adapter']} was evaluated: rl-edit evaluate {run.directory}"
         for run in runs
@@ -243,7 +277,9 @@ def compare(directories: Sequence[Path], *, against: Path | None = None) -> Comp
         for run in runs
         if run.updates < run.config.train.updates
     ]
-    return Comparison(meta=runs[0].meta, arms=arms, weights=weights, against=chosen, notes=tuple(notes))
+    return Comparison(
+        meta=runs[0].meta, arms=arms, weights=weights, against=chosen, notes=tuple(notes)
+    )
 
 
 def read_runs(directories: Sequence[Path]) -> list[EvaluatedRun]:
@@ -254,12 +290,16 @@ def read_runs(directories: Sequence[Path]) -> list[EvaluatedRun]:
     """
     for directory in directories:
         if not (directory / "config.yaml").is_file():
-            raise InputError(f"no run at {directory}: expected {directory / 'config.yaml'}, written by rl-edit train")
+            raise InputError(
+                f"no run at {directory}: expected {directory / 'config.yaml'}, written by rl-edit train"
+            )
     found = {directory: _whole(directory) for directory in directories}
     missing = [directory for directory, run in found.items() if run is None]
     if missing:
         commands = "; ".join(f"rl-edit evaluate {directory}" for directory in missing)
-        raise InputError(f"not evaluated, or not by this version: {', '.join(map(str, missing))}. Run: {commands}")
+        raise InputError(
+            f"not evaluated, or not by this version: {', '.join(map(str, missing))}. Run: {commands}"
+        )
     return [run for run in found.values() if run is not None]
 
 
@@ -286,27 +326,42 @@ def _read(directory: Path) -> EvaluatedRun | None:
         return None
     config = load_config(directory / "config.yaml")
     if "rewards" in meta:
-        asked = {name: term.sha256() for name, term in config.rewards.items() if name not in meta["left_out"]}
+        asked = {
+            name: term.sha256()
+            for name, term in config.rewards.items()
+            if name not in meta["left_out"]
+        }
         if other := sorted({name for name, _ in asked.items() ^ meta["rewards"].items()}):
             raise InputError(
                 f"{directory} was evaluated with other rewards than it was trained on ({', '.join(other)}), so its numbers stand beside no "
                 f"other run's. Evaluate it again: rl-edit evaluate {directory}"
             )
-    keeps = next((name for name, term in config.rewards.items() if term.kind == "preservation"), None)
+    keeps = next(
+        (name for name, term in config.rewards.items() if term.kind == "preservation"), None
+    )
     rows: dict[Key, Row] = {}
     seen: Counter[str] = Counter()
     for line in rows_file.read_text().splitlines():
         raw = _json(rows_file, line)
-        values = {side: {**v, PRESERVATION: v.get(f"reward/{keeps}", math.nan)} for side, v in raw["values"].items()}
+        values = {
+            side: {**v, PRESERVATION: v.get(f"reward/{keeps}", math.nan)}
+            for side, v in raw["values"].items()
+        }
         row = Row(task_id=raw["task_id"], task_type=raw["task_type"], values=values)
         rows[row.task_id, seen[row.task_id]] = row
         seen[row.task_id] += 1
     if len(rows) != (expected := meta["num_tasks"] * meta["num_noises"]):
-        raise InputError(f"{rows_file} has {len(rows)} rows of {expected}: it is cut. Evaluate again: rl-edit evaluate {directory}")
+        raise InputError(
+            f"{rows_file} has {len(rows)} rows of {expected}: it is cut. Evaluate again: rl-edit evaluate {directory}"
+        )
     record = directory / "run.json"
     facts = _json(record, record.read_text()) if record.is_file() else {}
     now = facts.get("adapter")
-    lines = {line["update"]: line for line in telemetry.read_jsonl(directory / telemetry.METRICS) if "update" in line}
+    lines = {
+        line["update"]: line
+        for line in telemetry.read_jsonl(directory / telemetry.METRICS)
+        if "update" in line
+    }
     return EvaluatedRun(
         directory=directory,
         config=config,
@@ -314,7 +369,9 @@ def _read(directory: Path) -> EvaluatedRun | None:
         updates=int(meta["adapter"].split(":")[0]),
         data=facts.get("data_fingerprint", ""),
         rows=rows,
-        seconds=tuple(line["seconds/update"] for line in lines.values() if line.get("seconds/update")),
+        seconds=tuple(
+            line["seconds/update"] for line in lines.values() if line.get("seconds/update")
+        ),
         stale=now if now and now != meta["adapter"] else "",
     )
 
@@ -323,7 +380,9 @@ def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): its run cannot be compared. Evaluate it again: rl-edit evaluate RUN") from error
+        raise InputError(
+            f"{path} is not JSON ({error}): its run cannot be compared. Evaluate it again: rl-edit evaluate RUN"
+        ) from error
 
 
 def require_alike(runs: Sequence[EvaluatedRun]) -> None:
@@ -334,7 +393,10 @@ def require_alike(runs: Sequence[EvaluatedRun]) -> None:
         if "num_tasks" in different:
             different = [key for key in different if key != "tasks"]
         if different:
-            words = "; ".join(f"{_PROTOCOL[key]} {_short(run.meta[key])} against {_short(first.meta[key])}" for key in different)
+            words = "; ".join(
+                f"{_PROTOCOL[key]} {_short(run.meta[key])} against {_short(first.meta[key])}"
+                for key in different
+            )
             raise InputError(
                 f"{run.directory} and {first.directory} cannot be compared, they were evaluated under different settings: {words}. "
                 "Evaluate both alike: rl-edit evaluate RUN KEY=VALUE"
@@ -354,15 +416,25 @@ def shared_weights(runs: Sequence[EvaluatedRun]) -> tuple[dict[str, float], list
         if term.weight <= 0:
             continue
         terms = [run.config.rewards.get(name) for run in runs]
-        measured = all(f"reward/{name}" in next(iter(run.rows.values())).values["base"] for run in runs)
-        if measured and all(other is not None and other.fingerprint() == term.fingerprint() for other in terms):
+        measured = all(
+            f"reward/{name}" in next(iter(run.rows.values())).values["base"] for run in runs
+        )
+        if measured and all(
+            other is not None and other.fingerprint() == term.fingerprint() for other in terms
+        ):
             weights[name] = term.weight
         else:
             left_out.append(name)
     shown = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
-    notes = [f"total reward is {shown} for every run" if weights else "no reward term was measured alike by all runs: there is no total"]
+    notes = [
+        f"total reward is {shown} for every run"
+        if weights
+        else "no reward term was measured alike by all runs: there is no total"
+    ]
     if left_out:
-        notes.append(f"not in the total, because not every run measured it alike: {', '.join(left_out)}")
+        notes.append(
+            f"not in the total, because not every run measured it alike: {', '.join(left_out)}"
+        )
     return weights, notes
 
 
@@ -374,14 +446,23 @@ def grouped(runs: Iterable[EvaluatedRun], weights: Mapping[str, float]) -> tuple
     """
     arms: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
-        settings = {**run.config.identity(), "seed": None, "updates": run.updates, "content": run.data}
+        settings = {
+            **run.config.identity(),
+            "seed": None,
+            "updates": run.updates,
+            "content": run.data,
+        }
         arms.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     for members in arms.values():
         seeds = Counter(run.config.seed for run in members)
         for seed, number in seeds.items():
             if number > 1:
-                same = " and ".join(str(run.directory) for run in members if run.config.seed == seed)
-                raise InputError(f"{same} have the same settings and the same seed {seed}: give one of them.")
+                same = " and ".join(
+                    str(run.directory) for run in members if run.config.seed == seed
+                )
+                raise InputError(
+                    f"{same} have the same settings and the same seed {seed}: give one of them."
+                )
     names = [members[0].config.name for members in arms.values()]
     return tuple(
         Arm(
@@ -410,6 +491,12 @@ def _described(arm: Arm) -> dict[str, Any]:
         "seconds_per_update": arm.seconds_per_update,
         "evaluations_per_update": {**asdict(arm.effort), "total": arm.effort.total},
         "gain": {m.name: plain(arm.gain(m.name)) for m in MEASURES},
-        "by_type": {kind: {m.name: plain(arm.gain(m.name, task_type=kind)) for m in MEASURES} for kind in arm.task_types()},
-        "by_seed": {m.name: {str(seed): mean for seed, mean in arm.by_seed(m.name).items()} for m in MEASURES},
+        "by_type": {
+            kind: {m.name: plain(arm.gain(m.name, task_type=kind)) for m in MEASURES}
+            for kind in arm.task_types()
+        },
+        "by_seed": {
+            m.name: {str(seed): mean for seed, mean in arm.by_seed(m.name).items()}
+            for m in MEASURES
+        },
     }

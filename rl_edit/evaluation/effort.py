@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from rl_edit.config import RunConfig
-from rl_edit.regions import UniformRows
-from rl_edit.rollout import blank_group
+from rl_edit.method.regions import UniformRows
+from rl_edit.method.rollout import blank_group
 from rl_edit.types import Advantages, Conditioning
 
 _GRID = (2, 2)
@@ -53,16 +53,28 @@ def effort(config: RunConfig) -> Effort:
         source_latents=torch.zeros(tokens, 1),
         grid=_GRID,
     )
-    group = blank_group(conditioning, (tokens, 1), size=rollout.group_size, levels=levels, keep=keep)
+    group = blank_group(
+        conditioning, (tokens, 1), size=rollout.group_size, levels=levels, keep=keep
+    )
     nothing = Advantages(
-        values=torch.zeros(rollout.group_size, 1), regions=UniformRows()(group.candidates.token_mask), weights=torch.ones(1)
+        values=torch.zeros(rollout.group_size, 1),
+        regions=UniformRows()(group.candidates.token_mask),
+        weights=torch.ones(1),
     )
     points = algorithm.objective.replay(
-        group, nothing, num_references=algorithm.initial_noise.num_references, generator=torch.Generator(), rows=train.rows
+        group,
+        nothing,
+        num_references=algorithm.initial_noise.num_references,
+        generator=torch.Generator(),
+        states_per_forward=train.states_per_forward,
     )
     states = sum(len(point.latents) for point in points)
     forwards = 2 if config.editor.true_cfg > 1 else 1
     return Effort(
         rollout=forwards * train.groups_per_update * rollout.group_size * rollout.num_steps,
-        learning=forwards * train.groups_per_update * states * (1 + len(algorithm.objective.policies)) * train.passes,
+        learning=forwards
+        * train.groups_per_update
+        * states
+        * (1 + len(algorithm.objective.policies))
+        * train.inner_epochs,
     )

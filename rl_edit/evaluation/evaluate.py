@@ -16,18 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rl_edit import adapters
-from rl_edit.attention import MassTally
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
-from rl_edit.editors import Editor, editor_identity
+from rl_edit.editors import Editor, editor_identity, lora
 from rl_edit.evaluation import EvaluationConfig
-from rl_edit.evaluation.diagnostics import diagnostics
-from rl_edit.evaluation.statistics import Interval, bootstrap, paired_bootstrap
-from rl_edit.exploration import NoiseSource
-from rl_edit.regions import token_mask
+from rl_edit.measures.diagnostics import diagnostics
+from rl_edit.measures.intervals import Interval, bootstrap, paired_bootstrap
+from rl_edit.method.attention import MassTally
+from rl_edit.method.exploration import NoiseSource
+from rl_edit.method.regions import token_mask
+from rl_edit.method.rollout import denoise
 from rl_edit.rewards import Reward, score_candidates
-from rl_edit.rollout import denoise
 from rl_edit.types import Candidates, Conditioning, EditTask, PairedTask
 
 CONVENTIONS = {
@@ -72,7 +71,10 @@ class Evaluation:
         types = sorted({row.task_type for row in self.rows})
         return {
             **_summarise(self.rows),
-            "by_type": {name: _summarise([row for row in self.rows if row.task_type == name]) for name in types},
+            "by_type": {
+                name: _summarise([row for row in self.rows if row.task_type == name])
+                for name in types
+            },
             "meta": self.meta,
         }
 
@@ -107,7 +109,9 @@ def evaluate(
     # Scoring a candidate twice tells a judge's noise from the differences in a training group; here there is no group.
     terms = [term.model_copy(update={"repeat_every": 0}) for term in terms]
     unit = editor.pixels_per_token
-    tasks = (fit(dataset[i], resolution=editor.config.resolution, multiple=unit) for i in range(count))
+    tasks = (
+        fit(dataset[i], resolution=editor.config.resolution, multiple=unit) for i in range(count)
+    )
     shown: dict[str, int] = defaultdict(int)
     kinds = len(getattr(dataset, "task_types", ()) or ()) or 4
     rows: list[Row] = []
@@ -116,10 +120,14 @@ def evaluate(
     with torch.no_grad():
         for batch in _batches(editor, tasks, max(1, config.batch_size)):
             for noise in range(config.num_noises):
-                results = {variant: _run(editor, batch, steps, config.seed, noise, variant) for variant in variants}
+                results = {
+                    variant: _run(editor, batch, steps, config.seed, noise, variant)
+                    for variant in variants
+                }
                 for index, (task, conditioning) in enumerate(batch):
                     scored = {
-                        v: _measure(terms, task, conditioning, pictures[index], mass[index]) for v, (pictures, mass) in results.items()
+                        v: _measure(terms, task, conditioning, pictures[index], mass[index])
+                        for v, (pictures, mass) in results.items()
                     }
                     rows.append(Row(task_id=task.task_id, task_type=task.task_type, values=scored))
                     if (
@@ -139,7 +147,7 @@ def evaluate(
                 _take_in(seen, task)
             done += len(batch)
             progress(done, count)
-    adapters.set_active(editor.transformer, True)
+    lora.set_active(editor.transformer, True)
     meta: dict[str, Any] = {
         "num_tasks": count,
         "num_noises": config.num_noises,
@@ -157,7 +165,9 @@ def evaluate(
     return Evaluation(rows=tuple(rows), meta=meta)
 
 
-def _batches(editor: Editor, tasks: Iterator[EditTask], size: int) -> Iterator[list[tuple[EditTask, Conditioning]]]:
+def _batches(
+    editor: Editor, tasks: Iterator[EditTask], size: int
+) -> Iterator[list[tuple[EditTask, Conditioning]]]:
     """Consecutive tasks that share a canvas, encoded."""
     batch: list[tuple[EditTask, Conditioning]] = []
     for task in tasks:
@@ -173,28 +183,52 @@ def _batches(editor: Editor, tasks: Iterator[EditTask], size: int) -> Iterator[l
 def _take_in(digest: Any, task: EditTask) -> None:
     """Adds a task, as it lies on the canvas: evaluations of equal digests saw the same pictures, masks and words."""
     digest.update(json.dumps([task.task_id, task.task_type, task.instruction]).encode())
-    for part in (task.source, task.edit_mask, *([task.target] if isinstance(task, PairedTask) else [])):
+    for part in (
+        task.source,
+        task.edit_mask,
+        *([task.target] if isinstance(task, PairedTask) else []),
+    ):
         digest.update(f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
 
 
 def _run(
-    editor: Editor, batch: Sequence[tuple[EditTask, Conditioning]], steps: int, seed: int, noise: int, variant: str
+    editor: Editor,
+    batch: Sequence[tuple[EditTask, Conditioning]],
+    steps: int,
+    seed: int,
+    noise: int,
+    variant: str,
 ) -> tuple[Tensor, Tensor]:
     """(images, attention mass) of a batch of different tasks under one variant."""
-    adapters.set_active(editor.transformer, variant == "trained")
+    lora.set_active(editor.transformer, variant == "trained")
     conditionings = [conditioning for _, conditioning in batch]
     shape = editor.latent_shape(conditionings[0])
-    initial = torch.stack([NoiseSource(seed, task.task_id, noise).normal("evaluation", 0, shape) for task, _ in batch])
+    initial = torch.stack(
+        [NoiseSource(seed, task.task_id, noise).normal("evaluation", 0, shape) for task, _ in batch]
+    )
     tally = MassTally()
-    final = denoise(lambda x, s: editor.velocity(x, s, conditionings, tally), initial, editor.sigmas(steps, conditionings[0])).final
+    final = denoise(
+        lambda x, s: editor.velocity(x, s, conditionings, tally),
+        initial,
+        editor.sigmas(steps, conditionings[0]),
+    ).final
     return editor.decode(final, conditionings[0]), tally.mean()
 
 
-def _measure(terms: Sequence[Reward], task: EditTask, conditioning: Conditioning, image: Tensor, mass: Tensor) -> dict[str, float]:
-    candidates = Candidates(task=task, images=image[None], attention=mass[None], token_mask=token_mask(task.edit_mask, conditioning.grid))
+def _measure(
+    terms: Sequence[Reward], task: EditTask, conditioning: Conditioning, image: Tensor, mass: Tensor
+) -> dict[str, float]:
+    candidates = Candidates(
+        task=task,
+        images=image[None],
+        attention=mass[None],
+        token_mask=token_mask(task.edit_mask, conditioning.grid),
+    )
     table = score_candidates(tuple(terms), candidates, group_id=task.task_id)
     values = {f"reward/{name}": float(table.values[0, i]) for i, name in enumerate(table.names)}
-    values["reward"] = sum(weight * float(table.values[0, i]) for i, weight in enumerate(table.weights) if weight > 0)
+    values["reward"] = sum(
+        weight * float(table.values[0, i]) for i, weight in enumerate(table.weights) if weight > 0
+    )
     for name, parts in table.components.items():
         values[name] = parts[0]
         if name.endswith(INSTRUCTION_PARTS):
@@ -209,7 +243,11 @@ def _summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     summary: dict[str, dict[str, Any]] = {"base": {}, "trained": {}, "delta": {}}
     sides = [v for v in VARIANTS if v in rows[0].values]
     for metric in sorted({metric for row in rows for v in sides for metric in row.values[v]}):
-        kept = [row for row in rows if all(math.isfinite(row.values[v].get(metric, math.nan)) for v in sides)]
+        kept = [
+            row
+            for row in rows
+            if all(math.isfinite(row.values[v].get(metric, math.nan)) for v in sides)
+        ]
         if not kept:
             continue
         groups = [row.task_id for row in kept]
@@ -217,7 +255,9 @@ def _summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         for v in sides:
             summary[v][metric] = _plain(bootstrap(values[v], seed=0, groups=groups))
         if len(sides) == 2:
-            summary["delta"][metric] = _plain(paired_bootstrap(values["base"], values["trained"], seed=0, groups=groups))
+            summary["delta"][metric] = _plain(
+                paired_bootstrap(values["base"], values["trained"], seed=0, groups=groups)
+            )
     return summary
 
 
@@ -242,7 +282,10 @@ def _write_example(
     scored: dict[str, dict[str, float]],
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {"source": task.source.numpy(), "mask": (task.edit_mask.numpy() * 255).astype(np.uint8)}
+    pictures = {
+        "source": task.source.numpy(),
+        "mask": (task.edit_mask.numpy() * 255).astype(np.uint8),
+    }
     if isinstance(task, PairedTask):
         pictures["target"] = task.target.numpy()
     brightest = torch.stack([mass for _, mass in results.values()]).max().clamp(min=1e-12)
@@ -254,7 +297,12 @@ def _write_example(
         pictures[f"attention_{variant}"] = (heat.numpy() * 255).round().astype(np.uint8)
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(directory / f"{name}.png")
-    record = {"task_id": task.task_id, "task_type": task.task_type, "instruction": task.instruction, "metrics": scored}
+    record = {
+        "task_id": task.task_id,
+        "task_type": task.task_type,
+        "instruction": task.instruction,
+        "metrics": scored,
+    }
     (directory / "task.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

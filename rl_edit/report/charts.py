@@ -98,16 +98,26 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About ``count`` round steps whose first and last tick enclose [low, high]."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
         pad = abs(low) * 0.05
-        low, high = (low - pad, high + pad) if pad else (0.0, 1.0)  # nothing at all: most often a share or a count, never below 0
+        low, high = (
+            (low - pad, high + pad) if pad else (0.0, 1.0)
+        )  # nothing at all: most often a share or a count, never below 0
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= raw * 0.999)
+    step = next(
+        factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= raw * 0.999
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
 
 
 def line_chart(
-    *, title: str, unit: str, series: Sequence[Series], from_zero: bool = False, smooth: bool = True, note: str = ""
+    *,
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    from_zero: bool = False,
+    smooth: bool = True,
+    note: str = "",
 ) -> Chart | None:
     """Lines over updates: faint raw points under a moving average. None when no series has a point.
 
@@ -121,9 +131,15 @@ def line_chart(
         return None
     values = [y for entry in drawn for _, y in entry.points] + ([0.0] if from_zero else [])
     frame = _Frame.around(xs=[x for entry in drawn for x, _ in entry.points], ys=values)
-    parts = [frame.axes(unit), *(_drawn(frame, entry, f"c{index}", smooth=smooth) for index, entry in enumerate(drawn))]
+    parts = [
+        frame.axes(unit),
+        *(_drawn(frame, entry, f"c{index}", smooth=smooth) for index, entry in enumerate(drawn)),
+    ]
     parts.append(_hover(frame, drawn, unit))
-    legend = tuple(LegendEntry(colour=f"c{index}", label=entry.label, last=plain(entry.points[-1][1])) for index, entry in enumerate(drawn))
+    legend = tuple(
+        LegendEntry(colour=f"c{index}", label=entry.label, last=plain(entry.points[-1][1]))
+        for index, entry in enumerate(drawn)
+    )
     return Chart(title=title, unit=unit, legend=legend, svg=_svg(title, parts), note=note)
 
 
@@ -149,16 +165,24 @@ def twin_chart(
     xs = [x for entry in (left, right) for x, _ in entry.points] + [mark.update for mark in marks]
     columns = [[y for _, y in entry.points] for entry in (left, right)]
     columns[0] += [] if reference is None else [reference]
-    frames = [_Frame.around(xs=xs, ys=ys, twin=tuple(nice_ticks(min(ys), max(ys)) for ys in columns)) for ys in columns]
+    frames = [
+        _Frame.around(xs=xs, ys=ys, twin=tuple(nice_ticks(min(ys), max(ys)) for ys in columns))
+        for ys in columns
+    ]
     parts = [frames[0].axes(left.label), frames[1].right_axis(right.label)]
     if reference is not None:
         y, ends = frames[0].y(reference), (frames[0].left, WIDTH - frames[0].right)
-        parts.append(f'<g class="mark"><line x1="{ends[0]:.1f}" y1="{y:.1f}" x2="{ends[1]:.1f}" y2="{y:.1f}"/></g>')
+        parts.append(
+            f'<g class="mark"><line x1="{ends[0]:.1f}" y1="{y:.1f}" x2="{ends[1]:.1f}" y2="{y:.1f}"/></g>'
+        )
     for index, (frame, entry) in enumerate(zip(frames, (left, right), strict=True)):
         parts.append(_drawn(frame, entry, f"c{index}", smooth=smooth, dashed=entry is right))
     parts += [_marked(frames[0], mark, place) for place, mark in enumerate(marks)]
     parts.append(_hover(frames[0], (left, right), ""))
-    legend = tuple(LegendEntry(colour=f"c{i}", label=entry.label, last=plain(entry.points[-1][1])) for i, entry in enumerate((left, right)))
+    legend = tuple(
+        LegendEntry(colour=f"c{i}", label=entry.label, last=plain(entry.points[-1][1]))
+        for i, entry in enumerate((left, right))
+    )
     return Chart(title=title, unit="", legend=legend, svg=_svg(title, parts), note=note)
 
 
@@ -169,13 +193,20 @@ def _drawn(frame: _Frame, entry: Series, colour: str, *, smooth: bool, dashed: b
     average = moving_average(ys, smoothing_span(len(ys))) if averaged else ys
     parts = []
     if averaged:
-        parts.append(f'<path class="raw {colour}" d="{frame.path(_thin(list(entry.points), MAX_POINTS))}"/>')
+        parts.append(
+            f'<path class="raw {colour}" d="{frame.path(_thin(list(entry.points), MAX_POINTS))}"/>'
+        )
     if len(ys) <= MAX_HOVER_STRIPS:
         parts.append(f'<g class="dots {"" if averaged else "solid "}{colour}">')
-        parts += [f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{1.6 if averaged else 2.2}"/>' for x, y in entry.points]
+        parts += [
+            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{1.6 if averaged else 2.2}"/>'
+            for x, y in entry.points
+        ]
         parts.append("</g>")
     style = f"line {colour} dashed" if dashed else f"line {colour}"
-    parts.append(f'<path class="{style}" d="{frame.path(_thin(list(zip(xs, average, strict=True)), MAX_POINTS))}"/>')
+    parts.append(
+        f'<path class="{style}" d="{frame.path(_thin(list(zip(xs, average, strict=True)), MAX_POINTS))}"/>'
+    )
     return "".join(parts)
 
 
@@ -188,7 +219,9 @@ def _marked(frame: _Frame, mark: Mark, place: int) -> str:
     return f'<g class="mark">{line}{word}{escape(mark.label)}</text></g>'
 
 
-def stacked_chart(*, title: str, unit: str, phases: Mapping[str, Points], total: Points = (), note: str = "") -> Chart | None:
+def stacked_chart(
+    *, title: str, unit: str, phases: Mapping[str, Points], total: Points = (), note: str = ""
+) -> Chart | None:
     """Bars over updates, one layer a phase; many updates share a bar, which then shows their mean. ``total`` is drawn as a line."""
     phases = {name: points for name, points in list(phases.items())[:NUM_COLOURS] if points}
     if not phases:
@@ -207,12 +240,18 @@ def stacked_chart(*, title: str, unit: str, phases: Mapping[str, Points], total:
     totals = [(keys[0] + keys[-1]) / 2 for keys in bins], [mean(whole, keys) for keys in bins]
     tops = [sum(layer.values()) for layer in layers] + (totals[1] if whole else [])
     half = (bins[1][0] - bins[0][0]) / 2 if len(bins) > 1 else 0.5
-    frame = _Frame.around(xs=[updates[0] - half, updates[-1] + half], ys=[0.0, *tops], ticks_at=(updates[0], updates[-1]))
+    frame = _Frame.around(
+        xs=[updates[0] - half, updates[-1] + half],
+        ys=[0.0, *tops],
+        ticks_at=(updates[0], updates[-1]),
+    )
     parts = [frame.axes(unit)]
     for keys, layer in zip(bins, layers, strict=True):
         left, right = frame.x(keys[0] - half * 0.84 / size), frame.x(keys[-1] + half * 0.84 / size)
         span = plain(keys[0]) if len(keys) == 1 else f"{plain(keys[0])} to {plain(keys[-1])} (mean)"
-        told = "\n".join([f"update {span}", *(f"{name}: {plain(value)} {unit}" for name, value in layer.items())])
+        told = "\n".join(
+            [f"update {span}", *(f"{name}: {plain(value)} {unit}" for name, value in layer.items())]
+        )
         base = 0.0
         parts.append(f"<g><title>{escape(told)}</title>")
         for index, value in enumerate(layer.values()):
@@ -222,9 +261,14 @@ def stacked_chart(*, title: str, unit: str, phases: Mapping[str, Points], total:
             )
             base += value
         parts.append("</g>")
-    legend = [LegendEntry(colour=f"c{index}", label=name, last=plain(points[-1][1])) for index, (name, points) in enumerate(phases.items())]
+    legend = [
+        LegendEntry(colour=f"c{index}", label=name, last=plain(points[-1][1]))
+        for index, (name, points) in enumerate(phases.items())
+    ]
     if whole:
-        parts.append(f'<path class="line total" d="{frame.path(list(zip(*totals, strict=True)))}"/>')
+        parts.append(
+            f'<path class="line total" d="{frame.path(list(zip(*totals, strict=True)))}"/>'
+        )
         legend.append(LegendEntry(colour="total", label="whole update", last=plain(total[-1][1])))
     return Chart(title=title, unit=unit, legend=tuple(legend), svg=_svg(title, parts), note=note)
 
@@ -270,9 +314,17 @@ class _Frame:
         first, last = ticks_at or (low, high)
         if low == high:
             low, high = low - 0.5, high + 0.5
-        gap = (last - first) / 8  # a round tick this close to an end would collide with the end's label
+        gap = (
+            last - first
+        ) / 8  # a round tick this close to an end would collide with the end's label
         inner = (
-            [tick for tick in nice_ticks(first, last, 5) if first + gap < tick < last - gap and tick == int(tick)] if last > first else []
+            [
+                tick
+                for tick in nice_ticks(first, last, 5)
+                if first + gap < tick < last - gap and tick == int(tick)
+            ]
+            if last > first
+            else []
         )
         ticks = tuple(dict.fromkeys((first, *inner, last)))
         y_ticks = tuple(nice_ticks(min(ys), max(ys)))
@@ -280,7 +332,9 @@ class _Frame:
         return cls(x_low=low, x_high=high, x_ticks=ticks, y_ticks=y_ticks, left=left, right=right)
 
     def x(self, value: float) -> float:
-        return self.left + (WIDTH - self.left - self.right) * (value - self.x_low) / (self.x_high - self.x_low)
+        return self.left + (WIDTH - self.left - self.right) * (value - self.x_low) / (
+            self.x_high - self.x_low
+        )
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
@@ -291,24 +345,40 @@ class _Frame:
 
     def labels(self) -> list[tuple[float, str]]:
         """(place, text) of each tick of the vertical axis."""
-        return [(self.y(tick), text) for tick, text in zip(self.y_ticks, _texts(self.y_ticks), strict=True)]
+        return [
+            (self.y(tick), text)
+            for tick, text in zip(self.y_ticks, _texts(self.y_ticks), strict=True)
+        ]
 
     def right_axis(self, unit: str) -> str:
         edge, middle = WIDTH - self.right, TOP + (HEIGHT - TOP - BOTTOM) / 2
-        texts = [f'<text x="{edge + GAP:.0f}" y="{y + 3.8:.1f}">{label}</text>' for y, label in self.labels()]
+        texts = [
+            f'<text x="{edge + GAP:.0f}" y="{y + 3.8:.1f}">{label}</text>'
+            for y, label in self.labels()
+        ]
         name = f'<text class="mid name" transform="translate({WIDTH - 6:.0f} {middle:.0f}) rotate(-90)">{escape(unit)}</text>'
         return f'<g class="axes">{"".join(texts)}{name}</g>'
 
     def axes(self, unit: str) -> str:
         parts = ['<g class="axes">']
         for y, label in self.labels():
-            parts.append(f'<line x1="{self.left:.0f}" y1="{y:.1f}" x2="{WIDTH - self.right:.0f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="end" x="{self.left - GAP:.0f}" y="{y + 3.8:.1f}">{label}</text>')
+            parts.append(
+                f'<line x1="{self.left:.0f}" y1="{y:.1f}" x2="{WIDTH - self.right:.0f}" y2="{y:.1f}"/>'
+            )
+            parts.append(
+                f'<text class="end" x="{self.left - GAP:.0f}" y="{y + 3.8:.1f}">{label}</text>'
+            )
         for tick in self.x_ticks:
-            parts.append(f'<text class="mid" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16:.1f}">{plain(tick)}</text>')
-        parts.append(f'<text class="mid name" x="{(self.left + WIDTH - self.right) / 2:.0f}" y="{HEIGHT - 5:.0f}">update</text>')
+            parts.append(
+                f'<text class="mid" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16:.1f}">{plain(tick)}</text>'
+            )
+        parts.append(
+            f'<text class="mid name" x="{(self.left + WIDTH - self.right) / 2:.0f}" y="{HEIGHT - 5:.0f}">update</text>'
+        )
         middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
-        parts.append(f'<text class="mid name" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(unit)}</text></g>')
+        parts.append(
+            f'<text class="mid name" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(unit)}</text></g>'
+        )
         return "".join(parts)
 
 
@@ -318,7 +388,9 @@ def _texts(ticks: Sequence[float]) -> list[str]:
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     if round(step * 10**digits, 6) != round(step * 10**digits):
         digits += 1  # steps of 2.5
-    return [plain(tick, digits) if digits <= 5 and abs(tick) < 1e5 else plain(tick) for tick in ticks]
+    return [
+        plain(tick, digits) if digits <= 5 and abs(tick) < 1e5 else plain(tick) for tick in ticks
+    ]
 
 
 def _margin(ticks: Sequence[float]) -> float:
@@ -349,9 +421,15 @@ def _hover(frame: _Frame, series: Sequence[Series], unit: str) -> str:
     parts = ['<g class="hover">']
     for index, update in enumerate(updates):
         left = frame.left if index == 0 else frame.x((updates[index - 1] + update) / 2)
-        right = WIDTH - frame.right if index == len(updates) - 1 else frame.x((update + updates[index + 1]) / 2)
+        right = (
+            WIDTH - frame.right
+            if index == len(updates) - 1
+            else frame.x((update + updates[index + 1]) / 2)
+        )
         told = "\n".join([f"update {plain(update)}", *columns[update]])
         size = f'width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM:.0f}"'
-        parts.append(f'<rect x="{left:.1f}" y="{TOP:.0f}" {size}><title>{escape(told)}</title></rect>')
+        parts.append(
+            f'<rect x="{left:.1f}" y="{TOP:.0f}" {size}><title>{escape(told)}</title></rect>'
+        )
     parts.append("</g>")
     return "".join(parts)

@@ -14,11 +14,16 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from rl_edit.evaluation.comparison import COMMON_MEASURES, MEASURES, TOTAL, Arm, Comparison, Measure
-from rl_edit.evaluation.statistics import Interval
+from rl_edit.measures.intervals import Interval
 from rl_edit.report.charts import CHARACTER, nice_ticks, plain, signed
 from rl_edit.report.page import templates
 
-PANELS = tuple(m for name in ("instruction", "background_psnr_masked", TOTAL) for m in MEASURES if m.name == name)
+PANELS = tuple(
+    m
+    for name in ("instruction", "background_psnr_masked", TOTAL)
+    for m in MEASURES
+    if m.name == name
+)
 """Inside, outside, and both together: what is drawn, and broken down by task type."""
 
 LABELS, PANEL, GAP, ROW, HEAD, FOOT = 290.0, 212.0, 50.0, 28.0, 30.0, 26.0
@@ -73,7 +78,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "title": f"{runs} run{'' if runs == 1 else 's'} compared",
         "facts": [
             ("Rows, each a mean over seeds", len(arms)),
-            ("Held-out tasks", meta["num_tasks"]),
+            ("LearnerSnapshot-out tasks", meta["num_tasks"]),
             ("Noises a task", meta["num_noises"]),
             ("Solver steps", meta["num_steps"]),
             ("Seed of the noises", meta["seed"]),
@@ -127,22 +132,41 @@ def _arm_row(arm: Arm) -> ArmRow:
 
 def _over(arms: Sequence[Arm], other: Arm) -> Grid:
     rows = tuple(
-        Row(label=arm.label, about="", cells=tuple(_cell(arm.over(other, measure.name), measure) for measure in COMMON_MEASURES))
+        Row(
+            label=arm.label,
+            about="",
+            cells=tuple(
+                _cell(arm.over(other, measure.name), measure) for measure in COMMON_MEASURES
+            ),
+        )
         for arm in arms
         if arm is not other
     )
-    return Grid(title="", heading="run", columns=tuple(measure.heading for measure in COMMON_MEASURES), rows=rows)
+    return Grid(
+        title="",
+        heading="run",
+        columns=tuple(measure.heading for measure in COMMON_MEASURES),
+        rows=rows,
+    )
 
 
 def _by_type(arms: Sequence[Arm], measure: Measure) -> Grid:
     kinds = arms[0].task_types()
-    tasks = Counter(kind for _, kind in {(row.task_id, row.task_type) for row in arms[0].runs[0].rows.values()})
+    tasks = Counter(
+        kind for _, kind in {(row.task_id, row.task_type) for row in arms[0].runs[0].rows.values()}
+    )
     return Grid(
         title=measure.heading,
         heading="run",
         columns=tuple(f"{kind.replace('_', ' ')} ({tasks[kind]})" for kind in kinds),
         rows=tuple(
-            Row(label=arm.label, about="", cells=tuple(_cell(arm.gain(measure.name, task_type=kind), measure) for kind in kinds))
+            Row(
+                label=arm.label,
+                about="",
+                cells=tuple(
+                    _cell(arm.gain(measure.name, task_type=kind), measure) for kind in kinds
+                ),
+            )
             for arm in arms
         ),
     )
@@ -156,22 +180,35 @@ def forest(arms: Sequence[Arm]) -> Markup:
     for index, arm in enumerate(arms):
         top = HEAD + ROW * index
         if index % 2 == 0:
-            parts.append(f'<rect class="stripe" x="0" y="{top:.0f}" width="{width:.0f}" height="{ROW:.0f}"/>')
+            parts.append(
+                f'<rect class="stripe" x="0" y="{top:.0f}" width="{width:.0f}" height="{ROW:.0f}"/>'
+            )
         name = f"{escape(_cut(arm.label))}<title>{escape(arm.label)}</title>"
         parts.append(f'<text class="label" x="4" y="{top + ROW / 2 + 4:.1f}">{name}</text>')
     for index, measure in enumerate(PANELS):
         parts += _panel(arms, measure, left=LABELS + index * (PANEL + GAP), bottom=bottom)
     size = f'viewBox="0 0 {width:.0f} {bottom + FOOT:.0f}"'
-    return Markup(f'<svg class="plot forest" {size} role="img" aria-label="differences to base">{"".join(parts)}</svg>')
+    return Markup(
+        f'<svg class="plot forest" {size} role="img" aria-label="differences to base">{"".join(parts)}</svg>'
+    )
 
 
 def _panel(arms: Sequence[Arm], measure: Measure, *, left: float, bottom: float) -> list[str]:
     gains = {arm.label: arm.gain(measure.name) for arm in arms}
-    seeds = {arm.label: [mean for mean in arm.by_seed(measure.name).values() if mean is not None] for arm in arms if len(arm.runs) > 1}
-    parts = [f'<text class="mid head" x="{left + PANEL / 2:.1f}" y="18">{escape(measure.heading)}</text>']
+    seeds = {
+        arm.label: [mean for mean in arm.by_seed(measure.name).values() if mean is not None]
+        for arm in arms
+        if len(arm.runs) > 1
+    }
+    parts = [
+        f'<text class="mid head" x="{left + PANEL / 2:.1f}" y="18">{escape(measure.heading)}</text>'
+    ]
     known = [gain for gain in gains.values() if gain is not None]
     if not known:
-        return [*parts, f'<text class="mid" x="{left + PANEL / 2:.1f}" y="{HEAD + 18:.0f}">not measured</text>']
+        return [
+            *parts,
+            f'<text class="mid" x="{left + PANEL / 2:.1f}" y="{HEAD + 18:.0f}">not measured</text>',
+        ]
     ends = [end for gain in known for end in (gain.low, gain.mean, gain.high) if math.isfinite(end)]
     ends += [mean for means in seeds.values() for mean in means]
     ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends), 4)
@@ -185,18 +222,29 @@ def _panel(arms: Sequence[Arm], measure: Measure, *, left: float, bottom: float)
     middle = min(range(len(ticks)), key=lambda index: abs(ticks[index]))
     for index, (tick, text) in enumerate(zip(ticks, texts, strict=True)):
         zero = ' class="zero"' if abs(tick) < 1e-12 else ""
-        parts.append(f'<g class="axes"><line{zero} x1="{x(tick):.1f}" y1="{HEAD:.0f}" x2="{x(tick):.1f}" y2="{bottom:.0f}"/>')
+        parts.append(
+            f'<g class="axes"><line{zero} x1="{x(tick):.1f}" y1="{HEAD:.0f}" x2="{x(tick):.1f}" y2="{bottom:.0f}"/>'
+        )
         shown = text if (index - middle) % apart == 0 else ""
-        parts.append(f'<text class="mid" x="{x(tick):.1f}" y="{bottom + 16:.1f}">{shown}</text></g>')
+        parts.append(
+            f'<text class="mid" x="{x(tick):.1f}" y="{bottom + 16:.1f}">{shown}</text></g>'
+        )
     for index, arm in enumerate(arms):
         gain, y = gains[arm.label], HEAD + ROW * (index + 0.5)
         if gain is None:
             continue
         cell = _cell(gain, measure)
-        parts.append(f'<g class="{cell.verdict}"><title>{escape(f"{arm.label}: {cell.mean} ({cell.span}), n = {gain.n}")}</title>')
+        parts.append(
+            f'<g class="{cell.verdict}"><title>{escape(f"{arm.label}: {cell.mean} ({cell.span}), n = {gain.n}")}</title>'
+        )
         if math.isfinite(gain.low):
-            parts.append(f'<line class="span" x1="{x(gain.low):.1f}" y1="{y:.1f}" x2="{x(gain.high):.1f}" y2="{y:.1f}"/>')
-        parts += [f'<circle class="seed" cx="{x(mean):.1f}" cy="{y:.1f}" r="2.6"/>' for mean in seeds.get(arm.label, ())]
+            parts.append(
+                f'<line class="span" x1="{x(gain.low):.1f}" y1="{y:.1f}" x2="{x(gain.high):.1f}" y2="{y:.1f}"/>'
+            )
+        parts += [
+            f'<circle class="seed" cx="{x(mean):.1f}" cy="{y:.1f}" r="2.6"/>'
+            for mean in seeds.get(arm.label, ())
+        ]
         parts.append(f'<circle class="mean" cx="{x(gain.mean):.1f}" cy="{y:.1f}" r="4"/></g>')
     return parts
 

@@ -40,10 +40,16 @@ def contact_sheet(title: str, examples: Sequence[Example]) -> Image.Image:
     shown = [_shown(example) for example in examples]
     width, height = (max(picture.size[axis] for picture in shown) + 2 * GAP for axis in (0, 1))
     rows = -(-len(shown) // COLUMNS)
-    sheet = Image.new("RGB", (width * min(COLUMNS, len(shown)), height * rows + LINE + 2 * GAP), "white")
-    ImageDraw.Draw(sheet).text((GAP, GAP), title, fill="black", font=ImageFont.load_default(LINE - 2))
+    sheet = Image.new(
+        "RGB", (width * min(COLUMNS, len(shown)), height * rows + LINE + 2 * GAP), "white"
+    )
+    ImageDraw.Draw(sheet).text(
+        (GAP, GAP), title, fill="black", font=ImageFont.load_default(LINE - 2)
+    )
     for index, picture in enumerate(shown):
-        sheet.paste(picture, (width * (index % COLUMNS) + GAP, height * (index // COLUMNS) + LINE + 2 * GAP))
+        sheet.paste(
+            picture, (width * (index % COLUMNS) + GAP, height * (index // COLUMNS) + LINE + 2 * GAP)
+        )
     return sheet
 
 
@@ -70,7 +76,12 @@ def _panel(picture: Picture) -> Image.Image:
     smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     pixels = np.array(Image.fromarray(picture.pixels).resize(size, smooth))
     for mask, colour in picture.outlined:
-        resized = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 0
+        resized = (
+            np.asarray(
+                Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+            )
+            > 0
+        )
         inner = np.pad(resized, THICKNESS)
         for axis in (0, 1):
             inner = inner & np.roll(inner, THICKNESS, axis) & np.roll(inner, -THICKNESS, axis)

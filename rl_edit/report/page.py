@@ -47,8 +47,16 @@ METRICS = {
     for metric in (
         Metric(name="reward", label="Training reward", unit="", digits=3, better=1),
         Metric(name="instruction", label="Instruction score", unit="", digits=3, better=1),
-        Metric(name="background_psnr_masked", label="Background PSNR", unit="dB", digits=2, better=1),
-        Metric(name="background_psnr_zero_filled", label="Background PSNR, zero-filled", unit="dB", digits=2, better=1),
+        Metric(
+            name="background_psnr_masked", label="Background PSNR", unit="dB", digits=2, better=1
+        ),
+        Metric(
+            name="background_psnr_zero_filled",
+            label="Background PSNR, zero-filled",
+            unit="dB",
+            digits=2,
+            better=1,
+        ),
         Metric(name="background_ssim", label="Background SSIM", unit="", digits=4, better=1),
         Metric(name="background_lpips", label="Background LPIPS", unit="", digits=4, better=-1),
         Metric(name="concentration", label="Attention concentration", unit="", digits=3, better=0),
@@ -105,7 +113,11 @@ def render_report(run_dir: Path) -> Path:
 def templates() -> Environment:
     """The templates of this package: whatever a page is told is escaped, and a name it lacks is an error."""
     return Environment(
-        loader=PackageLoader("rl_edit.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("rl_edit.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
@@ -116,7 +128,9 @@ def _write_atomically(path: Path, text: str) -> Path:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): the report goes beside the run's files. Make it writable.") from error
+        raise InputError(
+            f"cannot write {path} ({error.strerror}): the report goes beside the run's files. Make it writable."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -160,7 +174,11 @@ def _context(files: RunFiles) -> dict[str, Any]:
 def _facts(files: RunFiles) -> list[tuple[str, str]]:
     run, rows = files.run, files.metrics.rows
     planned = number(run.get("updates"))
-    facts = [(label, _words(run[key])) for label, key in (("Method", "method"), ("Editor", "editor"), ("Seed", "seed")) if key in run]
+    facts = [
+        (label, _words(run[key]))
+        for label, key in (("Method", "method"), ("Editor", "editor"), ("Seed", "seed"))
+        if key in run
+    ]
     facts.append(("Updates", f"{len(rows)} of {'?' if planned is None else plain(planned)}"))
     trained = _words(rows[-1].get("adapter")) if rows else ""
     evaluated = _words(files.evaluation.meta.get("adapter")) if files.evaluation else ""
@@ -168,7 +186,11 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
         facts += [("Adapter, evaluated", evaluated), ("Adapter, last update", trained)]
     elif trained or evaluated:
         facts.append(("Adapter", evaluated or trained))
-    facts += [(label, _time(run[key])) for label, key in (("Started", "started"), ("Finished", "finished")) if run.get(key)]
+    facts += [
+        (label, _time(run[key]))
+        for label, key in (("Started", "started"), ("Finished", "finished"))
+        if run.get(key)
+    ]
     return facts
 
 
@@ -179,11 +201,17 @@ def _metric(name: str) -> Metric:
 def _ordered(names: Iterable[str]) -> list[str]:
     """Known metrics first, in the order they are declared; the rest as they come."""
     present = list(names)
-    return [name for name in METRICS if name in present] + [name for name in present if name not in METRICS]
+    return [name for name in METRICS if name in present] + [
+        name for name in present if name not in METRICS
+    ]
 
 
-def _row(label: str, metric: Metric, comparison: Comparison, limit: float, *, bar_width: int = 120) -> Row:
-    base, trained, delta = (side.get(metric.name) for side in (comparison.base, comparison.trained, comparison.delta))
+def _row(
+    label: str, metric: Metric, comparison: Comparison, limit: float, *, bar_width: int = 120
+) -> Row:
+    base, trained, delta = (
+        side.get(metric.name) for side in (comparison.base, comparison.trained, comparison.delta)
+    )
     verdict = _verdict(metric, delta)
     span = ""
     if delta is not None and delta.low is not None and delta.high is not None:
@@ -199,7 +227,9 @@ def _row(label: str, metric: Metric, comparison: Comparison, limit: float, *, ba
         n=str(sizes[0]) if sizes else "\u2014",
         verdict=verdict,
         verdict_text=VERDICTS[verdict] if span else "no interval",
-        bar=Markup("") if delta is None else interval_bar(delta, limit=limit, verdict=verdict, width=bar_width),
+        bar=Markup("")
+        if delta is None
+        else interval_bar(delta, limit=limit, verdict=verdict, width=bar_width),
     )
 
 
@@ -212,24 +242,50 @@ def _verdict(metric: Metric, delta: Interval | None) -> str:
 
 def _reach(deltas: Iterable[Interval | None]) -> float:
     """Half-width of an axis around zero on which every interval fits."""
-    ends = [abs(end) for delta in deltas if delta is not None for end in (delta.mean, delta.low, delta.high) if end is not None]
+    ends = [
+        abs(end)
+        for delta in deltas
+        if delta is not None
+        for end in (delta.mean, delta.low, delta.high)
+        if end is not None
+    ]
     return max(ends, default=0.0) * 1.08
 
 
 def _headlines(overall: Comparison) -> list[Row]:
-    return [_row(METRICS[name].label, METRICS[name], overall, _reach([overall.delta.get(name)]), bar_width=300) for name in HEADLINES]
+    return [
+        _row(
+            METRICS[name].label,
+            METRICS[name],
+            overall,
+            _reach([overall.delta.get(name)]),
+            bar_width=300,
+        )
+        for name in HEADLINES
+    ]
 
 
 def _table(overall: Comparison) -> list[Row]:
-    return [_row(_metric(name).label, _metric(name), overall, _reach([overall.delta.get(name)])) for name in _ordered(overall.names)]
+    return [
+        _row(_metric(name).label, _metric(name), overall, _reach([overall.delta.get(name)]))
+        for name in _ordered(overall.names)
+    ]
 
 
 def _type_tables(evaluation: Evaluation) -> list[TypeTable]:
-    present = dict.fromkeys(name for comparison in evaluation.by_type.values() for name in comparison.names)
+    present = dict.fromkeys(
+        name for comparison in evaluation.by_type.values() for name in comparison.names
+    )
     tables = []
     for name in _ordered(present):
-        kinds = {kind: comparison for kind, comparison in sorted(evaluation.by_type.items()) if name in comparison.names}
-        limit = _reach(comparison.delta.get(name) for comparison in (*kinds.values(), evaluation.overall))
+        kinds = {
+            kind: comparison
+            for kind, comparison in sorted(evaluation.by_type.items())
+            if name in comparison.names
+        }
+        limit = _reach(
+            comparison.delta.get(name) for comparison in (*kinds.values(), evaluation.overall)
+        )
         rows = [_row(kind, _metric(name), comparison, limit) for kind, comparison in kinds.items()]
         if name in evaluation.overall.names:
             rows.append(_row("all", _metric(name), evaluation.overall, limit))
@@ -248,11 +304,17 @@ _PROTOCOL = {
 
 def _notes(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What else is known of how it was measured; settings that are empty say nothing."""
-    return [(spaced(key), _words(value)) for key, value in meta.items() if key not in _PROTOCOL and value != ""]
+    return [
+        (spaced(key), _words(value))
+        for key, value in meta.items()
+        if key not in _PROTOCOL and value != ""
+    ]
 
 
 def _protocol(meta: Mapping[str, Any]) -> str:
-    return ", ".join(form.format(_words(meta[key])) for key, form in _PROTOCOL.items() if key in meta)
+    return ", ".join(
+        form.format(_words(meta[key])) for key, form in _PROTOCOL.items() if key in meta
+    )
 
 
 def _strips(examples: Iterable[Path]) -> tuple[list[Strip], list[tuple[str, str]]]:
@@ -274,7 +336,12 @@ def _strip_numbers(strip: Strip) -> list[tuple[str, str, str, str]]:
             metric, base, trained = METRICS[name], strip.base[name], strip.trained[name]
             unit = f" {metric.unit}" if metric.unit else ""
             rows.append(
-                (metric.label, plain(base, metric.digits), plain(trained, metric.digits) + unit, signed(trained - base, metric.digits))
+                (
+                    metric.label,
+                    plain(base, metric.digits),
+                    plain(trained, metric.digits) + unit,
+                    signed(trained - base, metric.digits),
+                )
             )
     return rows
 
@@ -289,7 +356,12 @@ def _environment(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
             tables.append((title, [("", _words(value))]))
     if run.get("command"):
         command = run["command"]
-        tables.append(("Command", [("", " ".join(map(str, command)) if isinstance(command, list) else str(command))]))
+        tables.append(
+            (
+                "Command",
+                [("", " ".join(map(str, command)) if isinstance(command, list) else str(command))],
+            )
+        )
     return tables
 
 
@@ -297,12 +369,18 @@ def _events(files: RunFiles) -> tuple[list[tuple[str, int]], list[Event], int]:
     """How often each event happened, and the last notable ones in full."""
     named = [(str(row.get("event", "event")), row) for row in files.events.rows]
     counts = Counter(name for name, _ in named).most_common()
-    notable = [(name, row) for name, row in named if NOTABLE.search(f"{name} {row.get('level', '')}")]
+    notable = [
+        (name, row) for name, row in named if NOTABLE.search(f"{name} {row.get('level', '')}")
+    ]
     shown = [
         Event(
             time=_time(row.get("time")),
             name=name,
-            details=", ".join(f"{key}: {_words(value)}" for key, value in row.items() if key not in ("time", "event")),
+            details=", ".join(
+                f"{key}: {_words(value)}"
+                for key, value in row.items()
+                if key not in ("time", "event")
+            ),
         )
         for name, row in notable[-NUM_LAST_EVENTS:]
     ]

@@ -28,7 +28,9 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and (self.low > 0.0 or self.high < 0.0)
+        return (
+            self.low is not None and self.high is not None and (self.low > 0.0 or self.high < 0.0)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,14 @@ class RunFiles:
 
     def metric_names(self) -> tuple[str, ...]:
         """Every key that has at least one finite number, in order of first appearance."""
-        return tuple(dict.fromkeys(key for row in self.metrics.rows for key, value in row.items() if number(value) is not None))
+        return tuple(
+            dict.fromkeys(
+                key
+                for row in self.metrics.rows
+                for key, value in row.items()
+                if number(value) is not None
+            )
+        )
 
     def column(self, key: str) -> Points:
         """(update, value) for each update where ``key`` is a finite number."""
@@ -91,7 +100,9 @@ class RunFiles:
 
 def _column(lines: JsonLines, key: str) -> Points:
     pairs = ((number(row["update"]), number(row.get(key))) for row in lines.rows)
-    return tuple((update, value) for update, value in pairs if update is not None and value is not None)
+    return tuple(
+        (update, value) for update, value in pairs if update is not None and value is not None
+    )
 
 
 def number(value: object) -> float | None:
@@ -122,7 +133,9 @@ def read_run(directory: Path) -> RunFiles:
         evaluation=_read_evaluation(directory / "evaluation.json"),
         examples=_example_directories(directory / "evaluation" / "images"),
     )
-    if not (files.run or files.metrics.rows or files.events.rows or files.evaluation or files.examples):
+    if not (
+        files.run or files.metrics.rows or files.events.rows or files.evaluation or files.examples
+    ):
         raise InputError(
             f"{directory} has nothing to report: no run.json, metrics.jsonl, events.jsonl or evaluation/ with content in it. "
             "Give the directory of a training run that has started."
@@ -137,7 +150,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): the report needs it. Make it readable.") from error
+        raise InputError(
+            f"cannot read {path} ({error.strerror}): the report needs it. Make it readable."
+        ) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -147,7 +162,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): the report would show wrong facts. Write it again or remove it.") from error
+        raise InputError(
+            f"{path} is not JSON ({error}): the report would show wrong facts. Write it again or remove it."
+        ) from error
     if not isinstance(value, dict):
         raise InputError(
             f"{path} holds a {type(value).__name__}, not an object: the report finds facts by name. Write it again or remove it."
@@ -196,7 +213,12 @@ def _interval(value: object) -> Interval | None:
     if mean is None:
         return None
     n = number(value.get("n"))
-    return Interval(mean=mean, low=number(value.get("low")), high=number(value.get("high")), n=None if n is None else int(n))
+    return Interval(
+        mean=mean,
+        low=number(value.get("low")),
+        high=number(value.get("high")),
+        n=None if n is None else int(n),
+    )
 
 
 def _comparison(value: Mapping[str, Any]) -> Comparison:
@@ -217,10 +239,14 @@ def _read_evaluation(path: Path) -> Evaluation | None:
     by_type, meta = value.get("by_type"), value.get("meta")
     return Evaluation(
         overall=_comparison(value),
-        by_type={str(k): _comparison(v) for k, v in by_type.items() if isinstance(v, Mapping)} if isinstance(by_type, Mapping) else {},
+        by_type={str(k): _comparison(v) for k, v in by_type.items() if isinstance(v, Mapping)}
+        if isinstance(by_type, Mapping)
+        else {},
         meta=dict(meta) if isinstance(meta, Mapping) else {},
     )
 
 
 def _example_directories(images: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in images.iterdir() if path.is_dir())) if images.is_dir() else ()
+    return (
+        tuple(sorted(path for path in images.iterdir() if path.is_dir())) if images.is_dir() else ()
+    )

@@ -24,7 +24,9 @@ MAX_THUMBNAIL = 256
 # Up to this size a pixel is worth seeing as a square; above it, smooth scaling reads better.
 MAX_PIXELATED = 160
 # Dark violet to pale yellow, evenly rising in lightness, so that it also reads in grey.
-HEAT_STOPS = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=np.float32)
+HEAT_STOPS = np.array(
+    [(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=np.float32
+)
 
 Pixels = NDArray[np.uint8]
 
@@ -61,7 +63,9 @@ def read_strip(directory: Path) -> Strip:
         InputError: a needed picture is missing, unreadable, or not of the source's size. The caller lists such examples.
     """
     about = _read_about(directory / "task.json")
-    source, base, trained = (_rgb(directory / f"{name}.png") for name in ("source", "base", "trained"))
+    source, base, trained = (
+        _rgb(directory / f"{name}.png") for name in ("source", "base", "trained")
+    )
     mask = _grey(directory / "mask.png") > 127
     for name, picture in (("mask", mask), ("base", base), ("trained", trained)):
         if picture.shape[:2] != source.shape[:2]:
@@ -71,19 +75,31 @@ def read_strip(directory: Path) -> Strip:
     height, width = mask.shape
     panels = [
         _panel("source, mask outlined", source, outlined=True),
-        _panel("mask (white may change)", np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255),
+        _panel(
+            "mask (white may change)", np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
+        ),
     ]
     if (directory / "target.png").is_file():
         panels.append(_panel("target", _rgb(directory / "target.png")))
     panels += [
         _panel("base", base),
         _panel("trained", trained),
-        _panel(f"|trained \u2212 base| \u00d7 {DIFFERENCE_GAIN}", amplified_difference(trained, base), outlined=True),
+        _panel(
+            f"|trained \u2212 base| \u00d7 {DIFFERENCE_GAIN}",
+            amplified_difference(trained, base),
+            outlined=True,
+        ),
     ]
-    attention = {name: _grey(path) for name in ("base", "trained") if (path := directory / f"attention_{name}.png").is_file()}
+    attention = {
+        name: _grey(path)
+        for name in ("base", "trained")
+        if (path := directory / f"attention_{name}.png").is_file()
+    }
     peak = max((float(values.max()) for values in attention.values()), default=0.0)
     for name, values in attention.items():
-        panels.append(_panel(f"attention, {name}", heat_overlay(source, values, peak=peak), outlined=True))
+        panels.append(
+            _panel(f"attention, {name}", heat_overlay(source, values, peak=peak), outlined=True)
+        )
     metrics = about.get("metrics")
     return Strip(
         task_id=str(about.get("task_id", directory.name)),
@@ -149,17 +165,23 @@ def _panel(title: str, pixels: Pixels, *, outlined: bool = False) -> Panel:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     data = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Panel(title=title, data=data, pixelated=max(image.size) <= MAX_PIXELATED, outlined=outlined)
+    return Panel(
+        title=title, data=data, pixelated=max(image.size) <= MAX_PIXELATED, outlined=outlined
+    )
 
 
 def _open(path: Path, mode: str) -> Pixels:
     if not path.is_file():
-        raise InputError(f"{path.name} is missing: the strip cannot be drawn without it. Evaluate again.")
+        raise InputError(
+            f"{path.name} is missing: the strip cannot be drawn without it. Evaluate again."
+        )
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert(mode), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path.name} is not a readable picture ({error}): the strip cannot be drawn. Evaluate again.") from error
+        raise InputError(
+            f"{path.name} is not a readable picture ({error}): the strip cannot be drawn. Evaluate again."
+        ) from error
 
 
 def _rgb(path: Path) -> Pixels:
@@ -176,13 +198,19 @@ def _size(picture: NDArray[Any]) -> str:
 
 def _read_about(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError("task.json is missing: the strip has no instruction or numbers. Evaluate again.")
+        raise InputError(
+            "task.json is missing: the strip has no instruction or numbers. Evaluate again."
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"task.json is not readable JSON ({error}): the strip has no instruction or numbers. Evaluate again.") from error
+        raise InputError(
+            f"task.json is not readable JSON ({error}): the strip has no instruction or numbers. Evaluate again."
+        ) from error
     if not isinstance(value, dict):
-        raise InputError(f"task.json holds a {type(value).__name__}, not an object. Evaluate again.")
+        raise InputError(
+            f"task.json holds a {type(value).__name__}, not an object. Evaluate again."
+        )
     return value
 
 

@@ -19,19 +19,19 @@ import torch
 from pydantic import Field
 
 from rl_edit.errors import InputError
+from rl_edit.measures.reward_statistics import REPEAT
 from rl_edit.rewards.cache import ScoreCache
 from rl_edit.rewards.clip import ClipSimilarity
 from rl_edit.rewards.composite import Composite, Measure
 from rl_edit.rewards.concentration import Concentration
 from rl_edit.rewards.custom import PythonReward
-from rl_edit.rewards.editscore import EditScore
-from rl_edit.rewards.judge import Judge
 from rl_edit.rewards.lpips import Lpips
-from rl_edit.rewards.pixels import Psnr, Ssim
+from rl_edit.rewards.pixel_terms import Psnr, Ssim
 from rl_edit.rewards.preservation import Preservation, Similarity
-from rl_edit.rewards.region_judge import RegionJudge
-from rl_edit.rewards.statistics import REPEAT
+from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.vlm.editscore import EditScore
+from rl_edit.rewards.vlm.region_judge import RegionJudge
 from rl_edit.types import Candidates, RewardTable, Score
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "Composite",
     "Concentration",
     "EditScore",
-    "Judge",
     "Lpips",
     "Preservation",
     "Psnr",
@@ -47,6 +46,7 @@ __all__ = [
     "RegionJudge",
     "Reward",
     "RewardTerm",
+    "ShapesJudge",
     "Similarity",
     "Ssim",
     "available",
@@ -58,7 +58,9 @@ Reward = Annotated[Measure | Composite, Field(discriminator="kind")]
 _LONGEST_REASON = 400
 
 
-def available(terms: Sequence[Reward], fields: Collection[str]) -> tuple[tuple[Reward, ...], dict[str, str]]:
+def available(
+    terms: Sequence[Reward], fields: Collection[str]
+) -> tuple[tuple[Reward, ...], dict[str, str]]:
     """Which terms a dataset with these optional fields ("target", "caption", "regions") can feed.
 
     Returns:
@@ -82,8 +84,13 @@ def available(terms: Sequence[Reward], fields: Collection[str]) -> tuple[tuple[R
             f"Add {lacks} to the data, set 'when: if_available' on this reward, or remove it."
         )
     if not usable:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "none is configured"
-        raise InputError(f"No reward is left for this data ({reasons}), so there is nothing to learn from. Add one, such as preservation.")
+        reasons = (
+            "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            or "none is configured"
+        )
+        raise InputError(
+            f"No reward is left for this data ({reasons}), so there is nothing to learn from. Add one, such as preservation."
+        )
     if all(term.weight == 0 for term in usable):
         names = ", ".join(term.name for term in usable)
         raise InputError(
@@ -92,7 +99,9 @@ def available(terms: Sequence[Reward], fields: Collection[str]) -> tuple[tuple[R
     return tuple(usable), left_out
 
 
-def score_candidates(terms: Sequence[Reward], candidates: Candidates, *, group_id: str) -> RewardTable:
+def score_candidates(
+    terms: Sequence[Reward], candidates: Candidates, *, group_id: str
+) -> RewardTable:
     """Every term of every candidate: values in each term's own unit, higher is better, NaN exactly where there is no valid one.
 
     A term that raises, returns the wrong number of scores, or a value that is not finite or outside its declared
@@ -116,11 +125,20 @@ def score_candidates(terms: Sequence[Reward], candidates: Candidates, *, group_i
             else:
                 values[row, index] = score.value
         parts = dict.fromkeys(part for score in column.scores for part in score.components)
-        components |= {f"{term.name}.{part}": tuple(_number(score.components.get(part)) for score in column.scores) for part in parts}
+        components |= {
+            f"{term.name}.{part}": tuple(
+                _number(score.components.get(part)) for score in column.scores
+            )
+            for part in parts
+        }
         if (twice := _row_to_repeat(term, group_id, len(values))) is not None:
-            again = _column(term.reseeded().model_copy(update={"cache": None}), _rows(candidates, [twice])).scores[0]
+            again = _column(
+                term.reseeded().model_copy(update={"cache": None}), _rows(candidates, [twice])
+            ).scores[0]
             difference = _number(again.value) - _number(column.scores[twice].value)
-            components[f"{term.name}.{REPEAT}"] = tuple(difference if row == twice else math.nan for row in range(len(values)))
+            components[f"{term.name}.{REPEAT}"] = tuple(
+                difference if row == twice else math.nan for row in range(len(values))
+            )
     return RewardTable(
         group_id=group_id,
         names=tuple(term.name for term in terms),
@@ -150,12 +168,23 @@ class _WrongCount(Exception):
 
 def _column(term: Reward, candidates: Candidates) -> _Column:
     try:
-        return _kept(term, candidates) if term.cache is not None else _checked(term, _given(term, candidates))
+        return (
+            _kept(term, candidates)
+            if term.cache is not None
+            else _checked(term, _given(term, candidates))
+        )
     except Exception as error:
         # A broken term must cost its group, not the run, and must never look like a bad edit.
         broken = isinstance(error, _WrongCount)
         reason = str(error) if broken else f"raised {type(error).__name__}: {error}"
-        failed = _refused(term, Score(value=None, reason=reason, status="timeout" if isinstance(error, TimeoutError) else "invalid"))
+        failed = _refused(
+            term,
+            Score(
+                value=None,
+                reason=reason,
+                status="timeout" if isinstance(error, TimeoutError) else "invalid",
+            ),
+        )
         number = len(candidates.images)
         return _Column(scores=(failed,) * number, broken=broken, counts={failed.status: number})
 
@@ -170,8 +199,12 @@ def _kept(term: Reward, candidates: Candidates) -> _Column:
     if missing:
         known |= zip(missing, _given(term, _rows(candidates, missing)), strict=True)
     column = _checked(term, [known[row] for row in range(len(keys))])
-    lost = [row for row in missing if column.scores[row].ok and not store.put(keys[row], known[row])]
-    return replace(column, counts=column.counts | {"cached": len(keys) - len(missing), "uncached": len(lost)})
+    lost = [
+        row for row in missing if column.scores[row].ok and not store.put(keys[row], known[row])
+    ]
+    return replace(
+        column, counts=column.counts | {"cached": len(keys) - len(missing), "uncached": len(lost)}
+    )
 
 
 def _given(term: Reward, candidates: Candidates) -> tuple[Score, ...]:
@@ -185,7 +218,9 @@ def _checked(term: Reward, given: Sequence[Score]) -> _Column:
     """Scores whose value can be trusted, the others without a number."""
     scores = tuple(_trusted(term, score) for score in given)
     broken = any(before.ok and not after.ok for before, after in zip(given, scores, strict=True))
-    return _Column(scores=scores, broken=broken, counts=dict(Counter(score.status for score in scores)))
+    return _Column(
+        scores=scores, broken=broken, counts=dict(Counter(score.status for score in scores))
+    )
 
 
 def _trusted(term: Reward, score: Score) -> Score:
@@ -193,10 +228,20 @@ def _trusted(term: Reward, score: Score) -> Score:
         return _refused(term, score)
     value = float(score.value)
     # Single precision is what the table holds: a double beyond its range would become infinite there.
-    if not math.isfinite(value) or not math.isfinite(torch.tensor(value, dtype=torch.float32).item()):
-        return _refused(term, Score(value=None, reason=f"gave {score.value!r}, which is not a finite number"))
+    if not math.isfinite(value) or not math.isfinite(
+        torch.tensor(value, dtype=torch.float32).item()
+    ):
+        return _refused(
+            term, Score(value=None, reason=f"gave {score.value!r}, which is not a finite number")
+        )
     if not term.low <= value <= term.high:
-        return _refused(term, Score(value=None, reason=f"gave {value:g}, outside its declared range {term.low:g}..{term.high:g}"))
+        return _refused(
+            term,
+            Score(
+                value=None,
+                reason=f"gave {value:g}, outside its declared range {term.low:g}..{term.high:g}",
+            ),
+        )
     return replace(score, value=-value if term.lower_is_better else value, reason="")
 
 

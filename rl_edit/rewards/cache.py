@@ -33,7 +33,9 @@ class ScoreCache:
     attention if the term reads it, the term's fingerprint, and the sources of this package.
     """
 
-    def __init__(self, directory: Path, fingerprint: dict[str, Any], *, reads_attention: bool) -> None:
+    def __init__(
+        self, directory: Path, fingerprint: dict[str, Any], *, reads_attention: bool
+    ) -> None:
         self._directory, self._reads_attention = directory, reads_attention
         self._term = json.dumps([code_sha256(), fingerprint], sort_keys=True)
 
@@ -60,18 +62,28 @@ class ScoreCache:
         """The kept score; None when there is none that can be read."""
         try:
             entry = json.loads(self._path(key).read_text())
-            return Score(value=float(entry["value"]), components={str(k): float(v) for k, v in entry["components"].items()})
+            return Score(
+                value=float(entry["value"]),
+                components={str(k): float(v) for k, v in entry["components"].items()},
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def put(self, key: str, score: Score) -> bool:
         """Keeps an ok score; False when the disk does not take it, which costs nothing but asking again."""
         path = self._path(key)
-        entry = {"value": score.value, "components": {name: part for name, part in score.components.items() if math.isfinite(part)}}
+        entry = {
+            "value": score.value,
+            "components": {
+                name: part for name, part in score.components.items() if math.isfinite(part)
+            },
+        }
         temporary = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=path.parent, suffix=".tmp", delete=False
+            ) as file:
                 temporary = file.name
                 json.dump(entry, file)
             os.replace(temporary, path)
@@ -88,7 +100,10 @@ class ScoreCache:
 def _update(digest: hashlib._Hash, value: object) -> None:
     """Adds a value with its type and length, so that neighbouring values cannot be mistaken for one another."""
     if isinstance(value, Tensor):
-        content, kind = value.detach().cpu().contiguous().numpy().tobytes(), f"{value.dtype}{tuple(value.shape)}"
+        content, kind = (
+            value.detach().cpu().contiguous().numpy().tobytes(),
+            f"{value.dtype}{tuple(value.shape)}",
+        )
     else:
         content, kind = repr(value).encode(), type(value).__name__
     digest.update(f"{kind}:{len(content)}:".encode() + content)

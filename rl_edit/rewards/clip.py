@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from rl_edit.errors import InputError
-from rl_edit.judges import clip
 from rl_edit.rewards.cache import content_sha256
 from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.vlm.backends import clip
 from rl_edit.types import Candidates, PairedTask, Score
 
 _SQUARE = 512
@@ -62,7 +62,9 @@ class ClipSimilarity(RewardTerm):
         """Component: ``cosine``, before it is cut off at 0 (the mean over captions)."""
         task = candidates.task
         if not isinstance(task, PairedTask):
-            raise InputError(f"Task {task.task_id!r} has neither target nor caption, and CLIP compares with one. Use data with them.")
+            raise InputError(
+                f"Task {task.task_id!r} has neither target nor caption, and CLIP compares with one. Use data with them."
+            )
         model = clip.loaded(self.model, self.device)
         seen = model.pictures([self._crop(image, task.edit_mask) for image in candidates.images])
         if self.compare == "target":
@@ -78,10 +80,16 @@ class ClipSimilarity(RewardTerm):
         rows = zip(values.tolist(), cosines.mean(dim=1).tolist(), strict=True)
         return tuple(Score(value=value, components={"cosine": cosine}) for value, cosine in rows)
 
-    def _crop(self, image: UInt8[Tensor, "height width 3"], mask: Bool[Tensor, "height width"]) -> UInt8[Tensor, "rows columns 3"]:
+    def _crop(
+        self, image: UInt8[Tensor, "height width 3"], mask: Bool[Tensor, "height width"]
+    ) -> UInt8[Tensor, "rows columns 3"]:
         short = 0
         if self.crop == "compbench":
-            image, mask, short = _squashed(image, Image.Resampling.BICUBIC), _squashed(mask, Image.Resampling.NEAREST), 1
+            image, mask, short = (
+                _squashed(image, Image.Resampling.BICUBIC),
+                _squashed(mask, Image.Resampling.NEAREST),
+                1,
+            )
         rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
         if len(rows) <= short or len(columns) <= short:
             raise InputError(

@@ -11,16 +11,28 @@ from pydantic import Field
 from rl_edit.rewards.clip import ClipSimilarity
 from rl_edit.rewards.concentration import Concentration
 from rl_edit.rewards.custom import PythonReward
-from rl_edit.rewards.editscore import EditScore
-from rl_edit.rewards.judge import Judge
 from rl_edit.rewards.lpips import Lpips
-from rl_edit.rewards.pixels import Psnr, Ssim
+from rl_edit.rewards.pixel_terms import Psnr, Ssim
 from rl_edit.rewards.preservation import Preservation, Similarity
-from rl_edit.rewards.region_judge import RegionJudge
+from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.vlm.editscore import EditScore
+from rl_edit.rewards.vlm.region_judge import RegionJudge
 from rl_edit.types import Candidates, Score
 
-Measure = Judge | Preservation | Similarity | Psnr | Ssim | Lpips | ClipSimilarity | Concentration | EditScore | RegionJudge | PythonReward
+Measure = (
+    ShapesJudge
+    | Preservation
+    | Similarity
+    | Psnr
+    | Ssim
+    | Lpips
+    | ClipSimilarity
+    | Concentration
+    | EditScore
+    | RegionJudge
+    | PythonReward
+)
 """Every term that looks at candidates as they are."""
 
 
@@ -75,7 +87,9 @@ class Composite(RewardTerm):
         """Components: the value under the wrapped term's name, and its parts as ``NAME.PART``."""
         task = candidates.task
         pasted = torch.where(task.edit_mask[..., None], candidates.images, task.source)
-        return tuple(self._named(score) for score in self.of.score(replace(candidates, images=pasted)))
+        return tuple(
+            self._named(score) for score in self.of.score(replace(candidates, images=pasted))
+        )
 
     def _named(self, score: Score) -> Score:
         if score.value is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from rl_edit.attention import concentration_density
+from rl_edit.method.attention import concentration_density
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.types import Candidates, Score
 
@@ -46,7 +46,10 @@ class Concentration(RewardTerm):
             reason = f"the edit region covers {num_inside} of {num_tokens} tokens, where concentration is undefined"
             return (Score(value=None, reason=reason),) * len(candidates.images)
         limit = num_tokens / num_inside
-        return tuple(self._score(density, limit) for density in concentration_density(candidates.attention, inside).tolist())
+        return tuple(
+            self._score(density, limit)
+            for density in concentration_density(candidates.attention, inside).tolist()
+        )
 
     def _score(self, density: float, limit: float) -> Score:
         if self.normalisation == "unit":
@@ -54,7 +57,10 @@ class Concentration(RewardTerm):
             value = min((density - 1) / (limit - 1), 1.0)
         elif self.normalisation == "log":
             if density <= 0:
-                return Score(value=None, reason="no attention fell on the edit region, so log ACD is infinite")
+                return Score(
+                    value=None,
+                    reason="no attention fell on the edit region, so log ACD is infinite",
+                )
             value = math.log(density)
         else:
             value = density

@@ -45,7 +45,9 @@ class PythonReward(RewardTerm):
     @model_validator(mode="after")
     def _range_is_ordered(self) -> PythonReward:
         if math.isnan(self.low) or math.isnan(self.high) or self.low >= self.high:
-            raise InputError(f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could be valid. Set low < high.")
+            raise InputError(
+                f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could be valid. Set low < high."
+            )
         return self
 
     @property
@@ -82,10 +84,15 @@ def _shown(value: object) -> str:
 def _resolve(function: str) -> Callable[[Candidates], Iterable[object]]:
     module_name, colon, name = function.partition(":")
     if not colon or not module_name or not name:
-        raise InputError(f"function({function!r}) does not say where to find the reward. Write it as 'package.module:name'.")
+        raise InputError(
+            f"function({function!r}) does not say where to find the reward. Write it as 'package.module:name'."
+        )
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # importing runs it, and what it does then can be anything
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # importing runs it, and what it does then can be anything
         raise InputError(
             f"The module {module_name!r} of reward function {function!r} cannot be imported ({type(error).__name__}: {error}). "
             "Install it, put its folder on PYTHONPATH of every process, or mend it."

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rl_edit.errors import InputError
-from rl_edit.evaluation.metrics import unit_range
+from rl_edit.measures.pixels import unit_range
 from rl_edit.rewards.cache import content_sha256
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.types import Candidates, Score
@@ -62,20 +62,42 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         self.features = nn.Sequential(
-            *(nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(), pool, Fire(64, 16, 64), Fire(128, 16, 64), pool, Fire(128, 32, 128)),
-            *(Fire(256, 32, 128), pool, Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), Fire(512, 64, 256)),
+            *(
+                nn.Conv2d(3, 64, 3, stride=2),
+                nn.ReLU(),
+                pool,
+                Fire(64, 16, 64),
+                Fire(128, 16, 64),
+                pool,
+                Fire(128, 32, 128),
+            ),
+            *(
+                Fire(256, 32, 128),
+                pool,
+                Fire(256, 48, 192),
+                Fire(384, 48, 192),
+                Fire(384, 64, 256),
+                Fire(512, 64, 256),
+            ),
         )
         self.lins = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in _CHANNELS)
         # Mean and deviation of natural images for inputs in -1..1.
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+        self.register_buffer(
+            "shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False
+        )
+        self.register_buffer(
+            "scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False
+        )
 
     def forward(
         self, a: Float[Tensor, "batch 3 height width"], b: Float[Tensor, "batch 3 height width"]
     ) -> list[Float[Tensor, "batch 1 rows columns"]]:
         """One map per layer, from images in -1..1."""
         pairs = zip(self._tapped(a), self._tapped(b), strict=True)
-        return [lin((first - second).square()) for lin, (first, second) in zip(self.lins, pairs, strict=True)]
+        return [
+            lin((first - second).square())
+            for lin, (first, second) in zip(self.lins, pairs, strict=True)
+        ]
 
     def _tapped(self, image: Tensor) -> list[Tensor]:
         x, found = (image - self.shift) / self.scale, []
@@ -128,7 +150,9 @@ class Lpips(RewardTerm):
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         task = candidates.task
-        values = distance(network(self.weights), candidates.images, task.source, ~task.edit_mask, self.convention)
+        values = distance(
+            network(self.weights), candidates.images, task.source, ~task.edit_mask, self.convention
+        )
         return tuple(Score(value=value) for value in values.tolist())
 
 
@@ -143,14 +167,25 @@ def distance(
     """LPIPS of ``images [G, H, W, 3]`` against ``source [H, W, 3]`` where ``keep``."""
     height, width = keep.shape
     if min(height, width) < SMALLEST:
-        raise InputError(f"An image of {width}x{height} pixels is too small for LPIPS. Use at least {SMALLEST} pixels each way.")
+        raise InputError(
+            f"An image of {width}x{height} pixels is too small for LPIPS. Use at least {SMALLEST} pixels each way."
+        )
     outside = unit_range(source) if convention == "masked" else torch.zeros((), dtype=torch.float64)
-    edited, original = (torch.where(keep[..., None], unit_range(image), outside) for image in (images, source))
-    first, second = ((2 * image - 1).float().movedim(-1, -3) for image in (edited, original.expand_as(edited)))
+    edited, original = (
+        torch.where(keep[..., None], unit_range(image), outside) for image in (images, source)
+    )
+    first, second = (
+        (2 * image - 1).float().movedim(-1, -3) for image in (edited, original.expand_as(edited))
+    )
     maps = net(first, second)
     if convention == "zero_filled":
         return torch.stack([layer.mean(dim=(1, 2, 3)) for layer in maps]).sum(dim=0)
-    full = torch.stack([F.interpolate(layer, size=(height, width), mode="bilinear", align_corners=False) for layer in maps]).sum(dim=0)
+    full = torch.stack(
+        [
+            F.interpolate(layer, size=(height, width), mode="bilinear", align_corners=False)
+            for layer in maps
+        ]
+    ).sum(dim=0)
     return full[:, 0, keep].mean(dim=-1)
 
 
@@ -164,19 +199,31 @@ def network(weights: str) -> PerceptualDistance:
     try:
         stored = load_file(weights)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"The LPIPS weights {weights!r} cannot be read ({error}). Make them again: {CONVERT}") from error
+        raise InputError(
+            f"The LPIPS weights {weights!r} cannot be read ({error}). Make them again: {CONVERT}"
+        ) from error
     net = PerceptualDistance()
     named = {_ours(name): tensor.float() for name, tensor in stored.items()}
     wanted = net.state_dict()
-    wrong = sorted(name for name, tensor in wanted.items() if name not in named or named[name].shape != tensor.shape)
+    wrong = sorted(
+        name
+        for name, tensor in wanted.items()
+        if name not in named or named[name].shape != tensor.shape
+    )
     if wrong:
-        raise InputError(f"The LPIPS weights {weights!r} lack {wrong[0]!r} or hold it in another shape. Make them again: {CONVERT}")
+        raise InputError(
+            f"The LPIPS weights {weights!r} lack {wrong[0]!r} or hold it in another shape. Make them again: {CONVERT}"
+        )
     if any(bool((named[name] < 0).any()) for name in wanted if name.startswith("lins.")):
-        raise InputError(f"The LPIPS weights {weights!r} have negative channel weights: a distance could be below 0. Use version 0.1.")
+        raise InputError(
+            f"The LPIPS weights {weights!r} have negative channel weights: a distance could be below 0. Use version 0.1."
+        )
     net.load_state_dict({name: named[name] for name in wanted})
     return net.eval().requires_grad_(False)
 
 
 def _ours(name: str) -> str:
     """``net.slice2.3.squeeze.weight`` and ``lin0.model.1.weight`` of the lpips package under the names used here."""
-    return re.sub(r"^lin(\d)\.model\.\d\.", r"lins.\1.", re.sub(r"^net\.slice\d\.", "features.", name))
+    return re.sub(
+        r"^lin(\d)\.model\.\d\.", r"lins.\1.", re.sub(r"^net\.slice\d\.", "features.", name)
+    )

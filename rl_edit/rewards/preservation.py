@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, UInt8
 from pydantic import Field
 from torch import Tensor
 
-from rl_edit.evaluation import metrics
+from rl_edit.measures import pixels
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.types import Candidates, Score
 
@@ -34,7 +34,7 @@ class Preservation(RewardTerm):
     """
 
     kind: Literal["preservation"] = "preservation"
-    ceiling_db: float = Field(default=CEILING_DB, gt=0, le=metrics.MAX_PSNR)
+    ceiling_db: float = Field(default=CEILING_DB, gt=0, le=pixels.MAX_PSNR)
     ssim_weight: float = Field(default=0.5, ge=0, le=1)
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -45,8 +45,8 @@ class Preservation(RewardTerm):
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components: ``psnr`` (dB, masked convention) and ``ssim`` (map masked)."""
         task = candidates.task
-        psnr = metrics.psnr(candidates.images, task.source, ~task.edit_mask, "masked")
-        ssim = metrics.ssim(candidates.images, task.source, ~task.edit_mask, "map_masked")
+        psnr = pixels.psnr(candidates.images, task.source, ~task.edit_mask, "masked")
+        ssim = pixels.ssim(candidates.images, task.source, ~task.edit_mask, "map_masked")
         return _mixed(psnr, ssim, ceiling_db=self.ceiling_db, ssim_weight=self.ssim_weight)
 
 
@@ -81,16 +81,20 @@ class Similarity(RewardTerm):
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components: ``psnr`` in dB and ``ssim``, by the variant's arithmetic."""
         task, released = candidates.task, self.variant == "release"
-        psnr = metrics.psnr(candidates.images, task.source, ~task.edit_mask, "cocoedit" if released else "masked")
+        psnr = pixels.psnr(
+            candidates.images, task.source, ~task.edit_mask, "cocoedit" if released else "masked"
+        )
         if released:
             ssim = released_ssim(candidates.images, task.source, ~task.edit_mask)
         else:
-            ssim = metrics.ssim(candidates.images, task.source, ~task.edit_mask, "map_masked")
+            ssim = pixels.ssim(candidates.images, task.source, ~task.edit_mask, "map_masked")
         return _mixed(psnr, ssim, ceiling_db=CEILING_DB, ssim_weight=SSIM_WEIGHT[self.variant])
 
 
 def released_ssim(
-    images: UInt8[Tensor, "group height width 3"], source: UInt8[Tensor, "height width 3"], keep: Bool[Tensor, "height width"]
+    images: UInt8[Tensor, "group height width 3"],
+    source: UInt8[Tensor, "height width 3"],
+    keep: Bool[Tensor, "height width"],
 ) -> Float[Tensor, " group"]:
     """SSIM over the kept pixels as CoCoEdit's code has it, clipped to 0..1.
 
@@ -99,13 +103,20 @@ def released_ssim(
     """
     weight = keep.to(torch.float64)
     rows, columns = (_offsets(side, images.device) for side in keep.shape)
-    reach = metrics.SSIM_WINDOW // 2
-    area = ((rows.abs() <= reach).double() @ weight @ (columns.abs() <= reach).double()).clamp(min=1e-8)
+    reach = pixels.SSIM_WINDOW // 2
+    area = ((rows.abs() <= reach).double() @ weight @ (columns.abs() <= reach).double()).clamp(
+        min=1e-8
+    )
 
-    def mean(planes: Float[Tensor, "group 3 height width"]) -> Float[Tensor, "group 3 height width"]:
+    def mean(
+        planes: Float[Tensor, "group 3 height width"],
+    ) -> Float[Tensor, "group 3 height width"]:
         return _gaussian(rows) @ (planes * weight) @ _gaussian(columns) / area
 
-    a, b = (metrics.unit_range(picture).movedim(-1, -3) for picture in (images, source[None].expand_as(images)))
+    a, b = (
+        pixels.unit_range(picture).movedim(-1, -3)
+        for picture in (images, source[None].expand_as(images))
+    )
     mean_a, mean_b = mean(a), mean(b)
     spread = mean(a * a) + mean(b * b) - mean_a**2 - mean_b**2
     shared = mean(a * b) - mean_a * mean_b
@@ -122,13 +133,24 @@ def _offsets(size: int, device: torch.device) -> Float[Tensor, "size size"]:
 
 def _gaussian(offsets: Float[Tensor, "size size"]) -> Float[Tensor, "size size"]:
     """The window's weights along a side, which sum to 1 where the border does not cut it."""
-    reach = metrics.SSIM_WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * metrics.SSIM_SIGMA**2)) * (offsets.abs() <= reach)
-    return weights / torch.exp(-(torch.arange(-reach, reach + 1).double() ** 2) / (2 * metrics.SSIM_SIGMA**2)).sum().to(weights)
+    reach = pixels.SSIM_WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * pixels.SSIM_SIGMA**2)) * (offsets.abs() <= reach)
+    return weights / torch.exp(
+        -(torch.arange(-reach, reach + 1).double() ** 2) / (2 * pixels.SSIM_SIGMA**2)
+    ).sum().to(weights)
 
 
-def _mixed(psnr: Float[Tensor, " group"], ssim: Float[Tensor, " group"], *, ceiling_db: float, ssim_weight: float) -> tuple[Score, ...]:
+def _mixed(
+    psnr: Float[Tensor, " group"],
+    ssim: Float[Tensor, " group"],
+    *,
+    ceiling_db: float,
+    ssim_weight: float,
+) -> tuple[Score, ...]:
     """Both parts, clipped to 0..1 and mixed; as components they stay as measured."""
     values = (1 - ssim_weight) * (psnr / ceiling_db).clamp(0, 1) + ssim_weight * ssim.clamp(0, 1)
     rows = zip(values.clamp(0, 1).tolist(), psnr.tolist(), ssim.tolist(), strict=True)
-    return tuple(Score(value=value, components={"psnr": db, "ssim": similarity}) for value, db, similarity in rows)
+    return tuple(
+        Score(value=value, components={"psnr": db, "ssim": similarity})
+        for value, db, similarity in rows
+    )

@@ -16,7 +16,15 @@ from rl_edit.types import Candidates, Score
 
 OPERATIONAL = frozenset(
     {"cache", "repeat_every", "device", "gpu_memory_utilization", "tensor_parallel_size"}
-    | {"base_url", "api_key_env", "api_key_file", "timeout_s", "concurrency", "retries", "backoff_s"}
+    | {
+        "base_url",
+        "api_key_env",
+        "api_key_file",
+        "timeout_s",
+        "concurrency",
+        "retries",
+        "backoff_s",
+    }
 )
 """Settings, at any depth of a term, that say where and how it is asked, not what it answers."""
 
@@ -92,7 +100,9 @@ class RewardTerm(BaseModel, ABC):
 
     def sha256(self) -> str:
         """Hash of what its share in the reward follows from: scores and weight."""
-        return hashlib.sha256(json.dumps({**self.fingerprint(), "weight": self.weight}, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps({**self.fingerprint(), "weight": self.weight}, sort_keys=True).encode()
+        ).hexdigest()
 
     def reseeded(self) -> Self:
         """The same term with other random numbers; itself where it has no seed."""
@@ -106,5 +116,7 @@ class RewardTerm(BaseModel, ABC):
 
 def _without(settings: Any, left_out: frozenset[str]) -> Any:
     if isinstance(settings, dict):
-        return {key: _without(value, left_out) for key, value in settings.items() if key not in left_out}
+        return {
+            key: _without(value, left_out) for key, value in settings.items() if key not in left_out
+        }
     return settings

@@ -10,14 +10,19 @@ from reference.diffusion_nft import predictions
 RING = 0.2
 
 
-def region_weights(edited: Tensor, radius: int, *, silent_without_core: bool = False) -> tuple[Tensor, Tensor]:
+def region_weights(
+    edited: Tensor, radius: int, *, silent_without_core: bool = False
+) -> tuple[Tensor, Tensor]:
     """W of the kept and of the edited region [token], from a mask [row, column]: 1 where a token and all its neighbours within
     ``radius`` agree, 0.2 in the ring in between, 0 in the other region's core."""
     rows, columns = edited.shape
     core = torch.zeros(2, rows, columns, dtype=torch.float64)
     for row in range(rows):
         for column in range(columns):
-            around = edited[max(row - radius, 0) : row + radius + 1, max(column - radius, 0) : column + radius + 1]
+            around = edited[
+                max(row - radius, 0) : row + radius + 1,
+                max(column - radius, 0) : column + radius + 1,
+            ]
             core[0, row, column] = float(not around.any())
             core[1, row, column] = float(around.all())
     ring = RING * (core.sum(dim=0) == 0).double()

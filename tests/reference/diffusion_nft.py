@@ -11,7 +11,9 @@ def optimality(advantage: Tensor, cut: float) -> Tensor:
     return (0.5 + advantage.clamp(-cut, cut) / (2 * cut)).clamp(0, 1)
 
 
-def predictions(x: Tensor, s: float, v: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def predictions(
+    x: Tensor, s: float, v: Tensor, v_old: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
     """Clean samples of the positive policy ``beta v + (1 - beta) v_old`` and the negative ``(1 + beta) v_old - beta v``."""
     return x - s * (beta * v + (1 - beta) * v_old), x - s * ((1 + beta) * v_old - beta * v)
 
@@ -36,7 +38,9 @@ def loss(
         positive, negative = predictions(x[i], s, v[i], v_old[i], beta)
         errors = []
         for predicted in (positive, negative):
-            size = max(float((predicted - clean[i]).detach().abs().mean()), 1e-5) if adaptive else 1.0
+            size = (
+                max(float((predicted - clean[i]).detach().abs().mean()), 1e-5) if adaptive else 1.0
+            )
             errors.append(((predicted - clean[i]) ** 2).mean() / size)
         total = total + cut * (r[i] * errors[0] / beta + (1 - r[i]) * errors[1] / beta) / len(x)
     return total + reference_weight * ((v - v_ref) ** 2).mean()

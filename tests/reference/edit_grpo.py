@@ -13,7 +13,9 @@ def shares(edited: Tensor, soft_border: int) -> Tensor:
     for row in range(rows):
         for column in range(columns):
             top, left = max(row - soft_border, 0), max(column - soft_border, 0)
-            inside[row, column] = edited[top : row + soft_border + 1, left : column + soft_border + 1].double().mean()
+            inside[row, column] = (
+                edited[top : row + soft_border + 1, left : column + soft_border + 1].double().mean()
+            )
     return torch.stack([inside.flatten(), 1 - inside.flatten()])
 
 
@@ -22,5 +24,9 @@ def advantages(edit_rewards: Tensor, keep_rewards: Tensor) -> Tensor:
     columns = []
     for rewards in (edit_rewards, keep_rewards):
         deviation = rewards.std(correction=0)
-        columns.append((rewards - rewards.mean()) / deviation if float(deviation) > 0 else torch.zeros_like(rewards))
+        columns.append(
+            (rewards - rewards.mean()) / deviation
+            if float(deviation) > 0
+            else torch.zeros_like(rewards)
+        )
     return torch.stack(columns, dim=1)

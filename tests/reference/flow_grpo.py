@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 
-def step(x: Tensor, v: Tensor, s: float, s_next: float, level: float, law: str) -> tuple[Tensor, float]:
+def step(
+    x: Tensor, v: Tensor, s: float, s_next: float, level: float, law: str
+) -> tuple[Tensor, float]:
     """Mean and deviation of the next state.
 
     * flow: Euler-Maruyama of ``dx = [v + (w^2 / 2s)(x + (1 - s) v)] dt + w dW`` with ``w = level sqrt(s / (1 - s))``.
@@ -35,15 +37,27 @@ def log_prob(following: Tensor, mean: Tensor, deviation: float, law: str) -> Ten
     return Normal(mean, deviation).log_prob(following)
 
 
-def ratios(following: Tensor, mean: Tensor, old_mean: Tensor, deviation: float, law: str, *, guard: bool = False) -> Tensor:
+def ratios(
+    following: Tensor,
+    mean: Tensor,
+    old_mean: Tensor,
+    deviation: float,
+    law: str,
+    *,
+    guard: bool = False,
+) -> Tensor:
     """[candidate]: the exponential of the mean change of the log-density, over all elements.
 
     ``guard``: GRPO-Guard (arXiv 2510.22319): ``exp(k (change + |mean - old_mean|^2 / 2k^2))`` with Gaussian densities.
     """
     used = "flow" if guard else law
-    change = (log_prob(following, mean, deviation, used) - log_prob(following, old_mean, deviation, used)).mean(dim=(1, 2))
+    change = (
+        log_prob(following, mean, deviation, used) - log_prob(following, old_mean, deviation, used)
+    ).mean(dim=(1, 2))
     if guard:
-        change = deviation * (change + ((mean - old_mean) ** 2).mean(dim=(1, 2)) / (2 * deviation**2))
+        change = deviation * (
+            change + ((mean - old_mean) ** 2).mean(dim=(1, 2)) / (2 * deviation**2)
+        )
     return change.exp()
 
 
@@ -52,7 +66,15 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tenso
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
 
 
-def divergence(mean: Tensor, reference_mean: Tensor, deviation: float, *, s: float, s_next: float, exact_kl: bool = False) -> Tensor:
+def divergence(
+    mean: Tensor,
+    reference_mean: Tensor,
+    deviation: float,
+    *,
+    s: float,
+    s_next: float,
+    exact_kl: bool = False,
+) -> Tensor:
     """Mean over elements of the distance of two steps; published code divides by ``2 w^2``, the exact divergence by ``2 w^2 (-dt)``."""
     if exact_kl:
         return kl_divergence(Normal(mean, deviation), Normal(reference_mean, deviation)).mean()
@@ -60,7 +82,13 @@ def divergence(mean: Tensor, reference_mean: Tensor, deviation: float, *, s: flo
     return ((mean - reference_mean) ** 2).mean() / (2 * w**2)
 
 
-def advantages(rewards: list[Tensor], *, limit: float, between_groups: bool = True, scale_whole_group: bool = False) -> list[Tensor]:
+def advantages(
+    rewards: list[Tensor],
+    *,
+    limit: float,
+    between_groups: bool = True,
+    scale_whole_group: bool = False,
+) -> list[Tensor]:
     """Group-centred rewards over the deviation of the whole batch ("global std"), at most ``limit``.
 
     Args:

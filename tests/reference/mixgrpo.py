@@ -29,7 +29,11 @@ def windows(
     stayed = 0
     for _ in range(num_updates):
         found.append(list(range(left, min(left + size, end))))
-        stay = every if decay is None else math.ceil(every * math.exp(-decay * max(left - threshold, 0)))
+        stay = (
+            every
+            if decay is None
+            else math.ceil(every * math.exp(-decay * max(left - threshold, 0)))
+        )
         stayed += 1
         if stayed >= stay:
             stayed = 0
@@ -45,5 +49,7 @@ def advantages(rewards: Tensor, weights: list[float], *, unbiased: bool = True) 
     """[candidate] of one group: the weighted sum of every reward's own standardised advantages; rewards are [candidate, reward]."""
     total = torch.zeros(len(rewards), dtype=torch.float64)
     for weight, column in zip(weights, rewards.T, strict=True):
-        total = total + weight * (column - column.mean()) / (column.std(correction=int(unbiased)) + 1e-8)
+        total = total + weight * (column - column.mean()) / (
+            column.std(correction=int(unbiased)) + 1e-8
+        )
     return total

@@ -17,7 +17,12 @@ def metric(mask: Tensor, h_in: float, h_out: float, *, sum_to_one: bool = False)
 
 def log_policy(anchor: Tensor, candidates: Tensor, weights: Tensor, temperature: float) -> Tensor:
     """``log softmax_i(-d(x_i, anchor) / temperature)``: which candidate an anchor [token, channel] would be taken for."""
-    distances = torch.stack([(weights[:, None] * (candidate - anchor) ** 2 / anchor.shape[1]).sum() for candidate in candidates])
+    distances = torch.stack(
+        [
+            (weights[:, None] * (candidate - anchor) ** 2 / anchor.shape[1]).sum()
+            for candidate in candidates
+        ]
+    )
     energy = -distances / temperature
     return energy - torch.logsumexp(energy, dim=0)
 
@@ -44,20 +49,43 @@ def loss(
     """
     total = torch.zeros((), dtype=torch.float64)
     for row, anchor in enumerate(anchors):
-        new = log_policy(states[anchor] + (sigma_next - sigma) * new_velocity[row], candidates, weights, temperature)
-        old = log_policy(states[anchor] + (sigma_next - sigma) * old_velocity[anchor], candidates, weights, temperature)
+        new = log_policy(
+            states[anchor] + (sigma_next - sigma) * new_velocity[row],
+            candidates,
+            weights,
+            temperature,
+        )
+        old = log_policy(
+            states[anchor] + (sigma_next - sigma) * old_velocity[anchor],
+            candidates,
+            weights,
+            temperature,
+        )
         for index, gain in enumerate(advantages):
             ratio = (new[index] - old[index]).exp()
-            total = total - torch.min(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain) / len(advantages) / len(anchors)
+            total = total - torch.min(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain) / len(
+                advantages
+            ) / len(anchors)
     return total
 
 
 def gradient_at_old_weights(
-    num_anchors: int, candidates: Tensor, advantages: Tensor, weights: Tensor, *, sigma: float, sigma_next: float, temperature: float
+    num_anchors: int,
+    candidates: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    sigma: float,
+    sigma_next: float,
+    temperature: float,
 ) -> Tensor:
     """The loss's gradient in an anchor's velocity when nothing has moved yet and advantages sum to 0: the weighted centroid."""
     centroid = sum(gain * candidate for gain, candidate in zip(advantages, candidates, strict=True))
-    scale = -(sigma_next - sigma) * 2 / (num_anchors * len(advantages) * temperature * candidates.shape[2])
+    scale = (
+        -(sigma_next - sigma)
+        * 2
+        / (num_anchors * len(advantages) * temperature * candidates.shape[2])
+    )
     return scale * weights[:, None] * centroid
 
 
@@ -75,11 +103,16 @@ def rc_advantages(rewards: list[Tensor], weights: list[float]) -> list[Tensor]:
     """
     pooled = torch.cat(rewards)
     mean, deviation = pooled.mean(dim=0), pooled.std(dim=0, correction=0)
-    combined = [((group - mean) / deviation * torch.tensor(weights, dtype=torch.float64)).sum(dim=1) for group in rewards]
+    combined = [
+        ((group - mean) / deviation * torch.tensor(weights, dtype=torch.float64)).sum(dim=1)
+        for group in rewards
+    ]
     return [(group - group.mean()) / group.std(correction=0) for group in combined]
 
 
-def neighbourhood(shared: Tensor, fresh: Tensor, mask: Tensor, inside: float, outside: float) -> Tensor:
+def neighbourhood(
+    shared: Tensor, fresh: Tensor, mask: Tensor, inside: float, outside: float
+) -> Tensor:
     """``sqrt(1 - a^2) e + a d_i`` (RC-GRPO-Editing Eq. 10-11); with ``inside == outside`` Neighbor GRPO's Eq. 7."""
     spread = torch.where(mask, inside, outside).double()[:, None]
     return torch.stack([(1 - spread**2).sqrt() * shared + spread * each for each in fresh])

@@ -10,28 +10,46 @@ from torch import Tensor
 from reference.flow_grpo import clipped, log_prob
 
 
-def region_reward(success: float, preservation: float, naturalness: float, artifacts: float, *, scale: float) -> float:
+def region_reward(
+    success: float, preservation: float, naturalness: float, artifacts: float, *, scale: float
+) -> float:
     """Eq. 3 of an edited region: ``sqrt(phi AES) / C`` with ``phi = min(success, preservation)``, ``AES = min(naturalness, artifacts)``."""
     return math.sqrt(min(success, preservation) * min(naturalness, artifacts)) / scale
 
 
-def background_reward(background: float, naturalness: float, artifacts: float, *, scale: float) -> float:
+def background_reward(
+    background: float, naturalness: float, artifacts: float, *, scale: float
+) -> float:
     """Eq. 3 of the background, whose phi is its one score."""
     return math.sqrt(background * min(naturalness, artifacts)) / scale
 
 
 def advantages(rewards: Tensor) -> Tensor:
     """[candidate, region], each region standardised over the group by itself."""
-    return torch.stack([(column - column.mean()) / column.std(correction=0) for column in rewards.T], dim=1)
+    return torch.stack(
+        [(column - column.mean()) / column.std(correction=0) for column in rewards.T], dim=1
+    )
 
 
-def ratios(following: Tensor, mean: Tensor, old_mean: Tensor, deviation: float, law: str, shares: Tensor) -> Tensor:
+def ratios(
+    following: Tensor, mean: Tensor, old_mean: Tensor, deviation: float, law: str, shares: Tensor
+) -> Tensor:
     """[candidate, region]: the exponential of a region's mean change of the log-density; shares [region, token] need not be 0 or 1."""
-    change = (log_prob(following, mean, deviation, law) - log_prob(following, old_mean, deviation, law)).mean(dim=2)
+    change = (
+        log_prob(following, mean, deviation, law) - log_prob(following, old_mean, deviation, law)
+    ).mean(dim=2)
     return torch.stack([(change * share).sum(dim=1) / share.sum() for share in shares], dim=1).exp()
 
 
-def loss(ratio: Tensor, advantage: Tensor, shares: Tensor, *, clip: float, area_power: float = 1.0, clip_by_area: bool = False) -> Tensor:
+def loss(
+    ratio: Tensor,
+    advantage: Tensor,
+    shares: Tensor,
+    *,
+    clip: float,
+    area_power: float = 1.0,
+    clip_by_area: bool = False,
+) -> Tensor:
     """``-sum_r w_r mean_i min(rho A, clip(rho) A)`` with ``w_r`` the regions' areas to the power ``area_power``, made to sum to 1."""
     num_tokens = shares.shape[1]
     areas = shares.sum(dim=1)
@@ -40,5 +58,9 @@ def loss(ratio: Tensor, advantage: Tensor, shares: Tensor, *, clip: float, area_
     for region, share in enumerate(shares):
         averaged = float(share.sum() ** 2 / (share**2).sum())  # tokens that the mean is really over
         half_width = clip * (math.sqrt(num_tokens / averaged) if clip_by_area else 1.0)
-        total = total + weights[region] * clipped(ratio[:, region], advantage[:, region], half_width, half_width).mean()
+        total = (
+            total
+            + weights[region]
+            * clipped(ratio[:, region], advantage[:, region], half_width, half_width).mean()
+        )
     return total

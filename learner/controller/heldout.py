@@ -1,0 +1,374 @@
+"""LearnerSnapshot-out tasks during training: does the reward that is trusted (gold) still rise with the one that is trained on?
+
+A reward that is optimised for long is earned by what it overlooks. Every ``evaluation.every`` updates one candidate of each probe
+is rolled out and scored like any group; here is what is looked at, what was seen, and when to raise the alarm. Nothing is kept in
+memory: the history is ``heldout.jsonl``, the best adapter by gold is ``best/``, and a resumed run reads both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import cast
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from learner.controller.lease import Lease, put, sync
+from rl_edit import telemetry, wire
+from rl_edit.config import RunConfig
+from rl_edit.data import Dataset, open_dataset
+from rl_edit.data.canvas import fit
+from rl_edit.errors import InputError
+from rl_edit.method.exploration import keyed_seed
+from rl_edit.rewards import Reward, ShapesJudge
+from rl_edit.rewards.vlm.judge_reward import JudgeReward
+from rl_edit.types import AdapterId, AdapterWeights, RewardTable, WorkItem
+
+HELDOUT = "heldout.jsonl"
+BEST, RECORD = "best", "best.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """The held-out tasks that are looked at, and the name of the reward term that is trusted there."""
+
+    dataset: Dataset
+    number: int
+    gold: str
+
+
+class Evaluation(BaseModel):
+    """One look: a line of ``heldout.jsonl``.
+
+    Attributes:
+        update: the last one applied.
+        gold, total: means of the gold term and of the weighted sum of all terms.
+        training: mean total reward of the training groups since the evaluation before; None when none was scored.
+        n: tasks with a valid score of every term that weighs and of gold, the only ones that count.
+        background_psnr: dB, masked convention; None where it was not measured.
+        protocol: what decides gold besides the adapter. Evaluations under different ones are not compared.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    update: int
+    gold: float
+    total: float
+    training: float | None
+    n: int
+    background_psnr: float | None
+    seconds: float
+    protocol: str
+
+
+class Best(BaseModel):
+    """``best/best.json``: the evaluation that had the most gold, and the packed adapter's file, named by the hash of its bytes."""
+
+    model_config = ConfigDict(frozen=True)
+    update: int
+    gold: float
+    adapter: str
+    protocol: str
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """Training reward rose and gold fell, ``in_a_row`` evaluations long; ``before`` is the evaluation that they started from."""
+
+    before: Evaluation
+    last: Evaluation
+    in_a_row: int
+
+    def __str__(self) -> str:
+        # An alarm is raised over evaluations whose training reward is known.
+        first, last = cast("float", self.before.training), cast("float", self.last.training)
+        return (
+            f"training reward rose from {_apart(first, last)} while held-out gold fell from "
+            f"{_apart(self.before.gold, self.last.gold)}, {self.in_a_row} evaluations in a row (updates {self.before.update + 1} to "
+            f"{self.last.update + 1})"
+        )
+
+
+def _apart(before: float, after: float) -> str:
+    """Both numbers, with as many digits as it takes to tell them apart."""
+    digits = next(
+        (digits for digits in range(4, 17) if f"{before:.{digits}g}" != f"{after:.{digits}g}"), 17
+    )
+    return f"{before:.{digits}g} to {after:.{digits}g}"
+
+
+def alarm(history: Sequence[Evaluation], patience: int) -> Alarm | None:
+    """The alarm that stands after the last evaluation, if any: ``patience`` or more in a row, each compared with the one before."""
+    in_a_row = 0
+    for after, before in itertools.pairwise(reversed(history)):
+        if (
+            before.training is None
+            or after.training is None
+            or after.training <= before.training
+            or after.gold >= before.gold
+        ):
+            break
+        in_a_row += 1
+    if in_a_row < patience:
+        return None
+    return Alarm(before=history[-1 - in_a_row], last=history[-1], in_a_row=in_a_row)
+
+
+def probes(config: RunConfig, terms: Sequence[Reward], *, pixels_per_token: int) -> Probes | None:
+    """What a run with these usable terms looks at; None when ``evaluation.every`` is 0.
+
+    Raises:
+        InputError: ``evaluation.gold`` is no term of the run, or the held-out tasks cannot feed every term.
+    """
+    wanted = config.evaluation
+    if not wanted.every:
+        return None
+    names = [term.name for term in terms]
+    gold = wanted.gold or next(
+        (term.name for term in terms if isinstance(term, ShapesJudge | JudgeReward)), names[0]
+    )
+    if gold not in names:
+        raise InputError(
+            f"evaluation.gold {gold!r} is no reward of this run, so held-out tasks could not be judged by it. Name one of "
+            f"{', '.join(names)}, or add it to rewards with weight 0."
+        )
+    dataset = open_dataset(
+        config.data, "heldout", resolution=config.editor.resolution, multiple=pixels_per_token
+    )
+    for term in terms:
+        if missing := sorted(term.requires - dataset.fields):
+            raise InputError(
+                f"reward {term.name!r} needs the field {' and '.join(missing)} of every held-out task and the data does not have it, so "
+                f"evaluation.every({wanted.every}) could compare nothing. Add it, change data.heldout_path, or set evaluation.every=0."
+            )
+    return Probes(dataset=dataset, number=min(wanted.probe_tasks, len(dataset)), gold=gold)
+
+
+def read_best(directory: Path) -> tuple[Best, AdapterWeights] | None:
+    """What ``directory`` (``RUN/best``) holds; None when nothing was evaluated.
+
+    Raises:
+        InputError: the adapter's bytes are not those that were written.
+    """
+    best = _record(directory)
+    if best is None:
+        return None
+    file = directory / best.file
+    packed = np.fromfile(file, dtype=np.uint8) if file.is_file() else np.empty(0, np.uint8)
+    if best.file != _name(packed):
+        raise InputError(
+            f"{file} is not the adapter that {RECORD} names, so it is not used. Remove {directory}; the next evaluation makes it."
+        )
+    return best, wire.unpack(packed)
+
+
+class Watch:
+    """The held-out side of a run: when to look, at what, and what to make of it.
+
+    Args:
+        probes: None never looks.
+        note: told what a person should know.
+    """
+
+    def __init__(
+        self,
+        probes: Probes | None,
+        config: RunConfig,
+        directory: Path,
+        *,
+        pixels_per_token: int,
+        lease: Lease,
+        events: Callable[..., None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.probes, self.config, self.directory, self.pixels_per_token = (
+            probes,
+            config,
+            directory,
+            pixels_per_token,
+        )
+        self.lease, self.event, self.note = lease, events, note
+        self.file = telemetry.JsonlFile(directory / HELDOUT)
+
+    def rewind(self, updates_done: int) -> None:
+        """Drops evaluations that a resumed run will do again."""
+        if self.file.path.is_file():
+            self.file.rewind(updates_done)
+
+    def history(self) -> list[Evaluation]:
+        """Every evaluation that compares with the next one, oldest first."""
+        lines = (Evaluation.model_validate(line) for line in telemetry.read_jsonl(self.file.path))
+        return [line for line in lines if line.protocol == self._protocol()]
+
+    def due(self, updates_done: int) -> bool:
+        """Whether the weights after so many updates are to be looked at, and have not been."""
+        if self.probes is None or not updates_done or updates_done % self.config.evaluation.every:
+            return False
+        return all(seen.update != updates_done - 1 for seen in self.history())
+
+    def items(self, updates_done: int, adapter: AdapterId) -> list[WorkItem]:
+        """Candidate 0 of every probe, from the same noise and by the same ODE at every evaluation."""
+        assert self.probes is not None
+        seed, resolution = self.config.evaluation.seed, self.config.editor.resolution
+        return [
+            WorkItem(
+                group_id=f"{keyed_seed(seed, 'probe', updates_done, index):016x}",
+                chunk=(0, 1),
+                task=fit(
+                    self.probes.dataset[index],
+                    resolution=resolution,
+                    multiple=self.pixels_per_token,
+                ),
+                epoch=0,
+                update=updates_done - 1,
+                num_candidates=self.config.rollout.group_size,
+                run_seed=seed,
+                adapter=adapter,
+                explores=False,
+            )
+            for index in range(self.probes.number)
+        ]
+
+    def saw(
+        self,
+        adapter: AdapterId,
+        packed: np.ndarray,
+        tables: Sequence[RewardTable],
+        *,
+        seconds: float,
+    ) -> None:
+        """Takes an evaluation of the adapter, packed as published, down; keeps the best; raises the alarm."""
+        assert self.probes is not None
+        update = adapter.step - 1
+        gold = self.probes.gold
+        sound = [table for table in tables if table.complete(gold)]
+        if not sound:
+            reason = next(
+                (reason for table in tables for reason in table.reasons), "no reason given"
+            )
+            self.event(
+                "evaluation_skipped",
+                update=update,
+                reason=f"no probe has a valid score of every term that counts: {reason}",
+            )
+            return
+        before = self.history()
+        seen = Evaluation(
+            update=update,
+            gold=fmean(float(table.values[0, table.names.index(gold)]) for table in sound),
+            total=fmean(
+                sum(
+                    w * float(v)
+                    for w, v in zip(table.weights, table.values[0], strict=True)
+                    if w > 0
+                )
+                for table in sound
+            ),
+            training=self._training(before[-1].update if before else -1, update),
+            n=len(sound),
+            background_psnr=_mean(
+                value for table in sound for value in table.components.get("background.psnr", ())
+            ),
+            seconds=seconds,
+            protocol=self._protocol(),
+        )
+        self.lease.check()
+        try:
+            # The line comes last: an evaluation without it is done again, and then finds the rest as it would write it.
+            self._keep_if_best(seen, adapter, packed)
+            raised = alarm([*before, seen], self.config.evaluation.patience)
+            if raised is not None and raised.in_a_row == self.config.evaluation.patience:
+                self._raise(raised)
+            self.file.append(seen.model_dump())
+        except OSError as error:
+            self.event("evaluation_unwritten", update=update, reason=str(error))
+            self.note(f"the evaluation after update {update + 1} could not be written ({error})")
+
+    def over(self, updates_done: int) -> str:
+        """Why the run should end here, with ``evaluation.stop_on_alarm``; else ""."""
+        if self.probes is None or not self.config.evaluation.stop_on_alarm:
+            return ""
+        history = self.history()
+        stands = alarm(history, self.config.evaluation.patience)
+        return str(stands) if stands is not None and stands.last.update == updates_done - 1 else ""
+
+    def _protocol(self) -> str:
+        assert self.probes is not None
+        return (
+            f"{self.probes.gold} on {self.probes.number} tasks, seed {self.config.evaluation.seed}"
+        )
+
+    def _training(self, after: int, upto: int) -> float | None:
+        lines = telemetry.read_jsonl(self.directory / telemetry.METRICS)
+        return _mean(
+            line.get("reward/total/mean") for line in lines if after < line["update"] <= upto
+        )
+
+    def _keep_if_best(self, seen: Evaluation, adapter: AdapterId, packed: np.ndarray) -> None:
+        folder = self.directory / BEST
+        there = _record(folder)
+        if there is not None and there.protocol == seen.protocol and there.gold >= seen.gold:
+            return
+        best = Best(
+            update=seen.update,
+            gold=seen.gold,
+            adapter=str(adapter),
+            protocol=seen.protocol,
+            file=_name(packed),
+        )
+        folder.mkdir(exist_ok=True)
+        _replace(folder / best.file, packed.data)
+        _replace(folder / RECORD, best.model_dump_json(indent=2).encode() + b"\n")
+        for other in folder.glob("*.safetensors"):
+            if other.name != best.file:
+                other.unlink()
+
+    def _raise(self, raised: Alarm) -> None:
+        best = _record(self.directory / BEST)
+        kept = (
+            f"the best adapter by gold, after update {best.update + 1}, is kept in {BEST}/"
+            if best is not None
+            else "no adapter was kept"
+        )
+        self.event(
+            "gold_alarm",
+            update=raised.last.update,
+            since=raised.before.update,
+            in_a_row=raised.in_a_row,
+            training=[raised.before.training, raised.last.training],
+            gold=[raised.before.gold, raised.last.gold],
+        )
+        self.note(f"{raised}: what is trained on may no longer be what is wanted; {kept}")
+
+
+def _record(directory: Path) -> Best | None:
+    try:
+        return Best.model_validate_json((directory / RECORD).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    """The file with this content, whole or as it was."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.unlink(missing_ok=True)
+    put(temporary, content)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def _name(packed: np.ndarray) -> str:
+    return f"{hashlib.sha256(packed.data).hexdigest()}.safetensors"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that were measured; None when none was."""
+    measured = [value for value in values if value is not None and math.isfinite(value)]
+    return fmean(measured) if measured else None

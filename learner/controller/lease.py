@@ -1,0 +1,187 @@
+"""Who may write in a run directory: one attempt at a time, and a later one fences the earlier.
+
+A retried job may start while the attempt before it still runs. Each attempt therefore takes the next epoch, and every commit
+asks whether that epoch is still the newest.
+
+Two kinds of file, for two questions. ``.lease-N`` is created with O_EXCL and says that epoch N is taken: of two attempts that
+start at the same moment only one can create it, on a local disk as on NFS, where ``fcntl`` locks depend on the server and end
+with the process that the lease is to outlive. ``LEASE.json`` is replaced whole and says who holds the newest epoch. Claims
+are never removed (a slow taker could otherwise claim an old number again).
+
+What this cannot do: between a check and the rename that follows it another attempt may take over. Both then write the same
+step from the same seeds, and whoever is last is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rl_edit.errors import Fenced
+
+LEASE = "LEASE.json"
+CLAIM = re.compile(r"\.lease-(\d+)")
+
+
+class Holder(BaseModel):
+    """What ``LEASE.json`` says. Times are seconds since 1970; ``ended`` is None while the attempt runs or when it was killed."""
+
+    model_config = ConfigDict(frozen=True)
+    epoch: int
+    attempt: str
+    host: str
+    pid: int
+    taken: float
+    renewed: float
+    ended: float | None = None
+
+    def __str__(self) -> str:
+        since = datetime.fromtimestamp(self.taken, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"attempt {self.attempt} (epoch {self.epoch}, pid {self.pid} on {self.host}, since {since})"
+
+
+class Lease:
+    """One attempt's right to write in ``run_dir``; get it with ``Lease.take``.
+
+    Attributes:
+        holder: this attempt, as last written.
+        previous: the attempt that was there before, None when this is the first.
+    """
+
+    def __init__(
+        self, run_dir: Path, holder: Holder, previous: Holder | None, clock: Callable[[], float]
+    ) -> None:
+        self.run_dir, self.holder, self.previous = run_dir, holder, previous
+        self._clock = clock
+
+    @classmethod
+    def take(cls, run_dir: Path, clock: Callable[[], float] = time.time) -> Lease:
+        """Takes the next epoch. Of racing takers each gets an epoch of its own, and all but the highest are fenced at their first check."""
+        previous = _read(run_dir)
+        epoch = max(_newest_claim(run_dir), previous.epoch if previous else 0) + 1
+        while not _claimed(run_dir, epoch):
+            epoch += 1
+        now = clock()
+        holder = Holder(
+            epoch=epoch,
+            attempt=uuid.uuid4().hex[:8],
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            taken=now,
+            renewed=now,
+        )
+        lease = cls(run_dir, holder, previous, clock)
+        if _newest_claim(run_dir) == epoch:
+            lease._publish()
+        return lease
+
+    @property
+    def epoch(self) -> int:
+        return self.holder.epoch
+
+    def check(self) -> None:
+        """Returns when this attempt may write.
+
+        Raises:
+            Fenced: another attempt took the run directory, or the lease (or the whole directory) was removed.
+        """
+        there, newest = _read(self.run_dir), _newest_claim(self.run_dir)
+        if there is None or newest < self.epoch:
+            found = f"{self.run_dir / LEASE} or its claim {_claim(self.run_dir, self.epoch).name} is missing or unreadable"
+        # A claim may be seen before its record, and a record (opened afresh on NFS) before its claim (a cached listing).
+        elif there.epoch > self.epoch or (
+            there.epoch == self.epoch and there.attempt != self.holder.attempt
+        ):
+            found = f"{self.run_dir} is held by {there}"
+        elif newest > self.epoch:
+            found = f"{self.run_dir} was just taken by an attempt of epoch {newest}"
+        else:
+            return
+        raise Fenced(
+            f"{found}: {self.holder} writes nothing more there and ends with exit code 75, for two writers would mix their runs. "
+            "Leave the run to the newer attempt, or resume it when no other attempt runs."
+        )
+
+    def renew(self) -> None:
+        """Says that this attempt is alive.
+
+        Raises:
+            Fenced: as ``check``.
+        """
+        self.check()
+        self.holder = self.holder.model_copy(update={"renewed": self._clock()})
+        self._publish()
+
+    def release(self) -> None:
+        """Says that this attempt has ended, so that the next one takes over without a warning. Does nothing when fenced."""
+        try:
+            self.check()
+        except Fenced:
+            return
+        self.holder = self.holder.model_copy(update={"ended": self._clock()})
+        self._publish()
+
+    def taking_over(self) -> str:
+        """From whom, in words, when the attempt before did not say that it ended; else ""."""
+        if self.previous is None or self.previous.ended is not None:
+            return ""
+        # Clocks of two machines differ.
+        age = max(0.0, self.holder.taken - self.previous.renewed)
+        return f"taking over from pid {self.previous.pid} on {self.previous.host}, last renewed {age:.0f} s ago"
+
+    def _publish(self) -> None:
+        temporary = self.run_dir / f".{LEASE}-{self.epoch}"
+        temporary.unlink(missing_ok=True)
+        put(temporary, self.holder.model_dump_json(indent=2).encode() + b"\n")
+        os.replace(temporary, self.run_dir / LEASE)
+        sync(self.run_dir)
+
+
+def put(path: Path, content: bytes | memoryview) -> None:
+    """A new file whose bytes are on the disk when this returns."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(directory: Path) -> None:
+    """Puts a directory's names on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _claim(run_dir: Path, epoch: int) -> Path:
+    return run_dir / f".lease-{epoch}"
+
+
+def _claimed(run_dir: Path, epoch: int) -> bool:
+    """Whether this call, and no other, created the claim."""
+    try:
+        put(_claim(run_dir, epoch), b"")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _newest_claim(run_dir: Path) -> int:
+    names = os.listdir(run_dir) if run_dir.is_dir() else []
+    return max((int(match[1]) for name in names if (match := CLAIM.fullmatch(name))), default=0)
+
+
+def _read(run_dir: Path) -> Holder | None:
+    try:
+        return Holder.model_validate_json((run_dir / LEASE).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None

@@ -1,0 +1,108 @@
+"""What the learner's ranks say to each other: gradients, small texts, and the shards of a base too big for one of them.
+
+One process alone and several give the same numbers; see ``rl_edit/method/update.py`` for the order in which gradients are added.
+"""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Collection
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+class Alone:
+    """One process: it has everything already."""
+
+    rank = 0
+    world = 1
+
+    def broadcast(self, value: Tensor, source: int) -> Tensor:
+        return value
+
+    def total(self, value: Tensor) -> Tensor:
+        return value
+
+    def exchange(self, text: str) -> list[str]:
+        return [text]
+
+
+class Ranks:
+    """Several processes in a torch.distributed group; each is one rank of it. Construction waits for all of them.
+
+    Args:
+        address: "host:port" at which rank 0 listens and the others find it.
+        device: where this rank's gradients are; it decides between gloo and NCCL.
+        timeout_s: longest wait for the other ranks in any call; past it the call raises.
+    """
+
+    def __init__(
+        self, rank: int, world: int, address: str, *, device: torch.device, timeout_s: float
+    ) -> None:
+        self.rank, self.world, self.device = rank, world, device
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_s),
+        )
+
+    def broadcast(self, value: Tensor, source: int) -> Tensor:
+        received = value if source == self.rank else torch.empty_like(value)
+        dist.broadcast(received, src=source)
+        return received
+
+    def total(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value, op=dist.ReduceOp.SUM)
+        return value
+
+    def exchange(self, text: str) -> list[str]:
+        """As padded bytes: torch's own way to exchange objects unpickles what it receives."""
+        sent = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(sent)], device=self.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.cat([sent, sent.new_zeros(longest - len(sent))])
+        received = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(received, padded)
+        return [
+            part[: int(size)].cpu().numpy().tobytes().decode()
+            for part, size in zip(received, sizes, strict=True)
+        ]
+
+    def shard(self, module: nn.Module, *, whole: Collection[nn.Parameter]) -> None:
+        """Spreads a frozen module over the ranks, block by block, but for the parameters named ``whole``.
+
+        From then on a forward is a collective: every rank must make it, though each on its own data.
+        """
+        # It warns of in-place operations on a block's output; diffusers' transformers and our editors make none.
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
+        )
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for child in module.children():
+            for block in child if isinstance(child, nn.ModuleList) else ():
+                fully_shard(block, mesh=mesh, ignored_params=set(whole))
+        fully_shard(module, mesh=mesh, ignored_params=set(whole))
+
+
+def free_address() -> str:
+    """Where nobody listens yet, as "host:port": this machine's address on the network, or loopback where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(
+                ("192.0.2.1", 9)
+            )  # names the outgoing interface; a datagram socket sends nothing here
+            host = probe.getsockname()[0]
+        except OSError:
+            host = "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"

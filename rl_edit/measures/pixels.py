@@ -1,0 +1,162 @@
+"""Image metrics over a part of the picture, each with its convention named.
+
+"Background PSNR" means three different numbers in the literature, up to 15 dB apart on the same images, so no
+function here has a default convention. Images are ``[..., height, width, 3]``, uint8 in 0..255 or floating point in
+0..1; ``keep`` is True where a pixel counts (the background is ``~edit_mask``). Leading dimensions broadcast: a group
+``[G, H, W, 3]`` against one source ``[H, W, 3]`` gives ``[G]``. Computed in double precision.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rl_edit.errors import InputError
+
+MAX_PSNR = 60.0
+"""dB. Larger values, and the infinite one of identical images, are reported as this, so that means, differences and
+intervals stay finite. It lies above what any of the editors' autoencoders can reach."""
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+_C1 = 0.01**2
+_C2 = 0.03**2
+
+PsnrConvention = Literal["masked", "zero_filled", "cocoedit"]
+SsimConvention = Literal["map_masked", "zero_filled"]
+
+
+def psnr(
+    a: Tensor, b: Tensor, keep: Bool[Tensor, "*#batch height width"], convention: PsnrConvention
+) -> Float[Tensor, "*batch"]:
+    """Peak signal-to-noise ratio in dB over the kept pixels, at most ``MAX_PSNR``.
+
+    With d the difference (peak 1), k the kept pixels, C = 3 channels:
+
+    * ``masked``: MSE = sum(k d^2) / (C sum k), the mean over the pixels that count.
+    * ``zero_filled``: MSE = sum(k d^2) / (C H W), both images blackened elsewhere (CompBench, PIE-Bench and the
+      tables of RC-GRPO-Editing); equals masked + 10 log10(H W / sum k), so it grows with the size of the edit.
+    * ``cocoedit``: MSE = sum(k d^2) / sum k, a three-channel sum over a one-channel count (CoCoEdit's released
+      reward); equals masked - 10 log10(3).
+    """
+    first, second, weight = _aligned(a, b, keep)
+    squared = (weight[..., None] * (first - second).square()).sum(dim=(-3, -2, -1))
+    kept = weight.sum(dim=(-2, -1))
+    channels = first.shape[-1]
+    if convention == "masked":
+        count = channels * kept
+    elif convention == "zero_filled":
+        count = torch.full_like(kept, channels * weight.shape[-2] * weight.shape[-1])
+    elif convention == "cocoedit":
+        count = kept
+    else:
+        raise InputError(
+            f"PSNR convention {convention!r} is not known. Use masked, zero_filled or cocoedit."
+        )
+    return (-10.0 * torch.log10(squared / count)).clamp_max(MAX_PSNR)
+
+
+def ssim(
+    a: Tensor, b: Tensor, keep: Bool[Tensor, "*#batch height width"], convention: SsimConvention
+) -> Float[Tensor, "*batch"]:
+    """Structural similarity (Wang et al. 2004), Gaussian window of 11 pixels and sigma 1.5, mean over channels.
+
+    * ``map_masked``: the similarity map of the whole images, averaged over the kept pixels. Windows of kept pixels
+      within 5 pixels of the edit still see it.
+    * ``zero_filled``: similarity of the two images blackened outside ``keep``, averaged over all pixels; the black
+      part counts as perfect agreement.
+
+    Windows are cut and renormalised at the border; images smaller than the window shrink it.
+    """
+    first, second, weight = _aligned(a, b, keep)
+    if convention == "map_masked":
+        similarity = _ssim_map(first, second).mean(dim=-1)
+        return (weight * similarity).sum(dim=(-2, -1)) / weight.sum(dim=(-2, -1))
+    if convention == "zero_filled":
+        return _ssim_map(first * weight[..., None], second * weight[..., None]).mean(
+            dim=(-3, -2, -1)
+        )
+    raise InputError(f"SSIM convention {convention!r} is not known. Use map_masked or zero_filled.")
+
+
+def keep_fraction(keep: Bool[Tensor, "*batch height width"]) -> Float[Tensor, "*batch"]:
+    """Share of pixels that count. To be reported beside any zero-filled number, which depends on it."""
+    return keep.to(torch.float64).mean(dim=(-2, -1))
+
+
+def unit_range(image: Tensor) -> Tensor:
+    """Double precision in 0..1 from uint8 in 0..255 or floating point in 0..1."""
+    if image.dtype == torch.uint8:
+        return image.to(torch.float64) / 255.0
+    if image.is_floating_point():
+        return image.to(torch.float64)
+    raise InputError(
+        f"An image of type {image.dtype} has no known range. Pass uint8 in 0..255 or floating point in 0..1."
+    )
+
+
+def _aligned(a: Tensor, b: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if keep.dtype != torch.bool:
+        raise InputError(
+            f"keep has type {keep.dtype}: which value means 'counts' would be a guess. Pass a bool mask, True = counts."
+        )
+    if a.shape[-3:-1] != keep.shape[-2:] or b.shape[-3:-1] != keep.shape[-2:]:
+        sizes = f"{tuple(a.shape[-3:-1])}, {tuple(b.shape[-3:-1])} and {tuple(keep.shape[-2:])}"
+        raise InputError(
+            f"Images and mask differ in size ({sizes}), so pixels do not correspond. Resize them first."
+        )
+    if not bool(keep.flatten(-2).any(dim=-1).all()):
+        raise InputError(
+            "A mask keeps no pixel, so there is nothing to compare. The edit mask must not cover the whole image."
+        )
+    first, second = unit_range(a), unit_range(b)
+    batch = torch.broadcast_shapes(a.shape[:-3], b.shape[:-3], keep.shape[:-2])
+    weight = keep.to(torch.float64).expand(*batch, *keep.shape[-2:])
+    return (
+        first.expand(*batch, *first.shape[-3:]),
+        second.expand(*batch, *second.shape[-3:]),
+        weight,
+    )
+
+
+def _ssim_map(
+    a: Float[Tensor, "*batch height width channel"], b: Float[Tensor, "*batch height width channel"]
+) -> Tensor:
+    """Similarity at every pixel and channel, same shape as the images."""
+    mean_a, mean_b = _windowed_mean(a), _windowed_mean(b)
+    var_a = _windowed_mean(a * a) - mean_a * mean_a
+    var_b = _windowed_mean(b * b) - mean_b * mean_b
+    cov = _windowed_mean(a * b) - mean_a * mean_b
+    luminance = (mean_a * mean_b + mean_a * mean_b + _C1) / (
+        mean_a * mean_a + mean_b * mean_b + _C1
+    )
+    structure = (cov + cov + _C2) / (var_a + var_b + _C2)
+    return luminance * structure
+
+
+def _windowed_mean(image: Float[Tensor, "*batch height width channel"]) -> Tensor:
+    shortest = min(image.shape[-3], image.shape[-2])
+    size = min(SSIM_WINDOW, shortest if shortest % 2 else shortest - 1)
+    return gaussian_mean(image, sigma=SSIM_SIGMA, radius=max(size, 1) // 2)
+
+
+def gaussian_mean(
+    image: Float[Tensor, "*batch height width channel"], *, sigma: float, radius: int
+) -> Float[Tensor, "*batch height width channel"]:
+    """Gaussian-weighted mean around each pixel; windows are cut and renormalised at the border."""
+    # Two products with a band matrix: a double-precision convolution takes minutes where this takes a second.
+    planes = image.movedim(-1, -3)
+    rows = _band(planes.shape[-2], sigma=sigma, radius=radius, like=image)
+    columns = _band(planes.shape[-1], sigma=sigma, radius=radius, like=image)
+    return (rows @ planes @ columns.mT).movedim(-3, -1)
+
+
+def _band(size: int, *, sigma: float, radius: int, like: Tensor) -> Float[Tensor, "size size"]:
+    """Row i holds the window's weights around pixel i; rows sum to 1."""
+    position = torch.arange(size, dtype=like.dtype, device=like.device)
+    offset = position[:, None] - position
+    weight = torch.exp(-(offset**2) / (2 * sigma**2)) * (offset.abs() <= radius)
+    return weight / weight.sum(dim=1, keepdim=True)

@@ -1,0 +1,156 @@
+"""What drives the combined reward: which term, which part of the picture, and how much of it is the judge's own noise.
+
+All numbers are about differences within groups, the only ones that credit sees.
+
+=========================================  ================================================================================
+``reward/TERM/STATUS_share``               share of scores that are invalid, timeout or refused; of terms with a cache also
+                                           cached (recalled) and uncached (could not be kept)
+``reward/TERM/variance_share``             share of the total's variance within groups that the term brings in: the covariance
+                                           of its weighted, normalised value with the total, over the total's variance.
+                                           Shares sum to 1; one below 0 pulls against the others
+``reward/TERM/noise``                      standard deviation of one measurement, from candidates that were scored twice
+``reward/TERM/noise_to_spread``            the same over the deviation within groups; at 1 the differences are nothing else
+``change/variance_inside_share``           share of the pixels' variance between candidates that lies inside the edit mask
+=========================================  ================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl_edit.measures.pixels import unit_range
+from rl_edit.method.advantages import speaks, standardise
+from rl_edit.types import Candidates, RewardTable
+
+REPEAT = "repeat_difference"
+"""Component that holds a second score minus the first, where there is one."""
+
+Normalisation = Literal["minibatch", "group", "none"]
+
+
+def status_shares(tables: Sequence[RewardTable]) -> dict[str, float]:
+    """``TERM/STATUS_share`` over every candidate of the tables that count."""
+    counts = sum((Counter(table.counts) for table in tables), Counter())
+    shares: dict[str, float] = {}
+    for name in tables[0].names if tables else ():
+        total = sum(
+            counts[f"{name}.{status}"] for status in ("ok", "invalid", "timeout", "refused")
+        )
+        cached = any(f"{name}.cached" in table.counts for table in tables)
+        for status in (
+            "invalid",
+            "timeout",
+            "refused",
+            *(("cached", "uncached") if cached else ()),
+        ):
+            if total:
+                shares[f"{name}/{status}_share"] = counts[f"{name}.{status}"] / total
+    return shares
+
+
+def variance_shares(tables: Sequence[RewardTable], *, normalise: Normalisation) -> dict[str, float]:
+    """Per weighted term; empty where the total does not vary. ``normalise`` is the credit rule's."""
+    deciding = (
+        [index for index, weight in enumerate(tables[0].weights) if weight > 0] if tables else []
+    )
+    if not deciding:
+        return {}
+    raw = [table.values[:, deciding].double().T for table in tables]
+    weights = torch.tensor([tables[0].weights[index] for index in deciding], dtype=torch.float64)
+    parts = [weights[:, None] * terms for terms in normalised(raw, normalise)]
+    # Mean over candidates, so that a large group counts like a small one.
+    shared = torch.stack([(part * part.sum(dim=0)).mean(dim=1) for part in parts]).sum(dim=0)
+    total = float(shared.sum())
+    return (
+        {
+            tables[0].names[index]: float(share) / total
+            for index, share in zip(deciding, shared, strict=True)
+        }
+        if total > 0
+        else {}
+    )
+
+
+def normalised(
+    groups: Sequence[Float[Tensor, "term _group"]], kind: Normalisation
+) -> list[Float[Tensor, "term _group"]]:
+    """Terms as the credit rule adds them, centred in their group; a term that says nothing in a group is 0 there."""
+    if kind == "group":
+        return [standardise(terms) for terms in groups]
+    scale = torch.ones(len(groups[0]), 1, dtype=torch.float64)
+    if kind == "minibatch":
+        scale = (
+            torch.cat(list(groups), dim=1)
+            .std(dim=1, correction=0, keepdim=True)
+            .clamp(min=torch.finfo(torch.float64).tiny)
+        )
+    return [
+        torch.where(speaks(terms)[:, None], (terms - terms.mean(dim=1, keepdim=True)) / scale, 0.0)
+        for terms in groups
+    ]
+
+
+def noise(tables: Sequence[RewardTable]) -> dict[str, float]:
+    """``TERM/noise`` and ``TERM/noise_to_spread`` of terms with repeated scores.
+
+    Two scores of one candidate differ by two measurements' noise: their difference has twice the variance of one.
+    """
+    found: dict[str, float] = {}
+    for index, name in enumerate(tables[0].names if tables else ()):
+        differences = [
+            d
+            for table in tables
+            for d in table.components.get(f"{name}.{REPEAT}", ())
+            if math.isfinite(d)
+        ]
+        if not differences:
+            continue
+        deviation = math.sqrt(sum(d * d for d in differences) / len(differences) / 2)
+        spread = math.sqrt(
+            sum(float(table.values[:, index].double().var(correction=0)) for table in tables)
+            / len(tables)
+        )
+        found[f"{name}/noise"] = deviation
+        if spread > 0:
+            found[f"{name}/noise_to_spread"] = deviation / spread
+    return found
+
+
+def change_variance(candidates: Candidates) -> dict[str, tuple[float, ...]]:
+    """Components ``change.variance_inside`` and ``change.variance_outside``: each candidate's squared distance from the mean picture.
+
+    Intensities are 0..1; the two add up to the distance over the whole picture, a mean over its pixels. Scaled so that the mean
+    over candidates is unbiased, which makes a group scored in chunks agree with a whole one; empty for a single candidate.
+    """
+    number = len(candidates.images)
+    if number < 2:
+        return {}
+    images = unit_range(candidates.images)
+    squared = (images - images.mean(dim=0)).square().mean(dim=-1) * number / (number - 1)
+    inside = (squared * candidates.task.edit_mask).mean(dim=(1, 2))
+    outside = (squared * ~candidates.task.edit_mask).mean(dim=(1, 2))
+    return {
+        "change.variance_inside": tuple(inside.tolist()),
+        "change.variance_outside": tuple(outside.tolist()),
+    }
+
+
+def inside_share(tables: Sequence[RewardTable]) -> dict[str, float]:
+    """``variance_inside_share`` where the tables have the components of :func:`change_variance`."""
+    inside, outside = (
+        sum(
+            value
+            for table in tables
+            for value in table.components.get(f"change.variance_{side}", ())
+            if math.isfinite(value)
+        )
+        for side in ("inside", "outside")
+    )
+    return {"variance_inside_share": inside / (inside + outside)} if inside + outside > 0 else {}

@@ -1,0 +1,373 @@
+"""Credit: from every reward table of one update to the advantages of each group.
+
+Credit sees the whole update because minibatch normalisation needs it. It may decline a group, which is counted and
+reported, never silently filtered. An invalid reward never becomes a number: a group with one is declined whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from rl_edit.method.plugins import Plugin
+from rl_edit.method.regions import Rows, UniformRows, softened
+from rl_edit.types import Advantages, RewardTable
+
+NEGLIGIBLE = 1e-5
+"""Deviations below this fraction of a term's magnitude are rounding, not merit: they standardise to 0, never to 1."""
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A group that is not trained on, and why: ``invalid`` reward or no ``spread``."""
+
+    kind: Literal["invalid", "spread"]
+    reason: str
+
+
+def speaks(
+    values: Float[Tensor, "*batch group"], *, fraction: float = NEGLIGIBLE
+) -> Bool[Tensor, "*batch"]:
+    """Whether values along the last axis differ by more than ``fraction`` of their magnitude."""
+    return values.std(dim=-1, correction=0) > fraction * values.abs().amax(dim=-1)
+
+
+def standardise(values: Float[Tensor, "*batch group"]) -> Float[Tensor, "*batch group"]:
+    """Zero mean and unit population deviation along the last axis (RC-GRPO-Editing Eq. 4); sums to 0; constants give 0.
+
+    No constant is added to the deviation: it would weigh terms by their unit. What is only rounding is 0 instead.
+    """
+    centred = values - values.mean(dim=-1, keepdim=True)
+    deviation = centred.square().mean(dim=-1, keepdim=True).sqrt()
+    return torch.where(
+        speaks(values)[..., None],
+        centred / deviation.clamp(min=torch.finfo(values.dtype).tiny),
+        0.0,
+    )
+
+
+def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor, "*batch group"]:
+    """Neighbor GRPO's reweighting (arXiv 2511.16955, Eq. 11), times sqrt(G) so that p = 2 is division by the population std.
+
+    Keeps sign, order and zero sum; p < 2 tempers dense advantage patterns against single outliers.
+    """
+    centred = values - values.mean(dim=-1, keepdim=True)
+    norm = centred.abs().pow(p).sum(dim=-1, keepdim=True).pow(1 / p)
+    return centred / norm.clamp(min=1e-12) * values.shape[-1] ** 0.5
+
+
+def bounded(
+    values: Float[Tensor, group * region], limit: float | None
+) -> Float[Tensor, group * region]:
+    """Advantages no larger than ``limit``: a group that exceeds it is scaled down whole, per region.
+
+    So the sum stays 0. Clamping each candidate, as released trainers do, breaks the sum and adds a pull towards all candidates alike.
+    """
+    if limit is None:
+        return values
+    largest = values.abs().amax(dim=0, keepdim=True)
+    return values * (limit / largest.clamp(min=limit))
+
+
+Areas = Sequence[Bool[Tensor, "_area _rows _columns"]]
+"""The edit areas of each group of an update, on its token grid; canvases may differ."""
+
+
+def _edited(areas: Bool[Tensor, "area rows columns"]) -> Bool[Tensor, " token"]:
+    return areas.any(dim=0).flatten()
+
+
+class GroupCredit(BaseModel):
+    """Group-relative credit: normalise each term, add with its weight, standardise in the group.
+
+    ``R = sum_k w_k * normalise(r_k)`` and ``A = standardise(R)``; one pooling row per group.
+
+    Attributes:
+        normalise: how a term is scaled before the terms are added. "minibatch": z-score over every candidate of the
+            update (RC-GRPO-Editing, section 3.3); "group": z-score in its own group, so that each term keeps its share
+            in every group (GDPO); "none": raw.
+        rows: which tokens the advantage speaks about, and hence the surrogate's metric.
+        min_spread: a term whose values in a group deviate by less than this fraction of their magnitude says nothing
+            there; a group in which no weighted term speaks is declined.
+        deviation: what the combined, group-centred reward is divided by. "group": its own deviation (RC-GRPO-Editing Eq. 4),
+            which lifts a group whose candidates hardly differ to the same size as one that holds success and failure;
+            "batch": the root mean square over the update's groups, which keeps the difference (flow_grpo's global std, without what
+            its groups' means differ by);
+            "none": nothing: with ``normalise: group`` the sum of each term's own advantages (MixGRPO).
+        quasi_norm: p of Neighbor GRPO's reweighting in place of the group's deviation (0.8 there); None is off.
+        advantage_clip: largest absolute advantage (:func:`bounded`); 5 throughout the field, which standardised groups of up to 26 never reach.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: Literal["group"] = "group"
+    deviation: Literal["group", "batch", "none"] = "group"
+    normalise: Literal["minibatch", "group", "none"] = "minibatch"
+    rows: Rows = UniformRows()
+    min_spread: float = Field(default=NEGLIGIBLE, ge=0)
+    quasi_norm: float | None = Field(default=None, gt=0, le=2)
+    advantage_clip: float | None = Field(default=None, gt=0)
+
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
+        """One result per table, in order; canvases may differ. Only terms with a positive weight decide, the others are measured."""
+        terms = [self._terms(table) for table in tables]
+        usable = [t for t in terms if not isinstance(t, Declined)]
+        pooled = torch.cat(usable, dim=1) if usable else torch.empty(0, 0)
+        combined = [
+            t if isinstance(t, Declined) else self._combined(table, t, pooled)
+            for table, t in zip(tables, terms, strict=True)
+        ]
+        # A group whose candidates are all alike deviates by 0, and is one of the batch; one that could not be judged is not.
+        judged = [c for c in combined if not isinstance(c, Declined) or c.kind == "spread"]
+        squares = [
+            torch.zeros((), dtype=torch.float64) if isinstance(c, Declined) else c.square().mean()
+            for c in judged
+        ]
+        batch_deviation = torch.stack(squares).mean().sqrt() if squares else torch.ones(())
+        return [
+            c if isinstance(c, Declined) else self._credit(c, batch_deviation, _edited(a))
+            for c, a in zip(combined, areas, strict=True)
+        ]
+
+    def _terms(self, table: RewardTable) -> Float[Tensor, "reward group"] | Declined:
+        """The weighted terms of a group, or why it has none."""
+        decides = torch.tensor(table.weights) > 0
+        if not bool(table.valid[:, decides].all()):
+            return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
+        return table.values[:, decides].double().T
+
+    def _combined(
+        self,
+        table: RewardTable,
+        terms: Float[Tensor, "reward group"],
+        pooled: Float[Tensor, "reward all_candidates"],
+    ) -> Float[Tensor, " group"] | Declined:
+        """The weighted sum of normalised terms, centred in its group."""
+        heard = speaks(terms, fraction=self.min_spread)
+        if not bool(heard.any()):
+            return Declined("spread", "no reward term differs between the candidates")
+        if self.normalise == "group":
+            scaled = standardise(terms)
+        elif self.normalise == "minibatch":
+            deviation = pooled.std(dim=1, correction=0, keepdim=True)
+            scaled = (terms - pooled.mean(dim=1, keepdim=True)) / deviation.clamp(
+                min=torch.finfo(terms.dtype).tiny
+            )
+        else:
+            scaled = terms
+        weights = torch.tensor([w for w in table.weights if w > 0], dtype=terms.dtype)
+        combined = (weights[:, None] * torch.where(heard[:, None], scaled, 0.0)).sum(dim=0)
+        if not bool(speaks(combined)):
+            return Declined("spread", "the reward terms cancel in every candidate")
+        return combined - combined.mean()
+
+    def _credit(
+        self,
+        combined: Float[Tensor, " group"],
+        batch_deviation: Float[Tensor, ""],
+        mask: Bool[Tensor, " token"],
+    ) -> Advantages:
+        if self.quasi_norm is not None:
+            values = quasi_norm(combined, self.quasi_norm)
+        elif self.deviation == "none":
+            values = combined
+        else:
+            values = (
+                standardise(combined) if self.deviation == "group" else combined / batch_deviation
+            )
+        rows = self.rows(mask)
+        return Advantages(
+            values=bounded(values, self.advantage_clip).float()[:, None].expand(-1, rows.shape[0]),
+            regions=rows,
+            weights=torch.ones(1),
+        )
+
+    def needed_components(self) -> tuple[str, ...]:
+        """Reward terms whose scores by region the rule reads."""
+        return ()
+
+
+class SplitCredit(BaseModel):
+    """Edit region and background judged apart: each area follows only the terms that speak about it.
+
+    Two pooling rows, the mean over the edit region and the mean over the rest, each with advantages of its own, standardised
+    apart, so that whatever the background's terms say leaves the edit region's advantages unchanged. The two-region case of
+    region credit (SpatialFlow-GRPO, arXiv 2606.26872; Edit-GRPO, arXiv 2605.16951, of which only the abstract is public: the
+    instantiation is ours). Where an area's terms do not differ, its advantages are 0.
+
+    Attributes:
+        background_terms: names of the reward terms that judge what should stay; all others judge the edit.
+        edit_share: weight of the edit region in the objective; the background has the rest.
+        normalise: how terms are scaled within each part, as in :class:`GroupCredit`.
+        soft_border: tokens to either side of the mask's border over which one row fades into the other, so that the border follows
+            both signals (Edit-GRPO names inconsistency there; the form is ours). 0 is a hard border.
+        advantage_clip: largest absolute advantage, as in :class:`GroupCredit`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: Literal["split"] = "split"
+    background_terms: tuple[str, ...] = ("preservation",)
+    edit_share: float = Field(default=0.5, ge=0, le=1)
+    normalise: Literal["minibatch", "group", "none"] = "group"
+    soft_border: int = Field(default=0, ge=0)
+    advantage_clip: float | None = Field(default=None, gt=0)
+
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
+        """One result per table, in order; a group is declined when neither area has anything to learn from it."""
+        part = GroupCredit(normalise=self.normalise, advantage_clip=self.advantage_clip)
+        edits = part(
+            [_only(table, self.background_terms, background=False) for table in tables], areas
+        )
+        keeps = part(
+            [_only(table, self.background_terms, background=True) for table in tables], areas
+        )
+        return [
+            self._joined(table, edit, keep, where)
+            for table, edit, keep, where in zip(tables, edits, keeps, areas, strict=True)
+        ]
+
+    def _joined(
+        self,
+        table: RewardTable,
+        edit: Advantages | Declined,
+        keep: Advantages | Declined,
+        areas: Bool[Tensor, "area rows columns"],
+    ) -> Advantages | Declined:
+        refused = [part for part in (edit, keep) if isinstance(part, Declined)]
+        for part in refused:
+            if part.kind == "invalid" or len(refused) == 2:
+                return part
+        columns = [
+            torch.zeros(len(table.values)) if isinstance(p, Declined) else p.values[:, 0]
+            for p in (edit, keep)
+        ]
+        inside = softened(areas.any(dim=0).float(), self.soft_border).flatten()
+        shares = torch.stack([inside, 1 - inside])
+        sizes = shares.sum(dim=1, keepdim=True)
+        return Advantages(
+            values=torch.stack(columns, dim=1),
+            regions=shares / sizes.clamp(min=1e-6),
+            # Where the mask leaves no background, there is no ratio that its weight could multiply.
+            weights=torch.tensor([self.edit_share, 1 - self.edit_share]) * (sizes[:, 0] > 0),
+        )
+
+    def needed_components(self) -> tuple[str, ...]:
+        return ()
+
+
+class RegionCredit(BaseModel):
+    """Every edit area and the background with a reward, and so an advantage, of its own (SpatialFlow-GRPO, arXiv 2606.26872).
+
+    One pooling row per area and one for the background. The reward of an area is its component of the region judge
+    (``TERM.region.N``, ``TERM.background``, Eq. 3) and, normalised in the group, the table's other weighted terms: those of
+    ``background_terms`` count for the background only, all others for the edit areas. Each is standardised over the group by
+    itself. The paper's weights of regions are not public: ``area_power`` names the choice.
+
+    Attributes:
+        term: the reward term with scores by region.
+        background_terms: terms that judge what should stay.
+        area_power: gamma of the objective's weights ``|M_r|^gamma``. 1 weighs by area, which at the old weights is the gradient
+            of whole-image credit when all regions agree; 0 weighs all regions alike.
+        advantage_clip: largest absolute advantage, as in :class:`GroupCredit`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: Literal["region"] = "region"
+    term: str = "judge"
+    background_terms: tuple[str, ...] = ("preservation",)
+    area_power: float = Field(default=1.0, ge=0, le=1)
+    normalise: Literal["group"] = "group"
+    advantage_clip: float | None = Field(default=None, gt=0)
+
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
+        """One result per table, in order; a group is declined when no region has anything to learn from it."""
+        return [self._credit(table, where) for table, where in zip(tables, areas, strict=True)]
+
+    def _credit(
+        self, table: RewardTable, areas: Bool[Tensor, "area rows columns"]
+    ) -> Advantages | Declined:
+        decides = torch.tensor(table.weights) > 0
+        if not bool(table.valid[:, decides].all()):
+            return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
+        names = [
+            *(f"{self.term}.region.{number}" for number in range(len(areas))),
+            f"{self.term}.background",
+        ]
+        if missing := [name for name in names if name not in table.components]:
+            return Declined(
+                "invalid",
+                f"reward {self.term!r} gave no {missing[0]}: it does not score these regions",
+            )
+        scores = torch.tensor([table.components[name] for name in names], dtype=torch.float64)
+        if not bool(scores.isfinite().all()):
+            return Declined("invalid", f"reward {self.term!r} lacks a score of a region")
+        weight = table.weights[table.names.index(self.term)]
+        edit, keep = self._others(table, background=False), self._others(table, background=True)
+        combined = weight * standardise(scores) + torch.stack([edit] * len(areas) + [keep])
+        if not bool(speaks(combined).any()):
+            return Declined("spread", "no region's reward differs between the candidates")
+        rows = torch.cat([areas.flatten(1), ~_edited(areas)[None]]).float()
+        sizes = rows.sum(dim=1)
+        shares = sizes**self.area_power * (sizes > 0)
+        return Advantages(
+            values=bounded(standardise(combined).T, self.advantage_clip).float(),
+            # A region without a token of its own speaks about none and weighs nothing; its row stays uniform to sum to 1.
+            regions=torch.where(
+                sizes[:, None] > 0, rows / sizes[:, None].clamp(min=1), 1 / rows.shape[1]
+            ),
+            weights=shares / shares.sum(),
+        )
+
+    def _others(self, table: RewardTable, *, background: bool) -> Float[Tensor, " group"]:
+        """The weighted sum of the other terms of one side, each standardised in the group."""
+        total = torch.zeros(len(table.values), dtype=torch.float64)
+        for index, (name, weight) in enumerate(zip(table.names, table.weights, strict=True)):
+            if weight > 0 and name != self.term and (name in self.background_terms) == background:
+                total = total + weight * standardise(table.values[:, index].double())
+        return total
+
+    def needed_components(self) -> tuple[str, ...]:
+        return (self.term,)
+
+
+def _only(
+    table: RewardTable, background_terms: tuple[str, ...], *, background: bool
+) -> RewardTable:
+    """The table with the weights of one side only. What is invalid on either side is so on both: its group counts nowhere."""
+    shares = zip(table.names, table.weights, strict=True)
+    weights = tuple(w if (name in background_terms) == background else 0.0 for name, w in shares)
+    whole = bool(table.valid[:, torch.tensor(table.weights) > 0].all())
+    return replace(
+        table, weights=weights, valid=table.valid if whole else torch.zeros_like(table.valid)
+    )
+
+
+@runtime_checkable
+class CreditProtocol(Protocol):
+    """What a credit rule does. A class of yours that does it, named ``module:Class`` as ``kind``, is one."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def normalise(self) -> Literal["minibatch", "group", "none"]:
+        """How terms are scaled before they are added, for the log of their shares."""
+
+    def needed_components(self) -> tuple[str, ...]:
+        """Reward terms whose scores by region the rule reads."""
+
+    def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
+        """One result per table, in order. It may decline a group, which is counted."""
+
+
+CreditRule = Annotated[
+    GroupCredit | SplitCredit | RegionCredit,
+    Field(discriminator="kind"),
+    Plugin("algorithm.credit", CreditProtocol),
+]
+"""Seam: from the reward tables of an update to advantages."""

@@ -1,0 +1,216 @@
+"""The clipped ratio of stochastic transitions: GRPO where each sampling step is a Gaussian policy.
+
+Flow-GRPO (arXiv 2505.05470); with a window of stochastic steps, Flow-GRPO-Fast and MixGRPO (arXiv 2507.21802); with several
+regions, SpatialFlow-GRPO (arXiv 2606.26872).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from rl_edit.method import flow
+from rl_edit.method.objectives.replay import (
+    Policy,
+    ReplayPoint,
+    Setting,
+    Velocities,
+    draw,
+    parts,
+    ratio_metrics,
+)
+from rl_edit.types import SDE, Advantages, LossOutput, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stochastic step of the grid."""
+
+    sigma: float
+    sigma_next: float
+    level: float
+    sde: SDE
+
+    def moments(self, latents: Tensor, velocity: Tensor) -> tuple[Tensor, float]:
+        """Mean and deviation of the state it leads to (``flow.moments``)."""
+        return flow.moments(
+            latents,
+            velocity,
+            sigma=self.sigma,
+            sigma_next=self.sigma_next,
+            level=self.level,
+            sde=self.sde,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransitionContext:
+    """What the loss needs at one stochastic step of some candidates.
+
+    Attributes:
+        following: the states the step went to.
+        old_mean: mean of the step under the behaviour weights, from the stored velocities.
+        gain: advantages of these candidates by region.
+    """
+
+    step: Step
+    following: Float[Tensor, "batch token channel"]
+    old_mean: Float[Tensor, "batch token channel"]
+    gain: Float[Tensor, "batch region"]
+    advantages: Advantages
+
+
+class TransitionSurrogate(BaseModel):
+    """``J = sum_r w_r mean_i min(rho_ir A_ir, clip(rho_ir) A_ir)`` over the stochastic steps of the rollout.
+
+    ``rho_ir = exp(sum_n M_r[n] (log p_new - log p_old)[i, n])`` with log-densities averaged over channels and pooled over tokens by
+    the credit's rows. With one uniform row it is Flow-GRPO's ratio: the exponential of a **mean** log-density, the D-th root of the
+    likelihood ratio, which is why its clip is 1e-4 and not 0.2. Old densities come from the stored velocities by the same formula,
+    so with unchanged weights every ratio is exactly 1.
+
+    Attributes:
+        clip: half-width of the trust region; 1e-4 in Flow-GRPO, 1e-5 in its fast form ("larger may crash").
+        clip_high: its upper half-width where it differs (EditScore uses 1e-4 and 5e-4); None is ``clip``.
+        clip_by_area: a region of m of N tokens averages fewer log-densities, so its ratio is sqrt(N / m) noisier; its clip grows by
+            that, or small regions always clip. Without effect for whole-image credit.
+        num_steps: stochastic steps trained per group, drawn at random; None trains them all. EditScore trains 60 %.
+        kl_weight: of the divergence from the base editor at the trained states; 0.04 or 0.01 for SD3.5 in Flow-GRPO, 0 for editors.
+        kl: "gaussian": the exact ``|mu - mu_ref|^2 / 2 deviation^2`` of the step, mean-reduced; "released": with ``s^2`` in place of
+            ``deviation^2 = -s^2 dt``, as published code has it (smaller by ``-dt``); "velocity": the plain ``|v - v_ref|^2``.
+        guard: ratio normalisation of GRPO-Guard (arXiv 2510.22319): ``rho = exp((d log p + |d mu|^2 / 2 k^2) k)`` with the step's
+            deviation k and Gaussian densities under every law; its mean is not biased below 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: Literal["transition"] = "transition"
+    clip: float = Field(default=1e-4, gt=0)
+    clip_high: float | None = Field(default=None, gt=0)
+    clip_by_area: bool = True
+    num_steps: int | None = Field(default=None, ge=1)
+    kl_weight: float = Field(default=0.0, ge=0)
+    kl: Literal["gaussian", "released", "velocity"] = "gaussian"
+    guard: bool = False
+
+    @property
+    def policies(self) -> frozenset[Policy]:
+        return frozenset({"reference"}) if self.kl_weight > 0 else frozenset()
+
+    def check(self, setting: Setting) -> None:
+        if setting.multistep:
+            raise ValueError(
+                "needs the density of every trained step, which a multistep rollout solver does not have: use rollout.solver euler."
+            )
+        if not setting.stochastic:
+            raise ValueError(
+                "trains stochastic steps, and algorithm.step_noise makes none: use step_noise {kind: constant} or {kind: window}, "
+                "or the objective neighbor."
+            )
+
+    def trained_steps(
+        self, levels: Float[Tensor, " step"], generator: torch.Generator
+    ) -> tuple[int, ...]:
+        stochastic = levels.nonzero().flatten().tolist()
+        return tuple(stochastic[i] for i in draw(range(len(stochastic)), self.num_steps, generator))
+
+    def replay(
+        self,
+        group: RolloutGroup,
+        advantages: Advantages,
+        *,
+        num_references: int,
+        generator: torch.Generator,
+        states_per_forward: int | None = None,
+    ) -> list[ReplayPoint]:
+        """Every candidate at every kept stochastic step."""
+        everyone, num_steps = torch.arange(len(group.latents)), group.latents.shape[1]
+        return [
+            self._point(group, advantages, step, part, weight=len(part) / len(everyone) / num_steps)
+            for step in range(num_steps)
+            for part in parts(everyone, states_per_forward)
+        ]
+
+    def _point(
+        self,
+        group: RolloutGroup,
+        advantages: Advantages,
+        step: int,
+        chosen: Tensor,
+        *,
+        weight: float,
+    ) -> ReplayPoint:
+        state = group.latents[chosen, step]
+        grid = Step(
+            sigma=float(group.sigmas[step]),
+            sigma_next=float(group.sigmas_next[step]),
+            level=float(group.step_noise[step]),
+            sde=group.sde,
+        )
+        context = TransitionContext(
+            step=grid,
+            following=group.next_latents[chosen, step],
+            old_mean=grid.moments(state, group.velocities[chosen, step])[0],
+            gain=advantages.values[chosen],
+            advantages=advantages,
+        )
+        return ReplayPoint(
+            latents=state,
+            sigma=group.sigmas[step].expand(len(chosen)),
+            context=context,
+            weight=weight,
+        )
+
+    def loss(self, point: ReplayPoint, velocities: Velocities) -> LossOutput:
+        """Negated objective at one stochastic step, mean over candidates."""
+        context: TransitionContext = point.context
+        mean, deviation = context.step.moments(point.latents, velocities.policy)
+        ratio = self._ratio(context, mean, deviation)
+        gain, rows = context.gain, context.advantages.regions
+        # 1 / sum of squared weights is the number of tokens a row really averages.
+        width = (
+            (rows.shape[1] * rows.square().sum(dim=1)).sqrt()
+            if self.clip_by_area
+            else torch.ones_like(rows[:, 0])
+        )
+        clipped = ratio.clamp(1 - self.clip * width, 1 + (self.clip_high or self.clip) * width)
+        per_region = torch.minimum(ratio * gain, clipped * gain).mean(dim=0)
+        loss = -(per_region * context.advantages.weights).sum()
+        metrics = ratio_metrics(ratio, gain, clipped)
+        if self.kl_weight > 0:
+            divergence = self._divergence(point, velocities, mean, deviation)
+            loss = loss + self.kl_weight * divergence
+            metrics["kl/reference"] = divergence.detach()
+        return LossOutput(loss=loss, metrics=metrics)
+
+    def _ratio(
+        self, context: TransitionContext, mean: Tensor, deviation: float
+    ) -> Float[Tensor, "batch region"]:
+        # The bias that the guard takes away is the Gaussian density's, whose scale and normaliser "cps" leaves out.
+        sde = "flow" if self.guard else context.step.sde
+
+        def log_density(of: Tensor) -> Tensor:
+            return flow.log_density(context.following, of, deviation, sde=sde)
+
+        change = log_density(mean) - log_density(context.old_mean)
+        if self.guard:
+            change = (
+                change + (mean - context.old_mean).square().mean(dim=-1) / (2 * deviation**2)
+            ) * deviation
+        return torch.einsum("bl,rl->br", change, context.advantages.regions).exp()
+
+    def _divergence(
+        self, point: ReplayPoint, velocities: Velocities, mean: Tensor, deviation: float
+    ) -> Float[Tensor, ""]:
+        reference = velocities.of("reference")
+        if self.kl == "velocity":
+            return (velocities.policy - reference).square().mean()
+        step: Step = point.context.step
+        anchored, _ = step.moments(point.latents, reference)
+        variance = deviation**2
+        if self.kl == "released":
+            variance /= step.sigma - step.sigma_next
+        return (mean - anchored).square().mean() / (2 * variance)

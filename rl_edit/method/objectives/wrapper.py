@@ -1,0 +1,77 @@
+"""What every wrapper shares: it adds a term to a plain objective's loss at that objective's own points."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from rl_edit.method.objectives.protocol import ObjectiveProtocol
+from rl_edit.method.objectives.replay import Policy, ReplayPoint, Setting
+from rl_edit.types import Advantages, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrappedContext:
+    """The wrapped objective's point, and what the added term looks at.
+
+    Attributes:
+        source: clean latents of the picture to edit.
+        edited: the edit region's tokens.
+    """
+
+    inner: ReplayPoint
+    source: Float[Tensor, "token channel"]
+    edited: Bool[Tensor, "rows columns"]
+
+
+class Wrapper(BaseModel, ABC):
+    """A plain objective with one more term; everything but the loss is the wrapped one's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @property
+    @abstractmethod
+    def wrapped(self) -> ObjectiveProtocol:
+        """The plain objective."""
+
+    @property
+    def policies(self) -> frozenset[Policy]:
+        return self.wrapped.policies
+
+    def check(self, setting: Setting) -> None:
+        try:
+            self.wrapped.check(setting)
+        except ValueError as error:
+            raise ValueError(f"inner {self.wrapped.kind!r} {error}") from error
+
+    def trained_steps(
+        self, levels: Float[Tensor, " step"], generator: torch.Generator
+    ) -> tuple[int, ...]:
+        return self.wrapped.trained_steps(levels, generator)
+
+    def replay(
+        self,
+        group: RolloutGroup,
+        advantages: Advantages,
+        *,
+        num_references: int,
+        generator: torch.Generator,
+        states_per_forward: int | None = None,
+    ) -> list[ReplayPoint]:
+        points = self.wrapped.replay(
+            group,
+            advantages,
+            num_references=num_references,
+            generator=generator,
+            states_per_forward=states_per_forward,
+        )
+        source, edited = group.conditioning.source_latents, group.areas.any(dim=0)
+        return [
+            replace(point, context=WrappedContext(inner=point, source=source, edited=edited))
+            for point in points
+        ]

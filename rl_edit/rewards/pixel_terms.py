@@ -1,0 +1,87 @@
+"""How much of the kept region survived, pixel by pixel: PSNR and SSIM against the source, each with its convention named."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from rl_edit.measures import pixels
+from rl_edit.rewards.term import RewardTerm
+from rl_edit.types import Candidates, Score
+
+
+class Psnr(RewardTerm):
+    """Peak signal-to-noise ratio outside the edit mask, in dB.
+
+    It saturates: what is better than ``ceiling_db`` earns no more, and candidates that all reach it say nothing. The
+    component ``saturated`` is 1 there, so its mean is the share of candidates that the term can no longer tell apart.
+
+    Attributes:
+        convention: see :func:`rl_edit.measures.pixels.psnr`. The three differ by up to 15 dB on the same picture.
+        ceiling_db: highest value; at most the one that identical pictures get.
+    """
+
+    kind: Literal["psnr"] = "psnr"
+    convention: pixels.PsnrConvention = "masked"
+    ceiling_db: float = Field(default=pixels.MAX_PSNR, gt=0, le=pixels.MAX_PSNR)
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    needs_attention: ClassVar[bool] = False
+
+    @property
+    def low(self) -> float:
+        """Black against white; CoCoEdit's convention counts its error three times."""
+        return -10 * math.log10(3) - 1e-9 if self.convention == "cocoedit" else 0.0
+
+    @property
+    def high(self) -> float:
+        return self.ceiling_db
+
+    def score(self, candidates: Candidates) -> tuple[Score, ...]:
+        """Components: ``saturated`` and ``keep_fraction``, on which the zero-filled convention depends."""
+        task = candidates.task
+        values = pixels.psnr(candidates.images, task.source, ~task.edit_mask, self.convention)
+        return _scores(values.clamp_min(self.low), self.ceiling_db, ~task.edit_mask)
+
+
+class Ssim(RewardTerm):
+    """Structural similarity outside the edit mask, -1..1.
+
+    Zero-filled it grows with the edit mask, whose black counts as perfect agreement: a large mask saturates it.
+
+    Attributes:
+        convention: see :func:`rl_edit.measures.pixels.ssim`.
+        ceiling: highest value; what is better earns no more. The component ``saturated`` is 1 there.
+    """
+
+    kind: Literal["ssim"] = "ssim"
+    convention: pixels.SsimConvention = "map_masked"
+    ceiling: float = Field(default=1.0, gt=-1, le=1)
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    needs_attention: ClassVar[bool] = False
+    low: ClassVar[float] = -1.0
+
+    @property
+    def high(self) -> float:
+        return self.ceiling
+
+    def score(self, candidates: Candidates) -> tuple[Score, ...]:
+        """Components: ``saturated`` and ``keep_fraction``, on which the zero-filled convention depends."""
+        task = candidates.task
+        values = pixels.ssim(candidates.images, task.source, ~task.edit_mask, self.convention)
+        return _scores(values.clamp_min(self.low), self.ceiling, ~task.edit_mask)
+
+
+def _scores(values: Tensor, ceiling: float, keep: Tensor) -> tuple[Score, ...]:
+    kept = float(pixels.keep_fraction(keep))
+    return tuple(
+        Score(
+            value=min(value, ceiling),
+            components={"saturated": float(value >= ceiling), "keep_fraction": kept},
+        )
+        for value in values.tolist()
+    )

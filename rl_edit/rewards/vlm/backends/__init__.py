@@ -1,0 +1,28 @@
+"""Judges: how a vision-language model is asked. What it is asked, and what its answer is worth, is the rewards' business."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rl_edit.rewards.vlm.backends.editscore_package import Upstream
+from rl_edit.rewards.vlm.backends.openai import OpenAI
+from rl_edit.rewards.vlm.backends.transformers import Transformers
+from rl_edit.rewards.vlm.backends.transport import Question, Reply, Sampling, Token, Transport
+from rl_edit.rewards.vlm.backends.vllm import VLLM
+
+__all__ = [
+    "VLLM",
+    "JudgeTransport",
+    "OpenAI",
+    "Question",
+    "Reply",
+    "Sampling",
+    "Token",
+    "Transformers",
+    "Transport",
+    "Upstream",
+]
+
+JudgeTransport = Annotated[OpenAI | Transformers | VLLM | Upstream, Field(discriminator="kind")]

@@ -1,0 +1,93 @@
+"""CLIP (arXiv 2103.00020) as unit vectors of pictures and texts, through transformers, on what a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from rl_edit.errors import InputError
+
+# The constants every released CLIP was trained with.
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+_DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+class Clip:
+    """A loaded model.
+
+    Args:
+        model: a local directory or a hub id, with safetensors weights.
+        device: where it runs.
+    """
+
+    def __init__(self, model: str, device: str) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        try:
+            self._model: Any = (
+                CLIPModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
+                .to(device)
+                .eval()
+            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The CLIP model {model!r} cannot be loaded ({' '.join(str(error).split())[:200]}), so nothing could be compared. "
+                "Give a directory with its config, tokenizer and safetensors weights, or a hub id such as openai/clip-vit-large-patch14."
+            ) from error
+        self._device = device
+
+    @torch.no_grad()
+    def pictures(
+        self, images: Sequence[UInt8[Tensor, "height width 3"]]
+    ) -> Float[Tensor, "picture feature"]:
+        """Unit vectors. The shorter edge is resized to the model's input (bicubic) and the middle square is what it sees."""
+        edge = self._model.config.vision_config.image_size
+        pixels = torch.stack([pixel_values(image, edge) for image in images])
+        return _unit(self._model.get_image_features(pixel_values=pixels.to(self._device)))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Float[Tensor, "text feature"]:
+        """Unit vectors. A text is cut to the model's length."""
+        longest = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(self._device)
+        found = self._model.get_text_features(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        )
+        return _unit(found)
+
+
+@cache
+def loaded(model: str, device: str) -> Clip:
+    """The model, once per process. ``auto`` is the GPU that this process sees, if any."""
+    return Clip(
+        model, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
+
+
+def pixel_values(image: UInt8[Tensor, "height width 3"], edge: int) -> Float[Tensor, "3 edge edge"]:
+    """A picture as CLIP's own processor prepares it (written here: the library's default one needs torchvision)."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    size = (int(edge * width / short), int(edge * height / short))
+    resized = Image.fromarray(image.cpu().numpy()).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - edge) // 2, (size[1] - edge) // 2
+    pixels = (
+        torch.from_numpy(np.array(resized.crop((left, top, left + edge, top + edge)))).float() / 255
+    )
+    return ((pixels - _MEAN) / _DEVIATION).movedim(-1, 0)
+
+
+def _unit(features: Any) -> Tensor:
+    """transformers 5 wraps what transformers 4 returned."""
+    vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return torch.nn.functional.normalize(vectors.double().cpu(), dim=-1)

@@ -1,0 +1,122 @@
+"""A judge inside this process, on vLLM: a GPU of its own and batches as large as memory allows. Needs ``pip install vllm``."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from rl_edit.errors import InputError
+from rl_edit.rewards.vlm.backends.families import FamilyChoice, chat_text, family_of
+from rl_edit.rewards.vlm.backends.transport import TOP_LOGPROBS, Question, Reply, Token
+
+_BUSY = threading.Lock()
+
+
+class VLLM(BaseModel):
+    """Loaded when first asked, once per process.
+
+    Attributes:
+        path: checkpoint directory or hub name, a whole model (``rl-edit merge-judge`` makes one of a base and a LoRA).
+        family: "auto" reads it from the checkpoint.
+        json_schema: constrain the answer's form.
+        max_model_len: prompt, pictures and answer. Two pictures of 512 px and 512 words of answer fit 1536, of 1024 px 4096.
+        max_images: pictures a question may hold.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["vllm"] = "vllm"
+    path: str = Field(min_length=1)
+    family: FamilyChoice = "auto"
+    json_schema: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int = Field(default=4096, ge=1)
+    max_images: int = Field(default=3, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+
+    offers_logprobs: ClassVar[bool] = True
+
+    async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
+        return await asyncio.to_thread(self._answers, questions)
+
+    def _answers(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
+        family = family_of(self.path) if self.family == "auto" else self.family
+        prompts = [
+            {
+                "prompt": chat_text(family, len(question.images), question.prompt),
+                "multi_modal_data": {
+                    "image": [Image.fromarray(image.cpu().numpy()) for image in question.images]
+                },
+            }
+            for question in questions
+        ]
+        with _BUSY:
+            engine = _engine(self)
+            began = time.perf_counter()
+            outputs = engine.generate(
+                prompts, [self._sampling(question) for question in questions], use_tqdm=False
+            )
+        seconds = time.perf_counter() - began
+        return tuple(_reply(output.outputs[0], seconds) for output in outputs)
+
+    def _sampling(self, question: Question) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        sampling = question.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            max_tokens=sampling.max_tokens,
+            seed=question.seed,
+            logprobs=TOP_LOGPROBS if question.want_logprobs else None,
+            structured_outputs=StructuredOutputsParams(json=question.schema)
+            if self.json_schema
+            else None,
+        )
+
+
+@cache
+def _engine(config: VLLM) -> Any:
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise InputError(
+            f"The transport vllm needs the package vllm, which cannot be imported here ({error}). "
+            "Install it where reward actors run (pip install vllm, Linux with CUDA), or serve the judge elsewhere and use openai."
+        ) from error
+    return LLM(
+        model=config.path,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        tensor_parallel_size=config.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        limit_mm_per_prompt={"image": config.max_images},
+        enable_prefix_caching=True,
+    )
+
+
+def _reply(answer: Any, seconds: float) -> Reply:
+    tokens = tuple(
+        Token(
+            text=places[chosen].decoded_token or "",
+            alternatives=tuple(
+                (place.decoded_token or "", float(place.logprob)) for place in places.values()
+            ),
+        )
+        for chosen, places in zip(answer.token_ids, answer.logprobs or (), strict=False)
+    )
+    return Reply(
+        text=answer.text.strip(),
+        finished=answer.finish_reason != "length",
+        tokens=tokens,
+        seconds=seconds,
+    )

@@ -1,0 +1,161 @@
+"""The region judge: every region of an edit and its background, scored by a vision-language model in one request.
+
+After the reward of SpatialFlow-GRPO (arXiv 2606.26872), whose judge is a model tuned for it. An untuned model's region scores are
+weak (two-valued, and little different when pictures are withheld): audit before training, and add a pixel reward on the background.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from rl_edit.rewards.vlm.judge_reward import Asked, JudgeReward, mean_of
+from rl_edit.rewards.vlm.prompts import region_question, region_schema
+from rl_edit.types import EditTask, Score, areas_of
+
+_COLOURS = ("#ff0000", "#00c8ff", "#ffd000", "#ff00ff", "#00ff40", "#ff8000")
+_CROP_MARGIN = 0.25
+"""Of a region's longer side: what surrounds it tells the judge what it is part of."""
+
+
+class RegionJudge(JudgeReward):
+    """The mean over regions and background of ``sqrt(phi * overall) / C`` (Eq. 3), in 0..1; the mean over passes.
+
+    ``phi`` is the lower of success and preservation in a region, and the one score of the background; ``overall`` is the lower of
+    naturalness and cleanness of the whole picture, the same for all regions of a candidate; C is the top of the scale. The paper
+    gives each region an advantage of its own; their mean is what a term with one value can say. Regions are the task's own where it
+    has them, else its mask.
+
+    Attributes:
+        show: how the judge is told where a region is. "outlined": a third picture, the source with numbered outlines of the masks;
+            "boxed": the same with their bounding boxes; "cropped": each region cut out of source and edit with a margin, after both.
+    """
+
+    kind: Literal["region_judge"] = "region_judge"
+    show: Literal["outlined", "boxed", "cropped"] = "outlined"
+
+    high: ClassVar[float] = 1.0
+    gives_regions: ClassVar[bool] = True
+
+    def questions(
+        self, task: EditTask, edited: UInt8[Tensor, "height width 3"]
+    ) -> tuple[Asked, ...]:
+        regions = areas_of(task)
+        boxes = [box_of(region) for region in regions]
+        if self.show == "cropped":
+            cut = [_margin(box, task.edit_mask.shape) for box in boxes]
+            more = tuple(
+                picture[top:bottom, left:right]
+                for left, top, right, bottom in cut
+                for picture in (task.source, edited)
+            )
+            places = ", ".join(
+                f"images {2 * number + 1} and {2 * number + 2} show region {number}"
+                for number in range(1, len(boxes) + 1)
+            )
+            shown = f"After them the same regions are cut out of both, first the original, then the result: {places}."
+        else:
+            areas = (
+                regions
+                if self.show == "outlined"
+                else torch.stack([_filled(box, task.edit_mask) for box in boxes])
+            )
+            more = (_marked(task.source, areas, boxes),)
+            shape = "outlines" if self.show == "outlined" else "boxes"
+            shown = f"The third image is the original again, with numbered {shape} drawn on it for you to see where its regions are."
+        return (
+            Asked(
+                name="regions",
+                images=(task.source, edited, *more),
+                prompt=region_question(task.instruction, shown, len(regions), self.score_range),
+                schema=region_schema(len(regions), self.score_range),
+            ),
+        )
+
+    def combined(self, passes: Sequence[Sequence[tuple[float, ...]]]) -> Score:
+        """Components, means over passes: ``region.N`` (Eq. 3) with ``.success`` and ``.preservation``, ``background``, and the whole
+        picture's ``naturalness`` and ``cleanness``. Eq. 3 values are 0..1, what the judge said 0..10."""
+        parts = [_parts(numbers) for (numbers,) in passes]
+        regions = [
+            name
+            for name in parts[0]
+            if name == "background" or name.removeprefix("region.").isdigit()
+        ]
+        return Score(
+            value=min(fmean(part[name] for part in parts for name in regions), self.high),
+            components=mean_of(parts),
+        )
+
+
+def _parts(numbers: Sequence[float]) -> dict[str, float]:
+    """An answer's numbers under their names, with Eq. 3 for each region and the background."""
+    *pairs, background, naturalness, cleanness = numbers
+    whole = min(naturalness, cleanness)
+    parts = {}
+    for number, (success, preservation) in enumerate(zip(pairs[0::2], pairs[1::2], strict=True)):
+        parts[f"region.{number}"] = _eq3(min(success, preservation), whole)
+        parts[f"region.{number}.success"] = success
+        parts[f"region.{number}.preservation"] = preservation
+    return {
+        **parts,
+        "background": _eq3(background, whole),
+        "background.preservation": background,
+        "naturalness": naturalness,
+        "cleanness": cleanness,
+    }
+
+
+def _eq3(phi: float, whole: float) -> float:
+    # Both are on 0..10 here, so C is 10.
+    return min(math.sqrt(phi * whole) / 10, 1.0)
+
+
+def box_of(region: Bool[Tensor, "height width"]) -> tuple[int, int, int, int]:
+    """(left, top, past the right, past the bottom) of a region's pixels."""
+    rows, columns = region.any(dim=1).nonzero(), region.any(dim=0).nonzero()
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _margin(box: tuple[int, int, int, int], size: Sequence[int]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = box
+    by = math.ceil(_CROP_MARGIN * max(right - left, bottom - top))
+    return max(left - by, 0), max(top - by, 0), min(right + by, size[1]), min(bottom + by, size[0])
+
+
+def _filled(
+    box: tuple[int, int, int, int], like: Bool[Tensor, "height width"]
+) -> Bool[Tensor, "height width"]:
+    left, top, right, bottom = box
+    area = torch.zeros_like(like)
+    area[top:bottom, left:right] = True
+    return area
+
+
+def _marked(
+    picture: UInt8[Tensor, "height width 3"],
+    areas: Bool[Tensor, "region height width"],
+    boxes: Sequence[tuple[int, int, int, int]],
+) -> UInt8[Tensor, "height width 3"]:
+    """A copy with each area's outline and number drawn on it."""
+    image = Image.fromarray(picture.cpu().numpy())
+    draw, side = ImageDraw.Draw(image), min(image.size)
+    font, width = ImageFont.load_default(max(10, side // 24)), max(1, side // 256)
+    for number, (area, (left, top, _, _)) in enumerate(zip(areas, boxes, strict=True), start=1):
+        colour = _COLOURS[(number - 1) % len(_COLOURS)]
+        # Beyond the picture is outside the area: an outline runs along the picture's own border too.
+        outside = F.pad(1 - area.float(), (width,) * 4, value=1.0)
+        edge = area & F.max_pool2d(outside[None], 2 * width + 1, stride=1)[0].bool()
+        draw.bitmap((0, 0), Image.fromarray(edge.cpu().numpy().astype(np.uint8) * 255), fill=colour)
+        corner = (left + width + 1, top + width)
+        draw.rectangle(draw.textbbox(corner, str(number), font=font), fill="#000000")
+        draw.text(corner, str(number), fill=colour, font=font)
+    return torch.from_numpy(np.array(image))
