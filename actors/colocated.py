@@ -1,4 +1,4 @@
-"""Rollout and learning in one process on one frozen base: two adapter slots, one set of weights of everything else.
+"""Rollout and learning in one process on one frozen base: two adapters, one set of weights of everything else.
 
 Which weights a forward uses is decided by who asks, never by who asked last, so results are those of two processes.
 """
@@ -24,7 +24,7 @@ class Colocated:
 
     def __init__(self, config: RunConfig, threads: int, learner_class: Any) -> None:
         editor = load_editor(config.editor)
-        self.rollout = RolloutActor(config, threads, editor=editor, slot=lora.BEHAVIOUR)
+        self.rollout = RolloutActor(config, threads, editor=editor, adapter_name=lora.BEHAVIOUR)
         self.learner = learner_class(config, threads, editor=editor)
 
     def ready(self) -> int:

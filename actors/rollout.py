@@ -42,7 +42,7 @@ class RolloutActor:
 
     Args:
         editor: one to share with others in this process; None loads one.
-        slot: where in the editor's transformer this actor keeps its weights.
+        adapter_name: the adapter of the editor's transformer that holds this actor's weights.
     """
 
     def __init__(
@@ -51,12 +51,14 @@ class RolloutActor:
         threads: int,
         *,
         editor: Editor | None = None,
-        slot: str = lora.POLICY,
+        adapter_name: str = lora.POLICY,
     ) -> None:
         torch.set_num_threads(threads)
-        self.config, self.slot = config, slot
+        self.config, self.adapter_name = config, adapter_name
         self.editor = load_editor(config.editor) if editor is None else editor
-        lora.attach(self.editor.transformer, config.lora, seed=config.seed, slot=slot)
+        lora.attach(
+            self.editor.transformer, config.lora, seed=config.seed, adapter_name=adapter_name
+        )
         self._published: dict[AdapterId, AdapterWeights] = {}
         self._loaded: AdapterWeights | None = None
 
@@ -147,7 +149,9 @@ class RolloutActor:
         images = self.editor.decode(trajectory.final[own], conditioning)
         group = RolloutGroup(
             group_id=item.group_id,
-            adapter=lora.export(self.editor.transformer, step=item.adapter.step, slot=self.slot).id,
+            adapter=lora.export(
+                self.editor.transformer, step=item.adapter.step, adapter_name=self.adapter_name
+            ).id,
             candidates=Candidates(
                 task=item.task, images=images, attention=tally.mean()[own], token_mask=mask
             ),
@@ -176,7 +180,7 @@ class RolloutActor:
         module, must change the velocity, and the weights before must come back.
         """
         transformer = self.editor.transformer
-        before = lora.export(transformer, step=0, slot=self.slot)
+        before = lora.export(transformer, step=0, adapter_name=self.adapter_name)
         random = torch.Generator().manual_seed(0)
         tensors = {
             name: 0.02 * torch.randn(value.shape, generator=random)
@@ -191,20 +195,20 @@ class RolloutActor:
         )
         sigma = torch.full((len(latents),), 0.5)
         try:
-            lora.load(transformer, trial, slot=self.slot)
-            found = lora.export(transformer, step=0, slot=self.slot).id
-            lora.set_active(transformer, True, slot=self.slot)
+            lora.load(transformer, trial, adapter_name=self.adapter_name)
+            found = lora.export(transformer, step=0, adapter_name=self.adapter_name).id
+            lora.set_active(transformer, True, adapter_name=self.adapter_name)
             applied = self.editor.velocity(latents, sigma, conditioning)
             lora.set_active(transformer, False)
             base = self.editor.velocity(latents, sigma, conditioning)
         finally:
-            lora.set_active(transformer, True, slot=self.slot)
-            lora.load(transformer, before, slot=self.slot)
+            lora.set_active(transformer, True, adapter_name=self.adapter_name)
+            lora.load(transformer, before, adapter_name=self.adapter_name)
         if found != trial.id:
             return f"weights {trial.id} were loaded but {found} are found in the model: an update would never arrive"
         if not float((applied - base).abs().max()) > 0:
             return "a random adapter does not change the velocity: the adapter is attached but never applied"
-        after = lora.export(transformer, step=0, slot=self.slot).id
+        after = lora.export(transformer, step=0, adapter_name=self.adapter_name).id
         return (
             ""
             if after == before.id
@@ -212,7 +216,7 @@ class RolloutActor:
         )
 
     def _use(self, wanted: AdapterId) -> AdapterWeights:
-        """The wanted weights, put into the slot that the next forward uses."""
+        """The wanted weights, loaded into the adapter that the next forward uses."""
         if self._loaded is None or self._loaded.id != wanted:
             if wanted not in self._published:
                 known = ", ".join(str(i) for i in sorted(self._published)) or "none"
@@ -220,6 +224,6 @@ class RolloutActor:
                     f"work asks for adapter {wanted}; this actor holds {known}. The publish did not reach it."
                 )
             self._loaded = self._published[wanted]
-            lora.load(self.editor.transformer, self._loaded, slot=self.slot)
-        lora.set_active(self.editor.transformer, True, slot=self.slot)
+            lora.load(self.editor.transformer, self._loaded, adapter_name=self.adapter_name)
+        lora.set_active(self.editor.transformer, True, adapter_name=self.adapter_name)
         return self._loaded

@@ -85,7 +85,9 @@ class Learner:
         if config.train.ema_decay is not None:
             self.averages["result"] = {name: value.clone() for name, value in policy.items()}
         if "acting" in config.algorithm.objective.policies:
-            lora.attach(self.editor.transformer, config.lora, seed=config.seed, slot=lora.ACTING)
+            lora.attach(
+                self.editor.transformer, config.lora, seed=config.seed, adapter_name=lora.ACTING
+            )
         lora.set_active(self.editor.transformer, True)
         self._last: LearnAnswer | None = None
 
@@ -401,13 +403,13 @@ class Learner:
         """Velocities of the base editor and of the acting weights, without gradient."""
         if "acting" in self.config.algorithm.objective.policies:
             weights = self._weights("acting")
-            lora.load(self.editor.transformer, weights, slot=lora.ACTING)
+            lora.load(self.editor.transformer, weights, adapter_name=lora.ACTING)
         return {"reference": self._reference, "acting": self._acting}
 
     @torch.no_grad()
     def _acting(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity of the weights the actors run."""
-        lora.set_active(self.editor.transformer, True, slot=lora.ACTING)
+        lora.set_active(self.editor.transformer, True, adapter_name=lora.ACTING)
         try:
             return self.editor.velocity(latents, sigma, conditioning)
         finally:

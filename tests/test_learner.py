@@ -252,7 +252,7 @@ def test_the_canary_notices_an_adapter_that_is_never_applied(
         "set_active": lambda transformer, active, **_: off(transformer, False),
         "load": lambda *_, **__: None,
     }
-    monkeypatch.setattr(adapters, fault, broken[fault])
+    monkeypatch.setattr(lora, fault, broken[fault])
     assert complaint in actor.canary()
 
 

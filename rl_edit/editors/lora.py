@@ -1,7 +1,7 @@
 """LoRA adapters: attach, export, load, name by content, and save so that stock diffusers loads them with their alpha.
 
-An adapter sits in a named slot of the transformer. One process may hold several on one frozen base; a forward uses the slot
-that was switched on last. PEFT and diffusers take seconds to import and are imported where they are used: a config error must
+One process may hold several adapters on one frozen base, each under its own ``adapter_name`` (PEFT's term). A forward uses
+the adapter that was switched on last. PEFT and diffusers take seconds to import and are imported where they are used: a config error must
 not wait for them.
 """
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
 
 POLICY = "policy"
-"""Slot of the adapter that is trained, evaluated or used for editing."""
+"""Name of the adapter that is trained, evaluated or used for editing."""
 
 BEHAVIOUR = "behaviour"
-"""Slot that rollouts use beside a learner on the same transformer: its weights may be older than the policy's."""
+"""Name of the adapter that rollouts use beside a learner on the same transformer. Its weights may be older than the policy's."""
 
 ACTING = "acting"
-"""Slot that a learner keeps the acting weights in, for objectives that read their velocity while the policy moves on."""
+"""Name of the adapter in which a learner keeps the acting weights, for objectives that read their velocity."""
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION_PROJECTIONS = (
@@ -74,37 +74,45 @@ class LoraConfig(BaseModel):
         )
 
 
-def attach(transformer: nn.Module, config: LoraConfig, *, seed: int, slot: str = POLICY) -> None:
+def attach(
+    transformer: nn.Module, config: LoraConfig, *, seed: int, adapter_name: str = POLICY
+) -> None:
     """Adds an adapter: A Gaussian from ``seed``, B zero, so that the edited model starts as the base, in fp32. It is switched on."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Already found a `peft_config`"
-        )  # a second slot beside the first is meant
+        )  # a second adapter beside the first is meant
         torch.manual_seed(seed)
-        transformer.add_adapter(config.peft(), adapter_name=slot)  # type: ignore[operator]  # diffusers mixes it in
-    for parameter in parameters(transformer, slot=slot):
+        transformer.add_adapter(config.peft(), adapter_name=adapter_name)  # type: ignore[operator]  # diffusers mixes it in
+    for parameter in parameters(transformer, adapter_name=adapter_name):
         parameter.data = parameter.data.float()
 
 
-def named_parameters(transformer: nn.Module, *, slot: str = POLICY) -> dict[str, nn.Parameter]:
-    """A slot's parameters by their name in the transformer, in a fixed order."""
-    return {name: p for name, p in sorted(transformer.named_parameters()) if f".{slot}." in name}
+def named_parameters(
+    transformer: nn.Module, *, adapter_name: str = POLICY
+) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their name in the transformer, in a fixed order."""
+    return {
+        name: p for name, p in sorted(transformer.named_parameters()) if f".{adapter_name}." in name
+    }
 
 
-def parameters(transformer: nn.Module, *, slot: str = POLICY) -> list[nn.Parameter]:
-    """A slot's parameters, in a fixed order."""
-    return list(named_parameters(transformer, slot=slot).values())
+def parameters(transformer: nn.Module, *, adapter_name: str = POLICY) -> list[nn.Parameter]:
+    """An adapter's parameters, in a fixed order."""
+    return list(named_parameters(transformer, adapter_name=adapter_name).values())
 
 
-def export(transformer: nn.Module, *, step: int, slot: str = POLICY) -> AdapterWeights:
+def export(transformer: nn.Module, *, step: int, adapter_name: str = POLICY) -> AdapterWeights:
     """A copy of the adapter as it is loaded now, under its content name."""
-    tensors = exported(named_parameters(transformer, slot=slot), slot=slot)
+    tensors = exported(
+        named_parameters(transformer, adapter_name=adapter_name), adapter_name=adapter_name
+    )
     return AdapterWeights(id=AdapterId(step, digest(tensors)), tensors=tensors)
 
 
-def exported(named: Mapping[str, Tensor], *, slot: str = POLICY) -> dict[str, Tensor]:
-    """Copies of tensors named as a slot's parameters, fp32 on the CPU, under the names that PEFT saves them by: without the slot."""
-    free = {name.replace(f".{slot}.", "."): value for name, value in named.items()}
+def exported(named: Mapping[str, Tensor], *, adapter_name: str = POLICY) -> dict[str, Tensor]:
+    """Copies of tensors named as an adapter's parameters, fp32 on the CPU, under the names that PEFT saves them by."""
+    free = {name.replace(f".{adapter_name}.", "."): value for name, value in named.items()}
     return {
         name: free[name].detach().to("cpu", torch.float32, copy=True).contiguous()
         for name in sorted(free)
@@ -121,33 +129,33 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def load(transformer: nn.Module, weights: AdapterWeights, *, slot: str = POLICY) -> None:
+def load(transformer: nn.Module, weights: AdapterWeights, *, adapter_name: str = POLICY) -> None:
     """Copies tensors into the attached adapter, exactly."""
     from peft import set_peft_model_state_dict
 
     try:
-        result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=slot)
+        result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=adapter_name)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(
             f"adapter {weights.id} does not fit this editor's LoRA: {reason} Use the run's own editor and lora settings."
         ) from error
     if result is not None and (
-        result.unexpected_keys or any(f".{slot}." in key for key in result.missing_keys)
+        result.unexpected_keys or any(f".{adapter_name}." in key for key in result.missing_keys)
     ):
         raise InputError(
             f"adapter {weights.id} does not fit this editor's LoRA: unexpected {result.unexpected_keys[:3]}, missing "
-            f"{[k for k in result.missing_keys if slot in k][:3]}. Use the run's own editor and lora settings."
+            f"{[k for k in result.missing_keys if adapter_name in k][:3]}. Use the run's own editor and lora settings."
         )
 
 
-def set_active(transformer: nn.Module, active: bool, *, slot: str = POLICY) -> None:
-    """On, a forward adds this slot's adapter and no other; off, it is exactly the base's.
+def set_active(transformer: nn.Module, active: bool, *, adapter_name: str = POLICY) -> None:
+    """On, a forward adds this adapter and no other; off, it is exactly the base's.
 
-    PEFT ties gradients to it: the slot switched on takes gradients, every other parameter of an adapter takes none.
+    PEFT ties gradients to it: the adapter switched on takes gradients, every other parameter of an adapter takes none.
     """
     if active:
-        transformer.set_adapter(slot)  # type: ignore[operator]  # diffusers mixes these in
+        transformer.set_adapter(adapter_name)  # type: ignore[operator]  # diffusers mixes these in
         transformer.enable_adapters()  # type: ignore[operator]
     else:
         transformer.disable_adapters()  # type: ignore[operator]
