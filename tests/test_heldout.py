@@ -560,7 +560,7 @@ def test_the_command_line_ends_early_with_exit_code_0_a_sentence_and_the_best_ad
     assert (best.id.step, last.id.step) == (1, 3)
 
     page = render_report(run).read_text()
-    chart = page[page.index("LearnerSnapshot-out gold against training reward") :]
+    chart = page[page.index("Held-out gold against training reward") :]
     assert "alarm" in chart and "best" in chart and 'class="mark' in chart
 
 

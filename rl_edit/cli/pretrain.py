@@ -59,7 +59,7 @@ def pretrain_command(
         int, typer.Option(help="Pretraining tasks held in memory, 10 kB each.")
     ] = _DEFAULT.num_tasks,
     num_eval_tasks: Annotated[
-        int, typer.Option(help="LearnerSnapshot-out tasks measured at the end.")
+        int, typer.Option(help="Held-out tasks measured at the end.")
     ] = _DEFAULT.num_eval_tasks,
     sample_every: Annotated[
         int, typer.Option(help=f"Steps between sample sheets in OUT/{CHECKPOINT_DIR}; 0 for none.")

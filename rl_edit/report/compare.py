@@ -78,7 +78,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "title": f"{runs} run{'' if runs == 1 else 's'} compared",
         "facts": [
             ("Rows, each a mean over seeds", len(arms)),
-            ("LearnerSnapshot-out tasks", meta["num_tasks"]),
+            ("Held-out tasks", meta["num_tasks"]),
             ("Noises a task", meta["num_noises"]),
             ("Solver steps", meta["num_steps"]),
             ("Seed of the noises", meta["seed"]),

@@ -72,7 +72,7 @@ def chart_groups(files: RunFiles) -> list[ChartGroup]:
             curves.drift(),
         ),
         (
-            "LearnerSnapshot-out tasks",
+            "Held-out tasks",
             "Gold is the reward that is trusted, on tasks that are not trained on. When it falls while the training reward rises, the "
             "training reward is earned by something else than was wanted.",
             _heldout(files),
@@ -402,7 +402,7 @@ def _heldout(files: RunFiles) -> Charts:
 
     return [
         twin_chart(
-            title="LearnerSnapshot-out gold against training reward",
+            title="Held-out gold against training reward",
             left=Series(label="gold, held-out", points=files.heldout_column("gold")),
             right=Series(label="total reward, training", points=files.heldout_column("training")),
             marks=marks,
