@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from learner.controller.lease import Lease, put, sync
-from rl_edit.config import is_default
+from rl_edit.config import is_default, modern
 from rl_edit.errors import InputError
 from rl_edit.types import AdapterId
 
@@ -246,8 +246,8 @@ def require_same_run(
     """
     drift = {
         name: (there, here)
-        for name, (there, here) in differences(found.settings, settings).items()
-        if there != ABSENT or not is_default(name, here)
+        for name, (there, here) in differences(modern(found.settings), settings).items()
+        if there != ABSENT or not is_default(name, settings)
     }
     if refused := {name: pair for name, pair in drift.items() if name not in allow}:
         listed = "; ".join(

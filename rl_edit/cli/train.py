@@ -28,7 +28,7 @@ from rich.progress import (
 )
 
 from rl_edit import telemetry
-from rl_edit.config import RunConfig, load_config
+from rl_edit.config import RunConfig, load_config, modern_name
 from rl_edit.data import open_dataset
 from rl_edit.editors import editor_identity, inspect_editor, lora
 from rl_edit.errors import Fenced, InputError
@@ -98,7 +98,7 @@ def train_command(
         resume=resume,
         dry_run=dry_run,
         console=Console(stderr=False),
-        allow_drift=frozenset(allow_config_drift or ()),
+        allow_drift=frozenset(map(modern_name, allow_config_drift or ())),
         allow_skew=allow_version_skew,
     )
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rl_edit.config import EvaluationConfig
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
 from rl_edit.editors import Editor, editor_identity, lora
-from rl_edit.evaluation import EvaluationConfig
 from rl_edit.measures.diagnostics import diagnostics
 from rl_edit.measures.intervals import Interval, bootstrap, paired_bootstrap
 from rl_edit.method.attention import MassTally

@@ -96,7 +96,7 @@ def moments(
         # The score of the flow at a state is -(x - (1 - sigma) x0) / sigma^2 = -x1 / sigma.
         noise = latents + (1 - sigma) * velocity
         return (
-            latents + velocity * delta + 0.5 * level** 2 * noise / sigma * delta,
+            latents + velocity * delta + 0.5 * level**2 * noise / sigma * delta,
             level * math.sqrt(-delta),
         )
     spread = level * (sigma / (1 - (sigma if sigma < 1.0 else sigma_next))) ** 0.5

@@ -1,0 +1,92 @@
+"""Walks the tree of settings: from a dotted name to the models and fields behind it.
+
+Seams are unions of models told apart by ``kind``. A name alone does not say which member is meant,
+so a walk may end at several models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from rl_edit.config.run import RunConfig
+
+
+def models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models that an annotation admits, through unions and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    # X | Y has no typing origin of its own in every Python version, hence its name.
+    if get_origin(annotation) in (Union, Annotated) or type(annotation).__name__ == "UnionType":
+        return [model for part in get_args(annotation) for model in models_of(part)]
+    return []
+
+
+def tag_of(model: type[BaseModel]) -> str | None:
+    """The ``kind`` that selects a model in its union. None when it has none."""
+    kind = model.model_fields.get("kind")
+    return None if kind is None else str(kind.default)
+
+
+def child_of(annotation: Any, part: str) -> Any:
+    """The annotation one step down. None when no model has such a field."""
+    for model in models_of(annotation):
+        if part in model.model_fields:
+            return model.model_fields[part].annotation
+    return get_args(annotation)[1] if get_origin(annotation) is dict else None
+
+
+def known_keys(location: Sequence[str]) -> list[str]:
+    """The keys that may stand at a location, which may contain union tags."""
+    current: Any = RunConfig
+    for part in location:
+        tagged = [model for model in models_of(current) if tag_of(model) == part]
+        current = tagged[0] if tagged else child_of(current, part)
+    return [key for model in models_of(current) for key in model.model_fields]
+
+
+def without_tags(location: Sequence[str]) -> list[str]:
+    """A location without the union tags that pydantic inserts after a discriminated field."""
+    current: Any = RunConfig
+    names = []
+    for part in location:
+        members = models_of(current)
+        tagged = [model for model in members if tag_of(model) == part]
+        # A field may share its name with a tag; then it is the field.
+        if tagged and not any(part in model.model_fields for model in members):
+            current = tagged[0]
+            continue
+        names.append(part)
+        current = child_of(current, part)
+    return names
+
+
+def is_default(name: str, settings: Mapping[str, Any]) -> bool:
+    """Is a dotted setting of :meth:`RunConfig.identity` at its default?
+
+    A run made before the setting existed did what the default does.
+
+    Args:
+        settings: the identity, in which ``kind`` selects the members of unions.
+    """
+    annotation: Any = RunConfig
+    node: Any = settings
+    *parents, last = name.split(".")
+    for part in parents:
+        node = node.get(part) if isinstance(node, Mapping) else None
+        annotation = child_of(annotation, part)
+    if not isinstance(node, Mapping) or last not in node:
+        return False
+    fields = [
+        model.model_fields[last]
+        for model in models_of(annotation)
+        if last in model.model_fields and tag_of(model) in (None, node.get("kind"))
+    ]
+    defaults = [field.get_default(call_default_factory=True) for field in fields]
+    return any(
+        default is not PydanticUndefined and to_jsonable_python(default) == node[last]
+        for default in defaults
+    )

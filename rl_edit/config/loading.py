@@ -1,0 +1,186 @@
+"""Reads a run from a preset or a YAML file, with ``dotted.key=value`` overrides.
+
+An unknown key is an error that suggests the nearest known one.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rl_edit.config.explain import explained
+from rl_edit.config.renamed import modern, modern_override, print_once
+from rl_edit.config.run import RunConfig
+from rl_edit.errors import InputError
+from rl_edit.method.algorithms import METHODS
+
+Override = tuple[tuple[str, ...], Any]
+"""The keys on the way to a setting, and its value."""
+
+
+def presets() -> dict[str, str]:
+    """Shipped presets by name, each with its first comment line."""
+    summaries = {}
+    for entry in sorted(resources.files("rl_edit.presets").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".yaml"):
+            first = entry.read_text().splitlines()[0]
+            summaries[entry.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
+    return summaries
+
+
+def load_config(
+    source: str | Path | None = None, *, preset: str | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Loads the run of a preset or YAML file and applies ``dotted.key=value`` overrides.
+
+    Renamed settings are read under their old names too; a hint goes to stderr.
+
+    Raises:
+        InputError: one line that names the key, the value and the remedy.
+    """
+    if (source is None) == (preset is None):
+        raise InputError("give either a YAML file or --preset NAME (see: rl-edit presets)")
+    text, origin = _preset(preset) if preset is not None else _file(Path(str(source)))
+    raw = modern(_mapping(text, origin), note=print_once)
+    changes = [parse_override(override) for override in overrides]
+    return validated(_overridden(raw, changes), origin)
+
+
+def validated(raw: Mapping[str, Any], origin: str) -> RunConfig:
+    """The run of a raw mapping. Every problem becomes one line."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {explained(error)}") from error
+
+
+def parse_override(override: str) -> Override:
+    """Splits ``dotted.key=value``; the value is YAML.
+
+    Raises:
+        InputError: it is not of this form.
+    """
+    key, separator, value = override.partition("=")
+    if not separator or not key or key.startswith("-"):
+        raise InputError(
+            f"override {override!r} is not of the form dotted.key=value, e.g. train.updates=50"
+        )
+    try:
+        return tuple(key.split(".")), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from error
+
+
+def _preset(name: str) -> tuple[str, str]:
+    """(text, origin) of a shipped preset."""
+    known = presets()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown preset {name!r}{hint} Known: {', '.join(known)}.")
+    return (resources.files("rl_edit.presets") / f"{name}.yaml").read_text(), f"preset {name}"
+
+
+def _file(path: Path) -> tuple[str, str]:
+    """(text, origin) of a YAML file."""
+    if not path.is_file():
+        raise InputError(
+            f"no config file at {path}: give an existing YAML file or --preset NAME "
+            "(see: rl-edit presets)"
+        )
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read as UTF-8 text ({error}): give a YAML file"
+        ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice. Plain YAML would silently use the second."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.YAMLError(
+                    f"{key.value!r} stands in line {seen[key.value]} and again in line {line}: "
+                    "keep one of them"
+                )
+            seen[key.value] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def _mapping(text: str, origin: str) -> dict[str, Any]:
+    try:
+        raw = _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{origin} must be a mapping of keys such as seed, editor, train; "
+            f"got {type(raw).__name__}"
+        )
+    return raw
+
+
+def _overridden(raw: dict[str, Any], changes: Sequence[Override]) -> dict[str, Any]:
+    """The mapping with all overrides applied, each under its present name."""
+    raw = _of_method(raw, changes)
+    # Only the complete settings tell whether a section is a plugin, whose keys are not renamed.
+    context = copy.deepcopy(raw)
+    for path, value in changes:
+        _set(context, path, value)
+    result = copy.deepcopy(raw)
+    renamed: dict[tuple[str, ...], tuple[str, ...]] = {}
+    unchanged = set()
+    for old, old_value in changes:
+        path, value = modern_override(old, old_value, context=context, note=print_once)
+        if path == old:
+            unchanged.add(path)
+        else:
+            renamed[path] = old
+        _set(result, path, value)
+    for path in renamed.keys() & unchanged:
+        raise InputError(
+            f"{'.'.join(renamed[path])} is now {'.'.join(path)}, and both are given: "
+            f"keep {'.'.join(path)}"
+        )
+    return result
+
+
+def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    node = raw
+    for parent in path[:-1]:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    node[path[-1]] = copy.deepcopy(value)
+
+
+def _of_method(raw: dict[str, Any], changes: Sequence[Override]) -> dict[str, Any]:
+    """Drops the file's adjustments when an override names another method.
+
+    ``algorithm.name=OTHER`` asks for the other method as it is.
+    """
+    names = [value for path, value in changes if path == ("algorithm", "name")]
+    algorithm = raw.get("algorithm")
+    if (
+        names
+        and isinstance(algorithm, dict)
+        and isinstance(names[-1], str)
+        and names[-1] in METHODS
+        and names[-1] != algorithm.get("name")
+    ):
+        return {**raw, "algorithm": {"name": names[-1]}}
+    return raw
