@@ -69,6 +69,7 @@ ROOMS = {
                 "rewards/vlm",
                 "audit",
                 "data",
+                "data/shapes",
                 "evaluation",
                 "report",
                 "telemetry",

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from rl_edit.measures.pixels import gaussian_mean, unit_range
-from rl_edit.types import EditTask, PairedTask
+from rl_edit.types import EditTask, PairedTask, RegionsTask
 
 Side = Literal["inside", "outside"]
 SIDES: tuple[Side, Side] = ("inside", "outside")
@@ -183,9 +183,8 @@ def exhibits(right: Reference, *, seed: int) -> TestImages:
         for share in _UNDONE
     )
     places = {"inside": task.edit_mask}
-    regions = getattr(task, "regions", None)
-    if regions is not None and len(regions) > 1:
-        places |= {f"region.{number}": region for number, region in enumerate(regions)}
+    if isinstance(task, RegionsTask) and len(task.regions) > 1:
+        places |= {f"region.{number}": region for number, region in enumerate(task.regions)}
     return TestImages(
         task=task,
         clean=clean,
