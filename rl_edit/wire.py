@@ -16,6 +16,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rl_edit import types
+from rl_edit.data.rows import RegionsTask
+from rl_edit.data.shapes import ShapesTask
 
 SCHEMA = 3
 RECORDS = {
@@ -23,8 +25,8 @@ RECORDS = {
     for record in (
         types.EditTask,
         types.PairedTask,
-        types.RegionsTask,
-        types.PairedRegionsTask,
+        RegionsTask,
+        ShapesTask,
         types.NegativePrompt,
         types.Conditioning,
         types.AdapterId,

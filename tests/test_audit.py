@@ -1,4 +1,4 @@
-"""The audit of rewards: bad ones of every known kind are flagged for the right reason, good ones pass, and the answer is a file."""
+"""The audit flags bad rewards for the right reason, passes good ones, and writes files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from rl_edit.audit import Audit, Check, Expectation, audit, expected_of
-from rl_edit.audit.checks import kendall
-from rl_edit.audit.corruptions import GRADED, LEVELS, SIDES, UNDONE, exhibits, reference
+from rl_edit.audit.checks.ranks import kendall
+from rl_edit.audit.corruptions import GRADED, LEVELS, REVERTED, SIDES
+from rl_edit.audit.images import make_test_images, reference
 from rl_edit.audit.page import render
 from rl_edit.audit.throughput import measure
 from rl_edit.cli.audit_reward import audit_reward_command
@@ -38,7 +39,7 @@ TASKS = [shapes.task("train", index) for index in range(NUM_TASKS)]
 TWO_REGIONS = [shapes.task("train", index, task_type="two_regions") for index in range(3)]
 
 
-# --- rewards that mislead, each in a way that has been published or shipped ------------------------------------------
+# --- rewards that mislead, each in a way that has been published or shipped -----------------------
 
 
 def _mean_squared(group: Candidates, keep: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def decibels_summed_over_channels(group: Candidates) -> list[float]:
 
 
 def saturated_ssim(group: Candidates) -> list[float]:
-    """Constants for 0..255 on pictures in 0..1: they swamp every window."""
+    """Constants for 0..255 on images in 0..1: they swamp every window."""
     a, b = (group.images.double() / 255, group.task.source.double() / 255)
     return (
         (1 - (a - b).square().mean(dim=-1) / (58.0 + a.var() + b.var()))[:, ~group.task.edit_mask]
@@ -97,9 +98,9 @@ def _background(group: Candidates) -> list[float]:
 
 
 def middle_of_the_wrong_scale(group: Candidates) -> list[float]:
-    """0..10, and 12.5, the middle of 0..25, for an answer that could not be read."""
+    """0..10, and 12.5, the middle of 0..25, for a reply that could not be read."""
     return [
-        12.5 if _drawn(image) < 0.2 else 10 * value
+        12.5 if _hashed(image) < 0.2 else 10 * value
         for image, value in zip(group.images, _background(group), strict=True)
     ]
 
@@ -108,9 +109,9 @@ _CALLS = itertools.count()
 
 
 def random_fallback(group: Candidates) -> list[float]:
-    """A number out of a hat for one answer in eight."""
-    hat = torch.Generator().manual_seed(next(_CALLS))
-    draws = torch.rand(len(group.images), 2, generator=hat).tolist()
+    """A random number for one reply in eight."""
+    random = torch.Generator().manual_seed(next(_CALLS))
+    draws = torch.rand(len(group.images), 2, generator=random).tolist()
     return [
         fallback if failed < 0.125 else value
         for value, (failed, fallback) in zip(_background(group), draws, strict=True)
@@ -124,7 +125,7 @@ def compares_within_the_group(group: Candidates) -> list[float]:
 
 def often_silent(group: Candidates) -> list[float | None]:
     return [
-        None if _drawn(image) < 0.2 else value
+        None if _hashed(image) < 0.2 else value
         for image, value in zip(group.images, _background(group), strict=True)
     ]
 
@@ -134,7 +135,7 @@ def never_answers(group: Candidates) -> list[None]:
 
 
 def global_score(group: Candidates) -> list[float]:
-    """Likeness of the whole picture to the right edit, sold as that of a side."""
+    """Similarity of the whole image to the correct edit, presented as that of one side."""
     return pixels.psnr(
         group.images, _target(group), torch.ones_like(group.task.edit_mask), "masked"
     ).tolist()
@@ -149,7 +150,8 @@ def global_score_in_every_region(group: Candidates) -> list[Score]:
 
 
 def score_of_each_region(group: Candidates) -> list[Score]:
-    places = {f"region.{number}": region for number, region in enumerate(group.task.regions)}  # type: ignore[attr-defined]
+    regions = group.task.regions  # type: ignore[attr-defined]
+    places = {f"region.{number}": region for number, region in enumerate(regions)}
     places["background"] = ~group.task.edit_mask
     parts = {
         name: pixels.psnr(group.images, _target(group), place, "masked").tolist()
@@ -172,30 +174,30 @@ def loves_blur(group: Candidates) -> list[float]:
     return (-afar - rough).tolist()
 
 
-def likes_what_was_asked(group: Candidates) -> list[float]:
-    """A judge without a target: it knows the task by its words, and the source by its place."""
-    right = RIGHT.get(group.task.instruction)
-    if right is None or not torch.equal(right.source, group.task.source):
+def follows_the_instruction(group: Candidates) -> list[float]:
+    """A judge without a target that knows the task by its instruction and checks the source."""
+    correct = TASK_OF.get(group.task.instruction)
+    if correct is None or not torch.equal(correct.source, group.task.source):
         return [0.0] * len(group.images)
     return (
-        pixels.psnr(group.images, right.target, torch.ones_like(right.edit_mask), "masked") / 60
+        pixels.psnr(group.images, correct.target, torch.ones_like(correct.edit_mask), "masked") / 60
     ).tolist()
 
 
 def ignores_the_instruction(group: Candidates) -> list[float]:
-    """Follows the one task that this source belongs to, whatever it is told, and whichever picture comes first."""
-    right = next(
+    """Scores by the source's own task, whatever the instruction and the order of the images."""
+    correct = next(
         task
         for task in TASKS
         if torch.equal(task.edit_mask, group.task.edit_mask[:: _scale(group), :: _scale(group)])
     )
-    target = right.target.repeat_interleave(_scale(group), 0).repeat_interleave(_scale(group), 1)
+    target = correct.target.repeat_interleave(_scale(group), 0).repeat_interleave(_scale(group), 1)
     return (
         pixels.psnr(group.images, target, torch.ones_like(group.task.edit_mask), "masked") / 60
     ).tolist()
 
 
-RIGHT = {task.instruction: task for task in TASKS}
+TASK_OF = {task.instruction: task for task in TASKS}
 
 
 def _scale(group: Candidates) -> int:
@@ -207,8 +209,8 @@ def _target(group: Candidates) -> Tensor:
     return group.task.target
 
 
-def _drawn(image: Tensor) -> float:
-    """0..1, as good as random and the same for the same picture."""
+def _hashed(image: Tensor) -> float:
+    """Returns 0..1, as good as random and the same for the same image."""
     return hashlib.sha256(image.numpy().tobytes()).digest()[0] / 256
 
 
@@ -219,8 +221,8 @@ def bad(function: str, *, low: float = 0.0, high: float = 1.0, **changes: Any) -
 
 
 @cache
-def audited(function: str, expects: str, **options: Any) -> dict[str, Check]:
-    return checks(
+def checks_of_function(function: str, expects: str, **options: Any) -> dict[str, Check]:
+    return checks_of(
         bad(
             function,
             **{
@@ -232,137 +234,139 @@ def audited(function: str, expects: str, **options: Any) -> dict[str, Check]:
     )
 
 
-def checks(term: Reward, expects: str | None = None, tasks: list[Any] = TASKS) -> dict[str, Check]:
-    (found,) = audit([(term, expected_of(term, expects))], tasks, seed=0).terms
-    return {check.name: check for check in found.checks}
+def checks_of(
+    term: Reward, expects: str | None = None, tasks: list[Any] = TASKS
+) -> dict[str, Check]:
+    (term_audit,) = audit([(term, expected_of(term, expects))], tasks, seed=0).terms
+    return {check.name: check for check in term_audit.checks}
 
 
-def failed(found: dict[str, Check]) -> set[str]:
-    return {name for name, check in found.items() if check.verdict == "fail"}
+def failed(checks: dict[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if check.verdict == "fail"}
 
 
 def test_an_inverted_mask_fails_because_the_wrong_side_is_felt() -> None:
-    found = audited("inverted_mask", "outside", high=60.0)
-    assert {"response", "localisation", "order of damages outside"} <= failed(found)
-    assert found["localisation"].numbers["auroc_mean"] < 0.1
-    assert "Inverted" in found["localisation"].sentence
+    checks = checks_of_function("inverted_mask", "outside", high=60.0)
+    assert {"response", "localisation", "order of damages outside"} <= failed(checks)
+    assert checks["localisation"].numbers["auroc_mean"] < 0.1
+    assert "Inverted" in checks["localisation"].sentence
 
 
 def test_a_squared_error_summed_over_channels_leaves_its_declared_range() -> None:
-    found = audited("summed_over_channels", "outside")
-    assert "range" in failed(found)
-    assert "outside its declared range 0..1" in found["range"].sentence
+    checks = checks_of_function("summed_over_channels", "outside")
+    assert "range" in failed(checks)
+    assert "outside its declared range 0..1" in checks["range"].sentence
 
 
-def test_a_squared_error_summed_over_pixels_grows_with_the_picture() -> None:
-    found = audited("summed_over_everything", "outside", low=-math.inf, high=0.0)
-    assert failed(found) == {"image size"}
-    assert found["image size"].numbers["factor"] == pytest.approx(4.0, rel=0.01)
+def test_a_squared_error_summed_over_pixels_grows_with_the_image() -> None:
+    checks = checks_of_function("summed_over_everything", "outside", low=-math.inf, high=0.0)
+    assert failed(checks) == {"image size"}
+    assert checks["image size"].numbers["factor"] == pytest.approx(4.0, rel=0.01)
 
 
 def test_a_psnr_of_summed_channels_is_recognised_by_its_offset() -> None:
-    found = audited("decibels_summed_over_channels", "outside", low=-5.0, high=60.0)
-    assert found["PSNR convention"].verdict == "warn"
-    assert found["PSNR convention"].numbers["offset_db"] == pytest.approx(-4.77, abs=0.02)
+    checks = checks_of_function("decibels_summed_over_channels", "outside", low=-5.0, high=60.0)
+    assert checks["PSNR convention"].verdict == "warn"
+    assert checks["PSNR convention"].numbers["offset_db"] == pytest.approx(-4.77, abs=0.02)
 
 
 @pytest.mark.parametrize(
     ("function", "word"),
     [("saturated_ssim", "Flat"), ("generous_ssim", "Saturated"), ("constant", "Constant")],
 )
-def test_a_reward_that_cannot_tell_edits_apart_fails_in_its_response(
+def test_a_reward_that_cannot_distinguish_edits_fails_in_its_response(
     function: str, word: str
 ) -> None:
-    found = audited(function, "outside")
-    assert "response" in failed(found)
-    assert found["response"].sentence.startswith(word)
+    checks = checks_of_function(function, "outside")
+    assert "response" in failed(checks)
+    assert checks["response"].sentence.startswith(word)
 
 
 def test_a_made_up_score_beyond_the_scale_fails_the_range_and_counts_as_no_score() -> None:
-    found = audited("middle_of_the_wrong_scale", "outside", high=10.0)
-    assert {"range", "valid"} <= failed(found)
-    assert "12.5" in found["range"].sentence
+    checks = checks_of_function("middle_of_the_wrong_scale", "outside", high=10.0)
+    assert {"range", "valid"} <= failed(checks)
+    assert "12.5" in checks["range"].sentence
 
 
-def test_a_made_up_score_within_a_wider_scale_fails_where_it_beats_the_right_edit() -> None:
-    found = audited("middle_of_the_wrong_scale", "outside", high=25.0)
-    assert failed(found)
+def test_a_made_up_score_within_a_wider_scale_fails_where_it_beats_the_correct_edit() -> None:
+    checks = checks_of_function("middle_of_the_wrong_scale", "outside", high=25.0)
+    assert failed(checks)
 
 
 def test_a_random_fallback_fails_the_repeats() -> None:
-    found = audited("random_fallback", "outside")
-    assert "repeats" in failed(found)
-    assert found["repeats"].numbers["jumps"] > 0.02
+    checks = checks_of_function("random_fallback", "outside")
+    assert "repeats" in failed(checks)
+    assert checks["repeats"].numbers["jumps"] > 0.02
 
 
 def test_a_score_that_depends_on_its_group_is_seen_in_the_repeats() -> None:
-    found = audited("compares_within_the_group", "outside")
-    assert found["repeats"].verdict in ("warn", "fail")
-    assert found["repeats"].numbers["largest_gap"] > 0.1
+    checks = checks_of_function("compares_within_the_group", "outside")
+    assert checks["repeats"].verdict in ("warn", "fail")
+    assert checks["repeats"].numbers["largest_gap"] > 0.1
 
 
 def test_missing_scores_are_counted_and_fail() -> None:
-    found = audited("often_silent", "outside")
-    assert "valid" in failed(found)
-    assert 0.1 < found["valid"].numbers["share"] < 0.3
+    checks = checks_of_function("often_silent", "outside")
+    assert "valid" in failed(checks)
+    assert 0.1 < checks["valid"].numbers["share"] < 0.3
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_global_score_declared_for_one_side_fails_the_localisation(side: str) -> None:
-    found = audited("global_score", side, high=60.0, requires=("target",))
-    assert "localisation" in failed(found)
-    assert found["localisation"].numbers["auroc_mean"] == pytest.approx(0.5, abs=0.1)
+    checks = checks_of_function("global_score", side, high=60.0, requires=("target",))
+    assert "localisation" in failed(checks)
+    assert checks["localisation"].numbers["auroc_mean"] == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("tasks", [TASKS, TWO_REGIONS], ids=["one region", "two regions"])
 def test_a_global_score_copied_into_every_region_fails_the_localisation_of_each(
     tasks: list[Any],
 ) -> None:
-    found = checks(
+    checks = checks_of(
         bad("global_score_in_every_region", high=60.0, requires=frozenset({"target", "regions"})),
         "both",
         tasks,
     )
-    parts = {name: check for name, check in found.items() if name.startswith("localisation of ")}
+    parts = {name: check for name, check in checks.items() if name.startswith("localisation of ")}
     assert set(parts) >= {"localisation of background", "localisation of region.0"}
-    assert set(parts) <= failed(found)
+    assert set(parts) <= failed(checks)
     for part in parts.values():
         assert part.numbers["auroc_mean"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_scores_of_their_own_region_pass_the_localisation_of_each() -> None:
-    found = checks(
+    checks = checks_of(
         bad("score_of_each_region", high=60.0, requires=frozenset({"target", "regions"})),
         "both",
         TWO_REGIONS,
     )
     for part in ("region.0", "region.1", "background"):
-        assert found[f"localisation of {part}"].verdict == "pass"
-        assert found[f"localisation of {part}"].numbers["auroc_mean"] == 1.0
+        assert checks[f"localisation of {part}"].verdict == "pass"
+        assert checks[f"localisation of {part}"].numbers["auroc_mean"] == 1.0
 
 
-def test_a_reward_that_one_damage_raises_fails_and_the_damage_is_named() -> None:
-    found = audited("loves_blur", "outside", low=-2.0)
-    assert "order of damages outside" in failed(found)
-    assert "blur" in found["order of damages outside"].sentence
+def test_a_reward_that_one_corruption_raises_fails_and_the_corruption_is_named() -> None:
+    checks = checks_of_function("loves_blur", "outside", low=-2.0)
+    assert "order of damages outside" in failed(checks)
+    assert "blur" in checks["order of damages outside"].sentence
 
 
 def test_a_reward_blind_to_the_side_it_is_declared_for_fails_there() -> None:
-    found = checks(Preservation(), "both")
-    assert "order of damages inside" in failed(found)
-    assert found["order of damages outside"].verdict == "pass"
+    checks = checks_of(Preservation(), "both")
+    assert "order of damages inside" in failed(checks)
+    assert checks["order of damages outside"].verdict == "pass"
 
 
-def test_a_judge_without_target_is_asked_another_instruction_and_the_exchanged_pair() -> None:
-    found = audited("ignores_the_instruction", "both")
-    assert failed(found) == {"wrong instruction"}
-    assert found["wrong instruction"].numbers["auroc_mean"] == 0.5
-    assert found["image order"].verdict == "pass"
-    follows = audited("likes_what_was_asked", "both")
+def test_a_judge_without_target_is_given_another_instruction_and_the_exchanged_pair() -> None:
+    checks = checks_of_function("ignores_the_instruction", "both")
+    assert failed(checks) == {"wrong instruction"}
+    assert checks["wrong instruction"].numbers["auroc_mean"] == 0.5
+    assert checks["image order"].verdict == "pass"
+    follows = checks_of_function("follows_the_instruction", "both")
     assert follows["wrong instruction"].verdict == follows["image order"].verdict == "pass"
 
 
-# --- rewards that are sound ------------------------------------------------------------------------------------------
+# --- rewards that are correct ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,70 +391,74 @@ def test_a_judge_without_target_is_asked_another_instruction_and_the_exchanged_p
     ],
 )
 def test_the_built_in_pixel_rewards_pass_every_check(term: Reward) -> None:
-    found = checks(term)
+    checks = checks_of(term)
     assert {
         name: check.sentence
-        for name, check in found.items()
+        for name, check in checks.items()
         if check.verdict not in ("pass", "n/a")
     } == {}
-    assert found["response"].verdict == "pass"
+    assert checks["response"].verdict == "pass"
 
 
 def test_a_cache_does_not_hide_noise_from_the_repeats(tmp_path: Path) -> None:
-    assert "repeats" in failed(checks(bad("random_fallback", cache=tmp_path / "scores"), "outside"))
+    assert "repeats" in failed(
+        checks_of(bad("random_fallback", cache=tmp_path / "scores"), "outside")
+    )
     assert not (tmp_path / "scores").exists()
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------------
+# --- the test images ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_damage_stays_on_its_side_and_grows_with_its_level(side: str) -> None:
-    shown = exhibits(reference(TASKS[0]), seed=0)
-    other = ~shown.task.edit_mask if side == "inside" else shown.task.edit_mask
-    for (damage, where), pictures in shown.graded.items():
+def test_corruption_stays_on_its_side_and_grows_with_its_level(side: str) -> None:
+    test_images = make_test_images(reference(TASKS[0]), seed=0)
+    other = ~test_images.task.edit_mask if side == "inside" else test_images.task.edit_mask
+    for (corruption, where), images in test_images.graded.items():
         if where != side:
             continue
         errors = [
-            float((picture.double() - shown.clean.double()).square().mean()) for picture in pictures
+            float((image.double() - test_images.clean.double()).square().mean()) for image in images
         ]
-        assert len(pictures) == LEVELS
-        assert all(torch.equal(picture[other], shown.clean[other]) for picture in pictures), damage
-        assert errors == sorted(errors) and errors[0] > 0, damage
+        assert len(images) == LEVELS
+        assert all(torch.equal(image[other], test_images.clean[other]) for image in images), (
+            corruption
+        )
+        assert errors == sorted(errors) and errors[0] > 0, corruption
 
 
-def test_every_damage_is_done_on_both_sides_and_only_the_edit_can_be_undone() -> None:
-    shown = exhibits(reference(TASKS[0]), seed=0)
-    assert set(shown.graded) == {(damage, side) for damage in GRADED for side in SIDES} | {
-        (UNDONE, "inside")
-    }
-    assert torch.equal(shown.graded[UNDONE, "inside"][-1], shown.task.source)
+def test_every_corruption_exists_on_both_sides_and_only_the_edit_is_taken_back() -> None:
+    test_images = make_test_images(reference(TASKS[0]), seed=0)
+    assert set(test_images.graded) == {
+        (corruption, side) for corruption in GRADED for side in SIDES
+    } | {(REVERTED, "inside")}
+    assert torch.equal(test_images.graded[REVERTED, "inside"][-1], test_images.task.source)
 
 
-def test_dabs_at_home_and_away_carry_exactly_the_same_squared_error() -> None:
-    for pairs in exhibits(reference(TWO_REGIONS[0]), seed=0).dabs.values():
+def test_patches_at_home_and_away_carry_exactly_the_same_squared_error() -> None:
+    for pairs in make_test_images(reference(TWO_REGIONS[0]), seed=0).patches.values():
         for home, away in pairs:
             clean = TWO_REGIONS[0].target.double()
             assert float((home - clean).square().sum()) == float((away - clean).square().sum()) > 0
 
 
 def test_an_edit_pasted_elsewhere_leaves_its_place_untouched_where_it_does_not_overlap() -> None:
-    shown = exhibits(reference(TASKS[0]), seed=0)
-    assert shown.elsewhere is not None
-    changed = (shown.elsewhere != shown.task.source).any(dim=-1)
-    assert int((changed & shown.task.edit_mask).sum()) < int(
-        (changed & ~shown.task.edit_mask).sum()
+    test_images = make_test_images(reference(TASKS[0]), seed=0)
+    assert test_images.elsewhere is not None
+    changed = (test_images.elsewhere != test_images.task.source).any(dim=-1)
+    assert int((changed & test_images.task.edit_mask).sum()) < int(
+        (changed & ~test_images.task.edit_mask).sum()
     )
 
 
 def test_without_a_target_the_mask_is_painted_and_the_instruction_says_so() -> None:
     task = unpaired(TASKS[0])
-    right = reference(task)
-    assert torch.equal(right.edit[~task.edit_mask], task.source[~task.edit_mask])
-    assert bool((right.edit != task.source)[task.edit_mask].any())
+    correct = reference(task)
+    assert torch.equal(correct.edit[~task.edit_mask], task.source[~task.edit_mask])
+    assert bool((correct.edit != task.source)[task.edit_mask].any())
     assert re.fullmatch(
-        r"paint the area in the [a-z ]+ of the picture (red|green|blue|yellow)",
-        right.task.instruction,
+        r"paint the area in the [a-z ]+ of the image (red|green|blue|yellow)",
+        correct.task.instruction,
     )
 
 
@@ -461,8 +469,8 @@ def unpaired(task: PairedTask) -> EditTask:
 
 
 def test_preservation_passes_on_data_without_targets() -> None:
-    found = checks(Preservation(), tasks=[unpaired(task) for task in TASKS])
-    assert {name for name, check in found.items() if check.verdict not in ("pass", "n/a")} == set()
+    checks = checks_of(Preservation(), tasks=[unpaired(task) for task in TASKS])
+    assert {name for name, check in checks.items() if check.verdict not in ("pass", "n/a")} == set()
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6))
@@ -475,7 +483,7 @@ def test_kendall_is_plus_one_for_falling_scores_and_changes_sign_when_reversed(
         assert kendall(sorted(scores, reverse=True)) == 1.0
 
 
-def test_what_a_term_responds_to_must_be_declared() -> None:
+def test_the_response_of_a_term_must_be_declared() -> None:
     with pytest.raises(InputError, match="--expects inside, outside or both"):
         expected_of(bad("constant"), None)
     assert expected_of(Preservation(), None).sides == ("outside",)
@@ -483,7 +491,7 @@ def test_what_a_term_responds_to_must_be_declared() -> None:
     assert expected_of(ShapesJudge(), "inside").sides == ("inside",)
 
 
-def test_a_class_may_declare_what_it_responds_to_and_the_command_line_goes_first() -> None:
+def test_a_class_may_declare_its_response_and_the_command_line_goes_first() -> None:
     class Framing(PythonReward):
         expects: ClassVar[str] = "inside"
         reads_instruction: ClassVar[bool] = False
@@ -495,13 +503,13 @@ def test_a_class_may_declare_what_it_responds_to_and_the_command_line_goes_first
     )
 
 
-def test_a_reward_without_a_score_for_the_right_edit_is_not_asked_further() -> None:
-    found = audited("never_answers", "outside")
-    assert found["valid"].numbers["scored"] == NUM_TASKS
-    assert failed(found) == {"valid", "response"}
+def test_a_reward_without_a_score_for_the_correct_edit_is_not_scored_further() -> None:
+    checks = checks_of_function("never_answers", "outside")
+    assert checks["valid"].numbers["scored"] == NUM_TASKS
+    assert failed(checks) == {"valid", "response"}
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 @cache
@@ -531,7 +539,7 @@ def test_the_json_has_a_schema_version_and_no_number_that_json_lacks() -> None:
     }
 
 
-def test_the_page_is_self_contained_and_shows_curves_and_damaged_pictures() -> None:
+def test_the_page_is_self_contained_and_shows_curves_and_corrupted_images() -> None:
     page = render(report(), title="<b>r</b>")
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     assert "<b>r</b>" not in page and "&lt;b&gt;r&lt;/b&gt;" in page
@@ -547,7 +555,7 @@ app.command("bench-reward")(bench_reward_command)
 RUN = ["--preset", "tiny-rc-grpo"]
 
 
-def test_the_command_writes_both_files_and_exits_with_zero_for_sound_rewards(
+def test_the_command_writes_both_files_and_exits_with_zero_for_correct_rewards(
     tmp_path: Path,
 ) -> None:
     result = CliRunner().invoke(
@@ -583,7 +591,7 @@ def test_the_command_exits_with_three_when_a_reward_would_mislead(tmp_path: Path
     assert "would mislead training: flat" in result.output
 
 
-def test_the_command_names_the_rewards_there_are_when_asked_for_another() -> None:
+def test_the_command_names_the_rewards_there_are_when_another_is_requested() -> None:
     result = CliRunner().invoke(app, ["audit-reward", *RUN, "--term", "jugde"])
     assert isinstance(result.exception, InputError)
     assert "judge, preservation, attention" in str(result.exception)
@@ -591,14 +599,14 @@ def test_the_command_names_the_rewards_there_are_when_asked_for_another() -> Non
 
 def test_throughput_counts_calls_candidates_and_missing_scores() -> None:
     references = [reference(task) for task in TASKS]
-    found = measure(
+    result = measure(
         bad("often_silent"), references, seconds=0.0, concurrency=2, group_size=8, seed=0
     )
-    assert found.calls == 2
-    assert found.candidates_per_s == pytest.approx(16 / found.seconds)
-    assert 0 < found.p50_s <= found.p90_s <= found.p99_s <= found.max_s <= found.seconds
-    assert 0 < found.invalid_share < 1
-    assert "returned None" in found.reason
+    assert result.calls == 2
+    assert result.candidates_per_s == pytest.approx(16 / result.seconds)
+    assert 0 < result.p50_s <= result.p90_s <= result.p99_s <= result.max_s <= result.seconds
+    assert 0 < result.invalid_share < 1
+    assert "returned None" in result.reason
 
 
 def test_bench_reward_writes_one_result_a_reward_and_concurrency(tmp_path: Path) -> None:

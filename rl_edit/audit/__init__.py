@@ -1,8 +1,12 @@
-"""Auditing rewards before training on them: known damages, the answers to them, and a verdict per check."""
+"""Audits rewards before anything is trained on them.
+
+Correct edits are corrupted in known ways (``corruptions``, ``images``), every reward scores them
+(``responses``), and checks turn the scores into verdicts (``checks``).
+"""
 
 from __future__ import annotations
 
 from rl_edit.audit.audit import Audit, TermAudit, audit
-from rl_edit.audit.checks import Check, Expectation, expected_of
+from rl_edit.audit.checks import Check, Expectation, Verdict, expected_of
 
-__all__ = ["Audit", "Check", "Expectation", "TermAudit", "audit", "expected_of"]
+__all__ = ["Audit", "Check", "Expectation", "TermAudit", "Verdict", "audit", "expected_of"]

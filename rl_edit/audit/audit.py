@@ -1,4 +1,4 @@
-"""The audit of reward terms: right edits of real tasks, damaged in known ways, scored by every term, and judged."""
+"""Audits reward terms: corrupts correct edits of real tasks and checks the scores of every term."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rl_edit.audit.checks import Case, Check, Expectation, Verdict, verdicts, worst
-from rl_edit.audit.corruptions import LEVELS, Side, TestImages, exhibits, reference
-from rl_edit.audit.responses import Answers, AuditSession
+from rl_edit.audit.checks import Case, Check, Expectation, Verdict, run_checks, worst
+from rl_edit.audit.corruptions import LEVELS, Side
+from rl_edit.audit.images import Reference, TestImages, make_test_images, reference
+from rl_edit.audit.responses import AuditSession, Responses
 from rl_edit.errors import InputError
 from rl_edit.measures.intervals import bootstrap
 from rl_edit.rewards import Reward
 from rl_edit.types import EditTask
 
 SCHEMA = "rl-edit/audit-reward/1"
+_RESAMPLES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """How a score falls with one damage on one side: mean and 95 % interval over tasks, from level 0, the right edit, up."""
+    """Score by strength of one corruption on one side.
 
-    damage: str
+    Attributes:
+        expected: whether the term should respond to it.
+        mean, low, high: over tasks, with a 95 % interval, from level 0 (the correct edit) up. Empty
+            when no task has a score at every level.
+        tasks: with a score at every level.
+    """
+
+    corruption: str
     side: Side
     expected: bool
     mean: tuple[float, ...]
@@ -35,7 +44,13 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class TermAudit:
-    """One term: its verdict is the worst of its checks."""
+    """The audit of one term.
+
+    Attributes:
+        low, high: declared range.
+        example: responses to the first task.
+        seconds: spent in its scoring calls.
+    """
 
     name: str
     kind: str
@@ -44,21 +59,23 @@ class TermAudit:
     expected: Expectation
     checks: tuple[Check, ...]
     curves: tuple[Curve, ...]
-    example: Answers
+    example: Responses
     seconds: float
 
     @property
     def verdict(self) -> Verdict:
+        """The worst verdict of its checks."""
         return worst(check.verdict for check in self.checks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """All terms, and the first task with all its pictures, so that a person sees what was asked.
+    """The audits of all terms, with the first task's images for a person to look at.
 
     Attributes:
-        left_out: terms that were not audited, and why.
-        has_targets: whether right edits were the data's own; otherwise the mask was painted and the instruction said so.
+        left_out: terms that were not audited, and the reasons.
+        has_targets: whether correct edits are the data's own. Otherwise masks were painted and the
+            instructions replaced to say so.
     """
 
     terms: tuple[TermAudit, ...]
@@ -70,10 +87,11 @@ class Audit:
 
     @property
     def verdict(self) -> Verdict:
+        """The worst verdict of its terms."""
         return worst(term.verdict for term in self.terms)
 
     def to_json(self, **about: Any) -> str:
-        """Machine-readable; numbers that do not exist are null."""
+        """Writes the audit for machines; numbers that do not exist are null."""
         content = {
             "schema": SCHEMA,
             "verdict": self.verdict,
@@ -83,9 +101,9 @@ class Audit:
             "reference": "target" if self.has_targets else "painted",
             "levels": LEVELS,
             "left_out": self.left_out,
-            "terms": [_term(term) for term in self.terms],
+            "terms": [_term_json(term) for term in self.terms],
         }
-        return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+        return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
 
 
 def audit(
@@ -96,89 +114,100 @@ def audit(
     left_out: dict[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
-    """Shows every term the damages of every task. Deterministic by ``seed``, as far as the terms are.
+    """Scores the test images of every task with every term.
+
+    The same seed gives the same audit, as far as the terms repeat themselves.
 
     Args:
         terms: each with what it is expected to respond to.
-        tasks: at least one; two or more with different instructions to ask the wrong one.
+        tasks: at least one. Only with two or more instructions can the wrong one be given.
+        progress: called after every task of every term with the number done and the total.
     """
     if not tasks:
         raise InputError(
             "There is no task to audit on. Use data with at least one, better sixteen."
         )
     references = [reference(task) for task in tasks]
-    inquiries = [AuditSession(term=term) for term, _ in terms]
-    answers: list[list[Answers]] = [[] for _ in terms]
+    sessions = [AuditSession(term=term) for term, _ in terms]
+    responses: list[list[Responses]] = [[] for _ in terms]
     seconds = [0.0 for _ in terms]
-    example: TestImages | None = None
-    for number, right in enumerate(references):
-        shown = exhibits(right, seed=seed)
-        example = example or shown
-        said = right.task.instruction
-        following = (
-            references[(number + step) % len(references)].task.instruction
-            for step in range(1, len(references))
-        )
-        other = next((instruction for instruction in following if instruction != said), None)
-        for row, inquiry in enumerate(inquiries):
+    # Tasks are the outer loop, so that only one task's images are in memory at a time.
+    for number, correct in enumerate(references):
+        images = make_test_images(correct, seed=seed)
+        other = _other_instruction(references, number)
+        for row, session in enumerate(sessions):
             began = time.perf_counter()
-            answers[row].append(inquiry.answers(shown, other_instruction=other))
+            responses[row].append(session.responses(images, other_instruction=other))
             seconds[row] += time.perf_counter() - began
             progress(number * len(terms) + row + 1, len(references) * len(terms))
-    assert example is not None
     cases = [
-        Case(inquiry=inquiry, expected=expected, answers=tuple(found), seed=seed)
-        for inquiry, (_, expected), found in zip(inquiries, terms, answers, strict=True)
+        Case(session=session, expected=expected, responses=tuple(scores), seed=seed)
+        for session, (_, expected), scores in zip(sessions, terms, responses, strict=True)
     ]
     return Audit(
-        terms=tuple(_audited(case, taken) for case, taken in zip(cases, seconds, strict=True)),
+        terms=tuple(_term_audit(case, spent) for case, spent in zip(cases, seconds, strict=True)),
         left_out=left_out or {},
-        example=example,
+        # Made again rather than kept: the same seed gives the same images.
+        example=make_test_images(references[0], seed=seed),
         num_tasks=len(tasks),
         seed=seed,
-        has_targets=all(right.task is task for right, task in zip(references, tasks, strict=True)),
+        has_targets=all(
+            correct.task is task for correct, task in zip(references, tasks, strict=True)
+        ),
     )
 
 
-def _audited(case: Case, seconds: float) -> TermAudit:
-    term = case.inquiry.term
-    keys = list(dict.fromkeys(key for answer in case.judged for key in answer.graded))
+def _other_instruction(references: Sequence[Reference], number: int) -> str | None:
+    """Finds the next task's instruction that differs from this one's, going round once."""
+    instruction = references[number].task.instruction
+    following = (
+        references[(number + offset) % len(references)].task.instruction
+        for offset in range(1, len(references))
+    )
+    return next((other for other in following if other != instruction), None)
+
+
+def _term_audit(case: Case, seconds: float) -> TermAudit:
+    term = case.session.term
+    keys = list(dict.fromkeys(key for response in case.scored for key in response.graded))
     return TermAudit(
         name=term.name,
         kind=term.kind,
         low=term.low,
         high=term.high,
         expected=case.expected,
-        checks=verdicts(case),
-        curves=tuple(_curve(case, damage, side) for damage, side in keys),
-        example=case.answers[0],
+        checks=run_checks(case),
+        curves=tuple(_curve(case, corruption, side) for corruption, side in keys),
+        example=case.responses[0],
         seconds=seconds,
     )
 
 
-def _curve(case: Case, damage: str, side: Side) -> Curve:
-    rows = [(a.clean, *a.graded[damage, side]) for a in case.judged if (damage, side) in a.graded]
-    whole = [row for row in rows if all(math.isfinite(score) for score in row)]
-    ends = (
-        [
-            bootstrap([row[level] for row in whole], seed=case.seed, resamples=500)
-            for level in range(LEVELS + 1)
-        ]
-        if whole
-        else []
-    )
+def _curve(case: Case, corruption: str, side: Side) -> Curve:
+    rows = [
+        (response.clean, *response.graded[corruption, side])
+        for response in case.scored
+        if (corruption, side) in response.graded
+    ]
+    # Complete rows only: every level is then a mean over the same tasks.
+    complete = [row for row in rows if all(math.isfinite(score) for score in row)]
+    levels = range(LEVELS + 1) if complete else ()
+    intervals = [
+        bootstrap([row[level] for row in complete], seed=case.seed, resamples=_RESAMPLES)
+        for level in levels
+    ]
     return Curve(
-        damage=damage,
+        corruption=corruption,
         side=side,
         expected=side in case.expected.sides,
-        mean=tuple(end.mean for end in ends),
-        low=tuple(end.low for end in ends),
-        high=tuple(end.high for end in ends),
-        tasks=len(whole),
+        mean=tuple(interval.mean for interval in intervals),
+        low=tuple(interval.low for interval in intervals),
+        high=tuple(interval.high for interval in intervals),
+        tasks=len(complete),
     )
 
 
-def _term(term: TermAudit) -> dict[str, Any]:
+def _term_json(term: TermAudit) -> dict[str, Any]:
     return {
         "name": term.name,
         "kind": term.kind,
@@ -198,7 +227,8 @@ def _term(term: TermAudit) -> dict[str, Any]:
         ],
         "curves": [
             {
-                "damage": curve.damage,
+                # The key of the schema's first version; readers of old files know no other.
+                "damage": curve.corruption,
                 "side": curve.side,
                 "expected": curve.expected,
                 "mean": curve.mean,
@@ -211,11 +241,12 @@ def _term(term: TermAudit) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
+    """Replaces numbers that JSON cannot hold by None, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: _without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_without_nan(entry) for entry in value]
     return value

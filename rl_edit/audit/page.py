@@ -1,4 +1,7 @@
-"""An audit as one HTML file: verdicts, response curves, and the damaged pictures themselves. No script, no outside resource."""
+"""Renders an audit as one HTML file: verdicts, response curves, and the corrupted images.
+
+The page holds no script and loads nothing from outside.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from rl_edit.audit.audit import Audit, Curve, TermAudit
-from rl_edit.audit.corruptions import LEVELS, Picture
+from rl_edit.audit.corruptions import LEVELS, RGB
 from rl_edit.report.charts import nice_ticks, plain
 from rl_edit.report.strips import MAX_PIXELATED, mask_outline
 
@@ -24,8 +27,8 @@ SIDE_CLASS = {"inside": "c0", "outside": "c1"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shot:
-    """One picture with what every term gave it."""
+class Thumbnail:
+    """One image, embedded, with every term's score of it."""
 
     title: str
     data: str
@@ -36,14 +39,14 @@ class Shot:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """The curves of one damage."""
+    """The curves of one corruption."""
 
     title: str
     svg: Markup
 
 
 def render(audit: Audit, *, title: str) -> str:
-    """The page's text. The same audit gives the same bytes."""
+    """Writes the page's text. The same audit gives the same bytes."""
     environment = Environment(
         loader=PackageLoader("rl_edit.audit", "."),
         autoescape=True,
@@ -68,6 +71,83 @@ def render(audit: Audit, *, title: str) -> str:
     )
 
 
+def response_svg(curves: Sequence[Curve], *, title: str) -> Markup:
+    """Draws score over strength, a line per side with its 95 % interval.
+
+    The line of a side that the term should not respond to is dashed.
+    """
+    ends = [
+        value
+        for curve in curves
+        for row in (curve.mean, curve.low, curve.high)
+        for value in row
+        if math.isfinite(value)
+    ]
+    axes = _Axes(ticks=tuple(nice_ticks(min(ends), max(ends))))
+    # Curves come last: what is drawn later lies on top of the grid.
+    body = "".join([*axes.draw(), *(part for curve in curves for part in axes.draw_curve(curve))])
+    return Markup(
+        f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" '
+        f'aria-label="{escape(title)}">{body}</svg>'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axes:
+    """Coordinates of a plot: levels run to the right, scores run up between the outer ticks."""
+
+    ticks: tuple[float, ...]
+
+    def x(self, level: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * level / LEVELS
+
+    def y(self, value: float) -> float:
+        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        # SVG counts y downwards.
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
+
+    def points(self, values: Sequence[float], levels: Sequence[int]) -> str:
+        return " ".join(
+            f"{self.x(level):.1f},{self.y(value):.1f}"
+            for level, value in zip(levels, values, strict=True)
+        )
+
+    def draw(self) -> Iterator[str]:
+        """Draws grid lines, tick labels and the names of the levels."""
+        for tick in self.ticks:
+            yield (
+                f'<line class="grid" x1="{LEFT:.0f}" y1="{self.y(tick):.1f}" '
+                f'x2="{WIDTH - RIGHT:.0f}" y2="{self.y(tick):.1f}"/>'
+            )
+            yield (
+                f'<text class="end" x="{LEFT - 5:.0f}" y="{self.y(tick) + 3.5:.1f}">'
+                f"{plain(round(tick, 9))}</text>"
+            )
+        for level in range(LEVELS + 1):
+            yield (
+                f'<text class="mid" x="{self.x(level):.1f}" y="{HEIGHT - BOTTOM + 15:.0f}">'
+                f"{level or 'clean'}</text>"
+            )
+        centre = (LEFT + WIDTH - RIGHT) / 2
+        yield f'<text class="mid" x="{centre:.0f}" y="{HEIGHT - 4:.0f}">strength</text>'
+
+    def draw_curve(self, curve: Curve) -> Iterator[str]:
+        """Draws a line, and its interval where one exists."""
+        levels = range(LEVELS + 1)
+        colour = SIDE_CLASS[curve.side]
+        # With a single task the interval is infinite and cannot be drawn.
+        if all(math.isfinite(value) for value in (*curve.low, *curve.high)):
+            low = self.points(curve.low, levels)
+            high = self.points(curve.high[::-1], levels[::-1])
+            yield f'<polygon class="band {colour}" points="{low} {high}"/>'
+        values = ", ".join(plain(value) for value in curve.mean)
+        dashed = "" if curve.expected else " dashed"
+        line = self.points(curve.mean, levels)
+        yield f'<polyline class="line {colour}{dashed}" points="{line}">'
+        hover = escape(f"{curve.corruption} {curve.side}: {values}")
+        yield f"<title>{hover}</title></polyline>"
+
+
 def _numbers(numbers: dict[str, float]) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {plain(value)}"
@@ -77,124 +157,65 @@ def _numbers(numbers: dict[str, float]) -> str:
 
 
 def _drawings(term: TermAudit) -> Iterator[Drawing]:
-    for damage in dict.fromkeys(curve.damage for curve in term.curves):
-        curves = [curve for curve in term.curves if curve.damage == damage and curve.mean]
+    for corruption in dict.fromkeys(curve.corruption for curve in term.curves):
+        # A curve without values has no task with a score at every level.
+        curves = [curve for curve in term.curves if curve.corruption == corruption and curve.mean]
         if curves:
-            yield Drawing(title=damage, svg=response_svg(curves, title=f"{term.name}: {damage}"))
+            svg = response_svg(curves, title=f"{term.name}: {corruption}")
+            yield Drawing(title=corruption, svg=svg)
 
 
-def response_svg(curves: Sequence[Curve], *, title: str) -> Markup:
-    """Score over strength, a line a side with its 95 % interval; a side the term should not respond to is dashed."""
-    ends = [
-        value
-        for curve in curves
-        for row in (curve.mean, curve.low, curve.high)
-        for value in row
-        if math.isfinite(value)
-    ]
-    ticks = nice_ticks(min(ends), max(ends))
-
-    def x(level: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * level / LEVELS
-
-    def y(value: float) -> float:
-        return (
-            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - ticks[0]) / (ticks[-1] - ticks[0])
-        )
-
-    def points(values: Sequence[float], levels: Sequence[int]) -> str:
-        return " ".join(
-            f"{x(level):.1f},{y(value):.1f}" for level, value in zip(levels, values, strict=True)
-        )
-
-    parts = []
-    for tick in ticks:
-        parts.append(
-            f'<line class="grid" x1="{LEFT:.0f}" y1="{y(tick):.1f}" x2="{WIDTH - RIGHT:.0f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="end" x="{LEFT - 5:.0f}" y="{y(tick) + 3.5:.1f}">{plain(round(tick, 9))}</text>'
-        )
-    levels = range(LEVELS + 1)
-    parts += [
-        f'<text class="mid" x="{x(level):.1f}" y="{HEIGHT - BOTTOM + 15:.0f}">{level or "clean"}</text>'
-        for level in levels
-    ]
-    parts.append(
-        f'<text class="mid" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4:.0f}">strength</text>'
-    )
-    for curve in curves:
-        colour = SIDE_CLASS[curve.side]
-        if all(math.isfinite(value) for value in (*curve.low, *curve.high)):
-            band = f"{points(curve.low, levels)} {points(curve.high[::-1], levels[::-1])}"
-            parts.append(f'<polygon class="band {colour}" points="{band}"/>')
-        told = ", ".join(plain(value) for value in curve.mean)
-        dashed = "" if curve.expected else " dashed"
-        parts.append(
-            f'<polyline class="line {colour}{dashed}" points="{points(curve.mean, levels)}">'
-        )
-        parts.append(f"<title>{escape(f'{curve.damage} {curve.side}: {told}')}</title></polyline>")
-    body = "".join(parts)
-    return Markup(
-        f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{escape(title)}">{body}</svg>'
-    )
-
-
-def _rows(audit: Audit) -> Iterator[tuple[str, list[Shot]]]:
-    """Of the first task: what it is, every damage by strength, and what no judge may take for an edit."""
-    shown, terms = audit.example, audit.terms
+def _rows(audit: Audit) -> Iterator[tuple[str, list[Thumbnail]]]:
+    """Yields the first task's images: the task, every corruption by strength, and the blanks."""
+    images, terms = audit.example, audit.terms
     first = [
-        _shot("source, mask outlined", shown.task.source, {}, outlined=True),
-        _shot("right edit", shown.clean, {term.name: term.example.clean for term in terms}),
+        _thumbnail("source, mask outlined", images.task.source, {}, outlined=True),
+        _thumbnail("correct edit", images.clean, {t.name: t.example.clean for t in terms}),
     ]
-    if shown.elsewhere is not None:
-        first.append(
-            _shot(
-                "edit elsewhere",
-                shown.elsewhere,
-                {t.name: t.example.single.get("elsewhere", math.nan) for t in terms},
-            )
-        )
+    if images.elsewhere is not None:
+        scores = {t.name: t.example.single.get("elsewhere", math.nan) for t in terms}
+        first.append(_thumbnail("edit elsewhere", images.elsewhere, scores))
     yield "the task", first
-    for (damage, side), pictures in shown.graded.items():
-        scores = {t.name: t.example.graded.get((damage, side), (math.nan,) * LEVELS) for t in terms}
+    for (corruption, side), row in images.graded.items():
+        # A term without a score of the correct edit was shown nothing else.
+        graded = {
+            t.name: t.example.graded.get((corruption, side), (math.nan,) * LEVELS) for t in terms
+        }
         yield (
-            f"{damage}, {side}",
+            f"{corruption}, {side}",
             [
-                _shot(
+                _thumbnail(
                     f"level {level + 1}",
-                    picture,
-                    {name: row[level] for name, row in scores.items()},
+                    image,
+                    {name: by_level[level] for name, by_level in graded.items()},
                 )
-                for level, picture in enumerate(pictures)
+                for level, image in enumerate(row)
             ],
         )
     yield (
         "no edit at all",
         [
-            _shot(name, picture, {t.name: t.example.blanks.get(name, math.nan) for t in terms})
-            for name, picture in shown.blanks.items()
+            _thumbnail(name, image, {t.name: t.example.blanks.get(name, math.nan) for t in terms})
+            for name, image in images.blanks.items()
         ],
     )
 
 
-def _shot(
-    title: str, picture: Picture, scores: dict[str, float], *, outlined: bool = False
-) -> Shot:
-    image = Image.fromarray(picture.numpy())
+def _thumbnail(
+    title: str, pixels: RGB, scores: dict[str, float], *, outlined: bool = False
+) -> Thumbnail:
+    image = Image.fromarray(pixels.numpy())
     if max(image.size) > MAX_THUMBNAIL:
         image.thumbnail((MAX_THUMBNAIL, MAX_THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    told: list[tuple[str, str]] = [
-        (name, plain(value) if math.isfinite(value) else "no score")
-        for name, value in scores.items()
-    ]
-    data = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Shot(
+    return Thumbnail(
         title=title,
-        data=data,
+        data="data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"),
         pixelated=max(image.size) <= MAX_PIXELATED,
         outlined=outlined,
-        scores=tuple(told),
+        scores=tuple(
+            (name, plain(value) if math.isfinite(value) else "no score")
+            for name, value in scores.items()
+        ),
     )

@@ -1,4 +1,4 @@
-"""What one reward term answers to everything it is shown. It asks and writes down; it judges nothing."""
+"""Collects one reward term's scores of every test image. It measures; the checks give verdicts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from rl_edit.audit.corruptions import SIDES, Picture, Side, TestImages, enlarged
+from rl_edit.audit.corruptions import RGB, SIDES, Side
+from rl_edit.audit.images import TestImages, enlarged
 from rl_edit.measures.pixels import psnr
 from rl_edit.rewards import Reward, score_candidates
 from rl_edit.types import Candidates, EditTask
 
 REPEATS = 4
-GROUP = 8
-"""Pictures scored in one call, as many as a usual training group: a term may fail, or compare, a call as a whole."""
+"""Scores of one image in the check of repeats, the last of them without company."""
+BATCH = 8
+"""Images in one call, as many as a usual training group.
+
+A term may fail on a call as a whole, or compare the images in it.
+"""
 _REGION = re.compile(r"region\.\d+")
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class Measurement:
     """A score and its named parts; NaN where there is no valid one."""
 
     value: float
@@ -35,28 +40,39 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dab:
-    """How far a score moved when its place was dabbed, and when as much was dabbed elsewhere; the direction is not asked here."""
+class PatchResponse:
+    """Distances a score moved under a pair of equally strong patches.
+
+    The direction does not matter here.
+
+    Attributes:
+        home: with the patch inside the place that the score is about.
+        away: with the patch outside that place.
+    """
 
     home: float
     away: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """A term's scores of one task. NaN wherever there was no valid score.
+class Responses:
+    """A term's scores of one task, NaN where there was no valid score.
 
-    Without a score of the right edit there is nothing to compare with: the rest is not asked and empty.
+    Without a score of the correct edit there is nothing to compare with. Then nothing else is
+    measured, and all other fields are empty.
 
     Attributes:
-        clean: of the right edit.
-        graded: by (damage, side), one score a level, the mildest first.
-        decibel: background PSNR of the pictures damaged outside, by damage.
-        single: by name, a picture or question that deserves less than ``clean``; absent where it could not be asked.
-        blanks: scores of pictures that show no edit at all.
-        dabs: by what they are dabs of: "" is the score itself, home being inside the mask; the others are its parts.
-        repeats: one and the same picture scored several times over; a tuple a picture.
-        growth: how much the score fell under one damage, and under the same with every pixel doubled.
+        clean: of the correct edit.
+        graded: by (corruption, side), one score per level, the mildest first.
+        decibel: background PSNR, in dB, of the images corrupted outside, by corruption and level.
+        single: by name, an image or a question that deserves less than ``clean``. A name is absent
+            where the case does not exist for the term or the task.
+        blanks: scores of images that show no edit at all.
+        patches: by what is measured. "" is the score itself, at home inside the mask; the others
+            are its parts.
+        repeats: scores of one and the same image, a tuple per image.
+        growth: the fall of the score under one corruption, and under the same with every pixel
+            doubled.
     """
 
     task_id: str
@@ -65,186 +81,227 @@ class Answers:
     decibel: dict[str, tuple[float, ...]] = field(default_factory=dict)
     single: dict[str, float] = field(default_factory=dict)
     blanks: dict[str, float] = field(default_factory=dict)
-    dabs: dict[str, tuple[Dab, ...]] = field(default_factory=dict)
+    patches: dict[str, tuple[PatchResponse, ...]] = field(default_factory=dict)
     repeats: tuple[tuple[float, ...], ...] = ()
     growth: tuple[float, float] = (math.nan, math.nan)
 
 
 @dataclass(kw_only=True)
 class AuditSession:
-    """Asks one term and counts what comes back.
+    """Scores images with one term and counts invalid scores on the way.
 
     Attributes:
-        scored, invalid: pictures that deserve a score, and how many of them got none. Blank pictures are not counted: a judge
-            may refuse them.
-        broken: calls in which the term returned what its declaration rules out.
-        reasons: why scores were invalid, and in how many calls.
+        scored, invalid: images that deserve a score, and those among them without one. Blank
+            images are not counted: a judge may refuse them.
+        out_of_contract: calls in which the term returned something its declaration rules out.
+        reasons: of invalid scores, with the number of calls each was given in.
     """
 
     term: Reward
     scored: int = 0
     invalid: int = 0
-    broken: int = 0
+    out_of_contract: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        # A cached answer repeats itself, and the repeats that a run asks for are no part of an audit.
+        # A cached score always repeats itself, and a run's own repeats are not part of an audit.
         self.term = self.term.model_copy(update={"cache": None, "repeat_every": 0})
 
-    def ask(
+    def measure(
         self,
         task: EditTask,
-        pictures: Mapping[Key, Picture],
+        images: Mapping[Key, RGB],
         *,
         repeat: int = 0,
         refusable: bool = False,
-    ) -> dict[Key, Reading]:
-        """One reading per picture. Every ``repeat`` gives a term that draws random numbers others."""
+    ) -> dict[Key, Measurement]:
+        """Scores every image, in calls of at most ``BATCH``.
+
+        Args:
+            repeat: a term that draws random numbers gets others for every number.
+            refusable: a missing score is no fault and is not counted.
+        """
         term = self.term
         for _ in range(repeat):
             term = term.reseeded()
-        keys = list(pictures)
-        found: dict[Key, Reading] = {}
-        for start in range(0, len(keys), GROUP):
-            group = keys[start : start + GROUP]
+        keys = list(images)
+        measurements: dict[Key, Measurement] = {}
+        for start in range(0, len(keys), BATCH):
+            batch = keys[start : start + BATCH]
             table = score_candidates(
                 (term,),
-                candidates(task, torch.stack([pictures[key] for key in group])),
+                candidates(task, torch.stack([images[key] for key in batch])),
                 group_id=task.task_id,
             )
-            self.broken += table.contract_broken
+            self.out_of_contract += table.contract_broken
             self.reasons.update(table.reasons)
-            for row, key in enumerate(group):
+            for row, key in enumerate(batch):
                 parts = {
                     name.removeprefix(f"{term.name}."): values[row]
                     for name, values in table.components.items()
                 }
-                found[key] = Reading(value=float(table.values[row, 0]), parts=parts)
+                measurements[key] = Measurement(value=float(table.values[row, 0]), parts=parts)
             if not refusable:
-                self.scored += len(group)
+                self.scored += len(batch)
                 self.invalid += int((~table.valid).sum())
-        return found
+        return measurements
 
-    def answers(self, shown: TestImages, *, other_instruction: str | None) -> Answers:
-        """Everything one task can tell. ``other_instruction`` is another task's, None when no task has another."""
-        task, clean = shown.task, shown.clean
-        if math.isnan(alone := self._alone(task, clean)):
-            return Answers(task_id=task.task_id, clean=alone)
-        graded = {
-            (damage, side, level): picture
-            for (damage, side), row in shown.graded.items()
-            for level, picture in enumerate(row)
+    def score(self, task: EditTask, image: RGB) -> float:
+        """Scores one image in a call of its own."""
+        return self.measure(task, {"": image})[""].value
+
+    def responses(self, images: TestImages, *, other_instruction: str | None) -> Responses:
+        """Scores everything that is made from one task.
+
+        Args:
+            other_instruction: another task's. None when no task has a different one.
+        """
+        task, clean = images.task, images.clean
+        if math.isnan(score := self.score(task, clean)):
+            return Responses(task_id=task.task_id, clean=score)
+        # One batch order for all terms: the clean edit first, then all corruptions, then the edit
+        # pasted elsewhere. Terms that compare within a call see the same company in every audit.
+        stack: dict[object, RGB] = {"": clean}
+        stack |= {
+            (*key, level): image
+            for key, row in images.graded.items()
+            for level, image in enumerate(row)
         }
-        read = self.ask(
-            task,
-            {
-                "": clean,
-                **graded,
-                **({} if shown.elsewhere is None else {"elsewhere": shown.elsewhere}),
-            },
-        )
-        whole = read[""]
-        single = {name: read[name].value for name in ("elsewhere",) if name in read}
-        if not self.term.requires & {"target", "caption"}:
-            # Where these say what is right, other words or an exchanged pair would be a task that contradicts itself.
-            if other_instruction is not None:
-                single["other instruction"] = self._alone(
-                    replace(task, instruction=other_instruction), clean
-                )
-            single["swapped"] = self._alone(replace(task, source=clean), task.source)
-        keep = ~task.edit_mask
-        return Answers(
+        if images.elsewhere is not None:
+            stack["elsewhere"] = images.elsewhere
+        measured = self.measure(task, stack)
+        single = {name: measured[name].value for name in ("elsewhere",) if name in measured}
+        return Responses(
             task_id=task.task_id,
-            clean=whole.value,
+            clean=measured[""].value,
             graded={
-                key: tuple(read[(*key, level)].value for level in range(len(row)))
-                for key, row in shown.graded.items()
+                key: tuple(measured[(*key, level)].value for level in range(len(row)))
+                for key, row in images.graded.items()
             },
-            decibel={
-                damage: tuple(psnr(torch.stack(row), task.source, keep, "masked").tolist())
-                for (damage, side), row in shown.graded.items()
-                if side == "outside"
-            },
-            single=single,
+            decibel=_background_psnr(images),
+            single=single | self._contradicted(images, other_instruction),
             blanks={
-                name: reading.value
-                for name, reading in self.ask(task, shown.blanks, refusable=True).items()
+                name: blank.value
+                for name, blank in self.measure(task, images.blanks, refusable=True).items()
             },
-            dabs=self._dabs(shown, whole),
-            repeats=self._repeats(shown),
-            growth=self._growth(shown, whole.value),
+            patches=self._patches(images, measured[""]),
+            repeats=self._repeats(images),
+            growth=self._growth(images, measured[""].value),
         )
 
-    def _alone(self, task: EditTask, picture: Picture) -> float:
-        return self.ask(task, {"": picture})[""].value
+    def _contradicted(self, images: TestImages, other_instruction: str | None) -> dict[str, float]:
+        """Scores the correct edit under another instruction, and with source and result swapped."""
+        task, clean = images.task, images.clean
+        # A target or a caption says what is correct. With other words, or with the pair swapped,
+        # such a task would contradict itself.
+        if self.term.requires & {"target", "caption"}:
+            return {}
+        single: dict[str, float] = {}
+        if other_instruction is not None:
+            other = replace(task, instruction=other_instruction)
+            single["other instruction"] = self.score(other, clean)
+        single["swapped"] = self.score(replace(task, source=clean), task.source)
+        return single
 
-    def _dabs(self, shown: TestImages, whole: Reading) -> dict[str, tuple[Dab, ...]]:
-        found: dict[str, tuple[Dab, ...]] = {}
-        for place, pairs in shown.dabs.items():
-            read = self.ask(
-                shown.task,
+    def _patches(
+        self, images: TestImages, clean: Measurement
+    ) -> dict[str, tuple[PatchResponse, ...]]:
+        responses: dict[str, tuple[PatchResponse, ...]] = {}
+        for place, pairs in images.patches.items():
+            measured = self.measure(
+                images.task,
                 {(side, row): pair[side] for row, pair in enumerate(pairs) for side in (0, 1)},
             )
-            here = [(read[0, row], read[1, row]) for row in range(len(pairs))]
+            here = [(measured[0, row], measured[1, row]) for row in range(len(pairs))]
             if place == "inside":
-                found[""] = tuple(
-                    Dab(home=abs(whole.value - home.value), away=abs(whole.value - away.value))
+                responses[""] = tuple(
+                    PatchResponse(
+                        home=abs(clean.value - home.value), away=abs(clean.value - away.value)
+                    )
                     for home, away in here
                 )
-            for part in _parts_of(place, whole, several="region.0" in shown.dabs):
-                # Home of the background is where the inside's dabs are not.
-                ways = [
-                    (away, home) if part == "background" else (home, away) for home, away in here
-                ]
-                found[part] = tuple(
-                    Dab(home=_moved(whole, near, part), away=_moved(whole, far, part))
-                    for near, far in ways
-                )
-        return found
+            for part in _parts_of(place, clean, several="region.0" in images.patches):
+                responses[part] = _part_responses(part, clean, here)
+        return responses
 
-    def _repeats(self, shown: TestImages) -> tuple[tuple[float, ...], ...]:
-        """A right and a half-damaged picture, in one company and alone."""
-        pictures = {"clean": shown.clean, "damaged": _everywhere(shown, "noise", 1)}
-        together = [self.ask(shown.task, pictures, repeat=number) for number in range(REPEATS - 1)]
-        alone = {
-            name: self.ask(shown.task, {name: picture}, repeat=REPEATS - 1)[name]
-            for name, picture in pictures.items()
+    def _repeats(self, images: TestImages) -> tuple[tuple[float, ...], ...]:
+        """Scores a correct and a half-corrupted image repeatedly.
+
+        All but the last time both are in one call; the last time each has a call of its own.
+        """
+        pair = {"clean": images.clean, "corrupted": _everywhere(images, "noise", 1)}
+        batched = [self.measure(images.task, pair, repeat=number) for number in range(REPEATS - 1)]
+        isolated = {
+            name: self.measure(images.task, {name: image}, repeat=REPEATS - 1)[name]
+            for name, image in pair.items()
         }
-        return tuple(tuple(read[name].value for read in (*together, alone)) for name in pictures)
+        return tuple(
+            tuple(measured[name].value for measured in (*batched, isolated)) for name in pair
+        )
 
-    def _growth(self, shown: TestImages, clean: float) -> tuple[float, float]:
-        """Under a tint: it has no fine detail that doubling could change."""
-        tinted = _everywhere(shown, "recolour", 2)
-        task, large = enlarged(shown.task, shown.clean)
-        big = self.ask(task, {"clean": large, "tinted": enlarged(shown.task, tinted)[1]})
-        return clean - self._alone(shown.task, tinted), big["clean"].value - big["tinted"].value
-
-
-def _everywhere(shown: TestImages, damage: str, level: int) -> Picture:
-    inside, outside = (shown.graded[damage, side][level] for side in SIDES)
-    return torch.where(shown.task.edit_mask[:, :, None], inside, outside)
-
-
-def _moved(clean: Reading, damaged: Reading, part: str) -> float:
-    return abs(clean.parts[part] - damaged.parts.get(part, math.nan))
-
-
-def _parts_of(place: str, whole: Reading, *, several: bool) -> list[str]:
-    """The term's parts whose home ``place`` decides. With one region it is the mask."""
-    if place != "inside":
-        return [place] if place in whole.parts else []
-    alone = [part for part in whole.parts if _REGION.fullmatch(part)] if not several else []
-    return [
-        *(part for part in alone if len(alone) == 1),
-        *(["background"] if "background" in whole.parts else []),
-    ]
+    def _growth(self, images: TestImages, clean: float) -> tuple[float, float]:
+        # A tint has no fine detail that doubling the pixels could change.
+        tinted = _everywhere(images, "recolour", 2)
+        task, large = enlarged(images.task, images.clean)
+        doubled = self.measure(task, {"clean": large, "tinted": enlarged(images.task, tinted)[1]})
+        return (
+            clean - self.score(images.task, tinted),
+            doubled["clean"].value - doubled["tinted"].value,
+        )
 
 
 def candidates(task: EditTask, images: UInt8[Tensor, "group height width 3"]) -> Candidates:
-    """Pictures as a reward sees them. No editor looked while making them, so all attention lies on a single token."""
+    """Packs images as a reward receives them.
+
+    No editor attended to anything while making them, so all attention lies on a single token.
+    """
     return Candidates(
         task=task,
         images=images,
         attention=torch.ones(len(images), 1),
         token_mask=torch.ones(1, dtype=torch.bool),
     )
+
+
+def _background_psnr(images: TestImages) -> dict[str, tuple[float, ...]]:
+    """Measures PSNR against the source outside the mask, by corruption."""
+    background = ~images.task.edit_mask
+    return {
+        corruption: tuple(psnr(torch.stack(row), images.task.source, background, "masked").tolist())
+        for (corruption, side), row in images.graded.items()
+        if side == "outside"
+    }
+
+
+def _everywhere(images: TestImages, corruption: str, level: int) -> RGB:
+    inside, outside = (images.graded[corruption, side][level] for side in SIDES)
+    return torch.where(images.task.edit_mask[:, :, None], inside, outside)
+
+
+def _part_responses(
+    part: str, clean: Measurement, pairs: list[tuple[Measurement, Measurement]]
+) -> tuple[PatchResponse, ...]:
+    # The background is at home where the patches inside the mask are not.
+    oriented = [(away, home) if part == "background" else (home, away) for home, away in pairs]
+    return tuple(
+        PatchResponse(home=_moved(clean, near, part), away=_moved(clean, far, part))
+        for near, far in oriented
+    )
+
+
+def _moved(clean: Measurement, corrupted: Measurement, part: str) -> float:
+    return abs(clean.parts[part] - corrupted.parts.get(part, math.nan))
+
+
+def _parts_of(place: str, clean: Measurement, *, several: bool) -> list[str]:
+    """Lists the term's parts that are about ``place``.
+
+    A single region is the mask itself, so its part belongs to "inside".
+    """
+    if place != "inside":
+        return [place] if place in clean.parts else []
+    regions = [part for part in clean.parts if _REGION.fullmatch(part)] if not several else []
+    return [
+        *(part for part in regions if len(regions) == 1),
+        *(["background"] if "background" in clean.parts else []),
+    ]

@@ -1,7 +1,7 @@
-"""How fast a reward answers: candidates a second, latencies, and how much of the time its slowest calls take.
+"""Measures the speed of a reward: candidates per second, latencies, and time in its slowest calls.
 
-It measures what training does: whole groups, several at once, and never the same picture twice, which a cache or a serving
-engine would remember.
+Calls are like those of training: whole groups, several at once. No image is scored twice, since a
+cache or a serving engine would remember it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rl_edit.audit.corruptions import Reference, generator
+from rl_edit.audit.corruptions import generator
+from rl_edit.audit.images import Reference
 from rl_edit.audit.responses import candidates
 from rl_edit.errors import InputError
 from rl_edit.rewards import Reward, score_candidates
 from rl_edit.types import Candidates
 
 TAIL = 2.0
-"""A call slower than so many medians belongs to the tail."""
+"""Calls slower than this many medians belong to the tail."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """One term under one number of calls at a time. A call scores one group.
+    """One term under one number of concurrent calls. A call scores one group.
 
     Attributes:
         seconds: from the first call's start to the last one's end.
         p50_s, p90_s, p99_s, max_s: of one call.
-        tail_share: share of all time spent in calls that was spent in those slower than ``TAIL`` medians.
+        tail_share: of all time spent in calls, the share in calls slower than ``TAIL`` medians.
         invalid_share: candidates without a score.
-        reason: why, of the first one; "" when there is none.
+        reason: of the first invalid score; "" when all are valid.
     """
 
     term: str
@@ -70,57 +71,67 @@ def measure(
     seed: int,
     progress: Callable[[float], None] = lambda elapsed: None,
 ) -> Throughput:
-    """Keeps ``concurrency`` calls running for ``seconds``, then waits for those that have begun. One call comes before, uncounted.
+    """Keeps ``concurrency`` calls running for ``seconds``, then waits for those that have begun.
+
+    One call comes first and is not counted.
 
     Args:
-        progress: told the seconds that have passed, after every call.
+        progress: called after every call with the seconds that have passed.
     """
     if not references:
         raise InputError("There is no task to score. Use data with at least one.")
     term = term.model_copy(update={"cache": None, "repeat_every": 0})
     numbers, guard = itertools.count(), threading.Lock()
-    # Loading a model is no part of answering.
-    _call(term, _group(references[0], next(numbers), group_size=group_size, seed=seed))
+
+    def score_next_group() -> _Call:
+        # Only the number is taken under the lock: groups are made by all threads at once.
+        with guard:
+            number = next(numbers)
+        return _call(term, _group(references, number, group_size=group_size, seed=seed))
+
+    # Not counted: the first call may load a model.
+    score_next_group()
     began = time.perf_counter()
 
     def work() -> list[_Call]:
         calls: list[_Call] = []
+        # At least one call each, however short the time.
         while not calls or time.perf_counter() - began < seconds:
-            with guard:
-                number = next(numbers)
-            calls.append(
-                _call(
-                    term,
-                    _group(
-                        references[number % len(references)],
-                        number,
-                        group_size=group_size,
-                        seed=seed,
-                    ),
-                )
-            )
+            calls.append(score_next_group())
             progress(time.perf_counter() - began)
         return calls
 
     with ThreadPoolExecutor(concurrency) as threads:
-        working = [threads.submit(work) for _ in range(concurrency)]
-        calls = [call for future in working for call in future.result()]
-    whole = time.perf_counter() - began
+        workers = [threads.submit(work) for _ in range(concurrency)]
+        calls = [call for worker in workers for call in worker.result()]
+    return _summary(
+        term.name,
+        calls,
+        elapsed=time.perf_counter() - began,
+        concurrency=concurrency,
+        group_size=group_size,
+    )
+
+
+def _summary(
+    term: str, calls: Sequence[_Call], *, elapsed: float, concurrency: int, group_size: int
+) -> Throughput:
     latencies = np.array([call.seconds for call in calls])
     p50, p90, p99 = (float(value) for value in np.quantile(latencies, [0.5, 0.9, 0.99]))
+    num_candidates = len(calls) * group_size
     return Throughput(
-        term=term.name,
+        term=term,
         concurrency=concurrency,
         group_size=group_size,
         calls=len(calls),
-        seconds=whole,
-        candidates_per_s=len(calls) * group_size / whole,
+        seconds=elapsed,
+        candidates_per_s=num_candidates / elapsed,
         p50_s=p50,
         p90_s=p90,
         p99_s=p99,
         max_s=float(latencies.max()),
         tail_share=float(latencies[latencies > TAIL * p50].sum() / latencies.sum()),
-        invalid_share=sum(call.invalid for call in calls) / (len(calls) * group_size),
+        invalid_share=sum(call.invalid for call in calls) / num_candidates,
         reason=next((call.reason for call in calls if call.reason), ""),
     )
 
@@ -135,10 +146,12 @@ def _call(term: Reward, group: Candidates) -> _Call:
     )
 
 
-def _group(right: Reference, number: int, *, group_size: int, seed: int) -> Candidates:
-    """The right edit under faint noise that no other call has."""
+def _group(
+    references: Sequence[Reference], number: int, *, group_size: int, seed: int
+) -> Candidates:
+    """Makes a group of correct edits under faint noise that no other number has."""
+    correct = references[number % len(references)]
     random = generator(seed, "throughput", number)
-    faint = torch.randint(-3, 4, (group_size, *right.edit.shape), generator=random)
-    return candidates(
-        right.task, (right.edit.to(torch.int64) + faint).clamp(0, 255).to(torch.uint8)
-    )
+    faint = torch.randint(-3, 4, (group_size, *correct.edit.shape), generator=random)
+    images = (correct.edit.to(torch.int64) + faint).clamp(0, 255).to(torch.uint8)
+    return candidates(correct.task, images)

@@ -1,4 +1,4 @@
-"""``rl-edit audit-reward``: known damages through a run's rewards, and a verdict per check before anything is trained on them."""
+"""``rl-edit audit-reward``: checks a run's rewards before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from rl_edit.audit import TermAudit, audit, expected_of
-from rl_edit.audit.checks import Verdict
+from rl_edit.audit import Audit, TermAudit, Verdict, audit, expected_of
 from rl_edit.audit.files import write_whole
 from rl_edit.audit.page import render
 from rl_edit.config import RunConfig, load_config
@@ -24,8 +23,9 @@ from rl_edit.rewards import Reward, available
 from rl_edit.types import EditTask
 
 MISLEADS = 3
+"""Exit code when a reward would mislead training."""
 CANVAS_STEP = 16
-"""Pixels; canvases of every editor are multiples of it or finer. Rewards are audited without loading an editor."""
+"""Pixels. The canvas of every editor is a multiple of it or finer; no editor is loaded here."""
 COLOURS: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "red", "n/a": "dim"}
 
 
@@ -39,14 +39,12 @@ def audit_reward_command(
     preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
     term: Annotated[
         list[str] | None,
-        typer.Option(help="Only this reward; may be repeated. All with a weight unless given."),
+        typer.Option(help="Only this reward; may be repeated. Default: all with a weight."),
     ] = None,
-    tasks: Annotated[int, typer.Option(help="Training tasks to audit on.", min=1)] = 16,
+    tasks: Annotated[int, typer.Option(help="Number of training tasks to audit on.", min=1)] = 16,
     expects: Annotated[
         str | None,
-        typer.Option(
-            help="What the rewards respond to: inside, outside or both the sides of the mask."
-        ),
+        typer.Option(help="Side of the mask that the rewards respond to: inside, outside or both."),
     ] = None,
     instruction: Annotated[
         bool | None,
@@ -56,44 +54,38 @@ def audit_reward_command(
         "audit"
     ),
 ) -> None:
-    """Damage right edits in known ways and check that the rewards notice. Exits with 3 when one would mislead training."""
+    """Corrupt correct edits in known ways and check that every reward notices.
+
+    Exits with 3 when a reward would mislead training.
+    """
     run = configured(config, overrides, preset)
     dataset = open_dataset(run.data, "train")
     chosen, left_out = chosen_terms(run, dataset.fields, term)
-    wanted = [
+    terms = [
         (reward, expected_of(reward, expects, reads_instruction=instruction)) for reward in chosen
     ]
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("auditing", total=None)
-        found = audit(
-            wanted,
+        result = audit(
+            terms,
             first_tasks(dataset, tasks, resolution=run.editor.resolution),
             seed=run.seed,
             left_out=left_out,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    write_whole(out / "audit.json", found.to_json(run=run.name, data=run.data.path))
-    write_whole(out / "audit.html", render(found, title=run.name))
-    for entry in found.terms:
-        console.print(_table(entry))
-    for name, why in left_out.items():
-        console.print(f"not audited: {name} ({why})", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"{out / 'audit.json'}, {out / 'audit.html'}", highlight=False, markup=False, soft_wrap=True
-    )
-    if found.verdict == "fail":
-        failed = ", ".join(entry.name for entry in found.terms if entry.verdict == "fail")
-        console.print(
-            f"[red]would mislead training: {escape(failed)}[/red]", highlight=False, soft_wrap=True
-        )
+    files = (out / "audit.json", out / "audit.html")
+    write_whole(files[0], result.to_json(run=run.name, data=run.data.path))
+    write_whole(files[1], render(result, title=run.name))
+    _print(console, result, files)
+    if result.verdict == "fail":
         raise typer.Exit(MISLEADS)
 
 
 def configured(
     config: Path | None, overrides: Sequence[str] | None, preset: str | None
 ) -> RunConfig:
-    """The run of a file or preset. With --preset the first argument is an override."""
+    """Loads the run of a file or preset. With --preset the first argument is an override."""
     changes = list(overrides or [])
     if config is not None and "=" in str(config):
         changes, config = [str(config), *changes], None
@@ -103,34 +95,43 @@ def configured(
 def chosen_terms(
     run: RunConfig, fields: Collection[str], names: Sequence[str] | None
 ) -> tuple[tuple[Reward, ...], dict[str, str]]:
-    """The rewards to ask, those named or all with a weight, and why the others are left out.
+    """Chooses the rewards to score with: those named, or all with a weight.
 
-    Attention comes from an editor's rollout, not from a picture: terms that read it cannot be asked without one.
+    Attention comes from an editor's rollout, not from an image, so terms that read it are left out.
+
+    Returns:
+        The rewards, and the reasons why others are left out.
     """
     unknown = [name for name in names or () if name not in run.rewards]
     if unknown:
         raise InputError(
-            f"There is no reward {unknown[0]!r} in this run; it has {', '.join(run.rewards)}. Correct --term."
+            f"There is no reward {unknown[0]!r} in this run. It has {', '.join(run.rewards)}. "
+            "Correct --term."
         )
     terms, left_out = available(tuple(run.rewards.values()), fields)
-    kept: list[Reward] = []
+    chosen: list[Reward] = []
     for reward in terms:
         if names and reward.name not in names:
             continue
         if reward.needs_attention:
-            left_out[reward.name] = "it reads the editor's attention, not pictures"
+            left_out[reward.name] = "it reads the editor's attention, not images"
         elif not names and reward.weight == 0:
             left_out[reward.name] = "weight 0: nothing is trained on it; name it with --term"
         else:
-            kept.append(reward)
-    if not kept:
+            chosen.append(reward)
+    if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise InputError(f"No reward of this run can be asked ({why}). Name another with --term.")
-    return tuple(kept), {name: why for name, why in left_out.items() if not names or name in names}
+        raise InputError(
+            f"No reward of this run can be scored here ({why}). Name another with --term."
+        )
+    # With --term, the reasons of rewards that were not named are of no interest.
+    return tuple(chosen), {
+        name: why for name, why in left_out.items() if not names or name in names
+    }
 
 
 def first_tasks(dataset: Dataset, count: int, *, resolution: int) -> list[EditTask]:
-    """Tasks on a canvas of the run's resolution."""
+    """Reads the first tasks, on a canvas of the run's resolution."""
     side = max(resolution, 2 * CANVAS_STEP)
     return [
         fit(dataset[row], resolution=side, multiple=CANVAS_STEP)
@@ -138,16 +139,24 @@ def first_tasks(dataset: Dataset, count: int, *, resolution: int) -> list[EditTa
     ]
 
 
+def _print(console: Console, result: Audit, files: Sequence[Path]) -> None:
+    for term in result.terms:
+        console.print(_table(term))
+    lines = [f"not audited: {name} ({why})" for name, why in result.left_out.items()]
+    for line in (*lines, ", ".join(str(file) for file in files)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    failed = ", ".join(term.name for term in result.terms if term.verdict == "fail")
+    if failed:
+        text = f"[red]would mislead training: {escape(failed)}[/red]"
+        console.print(text, highlight=False, soft_wrap=True)
+
+
 def _table(term: TermAudit) -> Table:
-    shown = Table(
-        "check",
-        "verdict",
-        "what was found",
-        title=f"{escape(term.name)}: {_coloured(term.verdict)}",
-    )
+    title = f"{escape(term.name)}: {_coloured(term.verdict)}"
+    table = Table("check", "verdict", "finding", title=title)
     for check in term.checks:
-        shown.add_row(check.name, _coloured(check.verdict), escape(check.sentence))
-    return shown
+        table.add_row(check.name, _coloured(check.verdict), escape(check.sentence))
+    return table
 
 
 def _coloured(verdict: Verdict) -> str:

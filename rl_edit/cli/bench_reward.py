@@ -1,25 +1,28 @@
-"""``rl-edit bench-reward``: throughput and latency of a run's rewards, as training would ask them."""
+"""``rl-edit bench-reward``: measures throughput and latency of a run's rewards, as in training."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from rl_edit.audit.corruptions import reference
 from rl_edit.audit.files import write_whole
+from rl_edit.audit.images import reference
 from rl_edit.audit.throughput import TAIL, Throughput, measure
 from rl_edit.cli.audit_reward import chosen_terms, configured, first_tasks
 from rl_edit.data import open_dataset
 
 SCHEMA = "rl-edit/bench-reward/1"
+CONCURRENCY = (1, 4)
 
 
 def bench_reward_command(
@@ -32,18 +35,21 @@ def bench_reward_command(
     preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
     term: Annotated[
         list[str] | None,
-        typer.Option(help="Only this reward; may be repeated. All with a weight unless given."),
+        typer.Option(help="Only this reward; may be repeated. Default: all with a weight."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(help="How long to ask each reward at each concurrency.", min=0.01)
+        float, typer.Option(help="Seconds to keep each reward busy, per concurrency.", min=0.01)
     ] = 10.0,
     concurrency: Annotated[
-        list[int] | None, typer.Option(help="Groups scored at a time; may be repeated.", min=1)
+        list[int] | None,
+        typer.Option(help="Groups scored at once; may be repeated. Default: 1 and 4.", min=1),
     ] = None,
-    tasks: Annotated[int, typer.Option(help="Training tasks to take pictures from.", min=1)] = 16,
+    tasks: Annotated[
+        int, typer.Option(help="Number of training tasks to take images from.", min=1)
+    ] = 16,
     out: Annotated[Path, typer.Option(help="File for the numbers.")] = Path("bench-reward.json"),
 ) -> None:
-    """Score groups of noisy right edits for a while and report candidates a second, latencies and the tail."""
+    """Score groups of noisy correct edits and report candidates per second and latencies."""
     run = configured(config, overrides, preset)
     dataset = open_dataset(run.data, "train")
     terms, left_out = chosen_terms(run, dataset.fields, term)
@@ -51,12 +57,16 @@ def bench_reward_command(
         reference(task) for task in first_tasks(dataset, tasks, resolution=run.editor.resolution)
     ]
     console = Console()
-    found: list[Throughput] = []
+    results: list[Throughput] = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
+
+        def show(bar: TaskID, elapsed: float) -> None:
+            progress.update(bar, completed=elapsed)
+
         for reward in terms:
-            for number in concurrency or [1, 4]:
+            for number in concurrency or CONCURRENCY:
                 bar = progress.add_task(f"{reward.name}, {number} at a time", total=seconds)
-                found.append(
+                results.append(
                     measure(
                         reward,
                         references,
@@ -64,38 +74,36 @@ def bench_reward_command(
                         concurrency=number,
                         group_size=run.rollout.group_size,
                         seed=run.seed,
-                        progress=lambda elapsed, bar=bar: progress.update(bar, completed=elapsed),  # type: ignore[misc]
+                        progress=partial(show, bar),
                     )
                 )
     content = {
         "schema": SCHEMA,
         "run": run.name,
         "left_out": left_out,
-        "results": [asdict(result) for result in found],
+        "results": [asdict(result) for result in results],
     }
     write_whole(out, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    console.print(_table(found))
-    for result in found:
-        if result.reason:
-            console.print(
-                f"no score from {result.term}: {result.reason}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-    console.print(str(out), highlight=False, markup=False, soft_wrap=True)
+    _print(console, results, out)
 
 
-def _table(found: list[Throughput]) -> Table:
-    shown = Table(
-        title="candidates per s, by calls at a time",
-        caption=f"a call scores one group; tail: time in calls over {TAIL:g} medians",
+def _print(console: Console, results: Sequence[Throughput], out: Path) -> None:
+    console.print(_table(results))
+    lines = [f"no score from {result.term}: {result.reason}" for result in results if result.reason]
+    for line in (*lines, str(out)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(results: Sequence[Throughput]) -> Table:
+    table = Table(
+        title="candidates per second, by number of concurrent calls",
+        caption=f"a call scores one group; tail: share of time in calls over {TAIL:g} medians",
     )
-    shown.add_column("reward")
+    table.add_column("reward")
     for column in ("calls", "per s", "p50 s", "p90 s", "p99 s", "tail", "invalid"):
-        shown.add_column(column, justify="right")
-    for result in found:
-        shown.add_row(
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
             escape(result.term),
             str(result.concurrency),
             f"{result.candidates_per_s:.1f}",
@@ -105,4 +113,4 @@ def _table(found: list[Throughput]) -> Table:
             f"{result.tail_share:.0%}",
             f"{result.invalid_share:.1%}",
         )
-    return shown
+    return table

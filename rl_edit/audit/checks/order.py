@@ -1,0 +1,122 @@
+"""Checks that more corruption scores lower, on each side of the mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rl_edit.audit.checks.case import Case
+from rl_edit.audit.checks.ranks import kendall, win
+from rl_edit.audit.checks.response import FLAT
+from rl_edit.audit.checks.verdict import Check, claim, failed, grade, not_applicable
+from rl_edit.audit.corruptions import LEVELS, Side
+
+# Mean Kendall tau between strength and score: 1 is perfect order, 0 none, -1 reversed.
+_TAU_PASS, _TAU_FAIL = 0.8, 0.5
+# A side's fall against the fall over all sides. Less is what leaks across the mask's edge.
+_SHARE_FAIL = 0.1
+# Share of pairs in which the better image scores higher; 0.5 is chance.
+AUROC_PASS, AUROC_FAIL = 0.9, 0.75
+
+
+def check_order(case: Case, side: Side) -> Check:
+    """Checks Kendall's tau of strength against score, by corruption and over all of them."""
+    # Check names and number names are keys of audit.json; they keep the words of its first version.
+    name = f"order of damages {side}"
+    if side not in case.expected.sides:
+        return not_applicable(name, f"It is not expected to respond {side} the mask.")
+    taus: list[float] = []
+    tasks: list[str] = []
+    by_corruption: dict[str, float] = {}
+    for corruption in case.corruptions(side):
+        valid = _valid_taus(case, corruption, side)
+        by_corruption[corruption] = case.interval(list(valid.values()), list(valid))["mean"]
+        taus += valid.values()
+        tasks += valid
+    tau = case.interval(taus, tasks)
+    numbers = {f"tau_{key}": value for key, value in tau.items()}
+    numbers |= {f"tau_{corruption}": value for corruption, value in by_corruption.items()}
+    rewarded = [corruption for corruption in by_corruption if _is_rewarded(case, corruption, side)]
+    shown = f"Kendall tau {tau['mean']:.2f} [{tau['low']:.2f}, {tau['high']:.2f}]"
+    if tau["mean"] < 0 or len(rewarded) == len(by_corruption):
+        return failed(name, f"Inverted: more corruption {side} scores higher ({shown}).", numbers)
+    if rewarded:
+        return failed(
+            name,
+            f"It rewards {' and '.join(rewarded)} {side}: "
+            f"with it an image scores higher than the correct edit ({shown}).",
+            numbers,
+        )
+    share = numbers["share_of_fall"] = case.fall_on((side,)) / case.fall if case.fall else math.nan
+    if share < _SHARE_FAIL:
+        return failed(
+            name,
+            f"Corruption {side} hardly counts: "
+            f"the worst costs {share:.1%} of the worst on the other side.",
+            numbers,
+        )
+    verdict = grade(tau["mean"], (_TAU_PASS, _TAU_FAIL))
+    sentence = claim(verdict, f"More corruption {side}", "score", f"lower ({shown})")
+    return Check(name=name, verdict=verdict, sentence=sentence, numbers=numbers)
+
+
+def check_separation(case: Case, side: Side) -> Check:
+    """Compares the correct edit with the strongest level of every corruption."""
+    name = f"damaged from clean {side}"
+    if side not in case.expected.sides:
+        return not_applicable(name, f"It is not expected to respond {side} the mask.")
+    wins: list[float] = []
+    tasks: list[str] = []
+    for response in case.scored:
+        for (_, where), row in response.graded.items():
+            if where == side and math.isfinite(row[-1]):
+                wins.append(win(response.clean, row[-1]))
+                tasks.append(response.task_id)
+    return check_wins(case, name, wins, tasks, f"the same edit grossly corrupted {side}")
+
+
+def check_wins(
+    case: Case, name: str, wins: Sequence[float], tasks: Sequence[str], worse: str
+) -> Check:
+    """Grades the AUROC of the claim that the correct edit beats ``worse``."""
+    auroc = case.interval(wins, tasks)
+    verdict = grade(auroc["mean"], (AUROC_PASS, AUROC_FAIL))
+    shown = f"AUROC {auroc['mean']:.2f} [{auroc['low']:.2f}, {auroc['high']:.2f}]"
+    return Check(
+        name=name,
+        verdict=verdict,
+        sentence=claim(verdict, "The correct edit", "beat", f"{worse} ({shown})"),
+        numbers={f"auroc_{key}": value for key, value in auroc.items()},
+    )
+
+
+def _valid_taus(case: Case, corruption: str, side: Side) -> dict[str, float]:
+    """Computes tau of every task that has one, level 0 being the correct edit."""
+    taus = {
+        response.task_id: kendall((response.clean, *response.graded[corruption, side]))
+        for response in case.scored
+        if (corruption, side) in response.graded
+    }
+    return {task: tau for task, tau in taus.items() if math.isfinite(tau)}
+
+
+def _is_rewarded(case: Case, corruption: str, side: Side) -> bool:
+    """Tests for a level at which a corrupted image scores higher than the correct edit.
+
+    The gain must be beyond doubt (its interval excludes zero) and more than a trifle.
+    """
+    rows = [
+        (response, response.graded[corruption, side])
+        for response in case.scored
+        if (corruption, side) in response.graded
+    ]
+    for level in range(LEVELS):
+        gains = [
+            (response.task_id, row[level] - response.clean)
+            for response, row in rows
+            if math.isfinite(row[level])
+        ]
+        gain = case.interval([gain for _, gain in gains], [task for task, _ in gains])
+        if gain["low"] > 0 and gain["mean"] > FLAT * abs(case.fall):
+            return True
+    return False
