@@ -96,7 +96,7 @@ def make_test_images(correct: Reference, *, seed: int) -> TestImages:
         elsewhere=_moved_elsewhere(correct, generator(*key, "elsewhere")),
         blanks=_blanks(clean, generator(*key, "static")),
         patches={
-            name: _patch_pairs(clean, where, generator(*key, "dabs", name))
+            name: _patch_pairs(clean, where, generator(*key, "patches", name))
             for name, where in places.items()
         },
     )
