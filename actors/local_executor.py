@@ -1,7 +1,8 @@
-"""Executors without a cluster: every worker in this process, called in turn (inline) or with a thread of its own.
+"""Executors without a cluster: every worker in this process, called in turn or in threads.
 
-The same plain classes as on Ray, for debugging, benchmarks, and tests of the controller in milliseconds. A thread cannot be
-ended from outside: a killed worker is forgotten, and what it still returns is thrown away or shown as late.
+The same plain classes run as on Ray: for debugging, benchmarks, and controller tests in
+milliseconds. A thread cannot be ended from outside. A killed worker is forgotten, and its later
+answers are dropped or shown as late.
 """
 
 from __future__ import annotations
@@ -13,76 +14,89 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from actors.roles import Roles, WorkerSpec
+from actors.roles import ProcessTable, Roles, make_workers
 from rl_edit.errors import InputError, WorkerLost, WorkFailed
 from rl_edit.method.update import TrainingFailed
 
 _CONSTRUCTION = threading.Lock()
-"""LearnerSnapshot by constructors. While transformers or diffusers load weights, modules are made on the meta device for the whole process: a
-second load beside it would find its own there. A judge that loads when first asked is not covered."""
+"""Lock around constructors. While transformers or diffusers load weights, modules are made on the
+meta device for every thread: a second load beside it would find its own there. A judge that loads
+at its first call is not covered."""
+
+
+class LocalProcess:
+    """Plain objects in the place of a process, with a thread of their own if ``threaded``."""
+
+    def __init__(self, roles: Roles, name: str, *, threaded: bool) -> None:
+        self.name, self._roles = name, roles
+        self._workers: dict[str, Any] | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=name) if threaded else None
+        self.alive = True
+
+    def run(self, role: str, method: str, args: tuple[Any, ...]) -> Any:
+        """Runs a method of a role's object. The first call makes the objects."""
+        if self._workers is None:
+            with _CONSTRUCTION:
+                self._workers = make_workers(self._roles)
+        return getattr(self._workers[role], method)(*args)
+
+    def kill(self) -> None:
+        self.alive = False
+        if self.thread is not None:
+            self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalWorker:
-    """A plain object behind the executor's ``Worker``."""
+    """One role of a local process, as the executor's ``Worker``."""
 
-    def __init__(self, post: WorkerSpec, name: str, *, threaded: bool) -> None:
-        self._post, self._name = post, name
-        self._instance: Any = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name) if threaded else None
-        self.alive = True
+    def __init__(self, process: LocalProcess, role: str) -> None:
+        self._process, self._role = process, role
 
     async def call(self, method: str, *args: Any, blobs: int = 0) -> Any:
-        if not self.alive:
-            raise WorkerLost(f"{self._name} is gone")
+        process = self._process
+        if not process.alive:
+            raise WorkerLost(f"{process.name} is gone")
         try:
-            if self._thread is None:
-                return self._run(method, args)
+            if process.thread is None:
+                return process.run(self._role, method, args)
             return await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._run, method, args
+                process.thread, process.run, self._role, method, args
             )
         except (InputError, TrainingFailed, WorkerLost):
             raise
         except asyncio.CancelledError as error:
-            if self.alive:
+            if process.alive:
                 raise
-            # Killed before its thread came to this call, which looks like a cancellation and would end the whole run.
-            raise WorkerLost(f"{self._name} is gone") from error
+            # Killed before its thread came to this call. It looks like a cancellation, which
+            # would end the complete run.
+            raise WorkerLost(f"{process.name} is gone") from error
         except Exception as error:
             raise WorkFailed(f"{type(error).__name__}: {error}") from error
 
-    def _run(self, method: str, args: tuple[Any, ...]) -> Any:
-        if self._instance is None:
-            with _CONSTRUCTION:
-                self._instance = self._post.make(*self._post.arguments)
-        return getattr(self._instance, method)(*args)
-
     def kill(self) -> None:
-        self.alive = False
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._process.kill()
 
 
 class LocalExecutor:
-    """Workers as objects of this process. Refs are the arrays themselves."""
+    """Runs workers as objects of this process. Refs are the arrays themselves."""
 
-    def __init__(self, crew: Roles, *, threaded: bool = False) -> None:
-        self._crew, self._threaded = crew, threaded
-        self._workers: dict[tuple[str, int], LocalWorker] = {}
+    def __init__(self, roles: Roles, *, threaded: bool = False) -> None:
+        self._processes = ProcessTable(
+            roles,
+            lambda kind, served, worker_slot: LocalProcess(
+                served, f"{kind}-{worker_slot}", threaded=threaded
+            ),
+        )
 
-    def spawn(self, role: str, seat: int) -> LocalWorker:
-        post = self._crew[role]
-        worker = self._workers.get((post.process, seat))
-        if worker is None or not worker.alive or post.process == role:
-            worker = self._workers[post.process, seat] = LocalWorker(
-                post, f"{post.process}-{seat}", threaded=self._threaded
-            )
-        return worker
+    def spawn(self, role: str, worker_slot: int) -> LocalWorker:
+        return LocalWorker(self._processes.spawn(role, worker_slot), role)
 
-    def put(self, blob: np.ndarray) -> np.ndarray:
+    def put(self, blob: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return blob
 
-    async def fetch(self, ref: np.ndarray) -> np.ndarray:
+    async def fetch(self, ref: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return ref
 
     def store_bytes(self) -> float:
@@ -92,8 +106,8 @@ class LocalExecutor:
         return "this process only"
 
     def mirror(self, metrics: dict[str, Any]) -> None:
-        """Nobody monitors a process of one's own."""
+        """Does nothing: a single process has no metrics agent."""
 
     async def close(self) -> None:
-        for worker in self._workers.values():
-            worker.kill()
+        for process in self._processes.processes():
+            process.kill()

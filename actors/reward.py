@@ -1,4 +1,4 @@
-"""The reward actor: scores a group with every term, and measures inside and outside the mask. A plain class."""
+"""The reward actor: scores candidates with every reward term. A plain class."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rl_edit import wire
 from rl_edit.config import RunConfig
@@ -19,7 +20,13 @@ from rl_edit.types import Candidates, RewardTable, RolloutGroup
 
 
 class RewardActor:
-    """A pure function of a group: every term of the config that the data can feed."""
+    """Applies every term of the config that the data can feed.
+
+    Scores are a pure function of the group: any reward actor gives the same table.
+
+    Args:
+        fields: names of the task fields that the data set provides.
+    """
 
     def __init__(self, config: RunConfig, fields: frozenset[str], threads: int) -> None:
         torch.set_num_threads(threads)
@@ -27,22 +34,24 @@ class RewardActor:
         self.terms, _ = available(tuple(config.rewards.values()), fields)
 
     def ready(self) -> int:
-        """Answers once construction is over: the process id."""
+        """Returns the process id, once construction is over."""
         return os.getpid()
 
-    def score(self, blob: np.ndarray) -> np.ndarray:
-        """The reward table of a packed group, packed."""
+    def score(self, blob: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Returns the packed reward table of a packed group."""
         group: RolloutGroup = wire.unpack(blob)
         return wire.pack(self.table(group.candidates, group_id=group.group_id))
 
     def table(self, candidates: Candidates, *, group_id: str) -> RewardTable:
-        """Terms plus the diagnostics every run reports: background PSNR, SSIM and drift, change inside, concentration."""
+        """Scores candidates and adds the diagnostics that every run reports.
+
+        These are background PSNR, SSIM and drift, change inside the mask, and concentration.
+        """
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, group_id=group_id)
         measured = {**diagnostics(candidates), **drift(candidates)}
-        if (
-            len(candidates.images) == self._group_size
-        ):  # a variance within the group cannot be told from a chunk of it
+        # The variance within a group cannot be computed from a chunk of it.
+        if len(candidates.images) == self._group_size:
             measured |= change_variance(candidates)
         return replace(
             table, components={**table.components, **measured}, seconds=time.perf_counter() - start

@@ -1,97 +1,179 @@
-"""Which class serves which role, with what: the table that every executor reads."""
+"""Worker specs by role: the table that every executor reads to start processes.
+
+A role (rollout, reward, learner) is an object with methods. A process holds one such object for
+each role that it serves, in all executors alike.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from actors.colocated import Colocated
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from rl_edit.config import RunConfig
+from rl_edit.editors import EditorConfig, load_editor, lora
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """How the workers of a role are made.
+    """A recipe for the workers of one role.
 
     Attributes:
-        process: name of the kind of process; roles that share it share a process at each seat.
-        make: the plain class, and what it is constructed with.
+        process: kind of process. Roles of one kind share a process in each worker slot.
+        make: a plain class, or a function that returns the worker.
+        arguments: positional arguments of ``make``.
+        shared_editor: the editor that roles of this process share. It is loaded once and passed to
+            ``make`` as ``editor``. None where the worker loads its own, or needs none.
         gpus: GPUs of one process.
     """
 
     process: str
     make: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...] = ()
+    shared_editor: EditorConfig | None = None
     gpus: float = 0
 
 
 Roles = dict[str, WorkerSpec]
-"""WorkerSpec by role."""
+"""Worker specs by role."""
 
 
-def crew(config: RunConfig, fields: frozenset[str], learner_class: Callable[..., Any]) -> Roles:
-    """The posts of a run. The learner's class is an argument because actors know nothing of learning."""
-    asked = config.actors
+def worker_roles(
+    config: RunConfig, fields: frozenset[str], learner_class: Callable[..., Any]
+) -> Roles:
+    """Returns the worker specs of a run.
+
+    Args:
+        fields: names of the task fields that the data set provides, for rewards that need them.
+        learner_class: the learner's class, an argument because actors know nothing of learning.
+    """
+    actors = config.actors
     rollout_threads, learner_threads = threads_per_actor(config)
     reward = WorkerSpec(
-        process="reward", make=RewardActor, arguments=(config, fields, 1), gpus=asked.reward_gpus
+        process="reward", make=RewardActor, arguments=(config, fields, 1), gpus=actors.reward_gpus
     )
-    if asked.placement == "colocated":
-        both = WorkerSpec(
+    if actors.placement == "colocated":
+        rollout = WorkerSpec(
             process="colocated",
-            make=Colocated,
-            arguments=(config, rollout_threads, learner_class),
-            gpus=asked.rollout_gpus,
+            # On one base, rollouts need an adapter of their own: it may be older than the policy.
+            make=partial(RolloutActor, adapter_name=lora.BEHAVIOUR),
+            arguments=(config, rollout_threads),
+            shared_editor=config.editor,
+            gpus=actors.rollout_gpus,
         )
-        return {"rollout": both, "reward": reward, "learner": both}
-    return {
-        "rollout": WorkerSpec(
+        learner = replace(rollout, make=learner_class)
+    else:
+        rollout = WorkerSpec(
             process="rollout",
             make=RolloutActor,
             arguments=(config, rollout_threads),
-            gpus=asked.rollout_gpus,
-        ),
-        "reward": reward,
-        "learner": WorkerSpec(
+            gpus=actors.rollout_gpus,
+        )
+        learner = WorkerSpec(
             process="learner",
             make=learner_class,
             arguments=(config, learner_threads),
-            gpus=asked.learner_gpus,
-        ),
+            gpus=actors.learner_gpus,
+        )
+    return {"rollout": rollout, "reward": reward, "learner": learner}
+
+
+def roles_of(roles: Roles, process: str) -> Roles:
+    """Returns the roles that one kind of process serves."""
+    return {role: spec for role, spec in roles.items() if spec.process == process}
+
+
+def make_workers(roles: Roles) -> dict[str, Any]:
+    """Makes the object of each role that a process serves.
+
+    Called inside that process. An editor that several roles share is loaded once. Each role then
+    switches its own adapter on before a forward, so the results are those of separate processes.
+    """
+    shared = {spec.shared_editor for spec in roles.values()} - {None}
+    editors = {config: load_editor(config) for config in shared if config is not None}
+    return {
+        role: spec.make(
+            *spec.arguments,
+            **({} if spec.shared_editor is None else {"editor": editors[spec.shared_editor]}),
+        )
+        for role, spec in roles.items()
     }
 
 
-def threads_per_actor(config: RunConfig) -> tuple[int, int]:
-    """CPU threads of (a rollout actor, a learner rank), so that processes busy at once never outnumber the cores.
+class Process(Protocol):
+    """A process of an executor; False in ``alive`` once it was killed or found dead."""
 
-    On-policy, rollouts and learner take turns and each may have every core; one step off, they share them. Two busy
-    processes with two threads each on two cores run several times slower than with one (benchmarks/threads.py).
+    alive: bool
+
+
+P = TypeVar("P", bound=Process)
+
+
+class ProcessTable(Generic[P]):
+    """Keeps the newest process of each kind in each worker slot.
+
+    Args:
+        start: starts a process of a kind (with its roles) in a worker slot.
     """
-    asked = config.actors
-    if asked.threads is not None:
-        return asked.threads, asked.threads
+
+    def __init__(self, roles: Roles, start: Callable[[str, Roles, int], P]) -> None:
+        self._roles, self._start = roles, start
+        self._newest: dict[tuple[str, int], tuple[P, set[str]]] = {}
+
+    def spawn(self, role: str, worker_slot: int) -> P:
+        """Returns a process that is new to the role.
+
+        Colocated roles ask one after the other. The second gets the process that the first
+        started, and both move on together once that process is dead.
+        """
+        kind = self._roles[role].process
+        process, served = self._newest.get((kind, worker_slot), (None, set[str]()))
+        if process is None or not process.alive or role in served:
+            process, served = self._start(kind, roles_of(self._roles, kind), worker_slot), set()
+        self._newest[kind, worker_slot] = process, served | {role}
+        return process
+
+    def processes(self) -> list[P]:
+        """Returns the newest processes."""
+        return [process for process, _ in self._newest.values()]
+
+
+def threads_per_actor(config: RunConfig) -> tuple[int, int]:
+    """Returns the CPU threads of (a rollout actor, a learner rank).
+
+    Processes that are busy at once never get more threads than there are cores. On-policy,
+    rollouts and learner take turns and each may have every core; one update off, they share them.
+    Two busy processes with two threads each on two cores run several times slower than with one
+    (benchmarks/threads.py).
+    """
+    actors = config.actors
+    if actors.threads is not None:
+        return actors.threads, actors.threads
     cores = available_cores()
-    if asked.runtime != "ray":
+    if actors.runtime != "ray":
         return cores, cores
-    if config.train.max_lag == 0 or asked.placement == "colocated":
-        return max(1, cores // asked.num_rollout), max(1, cores // asked.num_learner)
-    return max(1, (cores // 2) // asked.num_rollout), max(
-        1, (cores - cores // 2) // asked.num_learner
+    if config.train.max_lag == 0 or actors.placement == "colocated":
+        return max(1, cores // actors.num_rollout), max(1, cores // actors.num_learner)
+    rollout_cores = cores // 2
+    return (
+        max(1, rollout_cores // actors.num_rollout),
+        max(1, (cores - rollout_cores) // actors.num_learner),
     )
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, or less under a container's CPU quota."""
+    """Returns the cores this process may use: its affinity, or a container's smaller CPU quota."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     with contextlib.suppress(OSError, ValueError):
+        # cgroup v2: "quota period" in microseconds, or "max period" without a limit.
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))

@@ -22,7 +22,7 @@ import torch
 
 from actors.local_executor import LocalExecutor
 from actors.reward import RewardActor
-from actors.roles import Roles, crew
+from actors.roles import Roles, worker_roles
 from actors.rollout import RolloutActor
 from learner.controller.executor import Executor
 from learner.controller.loop import TaskCursor
@@ -35,7 +35,7 @@ from rl_edit.editors import inspect_editor
 from rl_edit.method.exploration import keyed_seed
 from rl_edit.types import LearnOrder, LearnSlot, WorkItem
 from scaling import RESULTS, Stopwatch, control, report
-from sleepers import Naps, sleeping_crew
+from sleepers import Naps, sleeping_roles
 
 WARM = 1
 """Pairs not counted: the first forwards of every process."""
@@ -167,11 +167,11 @@ def demo(updates: int, *overrides: str) -> RunConfig:
     return load_config(preset="tiny-rc-grpo", overrides=changes)
 
 
-def on_ray(config: RunConfig, posts: Roles) -> Executor:
-    from actors import ray_executor
+def on_ray(config: RunConfig, roles: Roles) -> Executor:
+    from actors import ray_cluster, ray_executor
 
-    ray_executor.connect(config)
-    return ray_executor.RayExecutor(posts)
+    ray_cluster.connect(config)
+    return ray_executor.RayExecutor(roles)
 
 
 def compared(budget: Budget, pairs: int, *overrides: str) -> list[Pair]:
@@ -182,7 +182,7 @@ def compared(budget: Budget, pairs: int, *overrides: str) -> list[Pair]:
     control(
         config,
         dataset,
-        on_ray(config, crew(config, dataset.fields, Learner)),
+        on_ray(config, worker_roles(config, dataset.fields, Learner)),
         watch,
         pixels_per_token=watch.bare.multiple,
     )
@@ -192,11 +192,11 @@ def compared(budget: Budget, pairs: int, *overrides: str) -> list[Pair]:
 def own_ms(runtime: str, updates: int, *overrides: str) -> tuple[float, float]:
     """Milliseconds an item (by the clock, computed by the controller's thread) when workers answer at once."""
     config = demo(updates, *overrides, "actors.preflight=false")
-    posts, dataset, watch = sleeping_crew(Naps()), open_dataset(config.data, "train"), Stopwatch()
+    roles, dataset, watch = sleeping_roles(Naps()), open_dataset(config.data, "train"), Stopwatch()
     executor = (
-        on_ray(config, posts)
+        on_ray(config, roles)
         if runtime == "ray"
-        else LocalExecutor(posts, threaded=runtime == "thread")
+        else LocalExecutor(roles, threaded=runtime == "thread")
     )
     control(
         config,

@@ -42,7 +42,7 @@ from profiles import CANDIDATES, PROFILES, tokens
 from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.types import EditTask
-from sleepers import Naps, sleeping_crew
+from sleepers import Naps, sleeping_roles
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PIXELS_PER_TOKEN = 16
@@ -260,14 +260,14 @@ def timed(case: Case, *, seconds: float, updates: int) -> Timing:
     """Runs a case, shrunk so that the model's update takes ``seconds``."""
     scale = seconds / case.model_s
     config = config_of(case, updates)
-    crew = sleeping_crew(naps_of(case, scale), colocated=case.colocated)
+    roles = sleeping_roles(naps_of(case, scale), colocated=case.colocated)
     if case.ray:
-        from actors import ray_executor
+        from actors import ray_cluster, ray_executor
 
-        ray_executor.connect(config)
-        executor: Executor = ray_executor.RayExecutor(crew)
+        ray_cluster.connect(config)
+        executor: Executor = ray_executor.RayExecutor(roles)
     else:
-        executor = LocalExecutor(crew, threaded=True)
+        executor = LocalExecutor(roles, threaded=True)
     watch = Stopwatch()
     control(config, OneTask(case.pixels), executor, watch)
     measured_s, busy_s = watch.per_update()

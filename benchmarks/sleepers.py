@@ -136,7 +136,7 @@ class Sleeper:
         return replace(answer[0], seconds=time.perf_counter() - began), *answer[1:]
 
 
-def sleeping_crew(naps: Naps, *, colocated: bool = False) -> Roles:
+def sleeping_roles(naps: Naps, *, colocated: bool = False) -> Roles:
     """Every role asleep, each in processes of its own, or all three by turns in the same ones."""
     return {
         role: WorkerSpec(

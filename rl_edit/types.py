@@ -76,10 +76,25 @@ class PairedTask(EditTask):
     caption: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RegionsTask(EditTask):
+    """A task whose separate places are known one by one.
+
+    Attributes:
+        regions: a row per place, disjoint. Their union is ``edit_mask``.
+    """
+
+    regions: Bool[Tensor, "region height width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedRegionsTask(PairedTask, RegionsTask):
+    """A task whose correct result and separate places are known."""
+
+
 def areas_of(task: EditTask) -> Bool[Tensor, "area height width"]:
-    """The separate places that an instruction may change: the task's own regions; its edit mask where it lists none."""
-    regions: Tensor | None = getattr(task, "regions", None)
-    return task.edit_mask[None] if regions is None else regions
+    """The separate places that an instruction may change: the task's regions, else its edit mask."""
+    return task.regions if isinstance(task, RegionsTask) else task.edit_mask[None]
 
 
 @dataclass(frozen=True, kw_only=True)

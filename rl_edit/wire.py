@@ -16,8 +16,6 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rl_edit import types
-from rl_edit.data.rows import RegionsTask
-from rl_edit.data.shapes import ShapesTask
 
 SCHEMA = 3
 RECORDS = {
@@ -25,8 +23,8 @@ RECORDS = {
     for record in (
         types.EditTask,
         types.PairedTask,
-        RegionsTask,
-        ShapesTask,
+        types.RegionsTask,
+        types.PairedRegionsTask,
         types.NegativePrompt,
         types.Conditioning,
         types.AdapterId,

@@ -187,20 +187,20 @@ CLASSES: dict[str, Callable[..., Any]] = {
 }
 
 
-def crashing(crew: Roles, fault: Fault) -> Roles:
-    """A crew of separate processes whose worker with the fault's point is a crashing one."""
+def crashing(roles: Roles, fault: Fault) -> Roles:
+    """Worker specs of separate processes, where the worker with the fault's point crashes."""
     role = WORKER_POINTS[fault.point]
     return {
-        **crew,
-        role: replace(crew[role], make=CLASSES[role], arguments=(fault, *crew[role].arguments)),
+        **roles,
+        role: replace(roles[role], make=CLASSES[role], arguments=(fault, *roles[role].arguments)),
     }
 
 
 def inject(fault: Fault) -> None:
     """Puts a fault into the run that this process is about to drive."""
-    hire, put, write = actors.roles.crew, checkpoint.put, checkpoint.write
+    specs, put, write = actors.roles.worker_roles, checkpoint.put, checkpoint.write
     if fault.point in WORKER_POINTS:
-        actors.roles.crew = lambda *given: crashing(hire(*given), fault)
+        actors.roles.worker_roles = lambda *arguments: crashing(specs(*arguments), fault)
 
     def half_written(path: Path, content: Any) -> None:
         if path.name == checkpoint.STATE:

@@ -165,10 +165,10 @@ class FakeLearner:
         return self.answers[order.plan]
 
 
-def fake_crew(**classes: Callable[[], Any]) -> Callable[[Roles], Roles]:
+def fake_roles(**classes: Callable[[], Any]) -> Callable[[Roles], Roles]:
     """Every role played by a fake, or by a class given by role."""
     made = {"rollout": FakeRollout, "reward": FakeReward, "learner": FakeLearner, **classes}
-    return lambda crew: {
+    return lambda roles: {
         role: WorkerSpec(process=role, make=make, arguments=()) for role, make in made.items()
     }
 

@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 
 from actors.local_executor import LocalExecutor
-from actors.roles import Roles, crew
+from actors.roles import Roles, make_workers, roles_of, worker_roles
+from actors.rollout import RolloutActor
 from learner.controller.lease import Lease
 from learner.controller.loop import Outcome, Run, Stop, TrainingLoop
 from learner.learner import Learner
@@ -91,7 +92,15 @@ def written(raw: dict[str, Any], *overrides: str, directory: Path | None) -> Run
 
 def replaced(role: str, make: Callable[..., Any]) -> Callable[[Roles], Roles]:
     """Another class for a role."""
-    return lambda crew: {**crew, role: replace(crew[role], make=make)}
+    return lambda roles: {**roles, role: replace(roles[role], make=make)}
+
+
+def colocated(config: RunConfig) -> tuple[RolloutActor, Learner]:
+    """The rollout actor and the learner of one process, which share an editor."""
+    places = config.actors.model_copy(update={"placement": "colocated"})
+    roles = worker_roles(config.model_copy(update={"actors": places}), frozenset(), Learner)
+    workers = make_workers(roles_of(roles, "colocated"))
+    return workers["rollout"], workers["learner"]
 
 
 class StopAfter(Nobody):
@@ -126,17 +135,17 @@ def run_inline(
     resume: bool = False,
     stop_after: int = 0,
     observer: Any = None,
-    change: Callable[[Roles], Roles] = lambda crew: crew,
+    change: Callable[[Roles], Roles] = lambda roles: roles,
     executor: Callable[[Any], Any] = lambda executor: executor,
 ) -> Outcome:
     """A run in this process. ``change`` may give roles to other classes, ``executor`` may wrap what runs them."""
     run = run_of(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    posts = change(crew(config, run.dataset.fields, Learner))
+    roles = change(worker_roles(config, run.dataset.fields, Learner))
     stopper = StopAfter(stop_after)
     loop = TrainingLoop(
         run,
-        executor(LocalExecutor(posts, threaded=config.actors.runtime == "thread")),
+        executor(LocalExecutor(roles, threaded=config.actors.runtime == "thread")),
         lease=Lease.take(directory),
         events=telemetry.Events(directory / telemetry.EVENTS),
         observer=observer or stopper,

@@ -97,7 +97,9 @@ def test_the_bare_process_ends_with_the_adapter_of_the_controller(
     config = small_config(small_editor, "train.updates=2")
     dataset = overhead.open_dataset(config.data, "train")
     watch = overhead.Alternating(overhead.Bare(config, dataset, 1))
-    executor = overhead.LocalExecutor(overhead.crew(config, dataset.fields, overhead.Learner))
+    executor = overhead.LocalExecutor(
+        overhead.worker_roles(config, dataset.fields, overhead.Learner)
+    )
     overhead.control(config, dataset, executor, watch, pixels_per_token=watch.bare.multiple)
     assert [pair.same for pair in watch.pairs] == [True, True]
     assert all(pair.ray_s > 0 and pair.bare_s > 0 for pair in watch.pairs)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import random
 import subprocess
 import sys
 import warnings
@@ -24,8 +25,9 @@ from rl_edit.data import DataConfig, open_dataset, shapes
 from rl_edit.data.canvas import canvas_size, fit
 from rl_edit.data.compbench import read_compbench, write_compbench
 from rl_edit.data.images import read_mask, read_rgb, upright_size
+from rl_edit.data.shapes.scenes import compose
 from rl_edit.errors import InputError
-from rl_edit.types import EditTask, PairedTask
+from rl_edit.types import EditTask, PairedRegionsTask, PairedTask
 
 
 def assert_equal_tasks(actual: EditTask, expected: EditTask) -> None:
@@ -194,13 +196,12 @@ def test_the_place_of_an_added_object_follows_from_the_words() -> None:
 
 def test_no_name_of_a_scene_is_used_twice_before_or_after() -> None:
     for index in range(2000):
-        changes, kept = shapes._scene(shapes.TASK_TYPES[index % 5], shapes.random.Random(index))
+        scene = compose(shapes.TASK_TYPES[index % 5], random.Random(index))
         for state in ("before", "after"):
-            things = [
-                thing for change in changes if (thing := getattr(change, state)) is not None
-            ] + kept
+            changed = [getattr(change, state) for change in scene.changes]
+            things = [thing for thing in (*changed, *scene.bystanders) if thing is not None]
             assert len({thing.name for thing in things}) == len(things)
-        things = [change.after or change.before for change in changes] + kept
+        things = [*(change.place for change in scene.changes), *scene.bystanders]
         assert 2 <= len(things) <= 4
         for this in things:
             assert (
@@ -953,7 +954,7 @@ def test_fit_keeps_the_record_and_the_agreement_of_a_pair_outside_its_mask() -> 
         task = shapes.task("train", index)
         for resolution in (32, 48, 100, 128):
             fitted = fit(task, resolution=resolution, multiple=4)
-            assert type(fitted) is shapes.ShapesTask
+            assert type(fitted) is PairedRegionsTask
             assert (fitted.task_id, fitted.instruction, fitted.caption) == (
                 task.task_id,
                 task.instruction,

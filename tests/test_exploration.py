@@ -14,7 +14,6 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from actors.colocated import Colocated
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from learner.learner import Learner
@@ -36,7 +35,7 @@ from rl_edit.method.objectives import NeighborSurrogate, Velocities
 from rl_edit.method.regions import softened, token_areas, token_mask
 from rl_edit.method.rollout import Solver, Trajectory, denoise, joined, merged
 from rl_edit.types import AdapterWeights, RewardTable, RolloutGroup
-from runs import adapter_bytes, run_inline, small_config
+from runs import adapter_bytes, colocated, run_inline, small_config
 from test_methods import FIELDS, group_of, item_of, uniform, work
 
 G, L, C = 4, 9, 3
@@ -323,20 +322,20 @@ def test_the_steered_spread_travels_to_the_actor_and_survives_a_restore(small_ed
     config = small_config(
         small_editor, f"algorithm={{name: rc-grpo, objective: {{num_anchors: 2}}, {ADAPTIVE}}}"
     )
-    both = Colocated(config, 1, Learner)
-    start, adapter, _, _ = both.export()
-    both.load(adapter)
-    step = work(config, both, start.adapter)
+    actor, learner = colocated(config)
+    start, adapter, _, _ = learner.export()
+    actor.load(adapter)
+    step = work(config, actor, start.adapter)
     kinds = {slot.task_type for slot in step.order.slots}
-    report, adapter, state, _ = both.learn(step.order, *step.groups)
+    report, adapter, state, _ = learner.learn(step.order, *step.groups)
     weights: AdapterWeights = wire.unpack(adapter)
     assert {report.metrics[f"exploration/{kind}/inside"] for kind in kinds} == {0.5}
     assert all(report.metrics[f"exploration/{kind}/deviation"] >= 0 for kind in kinds)
     assert weights.exploration == pytest.approx({kind: 0.5 * math.exp(0.2) for kind in kinds})
 
-    both.load(adapter)
+    actor.load(adapter)
     item = item_of(config, 0, report.adapter, update=1)
-    group: RolloutGroup = wire.unpack(both.run(wire.pack(item))[1])
+    group: RolloutGroup = wire.unpack(actor.run(wire.pack(item))[1])
     law = Perturbation(inside=weights.exploration[item.task.task_type], outside=0.05)
     source = NoiseSource(item.run_seed, item.task.task_id, item.epoch)
     expected = law(
@@ -348,7 +347,7 @@ def test_the_steered_spread_travels_to_the_actor_and_survives_a_restore(small_ed
     other.restore(state)
     assert other.exploration == weights.exploration and np.array_equal(other.export()[1], adapter)
     order = replace(step.order, update=1)
-    here, there = both.learn(order, *step.groups), other.learn(order, *step.groups)
+    here, there = learner.learn(order, *step.groups), other.learn(order, *step.groups)
     assert wire.unpack(here[1]).exploration == wire.unpack(there[1]).exploration
     assert wire.unpack(here[1]).exploration == pytest.approx(
         {kind: 0.5 * math.exp(0.4) for kind in kinds}

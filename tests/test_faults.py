@@ -25,8 +25,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors import ray_executor
-from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_crew, faulty
+from actors import ray_cluster
+from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_roles, faulty
 from learner.controller import checkpoint
 from learner.controller.lease import Lease
 from learner.controller.loop import Outcome
@@ -69,7 +69,7 @@ def fakes(directory: Path, *overrides: str, faults: tuple[Fault, ...] = (), **mo
     classes = {role: more.pop(role) for role in ("rollout", "reward", "learner") if role in more}
     config = small_config(EDITOR, "editor.resolution=64", *overrides)
     return run_inline(
-        config, directory, change=fake_crew(**classes), **{"executor": faulty(*faults), **more}
+        config, directory, change=fake_roles(**classes), **{"executor": faulty(*faults), **more}
     )
 
 
@@ -643,7 +643,8 @@ def test_a_fenced_command_leaves_with_75_and_touches_neither_record_nor_adapter(
             return super().load(blob)
 
     monkeypatch.setattr(
-        "actors.roles.crew", lambda config, fields, learner: fake_crew(rollout=Overtaken)({})
+        "actors.roles.worker_roles",
+        lambda config, fields, learner: fake_roles(rollout=Overtaken)({}),
     )
     small_config(EDITOR, "editor.resolution=64", directory=tmp_path)
     code, _, (line,) = command(
@@ -767,7 +768,9 @@ def test_a_bad_checkpoint_is_set_aside_and_the_run_ends_as_if_it_had_been_good(
 def test_other_settings_are_refused_by_name_unless_their_drift_is_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("actors.roles.crew", lambda config, fields, learner: fake_crew()({}))
+    monkeypatch.setattr(
+        "actors.roles.worker_roles", lambda config, fields, learner: fake_roles()({})
+    )
     small_config(EDITOR, "editor.resolution=64", directory=tmp_path)
     base = ("train", tmp_path / "run.yaml", "editor.resolution=64", "--run-dir", tmp_path / "run")
     assert command(monkeypatch, capsys, *base)[0] == 0
@@ -1013,10 +1016,10 @@ def test_a_local_cluster_shows_its_dashboard_to_this_machine_only_and_its_token_
     token.write_text("secret")
     token.chmod(0o644)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(ray_executor.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_executor.ray, "init", lambda **more: asked.update(more))
-    monkeypatch.setattr(ray_executor.ray, "cluster_resources", lambda: {})
-    ray_executor.connect(
+    monkeypatch.setattr(ray_cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster.ray, "init", lambda **more: asked.update(more))
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {})
+    ray_cluster.connect(
         small_config(EDITOR, "editor.resolution=64", f"actors.dashboard={dashboard}")
     )
     assert asked["dashboard_host"] == "127.0.0.1"

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from actors.roles import Roles, crew
+from actors.roles import Roles, worker_roles
 from crashing import DeafRollout, Fault, Launched, crashing
 from learner.controller import checkpoint
 from learner.controller.lease import Lease
@@ -65,23 +65,23 @@ def run_on_cluster(
     config: RunConfig,
     directory: Path,
     *,
-    change: Callable[[Roles], Roles] = lambda crew: crew,
+    change: Callable[[Roles], Roles] = lambda roles: roles,
     observer: Any = None,
     resume: bool = False,
 ) -> Outcome:
     """As ``rl-edit train`` wires it, on the tests' cluster. ``change`` may give roles to other classes."""
     from ray import cloudpickle
 
-    from actors import ray_executor
+    from actors import ray_cluster, ray_executor
 
     cloudpickle.register_pickle_by_value(
         sys.modules[Fault.__module__]
     )  # the actors cannot import from the tests
     run = run_of(config, directory)
-    posts = change(crew(config, run.dataset.fields, Learner))
-    ray_executor.connect(config)
+    roles = change(worker_roles(config, run.dataset.fields, Learner))
+    ray_cluster.connect(config)
     directory.mkdir(parents=True, exist_ok=True)
-    executor, watcher = ray_executor.RayExecutor(posts), observer or Nobody()
+    executor, watcher = ray_executor.RayExecutor(roles), observer or Nobody()
     events = telemetry.Events(directory / telemetry.EVENTS)
     try:
         loop = TrainingLoop(
@@ -130,7 +130,7 @@ def test_a_rollout_actor_killed_while_denoising_costs_its_chunk_and_no_other(
     outcome = run_on_cluster(
         small_config(small_editor, *SMALL, "actors.num_rollout=2"),
         tmp_path / "run",
-        change=lambda crew: crashing(crew, fault),
+        change=lambda roles: crashing(roles, fault),
     )
     assert adapter_bytes(outcome) == undisturbed
     (lost,) = events_of(tmp_path / "run", "actor_lost")
@@ -152,7 +152,7 @@ def test_one_of_two_rollout_actors_that_hangs_is_killed_at_its_deadline(
     fault: Fault,
 ) -> None:
     config = small_config(small_editor, *SMALL, "actors.num_rollout=2", "actors.deadline_s=15")
-    outcome = run_on_cluster(config, tmp_path / "run", change=lambda crew: crashing(crew, fault))
+    outcome = run_on_cluster(config, tmp_path / "run", change=lambda roles: crashing(roles, fault))
     assert adapter_bytes(outcome) == undisturbed
     (lost,) = events_of(tmp_path / "run", "actor_lost")
     assert (
@@ -172,7 +172,7 @@ def test_a_lost_reward_actor_is_replaced_and_every_group_keeps_its_score(
     fault: Fault,
 ) -> None:
     config = small_config(small_editor, *SMALL, "actors.deadline_s=15")
-    outcome = run_on_cluster(config, tmp_path / "run", change=lambda crew: crashing(crew, fault))
+    outcome = run_on_cluster(config, tmp_path / "run", change=lambda roles: crashing(roles, fault))
     assert adapter_bytes(outcome) == undisturbed
     (lost,) = events_of(tmp_path / "run", "actor_lost")
     assert lost["role"] == "reward" and lost["during"].startswith("scoring of ")
@@ -191,7 +191,7 @@ def test_a_learner_killed_after_its_step_is_rebuilt_and_the_update_is_applied_on
     outcome = run_on_cluster(
         small_config(small_editor, *SMALL),
         tmp_path / "run",
-        change=lambda crew: crashing(crew, fault),
+        change=lambda roles: crashing(roles, fault),
     )
     assert adapter_bytes(outcome) == undisturbed
     (rebuilt,) = events_of(tmp_path / "run", "learner_rebuilt")
@@ -208,7 +208,7 @@ def test_a_learner_rank_killed_in_an_update_takes_the_group_with_it_and_the_repl
     fault: Fault,
 ) -> None:
     config = small_config(small_editor, *SMALL, "actors.num_learner=2", "actors.deadline_s=60")
-    outcome = run_on_cluster(config, tmp_path / "run", change=lambda crew: crashing(crew, fault))
+    outcome = run_on_cluster(config, tmp_path / "run", change=lambda roles: crashing(roles, fault))
     assert fault.marker.is_file()
     assert adapter_bytes(outcome) == undisturbed
     assert [event["ranks"] for event in events_of(tmp_path / "run", "learner_rebuilt")] == [2]
@@ -219,10 +219,10 @@ def test_a_learner_rank_killed_in_an_update_takes_the_group_with_it_and_the_repl
 def test_an_actor_that_ignores_an_update_is_found_out_by_its_first_item(
     ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    def with_a_deaf_one(posts: Roles) -> Roles:
-        post = posts["rollout"]
+    def with_a_deaf_one(roles: Roles) -> Roles:
+        post = roles["rollout"]
         return {
-            **posts,
+            **roles,
             "rollout": replace(
                 post, make=DeafRollout, arguments=(tmp_path / "struck", *post.arguments)
             ),
@@ -363,7 +363,7 @@ def test_a_killed_driver_leaves_no_process_and_its_run_continues_to_the_same_byt
     directory = tmp_path / "run"
     with launched(directory, "train.updates=6") as run:
         wait_for(run, lambda: len(updates_applied(directory)) >= 3)
-        assert {"ray::RolloutActor", "ray::Learner"} <= {
+        assert {"ray::rollout", "ray::learner"} <= {
             title.partition(".")[0] for title in run.living().values()
         }
         os.kill(run.process.pid, signal.SIGKILL)
@@ -417,10 +417,10 @@ def test_no_secret_of_the_environment_reaches_the_run_directory_the_output_or_ra
 def test_a_password_in_the_address_of_a_dead_cluster_is_not_printed(
     monkeypatch: pytest.MonkeyPatch, small_editor: str
 ) -> None:
-    from actors import ray_executor
+    from actors import ray_cluster
 
     for scheme in ("ray", "http"):
         monkeypatch.setenv("RAY_ADDRESS", f"{scheme}://me:{CANARY}@127.0.0.1:1")
         with pytest.raises(ClusterUnreachable) as error:
-            ray_executor._join_or_start(small_config(small_editor, "actors.runtime=ray"))
+            ray_cluster.join_or_start(small_config(small_editor, "actors.runtime=ray"))
         assert "127.0.0.1:1" in str(error.value) and CANARY not in str(error.value)

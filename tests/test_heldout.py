@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import runs
 from actors.local_executor import LocalExecutor
-from fakes import Crash, FakeReward, FakeRollout, Fault, as_array, as_content, fake_crew, faulty
+from fakes import Crash, FakeReward, FakeRollout, Fault, as_array, as_content, fake_roles, faulty
 from learner.controller import checkpoint, heldout
 from learner.controller.heldout import BEST, HELDOUT, Evaluation, alarm, read_best
 from learner.controller.loop import Outcome
@@ -69,7 +69,7 @@ def fakes(directory: Path, *overrides: str, faults: tuple[Fault, ...] = (), **mo
     classes = {role: more.pop(role) for role in ("rollout", "reward", "learner") if role in more}
     config = small_config(EDITOR, "editor.resolution=64", *EVERY, *overrides)
     return run_inline(
-        config, directory, change=fake_crew(**classes), executor=faulty(*faults), **more
+        config, directory, change=fake_roles(**classes), executor=faulty(*faults), **more
     )
 
 
@@ -328,7 +328,7 @@ def test_how_long_a_probe_takes_says_nothing_about_the_deadline_of_a_group() -> 
             return 0
 
     async def deadlines() -> tuple[float, float]:
-        executor = LocalExecutor(fake_crew(rollout=Quick)({}))
+        executor = LocalExecutor(fake_roles(rollout=Quick)({}))
         supervisor = Supervisor(
             executor, ActorsConfig(deadline_s=500), on_event=lambda *_, **__: None
         )

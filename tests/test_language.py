@@ -144,7 +144,11 @@ def functions() -> Iterator[tuple[str, int]]:
                 yield f"{name_of(path)}:{node.lineno} {node.name}", function_lines(node)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+OLD_NAMES = ROOT / "rl_edit" / "config" / "renamed.py"
+"""The one file that has to spell the old names of settings."""
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p != OLD_NAMES], ids=name_of)
 def test_a_source_file_uses_the_words_of_the_field(path: Path) -> None:
     text = path.read_text()
     assert [*banned_words(text), *banned_names(ast.parse(text))] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from actors.colocated import Colocated
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor, UnknownAdapter
 from learner.learner import Learner
@@ -34,7 +32,7 @@ from rl_edit.types import (
     RolloutGroup,
     WorkItem,
 )
-from runs import small_config
+from runs import colocated, small_config
 
 FIELDS = frozenset({"target", "caption", "regions"})
 
@@ -505,16 +503,14 @@ def test_the_address_is_one_where_rank_0_can_listen(learner: Learner) -> None:
 # --- one process for both --------------------------------------------------------------------------------------------
 
 
-def two_updates(
-    config: RunConfig, load: Callable[[np.ndarray], AdapterId], actor: Any, learner: Any
-) -> list[bytes]:
-    """Every byte that leaves the workers in two updates, with a preflight first and rollouts between the updates."""
+def two_updates(config: RunConfig, actor: RolloutActor, learner: Learner) -> list[bytes]:
+    """Every byte that leaves the workers in two updates, with a preflight first."""
     reward = RewardActor(config, FIELDS, 1)
     report, adapter, _, _ = learner.export()
     name = report.adapter
     seen = [adapter.tobytes()]
     for update in range(2):
-        load(adapter)
+        actor.load(adapter)
         assert actor.canary() == ""
         step = work(config, actor, reward, name, update=update)
         assert learner.ratio(step.groups[0]) == 0.0
@@ -525,21 +521,24 @@ def two_updates(
 
 
 def test_one_process_for_rollout_and_learning_gives_the_bytes_of_two(small_editor: str) -> None:
-    anchored = "algorithm.objective={kind: background_regularised, target: reference, inner: {num_anchors: 2, num_steps: 1}}"
-    config = small_config(small_editor, anchored, "train.inner_epochs=2")
-    actor, both = RolloutActor(config, 1), Colocated(config, 1, Learner)
-    assert two_updates(config, both.load, both, both) == two_updates(
-        config, actor.load, actor, Learner(config, 1)
+    objective = (
+        "algorithm.objective={kind: background_regularised, target: reference, "
+        "inner: {num_anchors: 2, num_steps: 1}}"
     )
+    config = small_config(small_editor, objective, "train.inner_epochs=2")
+    actor, learner = colocated(config)
+    assert actor.editor is learner.editor
+    apart = two_updates(config, RolloutActor(config, 1), Learner(config, 1))
+    assert two_updates(config, actor, learner) == apart
 
 
 def test_one_process_rolls_out_with_older_weights_while_it_learns_newer_ones(
     config: RunConfig, first: Work, start: Any
 ) -> None:
-    both = Colocated(config, 1, Learner)
-    both.load(start[1])
-    report, _, _, _ = both.learn(first.order, *first.groups)
-    rolled, blob = both.run(wire.pack(item_of(config, 0, start[0])))
-    assert rolled.adapter == start[0] != report.adapter
+    actor, learner = colocated(config)
+    actor.load(start[1])
+    report, _, _, _ = learner.learn(first.order, *first.groups)
+    result, blob = actor.run(wire.pack(item_of(config, 0, start[0])))
+    assert result.adapter == start[0] != report.adapter
     assert np.array_equal(blob, first.groups[0])
-    assert both.export()[0].adapter == report.adapter
+    assert learner.export()[0].adapter == report.adapter

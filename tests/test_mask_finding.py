@@ -22,11 +22,10 @@ from rl_edit.data import DataConfig, open_dataset, open_requests, shapes
 from rl_edit.data.canvas import fit
 from rl_edit.data.compbench import write_compbench
 from rl_edit.data.mask_finding import FoundRegions, MaskFinder, NotFound, agreement, otsu, smoothed
-from rl_edit.data.rows import RegionsTask, Row
-from rl_edit.data.shapes import ShapesTask
+from rl_edit.data.rows import Row
 from rl_edit.editors import Editor, load_editor
 from rl_edit.errors import InputError
-from rl_edit.types import EditTask
+from rl_edit.types import EditTask, PairedRegionsTask, RegionsTask
 from runs import command, metrics_of, read_json, run_inline, small_config
 
 SIDE = 64
@@ -348,7 +347,7 @@ def test_the_dataset_holds_regions_pictures_and_all_that_the_rows_said(
     assert len(dataset) == 9 and dataset.fields == {"target", "caption", "regions"}
     for found in (dataset[index] for index in range(9)):
         true = tasks[found.task_id]
-        assert isinstance(found, ShapesTask) and len(found.regions) == len(true.regions)
+        assert isinstance(found, PairedRegionsTask) and len(found.regions) == len(true.regions)
         assert torch.equal(found.source, true.source) and torch.equal(found.target, true.target)
         assert (found.instruction, found.caption, found.task_type) == (
             true.instruction,

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.colocated import Colocated
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from learner.learner import Learner
@@ -66,7 +65,7 @@ from rl_edit.types import (
     RolloutGroup,
     WorkItem,
 )
-from runs import small_config
+from runs import colocated, small_config
 
 G, C, ROWS, COLUMNS = 4, 3, 4, 4
 L = ROWS * COLUMNS
@@ -1745,13 +1744,13 @@ def test_on_a_real_rollout_the_ratio_is_exactly_one_and_an_update_changes_the_we
     small_editor: str, name: str, solver: str
 ) -> None:
     config = config_of(small_editor, name, f"rollout.solver={solver}")
-    both = Colocated(config, 1, Learner)
-    start, adapter, _, _ = both.export()
-    both.load(adapter)
-    step = work(config, both, start.adapter)
-    assert both.ratio(step.groups[0]) == 0.0
-    before = state_of(both)
-    report, adapter, _, _ = both.learn(step.order, *step.groups)
+    actor, learner = colocated(config)
+    start, adapter, _, _ = learner.export()
+    actor.load(adapter)
+    step = work(config, actor, start.adapter)
+    assert learner.ratio(step.groups[0]) == 0.0
+    before = state_of(learner)
+    report, adapter, _, _ = learner.learn(step.order, *step.groups)
     assert report.used == 2 and not report.skipped and report.adapter.sha256 != start.adapter.sha256
     assert (
         all(math.isfinite(value) for value in report.metrics.values())
@@ -1759,7 +1758,7 @@ def test_on_a_real_rollout_the_ratio_is_exactly_one_and_an_update_changes_the_we
     )
     assert report.metrics.get("ratio/max_deviation", 0.0) == 0.0
     assert ("ratio/max_deviation" in report.metrics) == (name not in RATIO_FREE)
-    after = state_of(both)
+    after = state_of(learner)
     moved = [
         key
         for key in after
@@ -1767,9 +1766,9 @@ def test_on_a_real_rollout_the_ratio_is_exactly_one_and_an_update_changes_the_we
     ]
     assert moved and all(bool(after[key].isfinite().all()) for key in moved)
     if name not in RATIO_FREE:
-        assert both.ratio(step.groups[0]) > 0
+        assert learner.ratio(step.groups[0]) > 0
     weights: AdapterWeights = wire.unpack(adapter)
-    assert both.load(adapter) == weights.id == report.adapter
+    assert actor.load(adapter) == weights.id == report.adapter
 
 
 # --- the acting and the resulting average -----------------------------------------------------------------------------
@@ -1781,10 +1780,10 @@ AVERAGED = ("algorithm.acting={kind: decayed, rate: 0.3, max_decay: 0.5}", "trai
 def first(small_editor: str) -> Work:
     """Groups to learn from, of a method that learns from any."""
     config = config_of(small_editor, "diffusion-nft")
-    both = Colocated(config, 1, Learner)
-    start, adapter, _, _ = both.export()
-    both.load(adapter)
-    return work(config, both, start.adapter)
+    actor, learner = colocated(config)
+    start, adapter, _, _ = learner.export()
+    actor.load(adapter)
+    return work(config, actor, start.adapter)
 
 
 def shown(blob: np.ndarray) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from actors.roles import crew
+from actors.roles import worker_roles
 from learner.controller.lease import Lease
 from learner.controller.loop import Outcome, TrainingLoop
 from learner.learner import Learner
@@ -35,13 +35,13 @@ def run_on_ray(
     config: RunConfig, directory: Path, observer: Any = None, *, resume: bool = False
 ) -> Outcome:
     """As ``rl-edit train`` wires it, on the tests' cluster."""
-    from actors import ray_executor
+    from actors import ray_cluster, ray_executor
 
     run = run_of(config, directory)
-    posts = crew(config, run.dataset.fields, Learner)
-    ray_executor.connect(config)
+    roles = worker_roles(config, run.dataset.fields, Learner)
+    ray_cluster.connect(config)
     directory.mkdir(parents=True, exist_ok=True)
-    executor = ray_executor.RayExecutor(posts)
+    executor = ray_executor.RayExecutor(roles)
     try:
         events = telemetry.Events(directory / telemetry.EVENTS)
         loop = TrainingLoop(
@@ -108,7 +108,7 @@ class Assassin(Nobody):
 
     def group_scored(self, update: int, done: int, total: int) -> None:
         if (update, done) == (1, 1):
-            self.struck = processes_below(os.getpid(), "ray::RolloutActor")
+            self.struck = processes_below(os.getpid(), "ray::rollout")
             for pid in self.struck:
                 os.kill(pid, self.number)
 
@@ -166,31 +166,31 @@ def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free(
 def test_more_gpus_than_a_cluster_has_are_refused_on_a_running_cluster(
     ray_cluster: None, small_editor: str
 ) -> None:
-    from actors import ray_executor
+    from actors import ray_cluster
 
     config = small_config(small_editor, "actors.runtime=ray", "actors.rollout_gpus=64")
     with pytest.raises(
         ResourcesInfeasible, match=r"needs 64 GPUs \(1 rollout x 64, 1 reward x 0, 1 learner x 0\)"
     ):
-        ray_executor.reserve(config, crew(config, frozenset(), Learner), note=print)
+        ray_cluster.reserve(config, worker_roles(config, frozenset(), Learner), note=print)
 
 
 def test_nodes_are_compared_with_the_driver_and_a_difference_is_refused_unless_allowed(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actors import ray_executor
+    from actors import ray_cluster
 
     said: list[str] = []
-    ray_executor.check_nodes(allow_skew=False, note=said.append)
+    ray_cluster.check_nodes(allow_skew=False, note=said.append)
     assert said == []
-    here = {**ray_executor.versions(), "torch": "1.0"}
-    monkeypatch.setattr(pool, "differences", lambda nodes, _: differences(nodes, here))
+    here = {**ray_cluster.versions(), "torch": "1.0"}
+    monkeypatch.setattr(ray_cluster, "differences", lambda nodes, _: differences(nodes, here))
     with pytest.raises(
         InputError,
         match=r"do not run the same code: .* has torch .*, here is 1\.0.*--allow-version-skew",
     ):
-        ray_executor.check_nodes(allow_skew=False, note=said.append)
-    ray_executor.check_nodes(allow_skew=True, note=said.append)
+        ray_cluster.check_nodes(allow_skew=False, note=said.append)
+    ray_cluster.check_nodes(allow_skew=True, note=said.append)
     assert len(said) == 1
 
 

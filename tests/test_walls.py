@@ -70,6 +70,7 @@ ROOMS = {
                 "audit",
                 "audit/checks",
                 "data",
+                "data/shapes",
                 "evaluation",
                 "report",
                 "telemetry",

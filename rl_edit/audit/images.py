@@ -20,7 +20,7 @@ from rl_edit.audit.corruptions import (
     within,
 )
 from rl_edit.measures.pixels import unit_range
-from rl_edit.types import EditTask, PairedTask
+from rl_edit.types import EditTask, PairedTask, RegionsTask
 
 # Amounts, of 255, by which the pixels of a patch move.
 _PATCH_AMOUNTS = (24, 48, 72, 96)
@@ -86,9 +86,8 @@ def make_test_images(correct: Reference, *, seed: int) -> TestImages:
     task, clean = correct.task, correct.edit
     key = (seed, task.task_id)
     places = {"inside": task.edit_mask}
-    regions = getattr(task, "regions", None)
-    if regions is not None and len(regions) > 1:
-        places |= {f"region.{number}": region for number, region in enumerate(regions)}
+    if isinstance(task, RegionsTask) and len(task.regions) > 1:
+        places |= {f"region.{number}": region for number, region in enumerate(task.regions)}
     return TestImages(
         task=task,
         clean=clean,

@@ -118,9 +118,9 @@ def train(
     occupied = _require_place(directory, resume=resume)
     _require_patience(config)
     if config.actors.runtime == "ray" and not dry_run:
-        from actors import ray_executor
+        from actors import ray_cluster
 
-        ray_executor.probe()
+        ray_cluster.probe()
     run, record = _prepare(config, directory, console, resume=resume, allow_drift=allow_drift)
     if dry_run:
         return None
@@ -408,21 +408,21 @@ def _require_same_run(run: Run) -> None:
 def _executor(
     config: RunConfig, fields: frozenset[str], *, allow_skew: bool, note: Callable[[str], None]
 ) -> Any:
-    from actors.roles import crew
+    from actors.roles import worker_roles
     from learner.learner import Learner
 
-    posts = crew(config, fields, Learner)
+    roles = worker_roles(config, fields, Learner)
     if config.actors.runtime != "ray":
         from actors.local_executor import LocalExecutor
 
-        return LocalExecutor(posts, threaded=config.actors.runtime == "thread")
-    from actors import ray_executor
+        return LocalExecutor(roles, threaded=config.actors.runtime == "thread")
+    from actors import ray_cluster, ray_executor
 
-    ray_executor.connect(config)
-    ray_executor.check_stop_wait(config.train.grace_s, note=note)
-    places = ray_executor.reserve(config, posts, note=note)
-    ray_executor.check_nodes(allow_skew=allow_skew, note=note)
-    return ray_executor.RayExecutor(posts, places)
+    ray_cluster.connect(config)
+    ray_cluster.check_stop_wait(config.train.grace_s, note=note)
+    places = ray_cluster.reserve(config, roles, note=note)
+    ray_cluster.check_nodes(allow_skew=allow_skew, note=note)
+    return ray_executor.RayExecutor(roles, places)
 
 
 def _require_patience(config: RunConfig) -> None:
@@ -477,9 +477,9 @@ def _close(config: RunConfig, executor: Any) -> None:
     if executor is not None:
         asyncio.run(executor.close())
     if config.actors.runtime == "ray":
-        from actors import ray_executor
+        from actors import ray_cluster
 
-        ray_executor.disconnect()
+        ray_cluster.disconnect()
 
 
 class _Signals:

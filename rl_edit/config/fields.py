@@ -1,6 +1,6 @@
 """Walks the tree of settings: from a dotted name to the models and fields behind it.
 
-Seams are unions of models told apart by ``kind``. A name alone does not say which member is meant,
+Seams are unions of models with a ``kind`` each. A name alone does not say which member is meant,
 so a walk may end at several models.
 """
 

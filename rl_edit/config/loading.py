@@ -137,7 +137,7 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
 def _overridden(raw: dict[str, Any], changes: Sequence[Override]) -> dict[str, Any]:
     """The mapping with all overrides applied, each under its present name."""
     raw = _of_method(raw, changes)
-    # Only the complete settings tell whether a section is a plugin, whose keys are not renamed.
+    # Only the complete settings show that a section is a plugin, whose keys are not renamed.
     context = copy.deepcopy(raw)
     for path, value in changes:
         _set(context, path, value)

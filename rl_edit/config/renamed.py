@@ -111,8 +111,8 @@ def modern(
 
     Args:
         settings: of a configuration file, or stored by an earlier version.
-        context: the complete settings, where ``settings`` is a part of them. It tells a plugin,
-            whose keys are never renamed.
+        context: the complete settings, where ``settings`` is a part of them. A plugin is
+            recognised there; its keys are never renamed.
         note: receives a hint per renamed setting.
 
     Raises:

@@ -71,8 +71,8 @@ class TrainConfig(BaseModel):
         max_lag: 0 is strictly on-policy. 1 is one-step-off: groups of update u are rolled out with
             the weights of u - 1, while update u - 1 is learnt. Groups are assigned to versions by
             number, so timing never changes a result.
-        ratio_tolerance: largest deviation of the ratio from 1 accepted on-policy. fp32 with equal micro-batches
-            reaches exactly 0.
+        ratio_tolerance: largest deviation of the ratio from 1 accepted on-policy. fp32 with equal
+            micro-batches reaches exactly 0.
         reduction: sum of gradients over learner ranks. "ordered" adds group by group in slot order,
             so the number of ranks never changes a bit. "allreduce" is one collective, equal up to
             rounding.

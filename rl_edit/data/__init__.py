@@ -26,9 +26,8 @@ from rl_edit.data.compbench import is_compbench, read_compbench, request_compben
 from rl_edit.data.folder import read_folder, request_folder
 from rl_edit.data.images import MaskPolarity, read_mask
 from rl_edit.data.rows import EmptyMask, Request, Row, check, check_requests, load, refuse
-from rl_edit.data.shapes import ShapesTask
 from rl_edit.errors import InputError
-from rl_edit.types import EditTask
+from rl_edit.types import EditTask, PairedRegionsTask
 
 BUILTIN_SHAPES = "builtin:shapes"
 
@@ -131,7 +130,7 @@ class ShapesDataset:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> ShapesTask:
+    def __getitem__(self, index: int) -> PairedRegionsTask:
         index = range(self.length)[index]
         task_type = self.task_types[index % len(self.task_types)] if self.task_types else None
         return shapes.task(self.split, index, seed=self.seed, task_type=task_type)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from rl_edit.errors import InputError
-from rl_edit.types import EditTask, PairedTask
+from rl_edit.types import EditTask, PairedTask, RegionsTask
 
 
 def canvas_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
             # Lanczos carries the edit a few pixels across the mask's edge.
             target = torch.where(mask[:, :, None], target, changes["source"])
         changes["target"] = target
-    if hasattr(task, "regions"):
+    if isinstance(task, RegionsTask):
         changes["regions"] = torch.stack([_cover(region, size) for region in task.regions])
     return dataclasses.replace(task, **changes)
 

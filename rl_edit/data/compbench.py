@@ -27,9 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rl_edit.data.rows import Request, Row, refuse
-from rl_edit.data.shapes import ShapesTask
 from rl_edit.errors import InputError
-from rl_edit.types import PairedTask
+from rl_edit.types import PairedRegionsTask, PairedTask
 
 _PATTERN = "tasks/*/metadata.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -142,7 +141,7 @@ def _write(tasks: Iterable[PairedTask], root: Path, progress: Callable[[int], No
         _save(folder / "input_image" / image_path, task.source.numpy())
         _save(folder / "edited_image" / image_path, task.target.numpy())
         _save(folder / "mask" / image_path, task.edit_mask.numpy().astype(np.uint8) * 255)
-        if isinstance(task, ShapesTask):
+        if isinstance(task, PairedRegionsTask):
             regions = task.regions.numpy()
             if len(regions) > 255 or regions.sum(axis=0).max() > 1:
                 raise InputError(

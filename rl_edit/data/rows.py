@@ -17,30 +17,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rl_edit.data import images
 from rl_edit.data.images import MaskPolarity
-from rl_edit.data.shapes import ShapesTask
 from rl_edit.errors import InputError
-from rl_edit.types import EditTask, PairedTask
+from rl_edit.types import EditTask, PairedRegionsTask, PairedTask, RegionsTask
 
 EmptyMask = Literal["error", "skip"]
 
 _NUM_SHOWN = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionsTask(EditTask):
-    """A task whose places are known one by one, and whose result is not.
-
-    Attributes:
-        regions: one row per place; their union is ``edit_mask``.
-    """
-
-    regions: Bool[Tensor, "region height width"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +151,7 @@ def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
 
 
 def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
-    """Read a row: ``PairedTask`` with a target, ``RegionsTask`` with regions, ``ShapesTask`` with both, ``EditTask`` otherwise."""
+    """Read a row: ``PairedTask`` with a target, ``RegionsTask`` with regions, ``PairedRegionsTask`` with both, ``EditTask`` otherwise."""
     source = images.read_rgb(row.source, where=row.where)
     mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
     _same_size(row, row.mask, mask.edit.shape, source.shape[:2])
@@ -185,7 +171,7 @@ def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
     target = images.read_rgb(row.target, where=row.where)
     _same_size(row, row.target, target.shape[:2], source.shape[:2])
     common |= {"target": torch.from_numpy(target), "caption": row.caption or ""}
-    return PairedTask(**common) if row.regions is None else ShapesTask(**common)
+    return PairedTask(**common) if row.regions is None else PairedRegionsTask(**common)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from rl_edit.measures.pixels import gaussian_mean, unit_range
 from rl_edit.method.regions import labelled_regions
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.rewards.vlm.composition import overall
-from rl_edit.types import Candidates, PairedTask, Score
+from rl_edit.types import Candidates, PairedTask, RegionsTask, Score
 
 # Where each quality falls to half marks. In units of an RMS error with peak 1: 10^(-25/20) is 25 dB.
 _HALF_BACKGROUND = 10 ** (-25 / 20)
@@ -148,7 +148,7 @@ class _Scene:
     def of(task: PairedTask) -> _Scene:
         source, target = unit_range(task.source), unit_range(task.target)
         changed = ((source - target).abs().amax(dim=-1) > _CHANGED) & task.edit_mask
-        known = getattr(task, "regions", None)
+        known = task.regions if isinstance(task, RegionsTask) else None
         places = labelled_regions(task.edit_mask) if known is None else _numbered(known)
         unit = max(min(task.edit_mask.shape) / _REFERENCE_SIZE, 1.0)
         return _Scene(

@@ -1,0 +1,247 @@
+"""The Ray cluster of a run: joining or starting one, comparing its nodes, reserving its GPUs.
+
+What runs on the cluster is in ``ray_executor.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.roles import Roles, available_cores
+from rl_edit.config import RunConfig
+from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible
+from rl_edit.provenance import differences, versions
+
+NODE_TIMEOUT_S = 120.0
+RAY_JOB_STOP_DEFAULT_S = 3.0
+"""Seconds from SIGTERM to SIGKILL of ``ray job stop``, unless the job's runtime_env sets them."""
+
+RESERVE_POLL_S, RESERVE_NOTE_S = 1, 15.0
+"""Seconds between two looks at a reservation, and between two notes about it."""
+
+CPU_OBJECT_STORE_BYTES = 512 * 1024 * 1024
+
+Places = dict[tuple[str, int], tuple[PlacementGroup, int]]
+"""Placement group and bundle of each process with GPUs, by kind of process and worker slot."""
+
+
+def connect(config: RunConfig) -> None:
+    """Joins the cluster of ``RAY_ADDRESS``, else starts one on loopback.
+
+    The variable is set by hand or by ``ray job submit``. ``ray.init`` blocks for minutes on a dead
+    address, so the address is probed first.
+
+    Raises:
+        ClusterUnreachable: within seconds, naming the address.
+    """
+    if not ray.is_initialized():
+        join_or_start(config)
+
+
+def probe() -> None:
+    """Checks that something listens at ``RAY_ADDRESS``, if one is set.
+
+    Called before minutes or even seconds go into anything else.
+
+    Raises:
+        ClusterUnreachable: naming the address.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local" and not ray.is_initialized():
+        _probe(address)
+
+
+def join_or_start(config: RunConfig) -> None:
+    """Connects as :func:`connect` does, without asking whether this process is connected."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        _probe(address)
+        try:
+            ray.init(log_to_driver=False)
+        except ConnectionError as error:
+            raise _unreachable(address, str(error)) from error
+        return
+    # Ray runs workers at nice 15. Beside one busy program they would wait for every core, and the
+    # run would take many times as long (benchmarks/busy.py). The raylet reads this at its start.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray.init(
+        address="local",
+        num_cpus=available_cores(),
+        include_dashboard=config.actors.dashboard,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=CPU_OBJECT_STORE_BYTES if config.actors.rollout_gpus == 0 else None,
+    )
+    # Ray writes the token of a local cluster readable by everyone.
+    with contextlib.suppress(OSError):
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+
+
+def disconnect() -> None:
+    """Leaves the cluster. A local one ends with it."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def reserve(config: RunConfig, roles: Roles, *, note: Callable[[str], None]) -> Places:
+    """Reserves the GPUs of every process at once.
+
+    A run therefore never starts with half of its actors.
+
+    Raises:
+        ResourcesInfeasible: naming what is requested and what there is. It is raised at once when
+            the cluster can never place it, and after ``actors.start_timeout_s`` when others hold
+            the GPUs. An autoscaler gets ``actors.wait_for_nodes_s`` to bring nodes.
+    """
+    counts = {
+        "rollout": config.actors.num_rollout,
+        "reward": config.actors.num_reward,
+        "learner": config.actors.num_learner,
+    }
+    kinds = {spec.process: (spec, counts[role]) for role, spec in roles.items()}
+    bundles = [
+        (kind, worker_slot, spec.gpus)
+        for kind, (spec, count) in kinds.items()
+        if spec.gpus
+        for worker_slot in range(count)
+    ]
+    if not bundles:
+        return {}
+    request = ", ".join(f"{count} {kind} x {spec.gpus:g}" for kind, (spec, count) in kinds.items())
+    group = placement_group([{"GPU": gpus} for *_, gpus in bundles], strategy="PACK")
+    _wait_for(group, sum(gpus for *_, gpus in bundles), request, config, note=note)
+    return {
+        (kind, worker_slot): (group, bundle)
+        for bundle, (kind, worker_slot, _) in enumerate(bundles)
+    }
+
+
+def _wait_for(
+    group: PlacementGroup,
+    total: float,
+    request: str,
+    config: RunConfig,
+    *,
+    note: Callable[[str], None],
+) -> None:
+    """Waits until a placement group has its GPUs; gives it back when it cannot get them."""
+    began, noted = time.monotonic(), 0.0
+    while not group.wait(RESERVE_POLL_S):
+        waited = time.monotonic() - began
+        present = ray.cluster_resources().get("GPU", 0)
+        free = ray.available_resources().get("GPU", 0)
+        # Ray calls infeasible what fits no single node. Bundles that together exceed the cluster
+        # merely wait, so the total is compared here.
+        hopeless = (
+            total > present
+            or placement_group_table(group)["stats"]["scheduling_state"] == "INFEASIBLE"
+        )
+        limit = config.actors.wait_for_nodes_s if hopeless else config.actors.start_timeout_s
+        if waited >= limit:
+            remove_placement_group(group)
+            raise ResourcesInfeasible(
+                f"the run needs {total:g} GPUs ({request}), the cluster has {present:g}, "
+                f"{free:g} free: lower actors.*, add nodes, or, with an autoscaler, allow it time "
+                "with actors.wait_for_nodes_s."
+            )
+        if waited - noted >= RESERVE_NOTE_S:
+            noted = waited
+            reason = "no node has them yet" if hopeless else "others hold them"
+            note(f"waiting for {total:g} GPUs ({request}) for {waited:.0f} s; {reason}")
+
+
+def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
+    """Compares Python, packages and our sources on every node with those here.
+
+    Raises:
+        InputError: naming each difference, unless ``allow_skew``.
+        ResourcesInfeasible: a node started no worker in time.
+    """
+    remote_versions = ray.remote(versions)
+    requests = {
+        node["NodeManagerAddress"]: remote_versions.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote()
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    try:
+        responses = ray.get(list(requests.values()), timeout=NODE_TIMEOUT_S)
+    except GetTimeoutError as error:
+        raise ResourcesInfeasible(
+            f"not every node of {len(requests)} started a worker within {NODE_TIMEOUT_S:g} s: see "
+            "`ray status` and the nodes' logs"
+        ) from error
+    problems = differences(dict(zip(requests, responses, strict=True)), versions())
+    if problems and not allow_skew:
+        raise InputError(
+            f"the nodes do not run the same code: {'; '.join(problems[:6])}. Use one image for "
+            "head and workers, or --allow-version-skew."
+        )
+    for problem in problems:
+        note(problem)
+
+
+def check_stop_wait(grace_s: float, *, note: Callable[[str], None]) -> None:
+    """Warns when ``ray job stop`` would kill the driver before its grace has passed."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    wait_s = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", RAY_JOB_STOP_DEFAULT_S))
+    if wait_s < grace_s:
+        note(
+            f"ray job stop kills after {wait_s:g} s, train.grace_s is {grace_s:g}: a stopped job "
+            "may lose the updates since its last checkpoint. Submit with "
+            f"RAY_JOB_STOP_WAIT_TIME_S={grace_s + 10:g} in runtime_env.env_vars."
+        )
+
+
+def _probe(address: str) -> None:
+    """Fails in seconds when nothing listens at a ``host:port`` address."""
+    parsed = urlparse(address if "//" in address else f"//{address}")
+    try:
+        port = parsed.port
+    except ValueError:
+        port = None
+    no_port = parsed.hostname is None or port is None
+    if parsed.scheme in ("http", "https") or (address != "auto" and no_port):
+        raise _unreachable(
+            address,
+            "a driver joins at HOST:6379, or ray://HOST:10001; http://HOST:8265 is for submitting "
+            "jobs",
+        )
+    if parsed.hostname is None or port is None:
+        return
+    try:
+        socket.create_connection((parsed.hostname, port), timeout=5).close()
+    except OSError as error:
+        raise _unreachable(address, error.strerror or str(error)) from error
+
+
+def _unreachable(address: str, reason: str) -> ClusterUnreachable:
+    # A user and a password belong in no message.
+    shown = re.sub(r"[^/@]*@", "", address)
+    return ClusterUnreachable(
+        f"no Ray cluster answers at RAY_ADDRESS={shown} ({reason}): start one (ray start --head), "
+        "correct the address, or unset RAY_ADDRESS to run on this machine"
+    )

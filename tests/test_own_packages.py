@@ -1,0 +1,78 @@
+"""A user's own modules called ``actors`` or ``learner`` do not take the place of the project's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runs import read_json, small_config
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("actors", "learner")
+
+
+def write_modules(folder: Path) -> None:
+    for name in NAMES:
+        (folder / f"{name}.py").write_text("raise RuntimeError('the module of the user')\n")
+
+
+def write_packages(folder: Path) -> None:
+    for name in NAMES:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('the package of the user')")
+
+
+def trained_beside(folder: Path, editor: str, *overrides: str) -> str:
+    """Trains with ``folder`` as working directory and first on PYTHONPATH; returns the status."""
+    small_config(editor, *overrides, directory=folder)
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    ended = subprocess.run(
+        [sys.executable, "-m", "rl_edit", "train", "run.yaml", "--run-dir", "run", *overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    status: str = read_json(folder / "run" / "run.json")["status"]
+    return status
+
+
+@pytest.mark.parametrize("write", [write_modules, write_packages], ids=["modules", "packages"])
+def test_training_in_one_process_uses_the_projects_packages(
+    tmp_path: Path, small_editor: str, write: object
+) -> None:
+    assert callable(write)
+    write(tmp_path)
+    assert trained_beside(tmp_path, small_editor, "train.updates=1") == "done"
+
+
+@pytest.mark.ray
+def test_workers_on_ray_use_the_projects_packages(tmp_path: Path, small_editor: str) -> None:
+    write_modules(tmp_path)
+    overrides = ("train.updates=1", "actors.runtime=ray", "actors.num_learner=2")
+    assert trained_beside(tmp_path, small_editor, *overrides) == "done"
+
+
+def test_sources_are_hashed_of_the_projects_packages(tmp_path: Path) -> None:
+    write_modules(tmp_path)
+    command = "from rl_edit.provenance import code_sha256; print(code_sha256())"
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", command],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        for folder in (tmp_path, ROOT)
+    }
+    assert len(hashes) == 1
