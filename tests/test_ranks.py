@@ -21,7 +21,8 @@ from actors.rollout import RolloutActor
 from learner.learner import Learner
 from learner.ranks import Ranks, free_address
 from rl_edit import wire
-from rl_edit.config import RunConfig
+from rl_edit.config import RunConfig, load_config, presets
+from rl_edit.errors import InputError
 from rl_edit.types import LearnOrder, LearnSlot
 from runs import small_config
 from test_learner import FIELDS, work
@@ -199,3 +200,38 @@ def test_a_sharded_base_is_held_in_halves_and_a_whole_one_twice(
     assert [answers["ordered"]["held"] for answers in together] == [size, size]
     halves = [answers["sharded"]["held"] for answers in together]
     assert sum(halves) == size and max(halves) < 0.6 * size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        ((), 2),
+        (("actors.placement=colocated",), 2),
+        (("train.groups_per_update=1",), 1),
+        (("actors.num_rollout=1",), 1),
+        (("actors.runtime=inline",), 1),
+        (("actors.runtime=thread",), 1),
+        (("actors.learner_gpus=1",), 1),
+        (("train.max_lag=1",), 1),
+        (("train.reduction=allreduce",), 1),
+        (("actors.num_learner=1",), 1),
+    ],
+)
+def test_the_tiny_presets_learn_with_a_rank_for_each_rollout_actor_where_that_changes_no_bit(
+    overrides: tuple[str, ...], ranks: int
+) -> None:
+    for preset in (name for name in presets() if name.startswith("tiny-")):
+        config = load_config(preset=preset, overrides=("train.minibatches=1", *overrides))
+        assert config.actors.num_learner == ranks
+        assert load_config(preset=preset).actors.num_learner == 2
+
+
+def test_ranks_that_are_given_in_number_are_counted_as_before() -> None:
+    with pytest.raises(InputError, match="which cannot hold num_learner 2 ranks"):
+        load_config(
+            preset="tiny-rc-grpo", overrides=("actors.runtime=inline", "actors.num_learner=2")
+        )
+    with pytest.raises(InputError, match=r"actors\.num_rollout.*'many'"):
+        load_config(preset="tiny-rc-grpo", overrides=("actors.num_rollout=many",))
+    with pytest.raises(InputError, match=r"actors\.num_learner.*'some'"):
+        load_config(preset="tiny-rc-grpo", overrides=("actors.num_learner=some",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -242,3 +243,56 @@ def test_more_gpus_than_this_machine_has_are_refused_in_seconds_with_the_counts(
     )
     assert seconds < 60
     assert not run.exists()
+
+
+PROCESS = """
+import asyncio, json, os, sys
+from actors import ray_cluster
+from actors.ray_executor import RayExecutor
+from actors.roles import WorkerSpec
+from rl_edit.config import load_config
+
+class Process:
+    def facts(self):
+        variables = ("OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+        return {"nice": os.nice(0), **{name: os.environ.get(name) for name in variables}}
+
+async def main():
+    ray_cluster.connect(load_config(preset="tiny-rc-grpo"))
+    executor = RayExecutor({"rollout": WorkerSpec(process="rollout", make=Process)})
+    try:
+        print(json.dumps(await executor.spawn("rollout", 0).call("facts")))
+    finally:
+        await executor.close()
+        ray_cluster.disconnect()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "policy", "nice"),
+    [({}, "PASSIVE", 0), ({"OMP_WAIT_POLICY": "ACTIVE", "RAY_worker_niceness": "3"}, "ACTIVE", 3)],
+    ids=["by default", "as the user set them"],
+)
+def test_workers_wait_without_spinning_and_at_normal_priority(
+    environment: dict[str, str], policy: str, nice: int
+) -> None:
+    names = ("OMP_WAIT_POLICY", "RAY_worker_niceness")
+    outside = {name: value for name, value in os.environ.items() if name not in names}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROCESS],
+        cwd=ROOT,
+        env={**outside, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    facts = json.loads(ended.stdout.splitlines()[-1])
+    assert facts == {
+        "OMP_WAIT_POLICY": policy,
+        "CUDA_VISIBLE_DEVICES": "",
+        "nice": os.nice(0) + nice,
+    }

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from rl_edit.config.sections import (
     OPERATIONAL_ROLLOUT,
@@ -22,6 +22,7 @@ from rl_edit.config.sections import (
     EvaluationConfig,
     RolloutConfig,
     TrainConfig,
+    automatic_ranks,
 )
 from rl_edit.data import DataConfig
 from rl_edit.editors import EditorConfig
@@ -95,6 +96,16 @@ class RunConfig(BaseModel):
                 if term is not None
             }
         return value
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _count_ranks(cls, value: Any, info: ValidationInfo) -> Any:
+        """Replaces ``num_learner: auto`` by a number, which the run then records."""
+        if not isinstance(value, Mapping) or value.get("num_learner") != "auto":
+            return value
+        # The schedule is validated before the actors; it is absent when it was refused.
+        train = info.data.get("train", TrainConfig())
+        return {**value, "num_learner": automatic_ranks(value, train)}
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:

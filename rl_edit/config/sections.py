@@ -5,7 +5,8 @@ Each default lives here, once. A default taken from a paper names it beside the 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -108,6 +109,28 @@ class TrainConfig(BaseModel):
     grace_s: float = Field(default=20, gt=0)
 
 
+def automatic_ranks(actors: Mapping[str, Any], train: TrainConfig) -> int:
+    """Returns the learner ranks that ``num_learner: auto`` stands for.
+
+    On a CPU, two ranks of one thread learn an update in about half the time of one rank of two
+    threads, and the same bytes: with ordered reduction the number of ranks changes none.
+
+    Args:
+        actors: the section as it is read, before validation.
+    """
+    num_rollout = actors.get("num_rollout", 1)
+    if not isinstance(num_rollout, int):
+        return 1  # refused with its own message
+    if actors.get("placement") == "colocated":
+        return num_rollout
+    one_process = actors.get("runtime", "ray") != "ray"
+    # One update off, rollouts and learner share the cores at all times: more ranks gain nothing.
+    shares_cores = train.max_lag > 0
+    if one_process or shares_cores or actors.get("learner_gpus") or train.reduction != "ordered":
+        return 1
+    return min(num_rollout, train.groups_per_update)
+
+
 class ActorsConfig(BaseModel):
     """Processes: their places, their number and their time limits.
 
@@ -120,6 +143,8 @@ class ActorsConfig(BaseModel):
         num_rollout: rollout actors.
         num_reward: reward actors.
         num_learner: learner ranks (torch.distributed). Equal to num_rollout when colocated.
+            "auto" is a rank for each rollout actor where ranks are processes on CPU cores and take
+            turns with the rollouts, and 1 elsewhere.
         rollout_gpus: GPUs of each rollout actor. Fractions share one; 0 is CPU. Colocated
             processes take this number.
         reward_gpus: GPUs of each reward actor.

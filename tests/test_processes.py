@@ -1,4 +1,7 @@
-"""A user's own modules called ``actors`` or ``learner`` do not take the place of the project's."""
+"""Processes of the project import the project's packages, and their threads wait without spinning.
+
+A user's own modules may be called ``actors`` or ``learner``, on PYTHONPATH or beside the config.
+"""
 
 from __future__ import annotations
 
@@ -76,3 +79,26 @@ def test_sources_are_hashed_of_the_projects_packages(tmp_path: Path) -> None:
         for folder in (tmp_path, ROOT)
     }
     assert len(hashes) == 1
+
+
+def test_the_command_line_sets_how_threads_wait_before_torch_is_imported() -> None:
+    """OpenMP reads the variable when torch loads it, and never again."""
+    command = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'))\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "import rl_edit.cli"
+    )
+    outside = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    shown = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=ROOT,
+        env={**outside, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    assert shown == "PASSIVE\n"
