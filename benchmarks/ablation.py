@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jobs
-from rl_edit import telemetry
 from rl_edit.config import load_config
 from rl_edit.evaluation.comparison import TOTAL, Arm, plain
+from rl_edit.files import METRICS, read_json_lines
 
 SURROGATE = "{kind: neighbor, num_anchors: 4, clip: 0.2, temperature: 0.5, num_steps: 4}"
 COMMON = [
@@ -88,7 +88,7 @@ COMPARISONS = [
     ("region, background weighs more (h_out 0.5)", "region"),
 ]
 
-METRICS = {
+REPORTED = {
     "instruction": ("instruction", 3),
     "background_psnr_masked": ("background PSNR, dB", 3),
     "background_ssim": ("background SSIM", 4),
@@ -199,18 +199,18 @@ def _gains(arms: dict[str, Arm], variants: Sequence[str]) -> list[str]:
             [
                 "base",
                 "",
-                *(f"{_mean(first, metric):.{digits}f}" for metric, (_, digits) in METRICS.items()),
+                *(f"{_mean(first, metric):.{digits}f}" for metric, (_, digits) in REPORTED.items()),
                 "",
             ]
         )
     for variant in variants:
         if (arm := arms.get(variant)) is None:
-            rows.append([variant, "none finished", *[""] * (len(METRICS) + 1)])
+            rows.append([variant, "none finished", *[""] * (len(REPORTED) + 1)])
             continue
-        cells = [jobs.cell(arm.gain(metric), digits) for metric, (_, digits) in METRICS.items()]
+        cells = [jobs.cell(arm.gain(metric), digits) for metric, (_, digits) in REPORTED.items()]
         rows.append([variant, str(len(arm.runs)), *cells, f"{_spread(arm):.2f}"])
     return jobs.table(
-        ["variant", "seeds", *(label for label, _ in METRICS.values()), "PSNR spread"], rows
+        ["variant", "seeds", *(label for label, _ in REPORTED.values()), "PSNR spread"], rows
     )
 
 
@@ -221,14 +221,14 @@ def _between(arms: dict[str, Arm]) -> list[str]:
         [
             f"{one} minus {other}",
             *(
-                jobs.cell(arms[one].over(arms[other], metric), METRICS[metric][1])
+                jobs.cell(arms[one].over(arms[other], metric), REPORTED[metric][1])
                 for metric in shown
             ),
         ]
         for one, other in COMPARISONS
         if one in arms and other in arms
     ]
-    return [*jobs.table(["comparison", *(METRICS[metric][0] for metric in shown)], rows), ""]
+    return [*jobs.table(["comparison", *(REPORTED[metric][0] for metric in shown)], rows), ""]
 
 
 def _by_seed(arms: dict[str, Arm]) -> list[str]:
@@ -247,7 +247,7 @@ def _by_seed(arms: dict[str, Arm]) -> list[str]:
 def _recorded(arms: dict[str, Arm]) -> dict[str, Any]:
     comparisons = {
         f"{one} - {other}": {
-            metric: plain(arms[one].over(arms[other], metric)) for metric in METRICS
+            metric: plain(arms[one].over(arms[other], metric)) for metric in REPORTED
         }
         for one, other in COMPARISONS
         if one in arms and other in arms
@@ -255,13 +255,13 @@ def _recorded(arms: dict[str, Arm]) -> dict[str, Any]:
     variants = {
         variant: {
             "seeds": list(arm.seeds),
-            "delta": {metric: plain(arm.gain(metric)) for metric in METRICS},
+            "delta": {metric: plain(arm.gain(metric)) for metric in REPORTED},
             "psnr_spread": _spread(arm),
             "overrides": VARIANTS[variant],
         }
         for variant, arm in arms.items()
     }
-    base = {metric: _mean(next(iter(arms.values())), metric) for metric in METRICS} if arms else {}
+    base = {metric: _mean(next(iter(arms.values())), metric) for metric in REPORTED} if arms else {}
     return {"base": base, **variants, "comparisons": comparisons}
 
 
@@ -271,9 +271,7 @@ def _mean(arm: Arm, metric: str) -> float:
 
 
 def _spread(arm: Arm) -> float:
-    lines = [
-        line for run in arm.runs for line in telemetry.read_jsonl(run.directory / telemetry.METRICS)
-    ]
+    lines = [line for run in arm.runs for line in read_json_lines(run.directory / METRICS)]
     values = [line["background/psnr/spread"] for line in lines if "background/psnr/spread" in line]
     return sum(values) / max(1, len(values))
 

@@ -21,12 +21,12 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from rl_edit import telemetry
 from rl_edit.config import RunConfig
 from rl_edit.editors import editor_identity
 from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import Arm, read_runs, require_alike
 from rl_edit.evaluation.effort import effort
+from rl_edit.files import METRICS, read_json_lines
 from rl_edit.measures.intervals import Interval
 from rl_edit.method.update import TrainingFailed
 
@@ -105,7 +105,7 @@ class Job:
         """Model evaluations done so far."""
         if self.finished():
             return self.evaluations
-        lines = telemetry.read_jsonl(self.directory / telemetry.METRICS)
+        lines = read_json_lines(self.directory / METRICS)
         return min(len(lines) / self.config.train.updates, 1.0) * self.evaluations
 
     def run(self) -> None:

@@ -38,9 +38,10 @@ from learner.controller.placement import (
     iteration_seconds,
     recommend,
 )
+from learner.controller.run_log import Events
 from profiles import CANDIDATES, PROFILES, tokens
-from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
+from rl_edit.files import EVENTS
 from rl_edit.types import EditTask
 from sleepers import Naps, sleeping_roles
 
@@ -292,7 +293,7 @@ def control(
             settings={},
             pixels_per_token=pixels_per_token,
         )
-        events = telemetry.Events(directory / telemetry.EVENTS)
+        events = Events(directory / EVENTS)
         try:
             await TrainingLoop(
                 run, executor, lease=Lease.take(directory), events=events, observer=observer

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from judge_server import Answer, JudgeServer, completion, images_of, question_of, serving  # noqa: E402 - the tests are no package
-from rl_edit import telemetry  # noqa: E402
 from rl_edit.config import RunConfig, load_config  # noqa: E402
+from rl_edit.files import EVENTS, METRICS, read_json_lines  # noqa: E402
 from scaling import RESULTS, report  # noqa: E402
 
 # Of connections that come at once all but five would wait a second for their second try; servers of judges take thousands.
@@ -169,10 +169,10 @@ def timed(case: Case, *, updates: int) -> Timing:
 
 def timing(case: Case, config: RunConfig, run: Path, judge: JudgeServer) -> Timing:
     """What a finished run says of itself."""
-    lines = telemetry.read_jsonl(run / telemetry.METRICS)[WARM:-COOL]
+    lines = read_json_lines(run / METRICS)[WARM:-COOL]
     applied = [
         event["time"]
-        for event in telemetry.read_jsonl(run / telemetry.EVENTS)
+        for event in read_json_lines(run / EVENTS)
         if event["event"] == "update_applied"
     ]
     update_s = (applied[-1 - COOL] - applied[WARM - 1]) / len(lines)

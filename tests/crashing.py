@@ -198,7 +198,7 @@ def crashing(roles: Roles, fault: Fault) -> Roles:
 
 def inject(fault: Fault) -> None:
     """Puts a fault into the run that this process is about to drive."""
-    specs, put, write = actors.roles.worker_roles, checkpoint.put, checkpoint.write
+    specs, put, write = actors.roles.worker_roles, checkpoint.write_new, checkpoint.write
     if fault.point in WORKER_POINTS:
         actors.roles.worker_roles = lambda *arguments: crashing(specs(*arguments), fault)
 
@@ -217,7 +217,7 @@ def inject(fault: Fault) -> None:
             fault.strike("pre-publish", int(what.removeprefix("publishing ").partition(":")[0]) - 1)
             super().announce(role, what, method, *args)
 
-    checkpoint.put, checkpoint.write = half_written, renamed
+    checkpoint.write_new, checkpoint.write = half_written, renamed
     learner.controller.loop.Supervisor = CrashingSupervisor  # type: ignore[misc]
 
 

@@ -17,11 +17,12 @@ from actors.roles import Roles, make_workers, roles_of, worker_roles
 from actors.rollout import RolloutActor
 from learner.controller.lease import Lease
 from learner.controller.loop import Outcome, Run, Stop, TrainingLoop
+from learner.controller.run_log import Events
 from learner.learner import Learner
-from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
 from rl_edit.editors import inspect_editor
+from rl_edit.files import EVENTS, METRICS, read_json_lines
 
 PRESERVATION: dict[str, Any] = {"kind": "preservation", "weight": 1.0}
 ATTENTION: dict[str, Any] = {"kind": "concentration", "weight": 0.3}
@@ -147,7 +148,7 @@ def run_inline(
         run,
         executor(LocalExecutor(roles, threaded=config.actors.runtime == "thread")),
         lease=Lease.take(directory),
-        events=telemetry.Events(directory / telemetry.EVENTS),
+        events=Events(directory / EVENTS),
         observer=observer or stopper,
         stop=stopper.stop,
     )
@@ -164,15 +165,11 @@ def adapter_bytes(outcome: Outcome) -> dict[str, bytes]:
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
-    return telemetry.read_jsonl(directory / telemetry.METRICS)
+    return read_json_lines(directory / METRICS)
 
 
 def events_of(directory: Path, event: str) -> list[dict[str, Any]]:
-    return [
-        record
-        for record in telemetry.read_jsonl(directory / telemetry.EVENTS)
-        if record["event"] == event
-    ]
+    return [record for record in read_json_lines(directory / EVENTS) if record["event"] == event]
 
 
 def command(monkeypatch: Any, capsys: Any, *arguments: Any) -> tuple[int, str, Sequence[str]]:

@@ -575,14 +575,14 @@ def test_an_attempt_fenced_while_it_writes_commits_nothing(
     directory: Path, tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.write(directory, example(2, "a"), lease=lease)
-    real = checkpoint.put
+    real = checkpoint.write_new
 
     def overtaken(path: Path, content: bytes | memoryview) -> None:
         real(path, content)
         if path.name == MANIFEST:
             Lease.take(tmp_path)
 
-    monkeypatch.setattr(checkpoint, "put", overtaken)
+    monkeypatch.setattr(checkpoint, "write_new", overtaken)
     for step in (2, 4):
         with pytest.raises(Fenced):
             checkpoint.write(directory, example(step, "b"), lease=lease)
@@ -602,7 +602,7 @@ def test_a_write_that_fails_leaves_neither_a_step_nor_a_remainder(
     directory: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int
 ) -> None:
     checkpoint.write(directory, example(1), lease=lease)
-    real, calls = checkpoint.put, []
+    real, calls = checkpoint.write_new, []
 
     def failing(path: Path, content: bytes | memoryview) -> None:
         calls.append(path.name)
@@ -611,7 +611,7 @@ def test_a_write_that_fails_leaves_neither_a_step_nor_a_remainder(
             raise error
         real(path, content)
 
-    monkeypatch.setattr(checkpoint, "put", failing)
+    monkeypatch.setattr(checkpoint, "write_new", failing)
     with pytest.raises(type(error)):
         checkpoint.write(directory, example(2), lease=lease)
     assert len(calls) == at + 1

@@ -30,8 +30,9 @@ from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_roles, fau
 from learner.controller import checkpoint
 from learner.controller.lease import Lease
 from learner.controller.loop import Outcome
-from rl_edit import telemetry, wire
+from rl_edit import wire
 from rl_edit.errors import Fenced
+from rl_edit.files import JsonLines, read_json_lines
 from rl_edit.method.advantages import Declined, GroupCredit, SplitCredit
 from rl_edit.method.update import TrainingFailed
 from rl_edit.provenance import differences
@@ -533,7 +534,7 @@ def test_a_driver_that_crashes_anywhere_continues_to_the_same_story(
             patched.setattr(
                 checkpoint,
                 "put",
-                crashing(checkpoint.put, lambda path, content: "step_000002" in str(path)),
+                crashing(checkpoint.write_new, lambda path, content: "step_000002" in str(path)),
             )
         if point == "after rename":
             patched.setattr(
@@ -685,7 +686,7 @@ def test_a_full_disk_costs_a_checkpoint_and_a_warning_and_the_next_is_written(
             there.append(sorted(path.name for path in (tmp_path / "checkpoints").glob("*")))
 
     notes = Looking()
-    monkeypatch.setattr(checkpoint, "put", full_disk(checkpoint.put, 2))
+    monkeypatch.setattr(checkpoint, "write_new", full_disk(checkpoint.write_new, 2))
     assert story(fakes(tmp_path, observer=notes), tmp_path) == undisturbed()
     (failed,) = events_of(tmp_path, "commit_failed")
     assert (failed["updates_done"], failed["in_a_row"]) == (2, 1) and "No space left" in failed[
@@ -708,7 +709,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_the_remedy_and_then_it_resume
 ) -> None:
     overrides = ("train.updates=6",)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "put", full_disk(checkpoint.put, 2, 3, 4))
+        patched.setattr(checkpoint, "write_new", full_disk(checkpoint.write_new, 2, 3, 4))
         with pytest.raises(
             TrainingFailed,
             match=r"3 checkpoints in a row .*No space left.*free space.*--resume from update 1",
@@ -722,15 +723,15 @@ def test_a_disk_that_stays_full_stops_the_run_with_the_remedy_and_then_it_resume
 def test_a_disk_too_full_for_a_line_of_events_or_metrics_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = telemetry.JsonlFile.append
+    real = JsonLines.append
 
-    def append(self: telemetry.JsonlFile, record: dict[str, Any]) -> None:
+    def append(self: JsonLines, record: dict[str, Any]) -> None:
         if record.get("event") == "commit_failed" or record.get("update") == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, record)
 
-    monkeypatch.setattr(checkpoint, "put", full_disk(checkpoint.put, 2))
-    monkeypatch.setattr(telemetry.JsonlFile, "append", append)
+    monkeypatch.setattr(checkpoint, "write_new", full_disk(checkpoint.write_new, 2))
+    monkeypatch.setattr(JsonLines, "append", append)
     assert fakes(tmp_path, observer=Notes()).updates_done == 3
 
 
@@ -953,7 +954,7 @@ def test_a_late_result_of_work_whose_first_blob_was_lost_is_as_good_as_any(
         executor=faulty(*faults, latency=lambda: 0.01),
     )
     assert story(outcome, tmp_path) == undisturbed(*overrides)
-    assert [e["event"] for e in telemetry.read_jsonl(tmp_path / "events.jsonl")][1:4] == [
+    assert [e["event"] for e in read_json_lines(tmp_path / "events.jsonl")][1:4] == [
         "actor_lost",
         "actor_replaced",
         "blob_lost",

@@ -26,10 +26,11 @@ from crashing import DeafRollout, Fault, Launched, crashing
 from learner.controller import checkpoint
 from learner.controller.lease import Lease
 from learner.controller.loop import Outcome, TrainingLoop
+from learner.controller.run_log import Events
 from learner.learner import Learner
-from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible
+from rl_edit.files import EVENTS
 from runs import (
     Nobody,
     StopAfter,
@@ -82,7 +83,7 @@ def run_on_cluster(
     ray_cluster.connect(config)
     directory.mkdir(parents=True, exist_ok=True)
     executor, watcher = ray_executor.RayExecutor(roles), observer or Nobody()
-    events = telemetry.Events(directory / telemetry.EVENTS)
+    events = Events(directory / EVENTS)
     try:
         loop = TrainingLoop(
             run,

@@ -1,4 +1,4 @@
-"""LearnerSnapshot-out tasks during training: they change nothing that is learnt, survive what a run survives, and raise the alarm when gold falls."""
+"""Held-out tasks during training: they change nothing that is learnt, survive what a run survives, and raise the alarm when gold falls."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from learner.controller import checkpoint, heldout
 from learner.controller.heldout import BEST, HELDOUT, Evaluation, alarm, read_best
 from learner.controller.loop import Outcome
 from learner.controller.supervisor import Supervisor
-from rl_edit import telemetry, wire
+from rl_edit import wire
 from rl_edit.config import ActorsConfig, RunConfig
 from rl_edit.editors import lora
 from rl_edit.errors import InputError
+from rl_edit.files import read_json_lines
 from rl_edit.report import render_report
 from rl_edit.report.charts import Mark, Series, twin_chart
 from rl_edit.rewards import available
@@ -77,7 +78,7 @@ def lines(directory: Path) -> list[dict[str, Any]]:
     """heldout.jsonl, but for the time that it took."""
     return [
         {key: value for key, value in line.items() if key != "seconds"}
-        for line in telemetry.read_jsonl(directory / HELDOUT)
+        for line in read_json_lines(directory / HELDOUT)
     ]
 
 
@@ -455,10 +456,10 @@ def test_evaluations_by_another_gold_or_of_other_tasks_are_not_compared(tmp_path
 def test_a_full_disk_costs_the_evaluation_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Any]
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(gold, "put", full)
+    monkeypatch.setattr(heldout, "replace_file", full)
     notes = Notes()
     outcome = fakes(tmp_path, observer=notes)
     assert adapter_bytes(outcome) == undisturbed()[0] and lines(tmp_path) == []
@@ -496,7 +497,7 @@ def test_a_gold_that_is_no_term_and_held_out_tasks_that_cannot_be_scored_are_ref
     ):
         chosen({"preservation": PRESERVATION, "judge": JUDGE}, "evaluation.gold=jugde")
     poor = type("Poor", (), {"fields": frozenset(), "__len__": lambda self: 3})()
-    monkeypatch.setattr(gold, "open_dataset", lambda *_, **__: poor)
+    monkeypatch.setattr(heldout, "open_dataset", lambda *_, **__: poor)
     with pytest.raises(
         InputError, match="reward 'judge' needs the field target of every held-out task"
     ):

@@ -19,10 +19,11 @@ import pytest
 from actors.roles import worker_roles
 from learner.controller.lease import Lease
 from learner.controller.loop import Outcome, TrainingLoop
+from learner.controller.run_log import Events
 from learner.learner import Learner
-from rl_edit import telemetry
 from rl_edit.config import RunConfig
 from rl_edit.errors import InputError, ResourcesInfeasible
+from rl_edit.files import EVENTS
 from rl_edit.provenance import differences
 from runs import Nobody, adapter_bytes, events_of, metrics_of, run_inline, run_of, small_config
 
@@ -44,7 +45,7 @@ def run_on_ray(
     directory.mkdir(parents=True, exist_ok=True)
     executor = ray_executor.RayExecutor(roles)
     try:
-        events = telemetry.Events(directory / telemetry.EVENTS)
+        events = Events(directory / EVENTS)
         loop = TrainingLoop(
             run, executor, lease=Lease.take(directory), events=events, observer=observer or Nobody()
         )

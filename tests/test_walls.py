@@ -73,7 +73,6 @@ ROOMS = {
                 "data/shapes",
                 "evaluation",
                 "report",
-                "telemetry",
                 "wire",
                 "config",
                 "messages",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,9 +19,10 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from learner.controller.lease import Lease, put, sync
+from learner.controller.lease import Lease
 from rl_edit.config import is_default, modern
 from rl_edit.errors import InputError
+from rl_edit.files import replace_directory, sync_directory, write_new
 from rl_edit.types import AdapterId
 
 MANIFEST, STATE, LEARNER = "MANIFEST.json", "state.json", "learner.safetensors"
@@ -109,13 +109,10 @@ def write(directory: Path, checkpoint: Checkpoint, *, lease: Lease) -> Path:
     """
     lease.check()
     final = directory / f"step_{checkpoint.updates_done:06d}"
-    old, temporary = (
-        final.with_name(f".old-{final.name}"),
-        final.with_name(f".tmp-{lease.epoch}-{final.name}"),
-    )
+    temporary = final.with_name(f".tmp-{lease.epoch}-{final.name}")
     if not directory.is_dir():
         directory.mkdir(parents=True)
-        sync(directory.parent)
+        sync_directory(directory.parent)
     before = [
         number for number in map(_number, _steps(directory)) if number < checkpoint.updates_done
     ]
@@ -152,23 +149,15 @@ def write(directory: Path, checkpoint: Checkpoint, *, lease: Lease) -> Path:
         for name, content in contents.items()
     }
     contents[MANIFEST] = _json(_Manifest(parent=parent, lease_epoch=lease.epoch, files=files))
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+
+    def fill(partial: Path) -> None:
         for name, content in contents.items():
-            put(temporary / name, content)
-        sync(temporary)
+            write_new(partial / name, content)
+        sync_directory(partial)
+        # Asked last: nothing may be renamed once a newer attempt owns the directory.
         lease.check()
-        if final.exists():
-            # A name cannot be exchanged portably; killed between the two renames, the old copy is read under its other name.
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(final, old)
-        os.rename(temporary, final)
-        sync(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+
+    replace_directory(final, temporary, fill)
     return final
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ from typing import cast
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from learner.controller.lease import Lease, put, sync
-from rl_edit import telemetry, wire
+from learner.controller.lease import Lease
+from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.errors import InputError
+from rl_edit.files import METRICS, JsonLines, read_json_lines, replace_file
 from rl_edit.method.exploration import keyed_seed
 from rl_edit.rewards import Reward, ShapesJudge
 from rl_edit.rewards.vlm.judge_reward import JudgeReward
@@ -195,7 +195,7 @@ class Watch:
             pixels_per_token,
         )
         self.lease, self.event, self.note = lease, events, note
-        self.file = telemetry.JsonlFile(directory / HELDOUT)
+        self.file = JsonLines(directory / HELDOUT)
 
     def rewind(self, updates_done: int) -> None:
         """Drops evaluations that a resumed run will do again."""
@@ -204,7 +204,7 @@ class Watch:
 
     def history(self) -> list[Evaluation]:
         """Every evaluation that compares with the next one, oldest first."""
-        lines = (Evaluation.model_validate(line) for line in telemetry.read_jsonl(self.file.path))
+        lines = (Evaluation.model_validate(line) for line in read_json_lines(self.file.path))
         return [line for line in lines if line.protocol == self._protocol()]
 
     def due(self, updates_done: int) -> bool:
@@ -306,7 +306,7 @@ class Watch:
         )
 
     def _training(self, after: int, upto: int) -> float | None:
-        lines = telemetry.read_jsonl(self.directory / telemetry.METRICS)
+        lines = read_json_lines(self.directory / METRICS)
         return _mean(
             line.get("reward/total/mean") for line in lines if after < line["update"] <= upto
         )
@@ -324,10 +324,11 @@ class Watch:
             file=_name(packed),
         )
         folder.mkdir(exist_ok=True)
-        _replace(folder / best.file, packed.data)
-        _replace(folder / RECORD, best.model_dump_json(indent=2).encode() + b"\n")
-        for other in folder.glob("*.safetensors"):
-            if other.name != best.file:
+        replace_file(folder / best.file, packed.data, durable=True)
+        replace_file(folder / RECORD, best.model_dump_json(indent=2) + "\n", durable=True)
+        # Earlier adapters, and what a killed writer left beside them.
+        for other in folder.iterdir():
+            if other.name not in (best.file, RECORD):
                 other.unlink()
 
     def _raise(self, raised: Alarm) -> None:
@@ -353,15 +354,6 @@ def _record(directory: Path) -> Best | None:
         return Best.model_validate_json((directory / RECORD).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-
-
-def _replace(path: Path, content: bytes | memoryview) -> None:
-    """The file with this content, whole or as it was."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.unlink(missing_ok=True)
-    put(temporary, content)
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _name(packed: np.ndarray) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rl_edit.errors import Fenced
+from rl_edit.files import replace_file, write_new
 
 LEASE = "LEASE.json"
 CLAIM = re.compile(r"\.lease-(\d+)")
@@ -138,28 +139,9 @@ class Lease:
         return f"taking over from pid {self.previous.pid} on {self.previous.host}, last renewed {age:.0f} s ago"
 
     def _publish(self) -> None:
-        temporary = self.run_dir / f".{LEASE}-{self.epoch}"
-        temporary.unlink(missing_ok=True)
-        put(temporary, self.holder.model_dump_json(indent=2).encode() + b"\n")
-        os.replace(temporary, self.run_dir / LEASE)
-        sync(self.run_dir)
-
-
-def put(path: Path, content: bytes | memoryview) -> None:
-    """A new file whose bytes are on the disk when this returns."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(directory: Path) -> None:
-    """Puts a directory's names on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        replace_file(
+            self.run_dir / LEASE, self.holder.model_dump_json(indent=2) + "\n", durable=True
+        )
 
 
 def _claim(run_dir: Path, epoch: int) -> Path:
@@ -169,7 +151,7 @@ def _claim(run_dir: Path, epoch: int) -> Path:
 def _claimed(run_dir: Path, epoch: int) -> bool:
     """Whether this call, and no other, created the claim."""
     try:
-        put(_claim(run_dir, epoch), b"")
+        write_new(_claim(run_dir, epoch), b"")
     except FileExistsError:
         return False
     return True

@@ -40,12 +40,15 @@ from learner.controller.executor import Executor, Ref
 from learner.controller.learner_ranks import LearnerRanks, LearnerSnapshot
 from learner.controller.lease import Lease
 from learner.controller.ledger import Ledger, Verdict
+from learner.controller.run_log import Events
 from learner.controller.supervisor import GivenUp, Supervisor
-from rl_edit import telemetry, wire
+from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
 from rl_edit.errors import BlobLost, InputError, WorkerLost, WorkFailed
+from rl_edit.files import METRICS, JsonLines
+from rl_edit.measures.reward_metrics import count_reasons, reward_metrics
 from rl_edit.method.exploration import keyed_seed
 from rl_edit.method.rollout import joined
 from rl_edit.method.update import TrainingFailed
@@ -173,7 +176,7 @@ class TrainingLoop:
         executor: Executor,
         *,
         lease: Lease,
-        events: telemetry.Events,
+        events: Events,
         observer: Observer,
         stop: Stop | None = None,
     ) -> None:
@@ -192,7 +195,7 @@ class TrainingLoop:
             seed=self.config.seed,
             groups_per_update=self.config.train.groups_per_update,
         )
-        self.metrics = telemetry.JsonlFile(run.directory / telemetry.METRICS)
+        self.metrics = JsonLines(run.directory / METRICS)
         self.gold = heldout.Watch(
             run.probes,
             self.config,
@@ -361,9 +364,7 @@ class TrainingLoop:
             consumed=[group.group_id for group in groups],
         )
         for kind, reasons in report.declined.items():
-            self.events(
-                "groups_dropped", update=update, kind=kind, reasons=telemetry.count_reasons(reasons)
-            )
+            self.events("groups_dropped", update=update, kind=kind, reasons=count_reasons(reasons))
         if report.skipped:
             self.events(
                 "step_skipped",
@@ -421,12 +422,12 @@ class TrainingLoop:
         total_s = self._commit_s + wait_s + learn_s
         record = {
             "update": update,
-            **telemetry.reward_metrics(tables, normalise=self.config.algorithm.credit.normalise),
+            **reward_metrics(tables, normalise=self.config.algorithm.credit.normalise),
             **report.metrics,
             "groups/used": report.used,
             "groups/dropped": len(groups) - report.used,
             "groups/dropped_reasons": {
-                kind: telemetry.count_reasons(reasons) for kind, reasons in report.declined.items()
+                kind: count_reasons(reasons) for kind, reasons in report.declined.items()
             },
             "step/skipped": int(bool(report.skipped)),
             "adapter": str(report.adapter),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import platform
 import shutil
@@ -27,11 +26,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rl_edit import telemetry
+from learner.controller.run_log import Events
 from rl_edit.config import RunConfig, load_config, modern_name
 from rl_edit.data import open_dataset
 from rl_edit.editors import editor_identity, inspect_editor, lora
 from rl_edit.errors import Fenced, InputError
+from rl_edit.files import EVENTS, METRICS, read_json_lines, replace_json
 from rl_edit.provenance import code_sha256, versions
 from rl_edit.rewards import available
 
@@ -213,7 +213,7 @@ def _run(
         )
     (directory / "config.yaml").write_text(config.to_yaml())
     _write_record(directory, record)
-    events = telemetry.Events(directory / telemetry.EVENTS)
+    events = Events(directory / EVENTS)
     executor: Any = None
     stop = Stop()
     try:
@@ -302,7 +302,7 @@ def _require_learnt(directory: Path) -> None:
     """
     from rl_edit.method.update import TrainingFailed
 
-    lines = telemetry.read_jsonl(directory / telemetry.METRICS)
+    lines = read_json_lines(directory / METRICS)
     if not lines or any(line["groups/used"] and not line["step/skipped"] for line in lines):
         return
     why: Counter[str] = Counter()
@@ -544,9 +544,7 @@ def _gpus() -> list[str]:
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
-    temporary = directory / "run.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, directory / "run.json")
+    replace_json(directory / "run.json", record)
 
 
 def _describe_plan(

@@ -13,10 +13,7 @@ other layouts (``implicit_reasoning``, ``act_loc_view``, ``multi_turn_editing``)
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +25,7 @@ from PIL import Image
 
 from rl_edit.data.rows import Request, Row, refuse
 from rl_edit.errors import InputError
+from rl_edit.files import new_directory
 from rl_edit.types import PairedRegionsTask, PairedTask
 
 _PATTERN = "tasks/*/metadata.json"
@@ -58,15 +56,8 @@ def new_dataset(directory: Path) -> Iterator[Path]:
         raise InputError(
             f"{directory} exists and is not an empty directory: writing there would mix two datasets. Name a new directory."
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
-    try:
+    with new_directory(directory) as partial:
         yield partial
-        os.replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read_compbench(directory: Path) -> list[Row]:

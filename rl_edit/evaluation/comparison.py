@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from rl_edit import telemetry
 from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import InputError
 from rl_edit.evaluation.effort import Effort, effort
 from rl_edit.evaluation.evaluate import Row
+from rl_edit.files import METRICS, read_json_lines
 from rl_edit.measures.intervals import Interval, bootstrap
 
 TOTAL, PRESERVATION = "total", "preservation"
@@ -358,9 +358,7 @@ def _read(directory: Path) -> EvaluatedRun | None:
     facts = _json(record, record.read_text()) if record.is_file() else {}
     now = facts.get("adapter")
     lines = {
-        line["update"]: line
-        for line in telemetry.read_jsonl(directory / telemetry.METRICS)
-        if "update" in line
+        line["update"]: line for line in read_json_lines(directory / METRICS) if "update" in line
     }
     return EvaluatedRun(
         directory=directory,

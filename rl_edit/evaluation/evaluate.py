@@ -20,6 +20,7 @@ from rl_edit.config import EvaluationConfig
 from rl_edit.data import Dataset
 from rl_edit.data.canvas import fit
 from rl_edit.editors import Editor, editor_identity, lora
+from rl_edit.files import replace_json
 from rl_edit.measures.diagnostics import diagnostics
 from rl_edit.measures.intervals import Interval, bootstrap, paired_bootstrap
 from rl_edit.method.attention import MassTally
@@ -81,9 +82,7 @@ class Evaluation:
     def write(self, path: Path, rows: Path) -> None:
         """Writes the summary to ``path`` (whole or not at all) and every row to ``rows``."""
         rows.write_text("".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.summary(), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
+        replace_json(path, self.summary())
 
 
 def evaluate(

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rl_edit.files import replace_file
 from rl_edit.provenance import code_sha256
 from rl_edit.types import Candidates, Score
 
@@ -78,18 +77,10 @@ class ScoreCache:
                 name: part for name, part in score.components.items() if math.isfinite(part)
             },
         }
-        temporary = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, suffix=".tmp", delete=False
-            ) as file:
-                temporary = file.name
-                json.dump(entry, file)
-            os.replace(temporary, path)
+            replace_file(path, json.dumps(entry))
         except OSError:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             return False
         return True
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 import zlib
@@ -49,7 +48,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,6 +64,7 @@ from transformers import (
 from rl_edit.data import shapes
 from rl_edit.editors.tiny.recipe import CHECKPOINT_DIR, PIXELS_PER_TOKEN, VAE_WIDTHS, PretrainConfig
 from rl_edit.errors import InputError
+from rl_edit.files import replace_file, replace_json
 from rl_edit.types import PairedTask
 
 MAX_TEXT_TOKENS = 32
@@ -620,19 +620,15 @@ class _Checkpoint:
         """Atomic: the tensors are complete before ``state.json`` names them, and older ones go afterwards."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{stage}-{step}.safetensors"
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()},
-            self.folder / f"{name}.part",
-        )
-        os.replace(self.folder / f"{name}.part", self.folder / name)
+        content = {key: value.contiguous() for key, value in tensors.items()}
+        replace_file(self.folder / name, save(content))
         state = {
             "stage": stage,
             "step": step,
             "tensors": name,
             "config": json.loads(self.config.model_dump_json()),
         }
-        (self.folder / "state.json.part").write_text(json.dumps(state, indent=1))
-        os.replace(self.folder / "state.json.part", self.folder / "state.json")
+        replace_json(self.folder / "state.json", state)
         for old in self.folder.glob("*.safetensors"):
             if old.name != name:
                 old.unlink()

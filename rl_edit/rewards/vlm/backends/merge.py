@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from rl_edit.errors import InputError
+from rl_edit.files import new_directory
 from rl_edit.rewards.vlm.backends.transport import shortened
 
 ADAPTER = "adapter_model.safetensors"
@@ -37,9 +36,7 @@ def merge_judge(base: str, lora: str, out: Path, *, say: Callable[[str], None]) 
         )
     say(f"Finding {base} and {lora}")
     base_dir, lora_dir = _directory(base, missing="config.json"), _directory(lora, missing=ADAPTER)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_directory(out) as unfinished:
         _write_merged(base_dir, lora_dir, unfinished, say=say)
         for file in sorted(base_dir.iterdir()):
             if (
@@ -48,11 +45,6 @@ def merge_judge(base: str, lora: str, out: Path, *, say: Callable[[str], None]) 
                 and not any(file.match(weights) for weights in _WEIGHTS)
             ):
                 shutil.copyfile(file, unfinished / file.name)
-        unfinished.chmod(0o755)
-        os.rename(unfinished, out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _write_merged(base: Path, lora: Path, out: Path, *, say: Callable[[str], None]) -> None:

@@ -1,74 +1,14 @@
-"""Metric names, their values from a finished update, and the append-only files they go to."""
+"""Names and values of the reward metrics of one update, as they go to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from rl_edit.measures import reward_statistics
 from rl_edit.types import RewardTable
-
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
-
-
-class JsonlFile:
-    """Append-only JSON lines, flushed line by line, so that a crash costs at most a torn last line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
-            with path.open("a") as file:  # a torn last line must not swallow the next one
-                file.write("\n")
-
-    def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
-
-    def rewind(self, keep: int, *, key: str = "update") -> None:
-        """Keeps lines whose ``key`` is below ``keep`` (all lines without the key): a resumed run writes the rest again."""
-        lines = [line for line in read_jsonl(self.path) if key not in line or line[key] < keep]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(temporary, self.path)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Lines of a file that may be missing or still being written; a torn last line is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-class Events:
-    """State changes worth knowing: one JSON object a line with the wall time."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = JsonlFile(path)
-
-    def rewind(self, update: int) -> None:
-        """Drops events of updates that a resumed run will do again."""
-        self._file.rewind(update)
-
-    def __call__(self, event: str, **details: Any) -> None:
-        try:
-            self._file.append({"time": round(time.time(), 3), "event": event, **details})
-        except OSError as error:  # a full disk costs the line, not the run: what matters is committed or fails by itself
-            print(f"rl-edit: event {event} could not be written: {error}", file=sys.stderr)
 
 
 def reward_metrics(
@@ -132,9 +72,3 @@ def _describe(metrics: dict[str, float], key: str, groups: Iterable[torch.Tensor
 def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
     """How often each reason occurred, most frequent first."""
     return dict(Counter(reasons).most_common())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.12g}") if math.isfinite(value) else None
-    return value

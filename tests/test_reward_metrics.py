@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from learner.controller.run_log import Events
 from rl_edit.data import shapes
+from rl_edit.files import JsonLines, read_json_lines
 from rl_edit.measures import reward_statistics
+from rl_edit.measures.reward_metrics import count_reasons, reward_metrics
 from rl_edit.measures.reward_statistics import Normalisation
 from rl_edit.method.advantages import GroupCredit, standardise
-from rl_edit.telemetry import Events, JsonlFile, count_reasons, read_jsonl, reward_metrics
 from rl_edit.types import Advantages, Candidates, RewardTable
 
 
@@ -205,7 +207,7 @@ def test_identical_candidates_have_no_share_of_variance() -> None:
 
 
 def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
-    file = JsonlFile(tmp_path / "metrics.jsonl")
+    file = JsonLines(tmp_path / "metrics.jsonl")
     file.append({"a": math.nan, "b": math.inf, "c": 0.1})
     assert json.loads(file.path.read_text(), parse_constant=pytest.fail) == {
         "a": None,
@@ -216,26 +218,30 @@ def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_costs_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    JsonlFile(path).append({"update": 0})
+    JsonLines(path).append({"update": 0})
     with path.open("a") as file:
         file.write('{"update": 1, "lo')
-    assert read_jsonl(path) == [{"update": 0}]
-    JsonlFile(path).append({"update": 2})
-    assert read_jsonl(path) == [{"update": 0}, {"update": 2}]
+    assert read_json_lines(path) == [{"update": 0}]
+    JsonLines(path).append({"update": 2})
+    assert read_json_lines(path) == [{"update": 0}, {"update": 2}]
 
 
 def test_rewinding_keeps_what_came_before(tmp_path: Path) -> None:
-    file = JsonlFile(tmp_path / "metrics.jsonl")
+    file = JsonLines(tmp_path / "metrics.jsonl")
     for update in range(4):
         file.append({"update": update})
     file.rewind(2)
     file.append({"update": 2, "again": True})
-    assert read_jsonl(file.path) == [{"update": 0}, {"update": 1}, {"update": 2, "again": True}]
+    assert read_json_lines(file.path) == [
+        {"update": 0},
+        {"update": 1},
+        {"update": 2, "again": True},
+    ]
 
 
 def test_an_event_says_when_and_what(tmp_path: Path) -> None:
     Events(tmp_path / "events.jsonl")("actor_lost", role="rollout")
-    (event,) = read_jsonl(tmp_path / "events.jsonl")
+    (event,) = read_json_lines(tmp_path / "events.jsonl")
     assert (event["event"], event["role"]) == ("actor_lost", "rollout")
     assert event["time"] > 1_600_000_000
 
@@ -245,4 +251,4 @@ def test_reasons_are_counted_most_frequent_first() -> None:
 
 
 def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
-    assert read_jsonl(tmp_path / "none.jsonl") == []
+    assert read_json_lines(tmp_path / "none.jsonl") == []

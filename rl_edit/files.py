@@ -1,0 +1,160 @@
+"""Files and directories that appear complete or not at all, and append-only JSON lines.
+
+Every writer of the project uses these functions. A reader, or a process killed at any point, sees the
+old content or the new one. This file knows no record and no tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+"""Names in a run directory, which writer and readers share."""
+
+
+def write_new(path: Path, content: bytes | memoryview) -> None:
+    """Writes a new file and waits until its bytes are on the disk.
+
+    Raises:
+        FileExistsError: the file is there. Of several callers exactly one succeeds.
+    """
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Puts the names in a directory on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: str | bytes | memoryview, *, durable: bool = False) -> None:
+    """Replaces a file, or creates it: the old content or the new one, never part of one.
+
+    Args:
+        content: text is written as UTF-8.
+        durable: wait until content and name are on the disk, so that a power cut keeps them.
+
+    Raises:
+        OSError: the directory is missing, full or read-only; the old content is still there.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    # Next to the target, because a rename is atomic within one file system only.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        if durable:
+            write_new(partial, data)
+        else:
+            partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        # After the rename the name is gone; after a failure the rest must go.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    if durable:
+        sync_directory(path.parent)
+
+
+def replace_json(path: Path, value: object, *, durable: bool = False) -> None:
+    """Replaces a file with indented JSON. NaN and infinity are refused: no other reader takes them."""
+    replace_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yields a directory to fill, which takes the name ``path`` at the end of the block.
+
+    When the block raises, nothing is left. ``path`` must be absent or an empty directory.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def replace_directory(path: Path, partial: Path, fill: Callable[[Path], None]) -> None:
+    """Replaces a directory with one that ``fill`` writes into ``partial``; everything is synced.
+
+    Killed between the two renames, the old copy is left as ``.old-NAME``: a name cannot be exchanged
+    portably. What ``fill`` raises leaves ``path`` as it was.
+
+    Args:
+        partial: a sibling of ``path``; what an earlier attempt left there is removed.
+        fill: writes the files, and may refuse at its end.
+    """
+    old = path.with_name(f".old-{path.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        fill(partial)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(partial, path)
+        sync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class JsonLines:
+    """An append-only file of JSON objects, flushed line by line. A crash costs at most the last line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+            with path.open("a") as file:  # a torn last line must not swallow the next one
+                file.write("\n")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes one line. Numbers are rounded to 12 digits; NaN and infinity become null."""
+        with self.path.open("a") as file:
+            file.write(
+                json.dumps({key: _json_value(value) for key, value in record.items()}) + "\n"
+            )
+
+    def rewind(self, keep: int, *, key: str = "update") -> None:
+        """Drops lines whose ``key`` is ``keep`` or more: a resumed run writes them again.
+
+        Lines without the key stay.
+        """
+        lines = [line for line in read_json_lines(self.path) if key not in line or line[key] < keep]
+        replace_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file that may be missing or still being written; unreadable lines are left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.12g}") if math.isfinite(value) else None
+    return value
