@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rl_edit.errors import InputError
+
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 """Names in a run directory, which writer and readers share."""
@@ -72,6 +74,22 @@ def replace_file(path: Path, content: str | bytes | memoryview, *, durable: bool
 def replace_json(path: Path, value: object, *, durable: bool = False) -> None:
     """Replaces a file with indented JSON. NaN and infinity are refused: no other reader takes them."""
     replace_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def write_result(path: Path, text: str, *, remedy: str = "Give a writable --out.") -> Path:
+    """Writes a file that a user asked for, making its directory; returns the path.
+
+    Raises:
+        InputError: it cannot be written there. ``remedy`` says what to do instead.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error.strerror}), so the result would be lost. {remedy}"
+        ) from error
+    return path
 
 
 @contextlib.contextmanager

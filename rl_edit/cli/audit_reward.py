@@ -13,12 +13,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rl_edit.audit import Audit, TermAudit, Verdict, audit, expected_of
-from rl_edit.audit.files import write_whole
 from rl_edit.audit.page import render
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.errors import InputError
+from rl_edit.files import write_result
 from rl_edit.rewards import Reward, available
 from rl_edit.types import EditTask
 
@@ -75,8 +75,8 @@ def audit_reward_command(
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     files = (out / "audit.json", out / "audit.html")
-    write_whole(files[0], result.to_json(run=run.name, data=run.data.path))
-    write_whole(files[1], render(result, title=run.name))
+    write_result(files[0], result.to_json(run=run.name, data=run.data.path))
+    write_result(files[1], render(result, title=run.name))
     _print(console, result, files)
     if result.verdict == "fail":
         raise typer.Exit(MISLEADS)

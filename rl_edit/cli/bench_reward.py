@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from rl_edit.audit.files import write_whole
 from rl_edit.audit.images import reference
 from rl_edit.audit.throughput import TAIL, Throughput, measure
 from rl_edit.cli.audit_reward import chosen_terms, configured, first_tasks
 from rl_edit.data import open_dataset
+from rl_edit.files import write_result
 
 SCHEMA = "rl-edit/bench-reward/1"
 CONCURRENCY = (1, 4)
@@ -83,7 +83,7 @@ def bench_reward_command(
         "left_out": left_out,
         "results": [asdict(result) for result in results],
     }
-    write_whole(out, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_result(out, json.dumps(content, indent=2, allow_nan=False) + "\n")
     _print(console, results, out)
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rl_edit.audit.files import write_whole
 from rl_edit.evaluation.comparison import (
     COMMON_MEASURES,
     MEASURES,
@@ -21,6 +20,7 @@ from rl_edit.evaluation.comparison import (
     Measure,
     compare,
 )
+from rl_edit.files import write_result
 from rl_edit.measures.intervals import Interval
 from rl_edit.report.compare import comparison_page
 
@@ -52,9 +52,9 @@ def compare_command(
     for note in found.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
-        write_whole(out, comparison_page(found))
+        write_result(out, comparison_page(found))
     if record is not None:
-        write_whole(record, json.dumps(found.record(), indent=2, allow_nan=False) + "\n")
+        write_result(record, json.dumps(found.record(), indent=2, allow_nan=False) + "\n")
     for path in (out, record):
         if path is not None:
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)

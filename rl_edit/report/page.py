@@ -5,7 +5,6 @@ This file decides what is shown, in which order and under which name; ``page.htm
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rl_edit.errors import InputError
+from rl_edit.files import write_result
 from rl_edit.report.charts import interval_bar, plain, signed, smoothing_span
 from rl_edit.report.curves import chart_groups, spaced
 from rl_edit.report.run_files import Comparison, Evaluation, Interval, RunFiles, number, read_run
@@ -107,7 +107,7 @@ def render_report(run_dir: Path) -> Path:
     """
     files = read_run(run_dir)
     page = templates().get_template("page.html.j2").render(_context(files))
-    return _write_atomically(run_dir / "report.html", page)
+    return write_result(run_dir / "report.html", page, remedy="Make the run directory writable.")
 
 
 def templates() -> Environment:
@@ -119,21 +119,6 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    """A reader sees the old page or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror}): the report goes beside the run's files. Make it writable."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def _context(files: RunFiles) -> dict[str, Any]:
