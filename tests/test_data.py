@@ -81,10 +81,8 @@ def test_splits_and_seeds_share_no_scene() -> None:
     for split in shapes.SPLITS:
         for seed in (0, 1):
             batch = shapes.batch(split, 0, 1000, seed=seed)
-            pictures = torch.cat([batch.source, batch.target]).numpy()
-            seen[f"{split}{seed}"] = {
-                hashlib.sha256(picture.tobytes()).digest() for picture in pictures
-            }
+            images = torch.cat([batch.source, batch.target]).numpy()
+            seen[f"{split}{seed}"] = {hashlib.sha256(image.tobytes()).digest() for image in images}
             assert len(seen[f"{split}{seed}"]) == 2000
     assert len(set.union(*seen.values())) == sum(len(hashes) for hashes in seen.values())
 
@@ -275,7 +273,7 @@ def test_the_benchmark_s_own_rows_are_read_and_frames_of_one_clip_stay_together(
     (folder / "metadata.json").write_text(json.dumps(entries))
     for entry in entries:
         for kind in ("input_image", "edited_image"):
-            _save(folder / kind / entry["image_path"], _picture(20, 30))
+            _save(folder / kind / entry["image_path"], _image(20, 30))
         _save(folder / "mask" / entry["image_path"], _box(20, 30))
     assert read_compbench(tmp_path)[0].task_id == "remove/a/0/00000"
     sides = [
@@ -348,7 +346,7 @@ def test_a_region_map_that_contradicts_the_mask_is_refused(tmp_path: Path) -> No
 # Pictures and masks
 
 
-def _picture(height: int, width: int, seed: int = 0) -> np.ndarray[Any, Any]:
+def _image(height: int, width: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -365,10 +363,8 @@ def _save(path: Path, pixels: np.ndarray[Any, Any], **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_to_pictures_and_sizes(
-    tmp_path: Path, orientation: int
-) -> None:
-    upright = _picture(5, 7)
+def test_exif_orientation_is_applied_to_images_and_sizes(tmp_path: Path, orientation: int) -> None:
+    upright = _image(5, 7)
     # The inverse of each EXIF turn, written out: stored pixels whose display is ``upright``.
     stored = {
         1: upright,
@@ -391,7 +387,7 @@ def test_exif_orientation_is_applied_to_pictures_and_sizes(
     )
 
 
-def test_palette_grey_and_sixteen_bit_pictures_become_rgb(tmp_path: Path) -> None:
+def test_palette_grey_and_sixteen_bit_images_become_rgb(tmp_path: Path) -> None:
     colours = np.array([[[255, 0, 0], [0, 128, 0]], [[0, 0, 255], [10, 20, 30]]], dtype=np.uint8)
     Image.fromarray(colours).quantize(4).save(tmp_path / "palette.png")
     assert Image.open(tmp_path / "palette.png").mode == "P"
@@ -468,7 +464,7 @@ def test_edit_black_is_the_complement_of_edit_white(tmp_path: Path) -> None:
 
 def _folder(root: Path, num_rows: int = 4, height: int = 37, width: int = 53) -> Path:
     for index in range(num_rows):
-        _save(root / f"p{index}.png", _picture(height, width, seed=index))
+        _save(root / f"p{index}.png", _image(height, width, seed=index))
         _save(root / f"p{index}_mask.png", _box(height, width))
         (root / f"p{index}.txt").write_text(f"  edit\n number {index} ")
     return root
@@ -495,18 +491,18 @@ def test_a_plain_folder_is_read_with_masks_and_instructions_beside_the_pictures(
     assert [task.instruction for task in tasks] == [f"edit number {index}" for index in range(4)]
     for index, task in enumerate(tasks):
         assert type(task) is EditTask and task.task_type == "edit"
-        assert np.array_equal(task.source.numpy(), _picture(37, 53, seed=index))
+        assert np.array_equal(task.source.numpy(), _image(37, 53, seed=index))
         assert np.array_equal(task.edit_mask.numpy(), _box(37, 53) > 0)
 
 
 @pytest.mark.parametrize("layout", ["images", "sources", "dotted"])
 def test_other_folder_layouts_are_read(tmp_path: Path, layout: str) -> None:
     place = tmp_path / layout if layout != "dotted" else tmp_path
-    _save(place / "A.JPG", _picture(20, 24), format="JPEG")
+    _save(place / "A.JPG", _image(20, 24), format="JPEG")
     _save(tmp_path / ("A.mask.png" if layout == "dotted" else "masks/A.png"), _box(20, 24))
     _save(
         tmp_path / ("A_target.png" if layout == "dotted" else "targets/A.png"),
-        _picture(20, 24, seed=1),
+        _image(20, 24, seed=1),
     )
     if layout == "images":
         (tmp_path / "instructions.json").write_text('{"A": "do it"}')
@@ -516,7 +512,7 @@ def test_other_folder_layouts_are_read(tmp_path: Path, layout: str) -> None:
         (tmp_path / "A.txt").write_text("do it", encoding="utf-8-sig")
     (task,) = _all(tmp_path)
     assert isinstance(task, PairedTask) and task.instruction == "do it"
-    assert np.array_equal(task.target.numpy(), _picture(20, 24, seed=1))
+    assert np.array_equal(task.target.numpy(), _image(20, 24, seed=1))
 
 
 def test_json_lines_take_every_spelling_of_their_keys_and_paths_relative_to_the_file(
@@ -590,7 +586,7 @@ def test_metadata_jsonl_in_a_folder_comes_before_the_pairs(tmp_path: Path) -> No
         ),
         (
             {"source": "p0.txt", "instruction": "x", "mask": "p0_mask.png"},
-            "p0.txt cannot be read as a picture.*save it again",
+            "p0.txt cannot be read as an image.*save it again",
         ),
         ([1], "is a JSON list, not an object"),
     ],
@@ -631,13 +627,13 @@ def test_all_rows_are_checked_and_the_first_five_problems_shown(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("suffix", "keep"), [("png", 0.6), ("jpg", 0.6), ("webp", 0.6)])
-def test_a_truncated_picture_is_found_when_the_dataset_is_opened(
+def test_a_truncated_image_is_found_when_the_dataset_is_opened(
     tmp_path: Path, suffix: str, keep: float
 ) -> None:
     _folder(tmp_path, num_rows=1)
-    whole = _save(tmp_path / f"cut.{suffix}", _picture(37, 53)).read_bytes()
+    whole = _save(tmp_path / f"cut.{suffix}", _image(37, 53)).read_bytes()
     (tmp_path / f"cut.{suffix}").write_bytes(whole[: int(len(whole) * keep)])
-    with pytest.raises(InputError, match=rf"line 1: .*cut.{suffix} cannot be read as a picture"):
+    with pytest.raises(InputError, match=rf"line 1: .*cut.{suffix} cannot be read as an image"):
         _all(
             _jsonl(tmp_path, {"source": f"cut.{suffix}", "instruction": "x", "mask": "p0_mask.png"})
         )
@@ -656,7 +652,7 @@ def test_a_mask_of_another_size_is_refused_naming_both(tmp_path: Path) -> None:
 def test_a_mask_drawn_on_unturned_pixels_is_told_about_the_exif_rotation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    _save(tmp_path / "photo.jpg", _picture(30, 40), exif=exif)
+    _save(tmp_path / "photo.jpg", _image(30, 40), exif=exif)
     (tmp_path / "photo.txt").write_text("x")
     _save(tmp_path / "photo_mask.png", _box(30, 40))
     with pytest.raises(InputError, match="carries an EXIF rotation"):
@@ -724,7 +720,7 @@ def test_incomplete_pairs_are_refused_by_name(tmp_path: Path) -> None:
     _folder(tmp_path)
     (tmp_path / "p0_mask.png").unlink()
     (tmp_path / "p1.txt").unlink()
-    _save(tmp_path / "p2.jpg", _picture(37, 53))
+    _save(tmp_path / "p2.jpg", _image(37, 53))
     _save(tmp_path / "p3_mask.jpg", _box(37, 53))
     _save(tmp_path / "other_mask.png", _box(37, 53))
     with pytest.raises(InputError) as caught:
@@ -734,7 +730,7 @@ def test_incomplete_pairs_are_refused_by_name(tmp_path: Path) -> None:
         "p1.png: has no instruction (looked for p1.txt",
         "has the same name as p2.png",
         "has more than one mask (p3_mask.png and p3_mask.jpg)",
-        "other_mask.png is a mask or target, but its picture",
+        "other_mask.png is a mask or target, but its image",
     ):
         assert words in str(caught.value)
 
@@ -785,7 +781,7 @@ def test_the_split_is_a_partition_that_stays_when_rows_are_added(tmp_path: Path)
     assert heldout <= _ids(tmp_path, "heldout", heldout_fraction=0.3)
 
 
-def test_rows_of_one_picture_are_on_one_side(tmp_path: Path) -> None:
+def test_rows_of_one_image_are_on_one_side(tmp_path: Path) -> None:
     _folder(tmp_path, num_rows=6)
     rows = (
         {"source": f"p{index % 6}.png", "instruction": "x", "mask": f"p{index % 6}_mask.png"}
@@ -806,10 +802,10 @@ def test_tiny_data_keeps_a_row_on_each_side(tmp_path: Path, fraction: float) -> 
     assert len(_ids(tmp_path, "heldout", heldout_fraction=fraction)) == 1
 
 
-def test_a_single_picture_serves_both_sides_with_a_warning(tmp_path: Path) -> None:
+def test_a_single_image_serves_both_sides_with_a_warning(tmp_path: Path) -> None:
     _folder(tmp_path, num_rows=1)
     for split in ("train", "heldout"):
-        with pytest.warns(UserWarning, match="single picture.*data.heldout_path"):
+        with pytest.warns(UserWarning, match="single image.*data.heldout_path"):
             assert _ids(tmp_path, split) == {"p0"}
 
 
@@ -928,11 +924,11 @@ def test_fit_marks_a_pixel_exactly_when_it_covers_a_marked_pixel(
     mask = np.zeros((height, width), dtype=bool)
     mask[rng.integers(height), rng.integers(width)] = True
     mask[rng.integers(height), : width // 2] = True
-    picture = torch.from_numpy(_picture(height, width))
+    image = torch.from_numpy(_image(height, width))
     task = EditTask(
         task_id="t",
         task_type="edit",
-        source=picture,
+        source=image,
         instruction="x",
         edit_mask=torch.from_numpy(mask),
     )

@@ -1,4 +1,4 @@
-"""A person's own pictures, as they come off a telephone and out of a paint program: they train, and they can be edited."""
+"""A person's own images, as they come off a telephone and out of a paint program: they train, and they can be edited."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = {
     "cutout.png": (75, 75),
     "room.jpg": (143, 64),
 }
-"""Upright (height, width) of each picture."""
+"""Upright (height, width) of each image."""
 INSTRUCTION = "remove the red circle"
 
 
@@ -45,24 +45,22 @@ def stroke(height: int, width: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures of odd sizes: a turned JPEG, a palette PNG, a transparent PNG, a plain JPEG; a mask and a text beside each."""
+    """Four images of odd sizes: a turned JPEG, a palette PNG, a transparent PNG, a plain JPEG; a mask and a text beside each."""
     data = tmp_path_factory.mktemp("photos")
-    pictures = {
-        name: photograph(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())
-    }
+    images = {name: photograph(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())}
     turned = Image.Exif()
     turned[0x0112] = 6
     # Orientation 6: a viewer turns the stored pixels a quarter clockwise.
-    pictures["street.jpg"].transpose(Image.Transpose.ROTATE_90).save(
+    images["street.jpg"].transpose(Image.Transpose.ROTATE_90).save(
         data / "street.jpg", exif=turned, quality=92
     )
-    pictures["sign.png"].quantize(32).save(data / "sign.png")
-    transparent = pictures["cutout.png"].convert("RGBA")
+    images["sign.png"].quantize(32).save(data / "sign.png")
+    transparent = images["cutout.png"].convert("RGBA")
     transparent.putalpha(
         Image.fromarray(np.where(np.indices((75, 75)).sum(axis=0) < 20, 0, 255).astype(np.uint8))
     )
     transparent.save(data / "cutout.png")
-    pictures["room.jpg"].save(data / "room.jpg", quality=80)
+    images["room.jpg"].save(data / "room.jpg", quality=80)
     for name, size in SIZES.items():
         stem = Path(name).stem
         stroke(*size).save(data / f"{stem}_mask.png")

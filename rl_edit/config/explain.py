@@ -22,6 +22,7 @@ def _sentence(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     shown = without_tags(location)
     name = ".".join(shown)
+    # Three errors are about names and get a suggestion; all others are about a value.
     if error["type"] == "extra_forbidden":
         return _unknown_key(location, shown)
     if error["type"] == "union_tag_invalid":
@@ -50,6 +51,7 @@ def _unknown_key(location: list[str], shown: list[str]) -> str:
 
 
 def _unknown_kind(context: dict[str, Any], shown: list[str]) -> str:
+    # pydantic lists the tags as one string of quoted names.
     tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
     near = difflib.get_close_matches(str(context["tag"]), tags, n=1)
     key = ".".join([*shown, context["discriminator"].strip("'")])

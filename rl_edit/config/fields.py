@@ -74,6 +74,7 @@ def is_default(name: str, settings: Mapping[str, Any]) -> bool:
     """
     annotation: Any = RunConfig
     node: Any = settings
+    # Walk models and values side by side; the values say which member of a union is meant.
     *parents, last = name.split(".")
     for part in parents:
         node = node.get(part) if isinstance(node, Mapping) else None

@@ -48,6 +48,8 @@ def load_config(
     if (source is None) == (preset is None):
         raise InputError("give either a YAML file or --preset NAME (see: rl-edit presets)")
     text, origin = _preset(preset) if preset is not None else _file(Path(str(source)))
+    # The file first and the overrides after it: an override under a present name then takes the
+    # place of the file's old one.
     raw = modern(_mapping(text, origin), note=print_once)
     changes = [parse_override(override) for override in overrides]
     return validated(_overridden(raw, changes), origin)
@@ -151,6 +153,7 @@ def _overridden(raw: dict[str, Any], changes: Sequence[Override]) -> dict[str, A
         else:
             renamed[path] = old
         _set(result, path, value)
+    # The same key twice is fine, the last one counts. Two names of one key are a mistake.
     for path in renamed.keys() & unchanged:
         raise InputError(
             f"{'.'.join(renamed[path])} is now {'.'.join(path)}, and both are given: "
@@ -165,6 +168,7 @@ def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         if not isinstance(node.get(parent), dict):
             node[parent] = {}
         node = node[parent]
+    # A copy: the value is set in two mappings, and each may be changed.
     node[path[-1]] = copy.deepcopy(value)
 
 

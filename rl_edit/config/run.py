@@ -75,6 +75,7 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"name {name!r} is no method's name: use one of {', '.join(METHODS)}, or custom"
             )
+        # As JSON, so that a change of one key meets plain mappings and not validated objects.
         if name in METHODS:
             return _merge(METHODS[name].algorithm.model_dump(mode="json"), value)
         if name != "custom":
@@ -116,6 +117,7 @@ class RunConfig(BaseModel):
             multistep=self.rollout.solver != "euler",
             guided=self.editor.true_cfg > 1,
         )
+        # Each check names the setting to change. The first that fails is reported.
         self._require_regional_scores()
         self._require_background_terms()
         self._require_edit_scored(self._weighted_terms())
@@ -155,6 +157,7 @@ class RunConfig(BaseModel):
         if not isinstance(credit, SplitCredit | RegionCredit):
             return
         background = set(credit.background_terms)
+        # A term that scores regions scores edit and background by itself and needs no side.
         scored = self._weighted_terms() - set(credit.needed_components())
         unknown = ", ".join(sorted(background - set(self.rewards)))
         if scored and background and (scored.isdisjoint(background) or unknown):
@@ -241,6 +244,7 @@ class RunConfig(BaseModel):
             InputError: with the name of the setting, the reward and the reason.
         """
         try:
+            # Checked again: the reward for the edit may be one that is left out.
             self._require_edit_scored(self._weighted_terms() - left_out.keys())
         except ValueError as error:
             reasons = "; ".join(f"{name} ({why})" for name, why in left_out.items())
@@ -264,6 +268,7 @@ class RunConfig(BaseModel):
 
     def sha256(self) -> str:
         """Hash of :meth:`identity`."""
+        # Sorted keys, so that the order of settings is no difference.
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:

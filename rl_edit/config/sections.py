@@ -35,6 +35,7 @@ class RolloutConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # 12 candidates and 8 steps in Neighbor GRPO.
     group_size: int = Field(default=8, ge=1)
     num_steps: int = Field(default=6, ge=2)
     solver: Solver = "euler"
@@ -91,16 +92,20 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     updates: int = Field(default=50, ge=1)
     groups_per_update: int = Field(default=8, ge=1)
+    # AdamW, with the LoRA values of flow_grpo and CoCoEdit.
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    # On-policy by default: one optimizer step per batch keeps the ratio at 1.
     inner_epochs: int = Field(default=1, ge=1)
     minibatches: int = Field(default=1, ge=1)
     states_per_forward: int | None = Field(default=None, ge=1)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     max_lag: int = Field(default=0, ge=0, le=1)
+    # bf16 and unequal batches deviate by rounding; more than this is another policy.
     ratio_tolerance: float = Field(default=1e-6, ge=0)
     reduction: Literal["ordered", "allreduce"] = "ordered"
+    # From here on: safety, not learning. Each limit ends the run rather than let it go wrong.
     max_dropped_groups: int = Field(default=0, ge=0)
     max_skipped: int = Field(default=3, ge=1)
     checkpoint_every: int = Field(default=10, ge=1)
@@ -178,14 +183,17 @@ class ActorsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     runtime: Literal["ray", "thread", "inline"] = "ray"
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    # Processes of each role.
     num_rollout: int = Field(default=1, ge=1)
     num_reward: int = Field(default=1, ge=1)
     num_learner: int = Field(default=1, ge=1)
+    # Resources of each process.
     rollout_gpus: float = Field(default=0, ge=0)
     reward_gpus: float = Field(default=0, ge=0)
     learner_gpus: float = Field(default=0, ge=0)
     shard_base: bool = False
     threads: int | None = Field(default=None, ge=1)
+    # Failures: how far the run may shrink, how long it waits, how often it tries again.
     min_rollout: int = Field(default=1, ge=1)
     min_reward: int = Field(default=1, ge=1)
     deadline_s: float = Field(default=600, gt=0)
@@ -207,6 +215,7 @@ class ActorsConfig(BaseModel):
                 f"{self.num_rollout} and num_learner {self.num_learner}: set both to the same "
                 "number."
             )
+        # torch.distributed gives each rank a process; threads of one process share its group.
         if self.runtime != "ray" and self.num_learner > 1:
             raise ValueError(
                 f"runtime {self.runtime!r} is one process, which cannot hold num_learner "
@@ -260,9 +269,11 @@ class EvaluationConfig(BaseModel):
     num_tasks: int = Field(default=256, ge=1)
     num_noises: int = Field(default=1, ge=1)
     num_steps: int | None = Field(default=None, ge=2)
+    # Far from the small seeds that runs use, so that no training noise is evaluated on.
     seed: int = 1_000_003
     examples: int = Field(default=12, ge=0)
     batch_size: int = Field(default=16, ge=1)
+    # Held-out evaluation during training.
     every: int = Field(default=0, ge=0)
     gold: str | None = None
     probe_tasks: int = Field(default=32, ge=1)

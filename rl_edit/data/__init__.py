@@ -1,11 +1,11 @@
-"""Datasets: tasks by number, from the built-in world or from disk, split into training and held-out tasks.
+"""Datasets: tasks by number, from the built-in world or from disk, in two splits.
 
-``open_dataset(config, split)`` finds out what ``config.path`` is:
+``open_dataset(config, split)`` recognises ``config.path``:
 
 * ``builtin:shapes``: the built-in world, drawn on demand;
 * a directory with ``tasks/*/metadata.json``: CompBench's layout;
 * a directory with ``train/`` and ``heldout/``, each a dataset: the splits are taken as they are;
-* otherwise a folder or ``.jsonl`` file of a person's own (``folder.py``).
+* otherwise a folder or ``.jsonl`` file of the user's (``folder.py``).
 """
 
 from __future__ import annotations
@@ -35,16 +35,20 @@ Split = Literal["train", "heldout"]
 
 
 class DataConfig(BaseModel):
-    """Where tasks come from.
+    """The source of tasks.
 
     Attributes:
         path: ``builtin:shapes``, a directory or a ``.jsonl`` file.
-        seed, num_train, num_heldout: of the built-in world; data on disk has the rows it has.
-        task_types: only these kinds of edit; None is all.
-        mask_polarity: whether white marks the edit (CompBench, MagicBrush) or what to keep (CoCoEdit). Data on disk only.
-        empty_mask: whether a row with an empty or full mask is an error, or skipped and counted. Data on disk only.
-        heldout_fraction: share of the pictures on disk held out when ``heldout_path`` is not given.
-        heldout_path: a dataset of its own for evaluation; ``path`` is then wholly for training.
+        seed: of the built-in world.
+        num_train: training tasks of the built-in world. Data on disk has the rows it has.
+        num_heldout: held-out tasks of the built-in world.
+        task_types: only these kinds of edit. None is all.
+        mask_polarity: the meaning of white in masks on disk. "edit_white" marks the edit
+            (CompBench, MagicBrush), "edit_black" marks what should stay (CoCoEdit).
+        empty_mask: treatment of a row on disk whose mask is empty or full. "error" stops, "skip"
+            leaves it out and counts it.
+        heldout_fraction: share of the images on disk that is held out without ``heldout_path``.
+        heldout_path: a separate dataset for evaluation. All of ``path`` is then for training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -64,7 +68,8 @@ class DataConfig(BaseModel):
     def _known_builtin(cls, path: str | None) -> str | None:
         if path is not None and path.startswith("builtin:") and path != BUILTIN_SHAPES:
             raise InputError(
-                f"There is no built-in dataset {path!r}. Use {BUILTIN_SHAPES} or the path of a directory or .jsonl file."
+                f"There is no built-in dataset {path!r}. Use {BUILTIN_SHAPES} or the path of a "
+                "directory or .jsonl file."
             )
         return path
 
@@ -80,15 +85,18 @@ class DataConfig(BaseModel):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Tasks by number. Reading is lazy; everything that can be wrong with a row was looked for when it was opened."""
+    """Tasks by number.
+
+    Reading is lazy. Every row was checked when the dataset was opened.
+    """
 
     @property
     def fields(self) -> frozenset[str]:
-        """Which of "target", "caption" and "regions" every task has: what rewards may ask for."""
+        """Those of "target", "caption" and "regions" that every task has; rewards may need them."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 hex: equal exactly when the rows, in order, are the same."""
+        """sha256 in hex. Equal exactly when the rows are the same, in the same order."""
 
     @property
     def skipped(self) -> int:
@@ -117,7 +125,7 @@ class ShapesDataset:
                 [BUILTIN_SHAPES, self.split, self.length, self.seed, self.task_types]
             ).encode()
         )
-        # The first tasks stand for the generator: a change in how scenes are drawn is another dataset.
+        # The first tasks stand for the generator: scenes drawn otherwise are another dataset.
         for index in range(min(self.length, 16)):
             task = self[index]
             digest.update(
@@ -131,14 +139,17 @@ class ShapesDataset:
         return self.length
 
     def __getitem__(self, index: int) -> PairedRegionsTask:
-        index = range(self.length)[index]
+        index = range(self.length)[index]  # raises IndexError past the end, which ends iteration
         task_type = self.task_types[index % len(self.task_types)] if self.task_types else None
         return shapes.task(self.split, index, seed=self.seed, task_type=task_type)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowsDataset:
-    """Rows on disk, in the order of a hash of their ids, so that any first part is a fair sample."""
+    """Rows on disk, ordered by a hash of their ids.
+
+    Any first part of them is a fair sample.
+    """
 
     rows: tuple[Row, ...]
     root: Path
@@ -151,7 +162,10 @@ class RowsDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of the words, the file names relative to the dataset and the file sizes; not of paths or times."""
+        """Hash of the words, the file names within the dataset and the file sizes.
+
+        Absolute paths and times do not enter, so a moved dataset is the same dataset.
+        """
         content = [
             [
                 row.task_id,
@@ -165,9 +179,10 @@ class RowsDataset:
         return hashlib.sha256(json.dumps([self.mask_polarity, content]).encode()).hexdigest()
 
     def on_canvas(self, *, resolution: int, multiple: int, empty_mask: EmptyMask) -> RowsDataset:
-        """The rows whose mask leaves a background on the editor's canvas; the others are an error or skipped and counted.
+        """The rows whose mask leaves a background on the editor's canvas.
 
-        A mask that leaves a margin in a photograph may touch every token of a small canvas.
+        A mask that leaves a margin in a photograph may touch every token of a small canvas. Such
+        rows are an error, or skipped and counted.
         """
         full = [
             row
@@ -183,20 +198,22 @@ class RowsDataset:
         if full and empty_mask == "error":
             refuse(
                 [
-                    f"{row.where}: on a canvas of about {resolution}x{resolution} px the mask of {row.task_id!r} "
-                    f"touches every {multiple} px token, so there is no background to keep; "
-                    "draw a smaller region, raise editor.resolution, or set data.empty_mask=skip"
+                    f"{row.where}: on a canvas of about {resolution}x{resolution} px the mask of "
+                    f"{row.task_id!r} touches every {multiple} px token, so there is no background "
+                    "to keep; draw a smaller region, raise editor.resolution, or set "
+                    "data.empty_mask=skip"
                     for row in full
                 ],
                 num_rows=len(self.rows),
                 source=str(self.root),
             )
-        kept = tuple(row for row in self.rows if row not in full)
-        if not kept:
+        rows = tuple(row for row in self.rows if row not in full)
+        if not rows:
             raise InputError(
-                f"{self.root}: on a canvas of about {resolution} px every mask covers the picture. Raise editor.resolution."
+                f"{self.root}: on a canvas of about {resolution} px every mask covers the image. "
+                "Raise editor.resolution."
             )
-        return replace(self, rows=kept, skipped=self.skipped + len(full))
+        return replace(self, rows=rows, skipped=self.skipped + len(full))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -208,80 +225,95 @@ class RowsDataset:
 def open_dataset(
     config: DataConfig, split: Split, *, resolution: int | None = None, multiple: int = 1
 ) -> Dataset:
-    """The training or held-out tasks of ``config``. Every row is checked here; problems are one InputError.
+    """Opens the training or held-out tasks of ``config`` and checks every row.
 
     Args:
-        resolution, multiple: the editor's canvas (``editor.resolution`` and pixels per token); given, masks are checked on it.
+        resolution: of the editor (``editor.resolution``). When given, masks are checked on its
+            canvas.
+        multiple: pixels per token of the editor.
+
+    Raises:
+        InputError: for all problems of the rows, in one message.
     """
-    path = config.path
-    own_heldout = config.heldout_path is not None
-    if split == "heldout" and config.heldout_path is not None:
-        path = config.heldout_path
+    separate = split == "heldout" and config.heldout_path is not None
+    path = str(config.heldout_path) if separate else config.path
+    # The built-in world is split by construction; both splits come from the same path.
     if path == BUILTIN_SHAPES:
-        for task_type in config.task_types or ():
-            if task_type not in shapes.TASK_TYPES:
-                raise InputError(
-                    f"{path} has no task type {task_type!r}. Use some of {', '.join(shapes.TASK_TYPES)} in data.task_types."
-                )
-        length = config.num_train if split == "train" else config.num_heldout
-        return ShapesDataset(
-            split=split, length=length, seed=config.seed, task_types=config.task_types
-        )
+        return _open_shapes(config, split)
     root = Path(path).expanduser()
-    if (
-        not own_heldout
-        and (root / "train").is_dir()
-        and (root / "heldout").is_dir()
-        and not is_compbench(root)
-    ):
-        root, own_heldout = root / split, True
+    # Where the two splits lie apart, no row has to be assigned to one.
+    takes_all = config.heldout_path is not None
+    if not takes_all and _holds_two_splits(root):
+        root, takes_all = root / split, True
     rows = read_compbench(root) if is_compbench(root) else read_folder(root)
-    rows = sorted(
-        _of_types(rows, config.task_types, root), key=lambda row: (_hash(row.task_id), row.task_id)
-    )
     checked = check(
-        rows, source=str(root), polarity=config.mask_polarity, empty_mask=config.empty_mask
+        _ordered(_of_types(rows, config.task_types, root)),
+        source=str(root),
+        polarity=config.mask_polarity,
+        empty_mask=config.empty_mask,
     )
-    kept = (
-        checked.rows if own_heldout else _side(checked.rows, split, config.heldout_fraction, root)
-    )
-    found = RowsDataset(
-        rows=kept,
+    dataset = RowsDataset(
+        rows=checked.rows
+        if takes_all
+        else _rows_of_split(checked.rows, split, config.heldout_fraction, root),
         root=root if root.is_dir() else root.parent,
         mask_polarity=config.mask_polarity,
         skipped=checked.skipped,
     )
-    return (
-        found
-        if resolution is None
-        else found.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
-    )
+    if resolution is None:
+        return dataset
+    return dataset.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
 
 
 def open_requests(config: DataConfig) -> tuple[Request, ...]:
-    """Every row of a dataset on disk, in an order of which any first part is a fair sample; those without a mask are there too.
+    """Opens every row of a dataset on disk, with or without a mask.
+
+    Any first part of the rows is a fair sample.
 
     Raises:
-        InputError: for problems of the rows, all in one; for the built-in world, and for a directory of two splits.
+        InputError: for all problems of the rows, in one message; for the built-in world, and for a
+            directory of two splits.
     """
     if config.path == BUILTIN_SHAPES:
         raise InputError(
-            f"{config.path} has its masks, and no rows on disk: write some first with rl-edit dataset make-shapes DIR"
+            f"{config.path} has its masks, and no rows on disk: write some first with "
+            "rl-edit dataset make-shapes DIR"
         )
     root = Path(config.path).expanduser()
-    if (root / "train").is_dir() and (root / "heldout").is_dir() and not is_compbench(root):
+    if _holds_two_splits(root):
         raise InputError(
-            f"{root} holds two datasets, train and heldout: name one of them, {root / 'train'} or {root / 'heldout'}."
+            f"{root} holds two datasets, train and heldout: name one of them, "
+            f"{root / 'train'} or {root / 'heldout'}."
         )
     requests = request_compbench(root) if is_compbench(root) else request_folder(root)
-    requests = sorted(
-        _of_types(requests, config.task_types, root),
-        key=lambda request: (_hash(request.task_id), request.task_id),
+    return check_requests(
+        _ordered(_of_types(requests, config.task_types, root)),
+        source=str(root),
+        polarity=config.mask_polarity,
     )
-    return check_requests(requests, source=str(root), polarity=config.mask_polarity)
+
+
+def _open_shapes(config: DataConfig, split: Split) -> ShapesDataset:
+    for task_type in config.task_types or ():
+        if task_type not in shapes.TASK_TYPES:
+            raise InputError(
+                f"{BUILTIN_SHAPES} has no task type {task_type!r}. "
+                f"Use some of {', '.join(shapes.TASK_TYPES)} in data.task_types."
+            )
+    length = config.num_train if split == "train" else config.num_heldout
+    return ShapesDataset(split=split, length=length, seed=config.seed, task_types=config.task_types)
+
+
+def _holds_two_splits(root: Path) -> bool:
+    return (root / "train").is_dir() and (root / "heldout").is_dir() and not is_compbench(root)
 
 
 R = TypeVar("R", bound=Request)
+
+
+def _ordered(rows: list[R]) -> list[R]:
+    """The rows in the order of a hash of their ids, so that any first part is a fair sample."""
+    return sorted(rows, key=lambda row: (_hash(row.task_id), row.task_id))
 
 
 def _of_types(rows: list[R], task_types: tuple[str, ...] | None, root: Path) -> list[R]:
@@ -291,25 +323,28 @@ def _of_types(rows: list[R], task_types: tuple[str, ...] | None, root: Path) -> 
     absent = [task_type for task_type in task_types if task_type not in present]
     if absent:
         raise InputError(
-            f"{root} has no task of type {', '.join(absent)}; it has {', '.join(present)}. Correct data.task_types."
+            f"{root} has no task of type {', '.join(absent)}; it has {', '.join(present)}. "
+            "Correct data.task_types."
         )
     return [row for row in rows if row.task_type in task_types]
 
 
-def _side(
+def _rows_of_split(
     rows: tuple[Row, ...], split: Split, heldout_fraction: float, root: Path
 ) -> tuple[Row, ...]:
-    """Rows of one split. By a hash of the picture's name: adding rows moves none, and no picture is on both sides."""
-    groups = sorted({row.group for row in rows}, key=lambda group: (_hash(group), group))
-    if len(groups) == 1:
+    """The rows of one split."""
+    # A hash of the image's name decides. Adding rows moves no other row, and no image is in both
+    # splits.
+    names = sorted({row.group for row in rows}, key=lambda name: (_hash(name), name))
+    if len(names) == 1:
         warnings.warn(
-            f"{root} has a single picture: it is used for training and for evaluation alike, so results say nothing about other "
-            "pictures. Add pictures or set data.heldout_path.",
+            f"{root} has a single image: it is used for training and for evaluation alike, so "
+            "results say nothing about other images. Add images or set data.heldout_path.",
             stacklevel=3,
         )
         return rows
-    num_heldout = sum(_hash(group) < heldout_fraction * 2**64 for group in groups)
-    heldout = set(groups[: min(max(num_heldout, 1), len(groups) - 1)])
+    num_heldout = sum(_hash(name) < heldout_fraction * 2**64 for name in names)
+    heldout = set(names[: min(max(num_heldout, 1), len(names) - 1)])
     return tuple(row for row in rows if (row.group in heldout) == (split == "heldout"))
 
 

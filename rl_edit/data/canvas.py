@@ -1,4 +1,7 @@
-"""Bringing a task to the size an editor works at, so that source, result, mask and metrics share one pixel grid."""
+"""Fits a task to the size an editor works at.
+
+Source, result, mask and metrics then share one pixel grid.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,21 @@ from rl_edit.types import EditTask, PairedTask, RegionsTask
 
 
 def canvas_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
-    """(height, width) with an area of about ``resolution**2`` and the picture's aspect ratio, in steps of ``multiple``.
+    """(height, width) of the canvas for an image, in steps of ``multiple``.
 
-    Each side is at least two steps. The aspect ratio gives way only when that floor binds: the area then decides the
-    other side, because memory must not depend on the oddest picture of a dataset.
+    The area is about ``resolution**2`` and the aspect ratio that of the image. Each side is at
+    least two steps. The aspect ratio gives way only when that floor binds.
     """
     if resolution < 2 * multiple:
         raise InputError(
-            f"resolution({resolution}) is below two steps of {multiple} pixels, the smallest canvas of this editor. "
-            f"Set resolution to {2 * multiple} or more."
+            f"resolution({resolution}) is below two steps of {multiple} pixels, the smallest "
+            f"canvas of this editor. Set resolution to {2 * multiple} or more."
         )
+    # side * scale keeps the aspect ratio, and (height * scale) * (width * scale) = resolution**2.
     scale = resolution / math.sqrt(height * width)
     sides = [max(round(side * scale / multiple), 2) * multiple for side in (height, width)]
+    # Where the floor binds, the area decides the other side: memory must not depend on the oddest
+    # image of a dataset.
     for this, other in ((0, 1), (1, 0)):
         if sides[this] == 2 * multiple:
             sides[other] = min(
@@ -38,26 +44,31 @@ def canvas_size(height: int, width: int, resolution: int, multiple: int) -> tupl
 
 
 def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
-    """The task on its canvas: same record class, same id. The very same object when the size is right already.
+    """Fits a task to its canvas.
 
-    Pictures are resized with Lanczos. A pixel of the mask (and of each region) is set when it covers any set pixel of the
-    original, so thin strokes never vanish. A pair that agreed exactly outside its mask still does.
+    The record class and the id stay. The very same object returns when its size is right already.
+    Images are resized with Lanczos. A pixel of the mask, and of each region, is set when it covers
+    any set pixel of the original, so thin strokes never vanish. A pair that agreed exactly outside
+    its mask still does.
     """
     height, width = task.edit_mask.shape
     size = canvas_size(height, width, resolution, multiple)
+    # Resizing to the same size would still filter the image and change its bytes.
     if size == (height, width):
         return task
     mask = _cover(task.edit_mask, size)
     if bool(mask.all()):
         raise InputError(
-            f"Task {task.task_id!r}: at {size[1]}x{size[0]} its mask covers every pixel, so nothing would be left to keep. "
-            f"Raise the resolution({resolution}) or draw a smaller region."
+            f"Task {task.task_id!r}: at {size[1]}x{size[0]} its mask covers every pixel, so "
+            f"nothing would be left to keep. Raise the resolution({resolution}) or draw a smaller "
+            "region."
         )
     changes: dict[str, Any] = {"edit_mask": mask, "source": _resize(task.source, size)}
     if isinstance(task, PairedTask):
         target = _resize(task.target, size)
         if torch.equal(task.source[~task.edit_mask], task.target[~task.edit_mask]):
-            # Lanczos carries the edit a few pixels across the mask's edge.
+            # Lanczos carries the edit a few pixels across the mask's edge, so the source's pixels
+            # are put back there.
             target = torch.where(mask[:, :, None], target, changes["source"])
         changes["target"] = target
     if isinstance(task, RegionsTask):
@@ -66,9 +77,14 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
 
 
 def leaves_no_token(mask: Bool[Tensor, "height width"], *, resolution: int, multiple: int) -> bool:
-    """Whether, on its canvas, a mask touches every token of ``multiple`` x ``multiple`` pixels: nothing would be background."""
+    """True when a mask on its canvas touches every token, so that nothing is background.
+
+    A token covers ``multiple`` x ``multiple`` pixels.
+    """
     original_height, original_width = mask.shape
     height, width = canvas_size(original_height, original_width, resolution, multiple)
+    # First to the canvas, then to tokens: a token is set when any of its canvas pixels is, as in
+    # training.
     tokens = _cover(_cover(mask, (height, width)), (height // multiple, width // multiple))
     return bool(tokens.all())
 
@@ -88,8 +104,11 @@ def _cover(
     pixels = mask.numpy()
     for axis, new in enumerate(size):
         old = pixels.shape[axis]
+        # New pixel i covers [i * old / new, (i + 1) * old / new) of the original. Bounds are whole
+        # numbers, rounded outwards, so that nothing depends on floating-point rounding.
         start = np.arange(new) * old // new
         stop = -(-(np.arange(1, new + 1) * old) // new)
+        # A difference of running sums counts the set pixels between the bounds.
         sums = np.concatenate(
             [np.zeros_like(pixels.take([0], axis), dtype=np.int64), np.cumsum(pixels, axis=axis)],
             axis=axis,

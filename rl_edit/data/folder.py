@@ -1,32 +1,33 @@
-"""A person's own data: a JSON-lines file, or a plain folder of pictures with masks and instructions beside them.
+"""Reads a user's data: a JSON-lines file, or a plain folder of images.
 
-**JSON lines** (``DIR/metadata.jsonl`` or any ``.jsonl`` file): one object a line; paths are relative to the file::
+**JSON lines** (``DIR/metadata.jsonl`` or any ``.jsonl`` file) have one object a line. Paths are
+relative to the file::
 
     {"source": "cat.jpg", "instruction": "give the cat a hat", "mask": "cat_mask.png"}
 
-=============  =======================================  ==========================================================
-key            also read as                             meaning
-=============  =======================================  ==========================================================
-source         image, input_image                       the picture to edit
-instruction    prompt                                   what to do
-mask                                                    where pixels may change; the size of the picture
-region_map                                              optional: a label map of the mask's separate places, 0 outside, 1..R
-target         edited_image                             optional: the right result, the size of the picture
-caption                                                 optional: what the edited region should show
-task_type      task                                     optional: the kind of edit, for tables; "edit" if missing
-id             task_id                                  optional: unique; otherwise the source path and a count
-split_group                                             optional: rows that share it are never on different sides of a split;
-                                                        otherwise the source path
-=============  =======================================  ==========================================================
+===========  ==================  ===============================================================
+key          also read as        meaning
+===========  ==================  ===============================================================
+source       image, input_image  the image to edit
+instruction  prompt              what to do
+mask                             where pixels may change; the size of the image
+region_map                       optional: a label map of the mask's places, 0 outside, 1..R
+target       edited_image        optional: the right result, the size of the image
+caption                          optional: what the edited region should show
+task_type    task                optional: the kind of edit, for tables; "edit" if missing
+id           task_id             optional: unique; otherwise the source path and a count
+split_group                      optional: a split never separates rows that share it; otherwise
+                                 the source path
+===========  ==================  ===============================================================
 
-**Plain folder**: for a picture ``NAME.jpg`` in the folder itself, in ``images/`` or in ``sources/``
+**Plain folder**: for an image ``NAME.jpg`` in the folder itself, in ``images/`` or in ``sources/``
 
 * mask: ``NAME_mask.png`` or ``NAME.mask.png`` beside it, or ``masks/NAME.png``;
-* instruction: ``NAME.txt`` beside it, or an entry of ``instructions.json`` ({"NAME": "..."}) or ``instructions.csv``
-  (columns ``name``, ``instruction``), where NAME may carry its ending;
+* instruction: ``NAME.txt`` beside it, or an entry of ``instructions.json`` ({"NAME": "..."}) or
+  ``instructions.csv`` (columns ``name``, ``instruction``), where NAME may carry its ending;
 * target, optional: ``NAME_target.png`` or ``NAME.target.png`` beside it, or ``targets/NAME.png``.
 
-Any ending of ``images.SUFFIXES`` will do for each of the three. Pictures are not opened here.
+Each of the three may have any ending of ``images.SUFFIXES``. Images are not opened here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ import csv
 import difflib
 import json
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,35 +64,45 @@ _REQUIRED = ("source", "instruction")
 _ALIASES = {alias: key for key, aliases in _KEYS.items() for alias in aliases}
 _SOURCE_FOLDERS = ("images", "sources")
 _EXPECTED = (
-    "metadata.jsonl; tasks/*/metadata.json (CompBench); or pictures NAME.jpg (here, in images/ or in sources/) with NAME_mask.png or "
-    "masks/NAME.png and NAME.txt or instructions.json|csv"
+    "metadata.jsonl; tasks/*/metadata.json (CompBench); or images NAME.jpg (here, in images/ or in "
+    "sources/) with NAME_mask.png or masks/NAME.png and NAME.txt or instructions.json|csv"
 )
 
 
 def read_folder(path: Path) -> list[Row]:
-    """Rows of a ``.jsonl`` file or of a folder in either of the two layouts above."""
+    """Rows of a ``.jsonl`` file, or of a folder in either of the two layouts above."""
     return [request for request in request_folder(path, masked=True) if isinstance(request, Row)]
 
 
 def request_folder(path: Path, *, masked: bool = False) -> list[Request]:
-    """The same for rows some of which have no mask; ``masked`` says that each must have one."""
+    """Rows with or without a mask.
+
+    Args:
+        masked: every row must have a mask.
+    """
     if path.is_file():
         if path.suffix.lower() != ".jsonl":
             raise InputError(
-                f"{path} is a file but not .jsonl, so its rows cannot be read. Name a .jsonl file or a directory with {_EXPECTED}."
+                f"{path} is a file but not .jsonl, so its rows cannot be read. Name a .jsonl file "
+                f"or a directory with {_EXPECTED}."
             )
         return _read_lines(path, masked)
     if not path.is_dir():
         raise InputError(
-            f"{path} does not exist. Name a .jsonl file or a directory with {_EXPECTED}; or use builtin:shapes."
+            f"{path} does not exist. Name a .jsonl file or a directory with {_EXPECTED}; or use "
+            "builtin:shapes."
         )
+    # A list of rows says more than the names of files do, so it wins.
     if (path / "metadata.jsonl").is_file():
         return _read_lines(path / "metadata.jsonl", masked)
     return _read_pairs(path, masked)
 
 
 class FoundMasks:
-    """Writes rows with masks that were found for them, in the JSON-lines layout. Pictures are copied as they are."""
+    """Writes rows with masks that were found for them, in the JSON-lines layout.
+
+    Images are copied as they are.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -98,14 +110,18 @@ class FoundMasks:
         self._lines: list[str] = []
 
     def add(self, request: Request, regions: NDArray[np.bool_]) -> None:
-        """A row with its regions, ``[region, height, width]`` in pixels of the picture, disjoint and at most 255."""
+        """Adds a row with its regions.
+
+        Args:
+            regions: ``[region, height, width]`` in pixels of the image, disjoint, at most 255.
+        """
         row = len(self._lines)
+        # Several rows may show one image, which is copied once.
         if request.source not in self._sources:
-            # One copy of a picture that several rows show.
             self._sources[request.source] = self._copied(
                 request.source, "sources", len(self._sources)
             )
-        labels = np.zeros(regions.shape[1:], dtype=np.uint8)
+        labels = np.zeros(regions.shape[1:], dtype=np.uint8)  # 0 is background, 1..R are regions
         for number, region in enumerate(regions, start=1):
             labels[region] = number
         entry = {
@@ -130,7 +146,7 @@ class FoundMasks:
         )
 
     def finish(self) -> None:
-        """Writes the file that makes it a dataset."""
+        """Writes the file that makes the directory a dataset."""
         (self.root / "metadata.jsonl").write_text("".join(self._lines), encoding="utf-8")
 
     def _copied(self, file: Path, folder: str, number: int) -> str:
@@ -148,57 +164,66 @@ class FoundMasks:
 
 def _read_lines(file: Path, masked: bool) -> list[Request]:
     try:
+        # "utf-8-sig" also reads files of editors that begin with a byte order mark. Not
+        # splitlines(), which would break a JSON string at a Unicode line separator.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{file} cannot be read as UTF-8 text ({error}). Save it as UTF-8 with one JSON object a line."
+            f"{file} cannot be read as UTF-8 text ({error}). Save it as UTF-8 with one JSON object "
+            "a line."
         ) from error
+    required = (*_REQUIRED, "mask") if masked else _REQUIRED
     rows: list[Request] = []
     problems: list[str] = []
     num_entries = 0
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         num_entries += 1
-        where = f"{file.name} line {number}"
-        entry = _entry(line, (*_REQUIRED, "mask") if masked else _REQUIRED)
+        where, entry = f"{file.name} line {number}", _entry(line, required)
         if isinstance(entry, str):
             problems.append(f"{where}: {entry}")
             continue
-        source = entry["source"]
-        name = source.removesuffix(Path(source).suffix)
-        counts[name] = counts.get(name, 0) + 1
+        # Rows without an id are numbered per image, so that adding rows at the end renames none.
+        name = entry["source"].removesuffix(Path(entry["source"]).suffix)
+        counts[name] += 1
         repeat = f"#{counts[name]}" if counts[name] > 1 else ""
-        paths = {
-            key: file.parent / Path(entry[key]).expanduser()
-            for key in ("source", "mask", "target", "region_map")
-            if entry.get(key)
-        }
-        common: dict[str, Any] = {
-            "task_id": entry.get("id") or name + repeat,
-            "task_type": entry.get("task_type") or "edit",
-            "where": where,
-            "group": entry.get("split_group") or source,
-            "instruction": " ".join(entry["instruction"].split()),
-            "source": paths["source"],
-            "target": paths.get("target"),
-            "caption": entry.get("caption") or None,
-        }
-        if "mask" in paths:
-            rows.append(Row(**common, mask=paths["mask"], regions=paths.get("region_map")))
-        else:
-            rows.append(Request(**common))
+        rows.append(_row(file.parent, entry, where, default_id=name + repeat))
     refuse(problems, num_rows=num_entries, source=str(file))
     if not rows:
         raise InputError(
-            f"{file} has no rows, so there is nothing to train on. Write one JSON object a line: source, instruction, mask."
+            f"{file} has no rows, so there is nothing to train on. Write one JSON object a line: "
+            "source, instruction, mask."
         )
     return rows
 
 
+def _row(folder: Path, entry: Mapping[str, str], where: str, *, default_id: str) -> Request:
+    """The row of a line under canonical keys."""
+    # Joining an absolute path to a folder gives the absolute path, so both kinds work.
+    paths = {
+        key: folder / Path(entry[key]).expanduser()
+        for key in ("source", "mask", "target", "region_map")
+        if entry.get(key)
+    }
+    common: dict[str, Any] = {
+        "task_id": entry.get("id") or default_id,
+        "task_type": entry.get("task_type") or "edit",
+        "where": where,
+        "group": entry.get("split_group") or entry["source"],
+        "instruction": " ".join(entry["instruction"].split()),
+        "source": paths["source"],
+        "target": paths.get("target"),
+        "caption": entry.get("caption") or None,
+    }
+    if "mask" not in paths:
+        return Request(**common)
+    return Row(**common, mask=paths["mask"], regions=paths.get("region_map"))
+
+
 def _entry(line: str, required: Sequence[str]) -> dict[str, str] | str:
-    """One line under canonical keys, or what is wrong with it."""
+    """One line under canonical keys, or a sentence about its problem."""
     try:
         raw: Any = json.loads(line)
     except ValueError as error:
@@ -209,19 +234,18 @@ def _entry(line: str, required: Sequence[str]) -> dict[str, str] | str:
     for name, value in raw.items():
         key = _ALIASES.get(name)
         if key is None:
-            # Other columns are the user's business, but a misspelt key would silently drop, say, every target.
-            close = difflib.get_close_matches(name, _ALIASES, n=1, cutoff=0.8)
-            if close and _ALIASES[close[0]] not in {_ALIASES.get(other) for other in raw}:
-                return f"has the unknown key {name!r} (did you mean {close[0]!r}?)"
+            if nearest := _misspelt(name, raw):
+                return f"has the unknown key {name!r} (did you mean {nearest!r}?)"
             continue
-        if value is None:
+        if value is None:  # exporters write null for a missing cell
             continue
         if key == "id" and isinstance(value, int):
             value = str(value)
         if not isinstance(value, str):
             return f"{name!r} is a {type(value).__name__}, not text"
         if key in entry and entry[key] != value:
-            return f"gives {key!r} twice ({' and '.join(alias for alias in _KEYS[key] if alias in raw)}) with different values"
+            names = " and ".join(alias for alias in _KEYS[key] if alias in raw)
+            return f"gives {key!r} twice ({names}) with different values"
         entry[key] = value
     for key in required:
         if not entry.get(key, "").strip():
@@ -229,57 +253,83 @@ def _entry(line: str, required: Sequence[str]) -> dict[str, str] | str:
     return entry
 
 
+def _misspelt(name: str, raw: Mapping[str, Any]) -> str | None:
+    """The known key that a column probably means.
+
+    Other columns are the user's business, but a misspelt key would silently drop, say, every
+    target.
+    """
+    near = difflib.get_close_matches(name, _ALIASES, n=1, cutoff=0.8)
+    present = {_ALIASES.get(other) for other in raw}
+    return near[0] if near and _ALIASES[near[0]] not in present else None
+
+
 def _read_pairs(root: Path, masked: bool) -> list[Request]:
-    folders = [root / name for name in _SOURCE_FOLDERS if (root / name).is_dir()] or [root]
-    sources: dict[str, list[Path]] = {}
-    orphans: list[str] = []
-    for folder in folders:
-        pictures = _pictures(folder)
-        stems = {path.stem for path in pictures}
-        for path in pictures:
-            base = _base(path.stem)
-            if base is None:
-                sources.setdefault(path.stem, []).append(path)
-            elif base not in stems:
-                orphans.append(
-                    f"{path.relative_to(root)} is a mask or target, but its picture {base}.* is not beside it"
-                )
+    sources, problems = _sources(root)
     if not sources:
-        raise _nothing_found(root)
+        raise _no_dataset(root)
     instructions = _instructions(root)
     rows: list[Request] = []
-    problems = list(orphans)
-    for stem, paths in sorted(sources.items()):
-        source = paths[0]
-        where = str(source.relative_to(root))
+    for _, paths in sorted(sources.items()):
+        where = str(paths[0].relative_to(root))
         try:
             if len(paths) > 1:
                 raise InputError(
-                    f"has the same name as {paths[1].relative_to(root)}: masks and instructions could belong to either"
+                    f"has the same name as {paths[1].relative_to(root)}: masks and instructions "
+                    "could belong to either"
                 )
-            mask = _beside(root, source, "mask")
-            target = _beside(root, source, "target")
-            if mask is None and masked:
-                raise InputError(
-                    f"has no mask (looked for {stem}_mask.png, {stem}.mask.png and masks/{stem}.png, any picture ending)"
-                )
-            instruction = _instruction(source, instructions)
+            rows.append(_pair(root, paths[0], instructions, where=where, masked=masked))
         except InputError as problem:
             problems.append(f"{where}: {problem}")
-            continue
-        common: dict[str, Any] = {
-            "task_id": stem,
-            "task_type": "edit",
-            "where": where,
-            "group": stem,
-        }
-        common |= {"instruction": instruction, "source": source, "target": target}
-        rows.append(Request(**common) if mask is None else Row(**common, mask=mask))
     refuse(problems, num_rows=len(sources), source=str(root))
     return rows
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _sources(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The images to edit by stem, and a problem for each mask or target without its image."""
+    folders = [root / name for name in _SOURCE_FOLDERS if (root / name).is_dir()] or [root]
+    sources: dict[str, list[Path]] = {}
+    problems: list[str] = []
+    for folder in folders:
+        images = _images(folder)
+        stems = {path.stem for path in images}
+        for path in images:
+            base = _base(path.stem)
+            if base is None:
+                sources.setdefault(path.stem, []).append(path)
+            elif base not in stems:
+                problems.append(
+                    f"{path.relative_to(root)} is a mask or target, but its image {base}.* is not "
+                    "beside it"
+                )
+    return sources, problems
+
+
+def _pair(
+    root: Path, source: Path, instructions: Mapping[str, str], *, where: str, masked: bool
+) -> Request:
+    """The row of one image of a plain folder."""
+    stem = source.stem
+    mask = _beside(root, source, "mask")
+    target = _beside(root, source, "target")
+    if mask is None and masked:
+        raise InputError(
+            f"has no mask (looked for {stem}_mask.png, {stem}.mask.png and masks/{stem}.png, any "
+            "image ending)"
+        )
+    common: dict[str, Any] = {
+        "task_id": stem,
+        "task_type": "edit",
+        "where": where,
+        "group": stem,
+        "instruction": _instruction(source, instructions),
+        "source": source,
+        "target": target,
+    }
+    return Request(**common) if mask is None else Row(**common, mask=mask)
+
+
+def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
@@ -290,7 +340,8 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _base(stem: str) -> str | None:
-    """The picture's name, if ``stem`` is that of a mask or a target; otherwise None."""
+    """The image's name, if ``stem`` is that of a mask or a target; otherwise None."""
+    # A file that is called just "_mask.png" is an image, for there is no name before the ending.
     for ending in ("_mask", ".mask", "_target", ".target"):
         if stem.endswith(ending) and stem != ending:
             return stem.removesuffix(ending)
@@ -298,17 +349,18 @@ def _base(stem: str) -> str | None:
 
 
 def _beside(root: Path, source: Path, kind: str) -> Path | None:
+    """The mask or target of an image."""
     stem = source.stem
-    found = [
+    files = [
         path
         for path in _with_stems(source.parent, (f"{stem}_{kind}", f"{stem}.{kind}"))
         if path != source
     ]
-    found += _with_stems(root / f"{kind}s", (stem, f"{stem}_{kind}", f"{stem}.{kind}"))
-    if len(found) > 1:
-        names = " and ".join(str(path.relative_to(root)) for path in found)
+    files += _with_stems(root / f"{kind}s", (stem, f"{stem}_{kind}", f"{stem}.{kind}"))
+    if len(files) > 1:
+        names = " and ".join(str(path.relative_to(root)) for path in files)
         raise InputError(f"has more than one {kind} ({names}): keep one")
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def _with_stems(folder: Path, stems: tuple[str, ...]) -> list[Path]:
@@ -316,18 +368,21 @@ def _with_stems(folder: Path, stems: tuple[str, ...]) -> list[Path]:
 
 
 def _candidates(folder: Path, stem: str) -> list[Path]:
-    # Asking for each name keeps a folder of 10,000 pictures linear; both cases, because cameras write .JPG.
+    # Asking for each name keeps a folder of 10,000 images linear. Both cases are asked for, because
+    # cameras write .JPG.
     paths = (
         folder / f"{stem}{suffix}" for ending in SUFFIXES for suffix in (ending, ending.upper())
     )
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
-        if path.is_file() and not any(path.samefile(other) for other in found):
-            found.append(path)
-    return found
+        # On a file system that ignores case both names are one file.
+        if path.is_file() and not any(path.samefile(other) for other in files):
+            files.append(path)
+    return files
 
 
-def _instruction(source: Path, instructions: dict[str, str]) -> str:
+def _instruction(source: Path, instructions: Mapping[str, str]) -> str:
+    # A text beside the image wins over a table, for it is the more particular.
     text_file = source.with_suffix(".txt")
     text = instructions.get(source.name) or instructions.get(source.stem) or ""
     if text_file.is_file():
@@ -338,48 +393,51 @@ def _instruction(source: Path, instructions: dict[str, str]) -> str:
     text = " ".join(text.split())
     if not text:
         raise InputError(
-            f"has no instruction (looked for {text_file.name}, instructions.json and instructions.csv)"
+            f"has no instruction (looked for {text_file.name}, instructions.json and "
+            "instructions.csv)"
         )
     return text
 
 
 def _instructions(root: Path) -> dict[str, str]:
-    """Instructions by file name or stem, from ``instructions.json`` or ``instructions.csv``; empty if there is neither."""
+    """Instructions by file name or stem; empty if the folder has no such file."""
     as_json, as_csv = root / "instructions.json", root / "instructions.csv"
     try:
         if as_json.is_file():
-            content = json.loads(as_json.read_text(encoding="utf-8-sig"))
-            if not isinstance(content, dict) or not all(
-                isinstance(text, str) for text in content.values()
-            ):
-                raise InputError(
-                    f'{as_json} must be one object of names and texts: {{"NAME": "what to do"}}.'
-                )
-            return dict(content)
-        if as_csv.is_file():
-            with as_csv.open(encoding="utf-8-sig", newline="") as stream:
-                reader = csv.DictReader(stream)
-                if not {"name", "instruction"} <= set(reader.fieldnames or ()):
-                    raise InputError(
-                        f"{as_csv} needs the columns name and instruction in its first line; it has {reader.fieldnames}."
-                    )
-                return {row["name"]: row["instruction"] or "" for row in reader}
+            return _json_instructions(as_json)
+        return _csv_instructions(as_csv) if as_csv.is_file() else {}
+    except InputError:  # a ValueError, but one that says what to do
+        raise
     except (OSError, ValueError, csv.Error) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
-            f"{root}: instructions.json or instructions.csv cannot be read ({error}). Save it as UTF-8."
+            f"{root}: instructions.json or instructions.csv cannot be read ({error}). Save it as "
+            "UTF-8."
         ) from error
-    return {}
 
 
-def _nothing_found(root: Path) -> InputError:
+def _json_instructions(file: Path) -> dict[str, str]:
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
+        raise InputError(f'{file} must be one object of names and texts: {{"NAME": "what to do"}}.')
+    return dict(content)
+
+
+def _csv_instructions(file: Path) -> dict[str, str]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        if not {"name", "instruction"} <= set(reader.fieldnames or ()):
+            raise InputError(
+                f"{file} needs the columns name and instruction in its first line; it has "
+                f"{reader.fieldnames}."
+            )
+        return {row["name"]: row["instruction"] or "" for row in reader}
+
+
+def _no_dataset(root: Path) -> InputError:
+    """An error that lists what the directory holds."""
     entries = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir())
-    found = (
-        ", ".join(entries[:8]) + (f" and {len(entries) - 8} more" if len(entries) > 8 else "")
-        if entries
-        else "nothing"
-    )
+    more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
+    listed = ", ".join(entries[:8]) + more if entries else "nothing"
     lines = [name for name in entries if name.lower().endswith(".jsonl")]
     hint = f" Is it data.path={root / lines[0]}?" if lines else ""
-    return InputError(f"{root} holds no dataset. Looked for {_EXPECTED}. Found {found}.{hint}")
+    return InputError(f"{root} holds no dataset. Looked for {_EXPECTED}. Found {listed}.{hint}")

@@ -1,8 +1,9 @@
-"""Pictures and masks from files of any common kind, as arrays of one kind.
+"""Reads images and masks from files of any common kind, as arrays of one kind.
 
-A picture becomes RGB 0..255 the way a viewer would show it: turned as its EXIF orientation says, palette, grey, CMYK and
-16-bit values converted, transparency composited on white. A mask becomes True where the instruction may change pixels.
-This is the only file that knows the polarity of stored masks; everything behind it has True = may change.
+An image becomes RGB 0..255 the way a viewer would show it. It is turned as its EXIF orientation
+says; palette, grey, CMYK and 16-bit values are converted; transparency is composited on white. A
+mask becomes True where the instruction may change pixels. Only this file knows the polarity of
+stored masks.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from rl_edit.errors import InputError
 MaskPolarity = Literal["edit_white", "edit_black"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""File endings taken for pictures when a folder is searched (any case). A named file may have any ending."""
+"""File endings taken for images when a folder is searched, in any case.
 
-# What Pillow raises on files that are cut short, damaged, or no pictures at all.
+A file that is named may have any ending.
+"""
+
+# Pillow raises these on files that are cut short, damaged, or no images at all.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _EXIF_ORIENTATION = 0x0112
@@ -34,8 +38,9 @@ class Mask:
     """A mask as read from a file.
 
     Attributes:
-        edit: [height, width], True where the instruction may change pixels.
-        zero_one: the file held the values 0 and 1 rather than black and white. Worth a warning: a viewer shows it black.
+        edit: ``[height, width]``, True where the instruction may change pixels.
+        zero_one: the file has the values 0 and 1 rather than black and white. Worth a warning,
+            because a viewer shows it black.
     """
 
     edit: NDArray[np.bool_]
@@ -43,28 +48,35 @@ class Mask:
 
     @property
     def usable(self) -> bool:
-        """Whether it leaves something to edit and something to keep."""
+        """True when it leaves something to edit and something to keep."""
         return bool(self.edit.any()) and not bool(self.edit.all())
 
 
 def read_rgb(path: Path, *, where: str) -> NDArray[np.uint8]:
-    """[height, width, 3] of a picture, upright. ``where`` names the row in errors."""
+    """Reads an image, upright, as ``[height, width, 3]``.
+
+    Args:
+        where: names the row in errors.
+    """
     image = _open(path, where=where)
     if image.mode in _SIXTEEN_BIT:
+        # White is 65535, and 65535 / 257 = 255.
         grey = np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        # As on a page: what lies behind a transparent pixel is white.
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
 def read_mask(path: Path, *, polarity: MaskPolarity, where: str) -> Mask:
-    """A mask of any mode, split at half brightness: soft, hand-drawn edges are fine.
+    """Reads a mask of any mode, split at half brightness.
 
-    Paint of any colour counts as white (the brightest channel decides) and transparency counts as "keep". Values 0 and 1
-    only, grey or palette, are recognised as such. The size is not checked here: the file does not know its picture.
+    Soft, hand-drawn edges are fine. Paint of any colour counts as white: the brightest channel
+    decides. Transparency counts as "keep". Values 0 and 1 only, grey or palette, are recognised.
+    The size is not checked here, because the file does not know its image.
     """
     image = _open(path, where=where)
     marked: NDArray[np.bool_]
@@ -77,6 +89,7 @@ def read_mask(path: Path, *, polarity: MaskPolarity, where: str) -> Mask:
             marked, zero_one = labels == 1, True
     elif image.mode in _SIXTEEN_BIT:
         levels = np.asarray(image, dtype=np.int64)
+        # 8-bit values are often stored in 16-bit files, so the largest value decides the scale.
         zero_one = bool(levels.max() == 1)
         marked = levels >= (1 if zero_one else 128 if levels.max() <= 255 else 32768)
     else:
@@ -90,21 +103,25 @@ def read_mask(path: Path, *, polarity: MaskPolarity, where: str) -> Mask:
 
 
 def read_labels(path: Path, *, where: str) -> NDArray[np.uint8]:
-    """[height, width] of a label map: a one-channel 8-bit picture whose values are labels, not brightness."""
+    """Reads a label map as ``[height, width]``.
+
+    It is a one-channel 8-bit image whose values are labels, not brightness.
+    """
     image = _open(path, where=where)
     if image.mode not in ("L", "P"):
         raise InputError(
-            f"{where}: {path} has mode {image.mode}, but a label map needs one 8-bit channel: its values number the regions. "
-            "Save it as an 8-bit grey PNG with 0 for background."
+            f"{where}: {path} has mode {image.mode}, but a label map needs one 8-bit channel: its "
+            "values number the regions. Save it as an 8-bit grey PNG with 0 for background."
         )
     return np.array(image, dtype=np.uint8)
 
 
 def upright_size(path: Path, *, where: str) -> tuple[int, int]:
-    """(height, width) of a picture as ``read_rgb`` gives it. Damage is found as well; JPEG is decoded at an eighth of its size."""
+    """(height, width) of an image as ``read_rgb`` returns it. Damaged files raise an error."""
     try:
         with Image.open(path) as image:
             width, height = image.size
+            # A JPEG decoded at an eighth of its size still shows damage, and takes far less time.
             if image.format == "JPEG":
                 image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
             image.load()
@@ -115,7 +132,10 @@ def upright_size(path: Path, *, where: str) -> tuple[int, int]:
 
 
 def has_turn(path: Path) -> bool:
-    """Whether the file asks viewers to turn the picture by a quarter (EXIF): the usual cause of masks that do not fit."""
+    """True when the file asks viewers to turn the image by a quarter (EXIF).
+
+    This is the usual cause of masks that do not fit.
+    """
     with Image.open(path) as image:
         return image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
 
@@ -129,14 +149,14 @@ def _open(path: Path, *, where: str) -> Image.Image:
         raise _unreadable(path, where, error) from error
     if upright.mode == "F":
         raise InputError(
-            f"{where}: {path} holds floating-point values, which have no fixed white, so its colours would be a guess. "
-            "Save it with 8 or 16 bits per channel."
+            f"{where}: {path} holds floating-point values, which have no fixed white, so its "
+            "colours would be a guess. Save it with 8 or 16 bits per channel."
         )
     return upright
 
 
 def _brightness(image: Image.Image, polarity: MaskPolarity) -> NDArray[np.uint8]:
-    """[height, width]: the brightest channel, with transparent pixels given the value that means "keep"."""
+    """The brightest channel, ``[height, width]``. Transparent pixels take the value of "keep"."""
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
     if image.has_transparency_data:
@@ -150,6 +170,6 @@ def _unreadable(path: Path, where: str, error: BaseException) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"{where}: {path} does not exist. Correct the path or remove the row.")
     return InputError(
-        f"{where}: {path} cannot be read as a picture ({error}): it may be cut short or no picture at all. "
-        "Open it in a viewer and save it again as PNG or JPEG, or remove the row."
+        f"{where}: {path} cannot be read as an image ({error}): it may be cut short or no image at "
+        "all. Open it in a viewer and save it again as PNG or JPEG, or remove the row."
     )

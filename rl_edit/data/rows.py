@@ -1,7 +1,8 @@
-"""One row of data on disk: where its files are, what is wrong with them, and the record they make.
+"""Rows of data on disk: their files, the checks on them, and the records they make.
 
-Layouts (``compbench.py``, ``folder.py``) produce rows; this file alone turns rows into records. Rows are checked when
-a dataset is opened, all of them, so that bad data is found before anything is written.
+Layouts (``compbench.py``, ``folder.py``) produce rows. Only this file turns rows into records. All
+rows are checked when a dataset is opened, so that bad data stops a command before it writes
+anything.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ from rl_edit.types import EditTask, PairedRegionsTask, PairedTask, RegionsTask
 EmptyMask = Literal["error", "skip"]
 
 _NUM_SHOWN = 5
+"""Problems that one message spells out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """An edit that is asked for, not read yet, whether or not anybody drew where it may change the picture.
+    """A requested edit, not read yet, with or without a mask.
 
     Attributes:
-        where: where the row is written down, for errors ("metadata.jsonl line 3").
-        group: rows of one group show the same picture; a split never separates them.
-        target, caption: None when the row has none.
+        where: the place of the row, for errors ("metadata.jsonl line 3").
+        group: names the image. A split never separates rows that show the same one.
+        target: None when the row has none.
+        caption: None when the row has none.
     """
 
     task_id: str
@@ -50,15 +53,16 @@ class Request:
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """Every file that the row names."""
         return tuple(path for path in (self.source, self.target) if path is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Request):
-    """A request with a mask: what a task is made of.
+    """A request with a mask, of which a task can be made.
 
     Attributes:
-        regions: a label map, 0 background, 1..R regions; None when the row has none.
+        regions: a label map, 0 background, 1..R regions. None when the row has none.
     """
 
     mask: Path
@@ -72,7 +76,7 @@ class Row(Request):
 
     @property
     def fields(self) -> frozenset[str]:
-        """Which of "target", "caption" and "regions" the row has."""
+        """Those of "target", "caption" and "regions" that the row has."""
         present = {"target": self.target, "caption": self.caption or None, "regions": self.regions}
         return frozenset(name for name, value in present.items() if value is not None)
 
@@ -92,9 +96,15 @@ class CheckedRows:
 def check(
     rows: Sequence[Row], *, source: str, polarity: MaskPolarity, empty_mask: EmptyMask
 ) -> CheckedRows:
-    """Look at every file of every row. One error names the first problems and counts the rest.
+    """Checks every file of every row.
 
-    ``source`` is the dataset as the user named it. Rows with an empty or full mask are an error or skipped and counted.
+    Rows with an empty or full mask are an error, or skipped and counted.
+
+    Args:
+        source: the dataset as the user named it.
+
+    Raises:
+        InputError: names the first problems and counts the rest.
     """
     problems, findings = _examined(rows, polarity)
     if empty_mask == "error":
@@ -104,31 +114,37 @@ def check(
             if finding.unusable_mask
         ]
     refuse(problems, num_rows=len(rows), source=source)
-    kept = tuple(
+    usable = tuple(
         row for row, finding in zip(rows, findings, strict=True) if not finding.unusable_mask
     )
-    if not kept:
+    black, one = ("keep", "edit") if polarity == "edit_white" else ("edit", "keep")
+    if not usable:
         raise InputError(
-            f"{source}: every mask ({len(rows)}) is empty or full, so no row is left. Black is read as "
-            f"{'keep' if polarity == 'edit_white' else 'edit'}; set data.mask_polarity if yours are the other way round."
+            f"{source}: every mask ({len(rows)}) is empty or full, so no row is left. Black is "
+            f"read as {black}; set data.mask_polarity if yours are the other way round."
         )
     zero_one = [row for row, finding in zip(rows, findings, strict=True) if finding.zero_one]
     if zero_one:
-        marked = "edit" if polarity == "edit_white" else "keep"
         warnings.warn(
-            f"{source}: {len(zero_one)} masks hold only the values 0 and 1 (first: {zero_one[0].mask}); 1 is read as {marked}. "
-            "Save masks as black and white to be sure.",
+            f"{source}: {len(zero_one)} masks hold only the values 0 and 1 "
+            f"(first: {zero_one[0].mask}); 1 is read as {one}. Save masks as black and white to be "
+            "sure.",
+            # The reader of a dataset is two calls up.
             stacklevel=3,
         )
-    return CheckedRows(rows=kept, skipped=len(rows) - len(kept))
+    return CheckedRows(rows=usable, skipped=len(rows) - len(usable))
 
 
 def check_requests(
     requests: Sequence[Request], *, source: str, polarity: MaskPolarity
 ) -> tuple[Request, ...]:
-    """Look at every file of every row, with or without a mask. A row whose mask is empty or full is one without."""
+    """Checks every file of every row, with or without a mask.
+
+    A row whose mask is empty or full becomes a row without one.
+    """
     problems, findings = _examined(requests, polarity)
     refuse(problems, num_rows=len(requests), source=source)
+    # Copying only the fields of Request drops the mask and the regions of a Row.
     return tuple(
         Request(**{field.name: getattr(request, field.name) for field in fields(Request)})
         if finding.unusable_mask
@@ -138,7 +154,7 @@ def check_requests(
 
 
 def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
-    """Raise one InputError for all problems of a dataset, if there are any."""
+    """Raises one InputError for all problems of a dataset, if there are any."""
     if not problems:
         return
     shown = "; ".join(
@@ -146,12 +162,17 @@ def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
     )
     more = f"; and {len(problems) - _NUM_SHOWN} more" if len(problems) > _NUM_SHOWN else ""
     raise InputError(
-        f"{source}: {len(problems)} problems in {num_rows} rows. Correct or remove these rows: {shown}{more}"
+        f"{source}: {len(problems)} problems in {num_rows} rows. Correct or remove these rows: "
+        f"{shown}{more}"
     )
 
 
 def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
-    """Read a row: ``PairedTask`` with a target, ``RegionsTask`` with regions, ``PairedRegionsTask`` with both, ``EditTask`` otherwise."""
+    """Reads a row as the record that fits its files.
+
+    It is a ``PairedTask`` with a target, a ``RegionsTask`` with regions, a ``PairedRegionsTask``
+    with both, and an ``EditTask`` otherwise.
+    """
     source = images.read_rgb(row.source, where=row.where)
     mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
     _same_size(row, row.mask, mask.edit.shape, source.shape[:2])
@@ -170,21 +191,30 @@ def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
         return EditTask(**common) if row.regions is None else RegionsTask(**common)
     target = images.read_rgb(row.target, where=row.where)
     _same_size(row, row.target, target.shape[:2], source.shape[:2])
+    # ``Row.fields`` does not count an empty caption, so no text reward reads it.
     common |= {"target": torch.from_numpy(target), "caption": row.caption or ""}
     return PairedTask(**common) if row.regions is None else PairedRegionsTask(**common)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Finding:
+    """The result of checking one row.
+
+    Attributes:
+        problem: a sentence, or "" for a good row.
+    """
+
     problem: str = ""
     unusable_mask: bool = False
     zero_one: bool = False
 
 
 def _examined(rows: Sequence[Request], polarity: MaskPolarity) -> tuple[list[str], list[_Finding]]:
-    """Problems of the rows, and what was found of each."""
+    """All problems, and the finding of each row."""
+    # Decoding images releases the interpreter lock, so threads use all cores.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         findings = list(pool.map(lambda row: _examine(row, polarity), rows))
+    # An id seeds noises and names files, so two rows of one id would share both.
     repeated = [
         f"{row.where}: task id {row.task_id!r} is used more than once" for row in _repeated(rows)
     ]
@@ -203,6 +233,7 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
             return _Finding()
         mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
         _same_size(row, row.mask, mask.edit.shape, size)
+        # Of an unusable mask the row is refused or skipped anyway.
         if row.regions is not None and mask.usable:
             _regions(row, mask.edit)
     except InputError as error:
@@ -211,14 +242,16 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
 
 
 def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The regions of a row as ``[region, height, width]``, checked against its mask."""
     assert row.regions is not None
     labels = images.read_labels(row.regions, where=row.where)
     _same_size(row, row.regions, labels.shape, edit.shape)
     regions = labels[None] == np.arange(1, int(labels.max()) + 1, dtype=np.uint8)[:, None, None]
     if not np.array_equal(labels > 0, edit) or not regions.any(axis=(1, 2)).all():
         raise InputError(
-            f"{row.where}: {row.regions} does not agree with the mask: its labels 1..R must each occur and together cover the "
-            "edit region and nothing else. Draw it again from the mask, or remove it."
+            f"{row.where}: {row.regions} does not agree with the mask: its labels 1..R must each "
+            "occur and together cover the edit region and nothing else. Draw it again from the "
+            "mask, or remove it."
         )
     return np.asarray(regions)
 
@@ -231,17 +264,22 @@ def _same_size(
     (height, width), (source_height, source_width) = size, source_size
     turned = ""
     if size == source_size[::-1] and images.has_turn(row.source):
-        turned = " The picture carries an EXIF rotation, which is applied: draw on the picture as viewers show it."
+        turned = (
+            " The image carries an EXIF rotation, which is applied: draw on the image as viewers "
+            "show it."
+        )
     raise InputError(
-        f"{row.where}: {path} is {width}x{height} but {row.source} is {source_width}x{source_height}: pixels would not correspond, "
-        f"and resizing silently would move the edges.{turned} Save both with the same width and height."
+        f"{row.where}: {path} is {width}x{height} but {row.source} is "
+        f"{source_width}x{source_height}: pixels would not correspond, and resizing silently would "
+        f"move the edges.{turned} Save both with the same width and height."
     )
 
 
 def _unusable(row: Row) -> str:
     return (
-        f"{row.where}: {row.mask} is empty or full: a mask must leave something to edit and something to keep. Draw the region, check "
-        "data.mask_polarity, or set data.empty_mask=skip to leave such rows out"
+        f"{row.where}: {row.mask} is empty or full: a mask must leave something to edit and "
+        "something to keep. Draw the region, check data.mask_polarity, or set data.empty_mask=skip "
+        "to leave such rows out"
     )
 
 

@@ -143,13 +143,7 @@ def _draw(split: str, index: int, *, seed: int, task_type: str | None) -> _Drawn
     if task_type is None:
         task_type = _CYCLE[index % len(_CYCLE)]
     _require_drawable(split, index, task_type)
-    # One hash seeds both generators: Python's for the scene, NumPy's for fields of noise.
-    digest = hashlib.blake2b(
-        f"{seed}/{split}/{index}".encode(), key=b"shapes", digest_size=48
-    ).digest()
-    rng = random.Random(int.from_bytes(digest[:32], "little"))
-    texture = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[32:], "little")))
-
+    rng, texture = _generators(split, index, seed)
     scene = compose(task_type, rng)
     source = draw_ground(rng, texture)
     for bystander in scene.bystanders:
@@ -177,6 +171,16 @@ def _draw(split: str, index: int, *, seed: int, task_type: str | None) -> _Drawn
         ),
         task_type=task_type,
     )
+
+
+def _generators(split: str, index: int, seed: int) -> tuple[random.Random, np.random.Generator]:
+    """The generators of a task: one for the scene, one for fields of noise."""
+    # Keyed by the task alone, so any process draws any task without drawing those before it.
+    digest = hashlib.blake2b(
+        f"{seed}/{split}/{index}".encode(), key=b"shapes", digest_size=48
+    ).digest()
+    rng = random.Random(int.from_bytes(digest[:32], "little"))
+    return rng, np.random.Generator(np.random.Philox(key=int.from_bytes(digest[32:], "little")))
 
 
 def _require_drawable(split: str, index: int, task_type: str) -> None:
