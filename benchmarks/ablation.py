@@ -19,7 +19,8 @@ from typing import Any
 
 import jobs
 from rl_edit.config import load_config
-from rl_edit.evaluation.comparison import TOTAL, Arm, plain
+from rl_edit.evaluation.arms import TOTAL, Arm
+from rl_edit.evaluation.comparison import optional_json
 from rl_edit.files import METRICS, read_json_lines
 
 SURROGATE = "{kind: neighbor, num_anchors: 4, clip: 0.2, temperature: 0.5, num_steps: 4}"
@@ -221,7 +222,7 @@ def _between(arms: dict[str, Arm]) -> list[str]:
         [
             f"{one} minus {other}",
             *(
-                jobs.cell(arms[one].over(arms[other], metric), REPORTED[metric][1])
+                jobs.cell(arms[one].minus(arms[other], metric), REPORTED[metric][1])
                 for metric in shown
             ),
         ]
@@ -247,7 +248,7 @@ def _by_seed(arms: dict[str, Arm]) -> list[str]:
 def _recorded(arms: dict[str, Arm]) -> dict[str, Any]:
     comparisons = {
         f"{one} - {other}": {
-            metric: plain(arms[one].over(arms[other], metric)) for metric in REPORTED
+            metric: optional_json(arms[one].minus(arms[other], metric)) for metric in REPORTED
         }
         for one, other in COMPARISONS
         if one in arms and other in arms
@@ -255,7 +256,7 @@ def _recorded(arms: dict[str, Arm]) -> dict[str, Any]:
     variants = {
         variant: {
             "seeds": list(arm.seeds),
-            "delta": {metric: plain(arm.gain(metric)) for metric in REPORTED},
+            "delta": {metric: optional_json(arm.gain(metric)) for metric in REPORTED},
             "psnr_spread": _spread(arm),
             "overrides": VARIANTS[variant],
         }

@@ -24,8 +24,9 @@ from pathlib import Path
 from rl_edit.config import RunConfig
 from rl_edit.editors import editor_identity
 from rl_edit.errors import InputError
-from rl_edit.evaluation.comparison import Arm, read_runs, require_alike
+from rl_edit.evaluation.arms import Arm
 from rl_edit.evaluation.effort import effort
+from rl_edit.evaluation.evaluated_run import read_runs, require_alike
 from rl_edit.files import METRICS, read_json_lines
 from rl_edit.measures.intervals import Interval
 from rl_edit.method.update import TrainingFailed

@@ -27,16 +27,10 @@ from rl_edit.config import RunConfig, load_config
 from rl_edit.data import BUILTIN_SHAPES
 from rl_edit.data.mask_finding import MaskFinder
 from rl_edit.editors import editor_identity
-from rl_edit.evaluation.comparison import (
-    COMMON_MEASURES,
-    MEASURES,
-    TOTAL,
-    Arm,
-    Comparison,
-    plain,
-    require_alike,
-)
+from rl_edit.evaluation.arms import COMMON_MEASURES, MEASURES, TOTAL, Arm
+from rl_edit.evaluation.comparison import Comparison, optional_json
 from rl_edit.evaluation.effort import effort
+from rl_edit.evaluation.evaluated_run import require_alike
 from rl_edit.measures.intervals import Interval
 
 EVALUATIONS = 15_360
@@ -167,7 +161,7 @@ class Effect:
         kind = self.task_type or None
         if not self.other:
             return arms[self.one].gain(self.measure, task_type=kind)
-        return arms[self.one].over(arms[self.other], self.measure, task_type=kind)
+        return arms[self.one].minus(arms[self.other], self.measure, task_type=kind)
 
     def verdict(self, interval: Interval | None) -> str:
         if interval is None:
@@ -498,7 +492,7 @@ def _beyond(arms: dict[str, Arm]) -> list[str]:
             row,
             against,
             *(
-                jobs.cell(arms[row].over(arms[against], measure.name), measure.digits)
+                jobs.cell(arms[row].minus(arms[against], measure.name), measure.digits)
                 for measure in COMMON_MEASURES
             ),
         ]
@@ -561,7 +555,7 @@ def _record(whole: Comparison) -> dict[str, Any]:
             {
                 **told,
                 "task_type": effect.task_type,
-                "difference": plain(interval),
+                "difference": optional_json(interval),
                 "here": effect.verdict(interval),
             }
         )

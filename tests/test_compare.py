@@ -231,7 +231,7 @@ def test_a_run_is_subtracted_from_another_task_by_task(tmp_path: Path) -> None:
     )
     found = compare([one], against=other)
     assert found.against is not None
-    assert ends(found.arms[0].over(found.against, "instruction")) == pytest.approx(
+    assert ends(found.arms[0].minus(found.against, "instruction")) == pytest.approx(
         (0.2, 0.2, 0.2, 4)
     )
     assert list(found.record()["over"]) == ["one"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rl_edit.errors import InputError
-from rl_edit.evaluation.evaluate import Evaluation, Row
+from rl_edit.evaluation.evaluate import summarise
+from rl_edit.evaluation.record import Row
 from rl_edit.measures.intervals import Interval, bootstrap, paired_bootstrap
 from rl_edit.measures.pixels import MAX_PSNR, gaussian_mean, keep_fraction, psnr, ssim
 
@@ -275,10 +276,10 @@ def test_a_comparison_has_every_metric_that_any_task_has_and_counts_the_tasks_wh
         Row(task_id=f"t{i}", task_type="add", values={"base": base, "trained": after})
         for i, (base, after) in enumerate(values)
     ]
-    summary = Evaluation(rows=tuple(rows), meta={}).summary()
-    assert {metric: (value["mean"], value["n"]) for metric, value in summary["delta"].items()} == {
+    summary = summarise(rows, {})
+    assert {metric: (delta.mean, delta.n) for metric, delta in summary.delta.items()} == {
         "reward": (1.5, 2),
         "instruction": (2.0, 2),
     }
-    assert summary["base"]["reward"]["mean"] == 1.5
-    assert summary["by_type"]["add"]["delta"] == summary["delta"]
+    assert summary.base["reward"].mean == 1.5
+    assert summary.by_type["add"].delta == summary.delta

@@ -17,16 +17,11 @@ from typer.testing import CliRunner
 
 from rl_edit.cli.report import report_command
 from rl_edit.errors import InputError
-from rl_edit.report import render_report
-from rl_edit.report.charts import (
-    Series,
-    line_chart,
-    moving_average,
-    nice_ticks,
-    plain,
-    signed,
-    stacked_chart,
-)
+from rl_edit.report import render_report, write_figure
+from rl_edit.report.axes import nice_ticks
+from rl_edit.report.charts import Series, line_chart, moving_average, stacked_chart
+from rl_edit.report.figure import FOOT, GAP, HEAD, MARGIN, PANEL, draw_figure
+from rl_edit.report.numbers import format_number, format_signed
 from rl_edit.report.run_files import read_run
 from rl_edit.report.strips import amplified_difference, heat_overlay, mask_outline, read_strip
 
@@ -406,13 +401,13 @@ def test_an_example_that_cannot_be_drawn_is_named_with_the_reason_and_the_others
     run = write_run(tmp_path / "run", updates=2, examples=4)
     images = run / "evaluation" / "images"
     Image.new("RGB", (32, 32)).save(images / "shapes-0000" / "trained.png")
-    (images / "shapes-0001" / "base.png").write_bytes(b"not a picture")
+    (images / "shapes-0001" / "base.png").write_bytes(b"not an image")
     (images / "shapes-0002" / "task.json").unlink()
     text = render_report(run).read_text()
     assert text.count('<article class="card strip">') == 1
     notice = text[text.index("could not be drawn") :]
     assert "<code>shapes-0000</code>: trained.png is 32x32 but source.png is 64x64" in notice
-    assert "<code>shapes-0001</code>: base.png is not a readable picture" in notice
+    assert "<code>shapes-0001</code>: base.png is not a readable image" in notice
     assert "<code>shapes-0002</code>: task.json is missing" in notice
 
 
@@ -598,11 +593,69 @@ def test_a_run_of_thousands_of_updates_stays_a_light_page(tmp_path: Path) -> Non
 
 
 def test_command_prints_the_path_of_the_page(run_dir: Path) -> None:
-    app = typer.Typer()
-    app.command()(report_command)
-    result = CliRunner().invoke(app, [str(run_dir)])
+    result = CliRunner().invoke(report_app(), [str(run_dir)])
     assert result.exit_code == 0
     assert result.output.strip() == str(run_dir / "report.html")
+
+
+def report_app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(report_command)
+    return app
+
+
+def test_the_figure_has_a_row_for_each_kind_of_edit_and_is_a_small_png(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "images" / "figure.png"
+    result = CliRunner().invoke(report_app(), [str(run_dir), "--figure", str(path)])
+    assert result.exit_code == 0
+    assert result.output.split() == [str(run_dir / "report.html"), str(path)]
+    with Image.open(path) as figure:
+        assert figure.format == "PNG"
+        assert figure.width == 1600
+        assert figure.height == 2 * (HEAD + 4 * (PANEL + GAP) + FOOT)
+    assert path.stat().st_size < 200_000
+
+
+def test_the_figure_shows_the_first_example_of_each_kind_without_blur(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", updates=2, examples=7)
+    left, top, side = 800 - MARGIN - PANEL, HEAD, 2 * PANEL
+    figure = np.asarray(draw_figure(run))
+    for row in range(5):  # the sixth and seventh example are of the first two kinds again
+        place = np.s_[2 * (top + row * (PANEL + GAP)) :, 2 * (left - 4 * (PANEL + GAP)) :]
+        drawn = figure[place][:side, :side]
+        source = np.asarray(Image.open(run / f"evaluation/images/shapes-{row:04d}/source.png"))
+        assert (drawn == source.repeat(3, axis=0).repeat(3, axis=1)).all()
+
+
+def test_the_figure_does_without_target_attention_metrics_and_evaluation(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", updates=2, examples=2)
+    (run / "evaluation.json").unlink()
+    for name in ("target", "attention_base", "attention_trained"):
+        (run / "evaluation" / "images" / "shapes-0000" / f"{name}.png").unlink()
+    write_json(
+        run / "evaluation" / "images" / "shapes-0000" / "task.json",
+        {"task_type": "add", "instruction": "a very long instruction " * 9},
+    )
+    assert write_figure(run, tmp_path / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("examples", "name", "words"),
+    [
+        (0, "figure.png", "has no evaluated examples"),
+        (1, "figure.jpg", "no PNG"),
+        (1, "run.json/figure.png", "cannot write"),
+    ],
+)
+def test_a_figure_that_cannot_be_made_is_an_input_error(
+    tmp_path: Path, examples: int, name: str, words: str
+) -> None:
+    run = write_run(tmp_path, updates=2, examples=examples)
+    with pytest.raises(InputError, match=words):
+        write_figure(run, tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_difference_is_absolute_times_four_and_clipped() -> None:
@@ -648,14 +701,24 @@ def test_ticks_are_even_enclose_the_data_and_stay_few(low: float, high: float) -
 
 
 def test_numbers_have_real_minus_signs_and_no_negative_zero() -> None:
-    assert (plain(-0.5), plain(-0.0004, 3), plain(12.0), plain(123456.0), plain(2e-7)) == (
+    assert (
+        format_number(-0.5),
+        format_number(-0.0004, 3),
+        format_number(12.0),
+        format_number(123456.0),
+        format_number(2e-7),
+    ) == (
         "\u22120.5",
         "0.000",
         "12",
         "1.23e+05",
         "2.00e-07",
     )
-    assert (signed(0.25, 2), signed(-0.25, 2), signed(0.001, 2)) == ("+0.25", "\u22120.25", "0.00")
+    assert (format_signed(0.25, 2), format_signed(-0.25, 2), format_signed(0.001, 2)) == (
+        "+0.25",
+        "\u22120.25",
+        "0.00",
+    )
 
 
 def test_a_single_update_draws_a_dot_and_no_data_draws_no_chart() -> None:

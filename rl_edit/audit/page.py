@@ -17,7 +17,8 @@ from PIL import Image
 
 from rl_edit.audit.audit import Audit, Curve, TermAudit
 from rl_edit.audit.corruptions import LEVELS, RGB
-from rl_edit.report.charts import nice_ticks, plain
+from rl_edit.report.axes import nice_ticks
+from rl_edit.report.numbers import format_number
 from rl_edit.report.strips import MAX_PIXELATED, mask_outline
 
 WIDTH, HEIGHT = 300.0, 190.0
@@ -121,7 +122,7 @@ class _Axes:
             )
             yield (
                 f'<text class="end" x="{LEFT - 5:.0f}" y="{self.y(tick) + 3.5:.1f}">'
-                f"{plain(round(tick, 9))}</text>"
+                f"{format_number(round(tick, 9))}</text>"
             )
         for level in range(LEVELS + 1):
             yield (
@@ -140,7 +141,7 @@ class _Axes:
             low = self.points(curve.low, levels)
             high = self.points(curve.high[::-1], levels[::-1])
             yield f'<polygon class="band {colour}" points="{low} {high}"/>'
-        values = ", ".join(plain(value) for value in curve.mean)
+        values = ", ".join(format_number(value) for value in curve.mean)
         dashed = "" if curve.expected else " dashed"
         line = self.points(curve.mean, levels)
         yield f'<polyline class="line {colour}{dashed}" points="{line}">'
@@ -150,7 +151,7 @@ class _Axes:
 
 def _numbers(numbers: dict[str, float]) -> str:
     return ", ".join(
-        f"{name.replace('_', ' ')} {plain(value)}"
+        f"{name.replace('_', ' ')} {format_number(value)}"
         for name, value in numbers.items()
         if math.isfinite(value)
     )
@@ -215,7 +216,7 @@ def _thumbnail(
         pixelated=max(image.size) <= MAX_PIXELATED,
         outlined=outlined,
         scores=tuple(
-            (name, plain(value) if math.isfinite(value) else "no score")
+            (name, format_number(value) if math.isfinite(value) else "no score")
             for name, value in scores.items()
         ),
     )

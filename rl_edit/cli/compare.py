@@ -1,4 +1,7 @@
-"""``rl-edit compare``: evaluated runs side by side, every number a paired difference; a table, a page and JSON."""
+"""``rl-edit compare``: evaluated runs side by side, with paired differences.
+
+It prints a table, and writes a page and JSON on request.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rl_edit.evaluation.comparison import (
-    COMMON_MEASURES,
-    MEASURES,
-    Arm,
-    Comparison,
-    Measure,
-    compare,
-)
+from rl_edit.evaluation.arms import COMMON_MEASURES, MEASURES, Arm, Measure
+from rl_edit.evaluation.comparison import Comparison, compare
 from rl_edit.files import write_result
 from rl_edit.measures.intervals import Interval
 from rl_edit.report.compare import comparison_page
 
-LEAST_WIDTH = 190
+MIN_WIDTH = 190
 """Columns: a narrower table would break intervals apart."""
 
 
@@ -43,44 +40,45 @@ def compare_command(
         Path | None, typer.Option("--json", help="Write every number as JSON.")
     ] = None,
 ) -> None:
-    """Compare runs on the same held-out tasks and noises. Runs that differ only in their seed are averaged."""
-    found = compare(runs, against=against)
-    console = Console(width=max(Console().width, LEAST_WIDTH))
-    console.print(gains_table(found))
-    if found.against is not None:
-        console.print(over_table(found.arms, found.against))
-    for note in found.notes:
+    """Compare runs on the same held-out tasks and noises. Seeds of a run are averaged."""
+    comparison = compare(runs, against=against)
+    console = Console(width=max(Console().width, MIN_WIDTH))
+    console.print(gains_table(comparison))
+    if comparison.against is not None:
+        console.print(differences_table(comparison.arms, comparison.against))
+    for note in comparison.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
-        write_result(out, comparison_page(found))
+        write_result(out, comparison_page(comparison))
     if record is not None:
-        write_result(record, json.dumps(found.record(), indent=2, allow_nan=False) + "\n")
+        write_result(record, json.dumps(comparison.record(), indent=2, allow_nan=False) + "\n")
     for path in (out, record):
         if path is not None:
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def gains_table(comparison: Comparison) -> Table:
-    """Arms as rows; each measure as its difference to base over its interval."""
+    """Shows arms as rows; each measure as its difference to base over its interval."""
     meta = comparison.meta
-    noises = f" x {meta['num_noises']} noises" if meta["num_noises"] > 1 else ""
-    shown = Table(
-        title=f"trained minus base on {meta['num_tasks']} held-out tasks{noises}; paired, 95 % bootstrap intervals over tasks"
+    noises = f" x {meta.num_noises} noises" if meta.num_noises > 1 else ""
+    table = Table(
+        title=f"trained minus base on {meta.num_tasks} held-out tasks{noises}; "
+        "paired, 95 % bootstrap intervals over tasks"
     )
     for heading in ("run", "seeds", "updates"):
-        shown.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold")
     for measure in MEASURES:
-        shown.add_column(_heading(measure), justify="right", no_wrap=True)
-    shown.add_column("s an\nupdate", justify="right")
-    shown.add_column("evaluations\nan update", justify="right", no_wrap=True)
+        table.add_column(_heading(measure), justify="right", no_wrap=True)
+    table.add_column("s an\nupdate", justify="right")
+    table.add_column("evaluations\nan update", justify="right", no_wrap=True)
     base = [comparison.base(measure.name) for measure in MEASURES]
     cells = [
         "" if b is None else f"{b.mean:.{m.digits}f}" for b, m in zip(base, MEASURES, strict=True)
     ]
-    shown.add_row("base", "", "", *cells, "", "", end_section=True)
+    table.add_row("base", "", "", *cells, "", "", end_section=True)
     for arm in comparison.arms:
         seconds, effort = arm.seconds_per_update, arm.effort
-        shown.add_row(
+        table.add_row(
             f"{escape(arm.label)}\n[dim]{escape(arm.runs[0].config.algorithm.name)}[/]",
             ", ".join(map(str, arm.seeds)),
             str(arm.updates),
@@ -88,22 +86,22 @@ def gains_table(comparison: Comparison) -> Table:
             "" if seconds is None else f"{seconds:.3g}",
             f"{effort.total}\n{effort.rollout} + {effort.learning}",
         )
-    return shown
+    return table
 
 
-def over_table(arms: tuple[Arm, ...], other: Arm) -> Table:
-    """Every other arm's trained editor minus this one's."""
-    shown = Table(title=f"trained minus trained of {escape(other.label)}; paired by task and noise")
-    shown.add_column("run")
+def differences_table(arms: tuple[Arm, ...], other: Arm) -> Table:
+    """Shows every other arm's trained editor minus this one's."""
+    table = Table(title=f"trained minus trained of {escape(other.label)}; paired by task and noise")
+    table.add_column("run")
     for measure in COMMON_MEASURES:
-        shown.add_column(_heading(measure), justify="right", no_wrap=True)
+        table.add_column(_heading(measure), justify="right", no_wrap=True)
     for arm in arms:
         if arm is not other:
-            shown.add_row(
+            table.add_row(
                 escape(arm.label),
-                *(_cell(arm.over(other, measure.name), measure) for measure in COMMON_MEASURES),
+                *(_cell(arm.minus(other, measure.name), measure) for measure in COMMON_MEASURES),
             )
-    return shown
+    return table
 
 
 def _heading(measure: Measure) -> str:
@@ -116,5 +114,7 @@ def _cell(interval: Interval | None, measure: Measure) -> str:
     mean = f"{interval.mean:+.{measure.digits}f}"
     if not math.isfinite(interval.low):
         return f"{mean}\none task"
-    colour = "green" if interval.low > 0 else "red" if interval.high < 0 else "default"
-    return f"[{colour}]{mean}[/]\n\\[{interval.low:+.{measure.digits}f}, {interval.high:+.{measure.digits}f}]"
+    colour = {1: "green", -1: "red", 0: "default"}[interval.sign]
+    ends = f"{interval.low:+.{measure.digits}f}, {interval.high:+.{measure.digits}f}"
+    # An opening bracket is markup for rich unless it is escaped.
+    return f"[{colour}]{mean}[/]\n\\[{ends}]"

@@ -1,10 +1,14 @@
-"""``rl-edit evaluate``: base against adapter on held-out tasks, paired; a table, ``evaluation.json`` and pictures."""
+"""``rl-edit evaluate``: compares base and adapter on held-out tasks, paired.
+
+It prints a table and writes ``evaluation.json``, with rows and example images in ``evaluation/``.
+"""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +20,8 @@ from rl_edit.data import open_dataset
 from rl_edit.editors import inspect_editor, load_editor, lora
 from rl_edit.errors import InputError
 from rl_edit.evaluation.evaluate import Evaluation, evaluate
+from rl_edit.evaluation.record import EvaluationRecord
+from rl_edit.measures.intervals import Interval
 from rl_edit.rewards import available
 
 SHOWN = {
@@ -26,6 +32,7 @@ SHOWN = {
     "background_ssim": ("background SSIM", 4),
     "concentration": ("attention concentration", 4),
 }
+"""Label and decimals of each metric in the printed table."""
 
 
 def evaluate_command(
@@ -38,7 +45,8 @@ def evaluate_command(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Where evaluation.json and evaluation/ go; into RUN unless given, in place of its last ones."
+            help="Where evaluation.json and evaluation/ go; "
+            "into RUN unless given, in place of its last ones."
         ),
     ] = None,
 ) -> None:
@@ -52,11 +60,10 @@ def evaluate_command(
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a directory")
     evaluation = evaluate_run(config, adapter or run / "adapter", out or run, console=console)
-    summary = evaluation.summary()
-    console.print(table(summary))
-    following = f"; next: rl-edit report {run}" if out is None else ""
+    console.print(table(evaluation.record))
+    next_command = f"; next: rl-edit report {run}" if out is None else ""
     console.print(
-        f"{(out or run) / 'evaluation.json'}{following}",
+        f"{(out or run) / 'evaluation.json'}{next_command}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -64,9 +71,9 @@ def evaluate_command(
 
 
 def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Console) -> Evaluation:
-    """Evaluates an adapter and writes ``evaluation.json``, with rows and pictures in ``evaluation/``, into ``out``.
+    """Evaluates an adapter and writes ``evaluation.json`` and ``evaluation/`` into ``out``.
 
-    An earlier evaluation is replaced only when the new one is whole.
+    An earlier evaluation is replaced only when the new one is complete.
     """
     facts = inspect_editor(config.editor)
     dataset = open_dataset(
@@ -82,30 +89,28 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     temporary.mkdir(parents=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("evaluating", total=None)
-        result = evaluate(
+        evaluation = evaluate(
             editor,
             dataset,
             terms,
             config.evaluation,
             num_steps=config.rollout.num_steps,
+            adapter=str(weights.id),
+            left_out=tuple(left_out),
             images=temporary / "images",
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    result.meta.update(
-        adapter=str(weights.id),
-        rewards={term.name: term.sha256() for term in terms},
-        left_out=sorted(left_out),
-    )
-    result.write(temporary / "evaluation.json", temporary / "rows.jsonl")
+    evaluation.write(temporary / "evaluation.json", temporary / "rows.jsonl")
+    # evaluation.json comes last: a reader that sees it finds its rows and images beside it.
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
     (directory / "evaluation.json").replace(out / "evaluation.json")
-    return result
+    return evaluation
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """Headline metrics: base, trained, paired difference with its 95 % interval."""
-    meta = summary["meta"]
+def table(record: EvaluationRecord) -> Table:
+    """Shows headline metrics: base, trained, paired difference with its 95 % interval."""
+    meta = record.meta
     noises = f" x {meta['num_noises']} noises" if meta["num_noises"] > 1 else ""
     shown = Table(
         title=f"held-out tasks: {meta['num_tasks']}{noises}; difference paired, 95 % interval"
@@ -113,25 +118,21 @@ def table(summary: dict[str, Any]) -> Table:
     for column in ("metric", "base", "trained", "difference", "interval"):
         shown.add_column(column, justify="left" if column == "metric" else "right")
     for key, (label, digits) in SHOWN.items():
-        if key not in summary["delta"]:
+        if key not in record.delta:
             continue
-        delta = summary["delta"][key]
-        interval = (
-            f"[{delta['low']:+.{digits}f}, {delta['high']:+.{digits}f}]"
-            if delta["low"] is not None
-            else "n = 1"
-        )
-        colour = (
-            ""
-            if delta["low"] is None or delta["low"] <= 0 <= delta["high"]
-            else ("green" if delta["low"] > 0 else "red")
-        )
+        delta = record.delta[key]
         shown.add_row(
             label,
-            f"{summary['base'][key]['mean']:.{digits}f}",
-            f"{summary['trained'][key]['mean']:.{digits}f}",
-            f"{delta['mean']:+.{digits}f}",
-            interval,
-            style=colour,
+            f"{record.base[key].mean:.{digits}f}",
+            f"{record.trained[key].mean:.{digits}f}",
+            f"{delta.mean:+.{digits}f}",
+            _ends(delta, digits),
+            style={1: "green", -1: "red", 0: ""}[delta.sign],
         )
     return shown
+
+
+def _ends(interval: Interval, digits: int) -> str:
+    if not math.isfinite(interval.low):
+        return "n = 1"
+    return f"[{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"

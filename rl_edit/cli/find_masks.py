@@ -35,7 +35,7 @@ from rl_edit.measures.intervals import bootstrap
 from rl_edit.method.attention import MassTally
 from rl_edit.method.exploration import NoiseSource
 from rl_edit.method.rollout import denoise
-from rl_edit.report.contact_sheet import FOUND, TRUE, Example, Picture, contact_sheet
+from rl_edit.report.contact_sheet import FOUND, TRUE, Example, Panel, contact_sheet
 from rl_edit.types import EditTask
 
 SCHEMA = "rl-edit/find-masks/1"
@@ -352,10 +352,10 @@ def _example(
         *([(true.numpy(), TRUE)] if true is not None else []),
         *([(mask.numpy(), FOUND)] if outcome.refusal is None else []),
     ]
-    pictures = [
-        Picture(pixels=source.numpy()),
-        Picture(pixels=seen.edit.numpy()),
-        Picture(pixels=source.numpy(), outlined=outlined),
+    panels = [
+        Panel(pixels=source.numpy()),
+        Panel(pixels=seen.edit.numpy()),
+        Panel(pixels=source.numpy(), outlined=outlined),
     ]
     told = (
         f"no mask: {outcome.refusal.kind}"
@@ -364,7 +364,7 @@ def _example(
     )
     measured = f", IoU {outcome.agreement.iou:.2f}" if outcome.agreement else ""
     return Example(
-        pictures=pictures,
+        panels=panels,
         lines=[f"{outcome.request.task_type}: {outcome.request.instruction}"[:90], told + measured],
     )
 

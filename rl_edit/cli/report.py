@@ -1,4 +1,4 @@
-"""``rl-edit report``: write a run's page and say where it is."""
+"""``rl-edit report``: writes a run's page, and a figure of it on request."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from typing import Annotated
 
 import typer
 
-from rl_edit.report import render_report
+from rl_edit.report import render_report, write_figure
 
 
 def report_command(
     run: Annotated[
         Path, typer.Argument(help="Run directory to report on; RUN/report.html is written.")
     ],
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a PNG with the first evaluated example of each kind of edit, "
+            "e.g. figure.png."
+        ),
+    ] = None,
 ) -> None:
-    """Write RUN/report.html: headline numbers, curves, before/after pictures. One file, opens anywhere."""
+    """Write RUN/report.html: headline numbers, curves, before/after images, in one file."""
     typer.echo(str(render_report(run)))
+    if figure is not None:
+        typer.echo(str(write_figure(run, figure)))

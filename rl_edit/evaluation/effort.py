@@ -1,7 +1,8 @@
-"""Model evaluations of an update: what a method asks of the editor, whatever machine it runs on.
+"""Model evaluations of an update: the cost of a method, whatever machine it runs on.
 
-One evaluation is one forward of one latent state through the transformer; true classifier-free guidance makes two of a state. A
-forward that learns costs a backward on top of it, and decoding and rewards cost something too: seconds per update show those.
+One evaluation is one forward of one latent state through the transformer. True classifier-free
+guidance makes two of a state. A forward that learns costs a backward on top of it; decoding and
+rewards are not counted here. Seconds per update show both.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from rl_edit.config import RunConfig
 from rl_edit.method.regions import UniformRows
 from rl_edit.method.rollout import blank_group
-from rl_edit.types import Advantages, Conditioning
+from rl_edit.types import Advantages, Conditioning, RolloutGroup
 
 _GRID = (2, 2)
+"""Token grid of the probe group: the count of states does not depend on its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,9 @@ class Effort:
     """Evaluations of one update in which every group is trained.
 
     Attributes:
-        rollout: to sample its groups, G * T a group.
-        learning: to learn from them: every replayed state, under the trained weights and under each other policy that the objective
-            reads, in every pass.
+        rollout: to sample its groups, G * T for each group.
+        learning: to learn from them. Every replayed state counts in every inner epoch, under the
+            trained weights and under each further policy that the objective reads.
     """
 
     rollout: int
@@ -33,18 +35,43 @@ class Effort:
 
     @property
     def total(self) -> int:
+        """Rollout and learning."""
         return self.rollout + self.learning
 
 
 def effort(config: RunConfig) -> Effort:
-    """What an update of this run asks of the editor. The objective itself says what it replays, on a group of zeros.
+    """Counts the evaluations of this run's first update.
 
-    Counted for the first update; every shipped schedule makes as many stochastic steps in all of them. Neither the copies that fill a
-    micro-batch are counted nor evaluations on held-out tasks.
+    The objective is asked to replay a group of zeros, so it decides the states itself. Every
+    shipped schedule makes as many stochastic steps in all updates. Copies that fill a micro-batch
+    are not counted, nor are evaluations on held-out tasks.
     """
     algorithm, rollout, train = config.algorithm, config.rollout, config.train
+    group = _zero_group(config)
+    points = algorithm.objective.replay(
+        group,
+        Advantages(
+            values=torch.zeros(rollout.group_size, 1),
+            regions=UniformRows()(group.candidates.token_mask),
+            weights=torch.ones(1),
+        ),
+        num_references=algorithm.initial_noise.num_references,
+        generator=torch.Generator(),
+        states_per_forward=train.states_per_forward,
+    )
+    states = sum(len(point.latents) for point in points)
+    forwards = 2 if config.editor.true_cfg > 1 else 1
+    policies = 1 + len(algorithm.objective.policies)
+    return Effort(
+        rollout=forwards * train.groups_per_update * rollout.group_size * rollout.num_steps,
+        learning=forwards * train.groups_per_update * states * policies * train.inner_epochs,
+    )
+
+
+def _zero_group(config: RunConfig) -> RolloutGroup:
+    """Builds a rollout group of zeros with the run's sizes and trained steps."""
+    algorithm, rollout = config.algorithm, config.rollout
     levels = algorithm.step_noise(0, rollout.num_steps)
-    keep = algorithm.objective.trained_steps(levels, torch.Generator())
     tokens = _GRID[0] * _GRID[1]
     conditioning = Conditioning(
         prompt_embeds=torch.zeros(1, 1),
@@ -53,28 +80,10 @@ def effort(config: RunConfig) -> Effort:
         source_latents=torch.zeros(tokens, 1),
         grid=_GRID,
     )
-    group = blank_group(
-        conditioning, (tokens, 1), size=rollout.group_size, levels=levels, keep=keep
-    )
-    nothing = Advantages(
-        values=torch.zeros(rollout.group_size, 1),
-        regions=UniformRows()(group.candidates.token_mask),
-        weights=torch.ones(1),
-    )
-    points = algorithm.objective.replay(
-        group,
-        nothing,
-        num_references=algorithm.initial_noise.num_references,
-        generator=torch.Generator(),
-        states_per_forward=train.states_per_forward,
-    )
-    states = sum(len(point.latents) for point in points)
-    forwards = 2 if config.editor.true_cfg > 1 else 1
-    return Effort(
-        rollout=forwards * train.groups_per_update * rollout.group_size * rollout.num_steps,
-        learning=forwards
-        * train.groups_per_update
-        * states
-        * (1 + len(algorithm.objective.policies))
-        * train.inner_epochs,
+    return blank_group(
+        conditioning,
+        (tokens, 1),
+        size=rollout.group_size,
+        levels=levels,
+        keep=algorithm.objective.trained_steps(levels, torch.Generator()),
     )

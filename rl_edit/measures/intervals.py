@@ -30,6 +30,11 @@ class Interval:
     high: float
     n: int
 
+    @property
+    def sign(self) -> int:
+        """1 or -1 where all of the interval lies on that side of zero, else 0."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
 
 def bootstrap(
     values: Sequence[float] | NDArray[np.floating],

@@ -1,20 +1,15 @@
-"""The curves of a run: every number of metrics.jsonl in exactly one chart, in the order of the questions one asks."""
+"""The curves of a run: every number of metrics.jsonl in exactly one chart.
+
+The sections follow the questions one asks of a run.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rl_edit.report.charts import (
-    NUM_COLOURS,
-    Chart,
-    Mark,
-    Series,
-    line_chart,
-    stacked_chart,
-    twin_chart,
-)
+from rl_edit.report.charts import Chart, Mark, Series, line_chart, stacked_chart, twin_chart
+from rl_edit.report.metric_charts import Charts, Line, MetricCharts, spaced
 from rl_edit.report.run_files import RunFiles, number
 
 # Terms that are measured outside the mask are recognised by these words in their name.
@@ -38,7 +33,7 @@ DRIFT = {
         "amplitude; a grid gathers in one wave what noise spreads over all",
     ),
 }
-"""Title, value of an unchanged background, and note of ``background/NAME/mean``: measures that say in which way it changed."""
+"""Title, value of an unchanged background, and note of ``background/NAME/mean``: kinds of drift."""
 MISSING = {
     "invalid_share": ("Scores that are invalid", "an answer that is no score, or none"),
     "timeout_share": ("Scores that came too late", "no answer in time"),
@@ -51,340 +46,162 @@ MISSING = {
 
 @dataclass(frozen=True, kw_only=True)
 class ChartGroup:
+    """A section of charts under the question it answers."""
+
     title: str
     about: str
     charts: tuple[Chart, ...]
 
 
-Charts = Sequence[Chart | None]
-"""None stands for a chart without data."""
-
-
 def chart_groups(files: RunFiles) -> list[ChartGroup]:
-    """Every numeric key of metrics.jsonl in exactly one chart; keys this page has no place for come last, under their own name."""
-    curves = _Curves(files)
-    planned: tuple[tuple[str, str, Charts], ...] = (
-        ("Inside the mask", "Does the edit do what the instruction says?", curves.inside()),
-        ("Outside the mask", "Does everything else stay as it was?", curves.outside()),
+    """Draws every numeric key of metrics.jsonl in exactly one chart.
+
+    Keys without a place on this page come last, under their own name.
+    """
+    metrics = MetricCharts(files)
+    sections: tuple[tuple[str, str, Charts], ...] = (
+        ("Inside the mask", "Does the edit do what the instruction says?", _inside(metrics)),
+        ("Outside the mask", "Does everything else stay as it was?", _outside(metrics)),
         (
             "Background drift",
-            "In which way it changes, if it does: each of these hides behind a good PSNR for a while.",
-            curves.drift(),
+            "In which way it changes, if it does: each of these hides behind a good PSNR for a "
+            "while.",
+            _drift(metrics),
         ),
         (
             "Held-out tasks",
-            "Gold is the reward that is trusted, on tasks that are not trained on. When it falls while the training reward rises, the "
-            "training reward is earned by something else than was wanted.",
+            "Gold is the reward that is trusted, on tasks that are not trained on. When it falls "
+            "while the training reward rises, the training reward is earned by something else than "
+            "was wanted.",
             _heldout(files),
         ),
         (
             "Where the editor looks",
             "How much of the text-to-image attention falls on the region to edit.",
-            curves.attention(),
+            _attention(metrics),
         ),
         (
             "Spread within a group",
-            "How much the candidates of one task differ: what the method learns from. Zero teaches nothing.",
-            curves.spread(),
+            "How much the candidates of one task differ: what the method learns from. "
+            "Zero teaches nothing.",
+            _spread(metrics),
         ),
         (
             "What drives the reward",
-            "Which term and which side of the mask decide who is better than whom, and how much of it is noise or missing.",
-            curves.drivers(),
+            "Which term and which side of the mask decide who is better than whom, and how much "
+            "of it is noise or missing.",
+            _drivers(metrics),
         ),
         (
             "Optimisation",
             "Is the step small, and is it taken on fresh data?",
-            curves.optimisation(),
+            _optimisation(metrics),
         ),
-        ("Time", "Where an update's seconds go.", curves.time()),
-        ("Other numbers", "Further keys of metrics.jsonl, as they are.", curves.rest()),
+        ("Time", "Where an update's seconds go.", _time(metrics)),
+        # Last, because it draws the keys that no section before it has drawn.
+        ("Other numbers", "Further keys of metrics.jsonl, as they are.", metrics.rest()),
     )
-    drawn = (
-        ChartGroup(title=title, about=about, charts=tuple(c for c in charts if c is not None))
-        for title, about, charts in planned
+    groups = (
+        ChartGroup(
+            title=title, about=about, charts=tuple(chart for chart in charts if chart is not None)
+        )
+        for title, about, charts in sections
     )
-    return [group for group in drawn if group.charts]
+    return [group for group in groups if group.charts]
 
 
-class _Curves:
-    """The sections, each a list of charts; what a chart has shown is not shown again by ``rest``."""
-
-    def __init__(self, files: RunFiles) -> None:
-        self._files = files
-        self._names = files.metric_names()
-        self._used: set[str] = {"update"}
-
-    def inside(self) -> Charts:
-        return [
-            self._line(
-                "reward/total/mean",
-                "Total reward",
-                "reward",
+def _inside(metrics: MetricCharts) -> Charts:
+    return [
+        metrics.line(
+            Line(
+                key="reward/total/mean",
+                title="Total reward",
+                unit="reward",
                 note="mean over candidates; weighs every term, outside ones too",
-            ),
-            *(
-                self._line(key, title, unit)
-                for key, title, term, unit in self._parts()
-                if not OUTSIDE.search(term)
-            ),
-            self._line(
-                "change/inside/mean",
-                "Change inside the mask",
-                "change",
+            )
+        ),
+        *metrics.lines(line for term, line in _parts(metrics) if not OUTSIDE.search(term)),
+        metrics.line(
+            Line(
+                key="change/inside/mean",
+                title="Change inside the mask",
+                unit="change",
                 from_zero=True,
                 note="mean absolute difference from the source",
-            ),
-        ]
+            )
+        ),
+    ]
 
-    def outside(self) -> Charts:
-        other = self._matching(rf"background/(?!psnr/(?:mean|spread)$|(?:{'|'.join(DRIFT)})/)(.+)")
-        return [
-            self._line(
-                "background/psnr/mean", "Background PSNR", "dB", note="mean over candidates"
-            ),
-            self._line(
-                "background/psnr/spread",
-                "Background PSNR, spread within a group",
-                "dB",
+
+def _outside(metrics: MetricCharts) -> Charts:
+    other = metrics.matching(rf"background/(?!psnr/(?:mean|spread)$|(?:{'|'.join(DRIFT)})/)(.+)")
+    return [
+        metrics.line(
+            Line(
+                key="background/psnr/mean",
+                title="Background PSNR",
+                unit="dB",
+                note="mean over candidates",
+            )
+        ),
+        metrics.line(
+            Line(
+                key="background/psnr/spread",
+                title="Background PSNR, spread within a group",
+                unit="dB",
                 from_zero=True,
                 note="how much the candidates of one task differ",
-            ),
-            *(
-                self._line(
-                    key, f"Background {spaced(rest)}", "dB" if rest.startswith("psnr") else ""
-                )
-                for key, rest in other
-            ),
-            *(
-                self._line(key, title, unit)
-                for key, title, term, unit in self._parts()
-                if OUTSIDE.search(term)
-            ),
-        ]
-
-    def drift(self) -> Charts:
-        charts = []
-        for name, (title, unchanged, note) in DRIFT.items():
-            left = self._series(f"background/{name}/mean", "mean over candidates")
-            right = self._series(f"background/{name}/spread", "spread in a group")
-            charts.append(
-                twin_chart(
-                    title=title, left=left, right=right, reference=unchanged, smooth=True, note=note
-                )
-                or line_chart(title=title, unit=left.label, series=[left, right], note=note)
             )
-        return charts
-
-    def attention(self) -> Charts:
-        found = self._matching(r"concentration/(.+)")
-        return [
-            self._line(
-                key, f"Concentration, {spaced(rest)}", "concentration", from_zero=rest == "spread"
+        ),
+        *metrics.lines(
+            Line(
+                key=key,
+                title=f"Background {spaced(rest)}",
+                unit="dB" if rest.startswith("psnr") else "",
             )
-            for key, rest in found
-        ]
+            for key, rest in other
+        ),
+        *metrics.lines(line for term, line in _parts(metrics) if OUTSIDE.search(term)),
+    ]
 
-    def spread(self) -> Charts:
-        terms = [
-            (key, term) for key, term in self._matching(r"reward/(.+)/spread") if term != "total"
-        ]
-        components = self._matching(r"component/(.+)/spread")
-        return [
-            self._line(
-                "reward/total/spread", "Spread of the total reward", "reward", from_zero=True
-            ),
-            *(
-                self._line(key, f"Spread of {spaced(term)}", "reward", from_zero=True)
-                for key, term in terms
-            ),
-            *(
-                self._line(key, f"Spread of {spaced(term)}", "score", from_zero=True)
-                for key, term in components
-            ),
-            self._line(
-                "change/inside/spread",
-                "Spread of the change inside the mask",
-                "change",
-                from_zero=True,
-            ),
-            *self._together(
-                r"exploration/(.+)/inside",
-                "Noise inside the mask, by kind of edit",
-                "spread",
-                note="steered, so that the score below stays in its band",
-            ),
-            *self._together(
-                r"exploration/(.+)/deviation",
-                "Deviation of the watched score within a group, by kind of edit",
-                "score",
-            ),
-        ]
 
-    def drivers(self) -> Charts:
-        return [
-            *self._by_term(
-                "variance_share",
-                "Share of the total's variance",
-                "share",
-                note="sums to 1; a term below 0 pulls against the others",
-            ),
-            self._line(
-                "change/variance_inside_share",
-                "Share of the pixels' variance inside the mask",
-                "share",
-                from_zero=True,
-                note="of the differences between candidates; the rest is background",
-            ),
-            self._both_sides(
-                "mean",
-                "Variance between candidates, by side",
-                "of pixel intensities on a scale of 1, a mean over the picture",
-            ),
-            self._both_sides("spread", "Spread of that variance within a group"),
-            *self._by_term(
-                "noise_to_spread",
-                "Noise over spread",
-                "ratio",
-                note="at 1 the differences within a group are nothing but noise",
-            ),
-            *self._by_term(
-                "noise",
-                "Noise of one measurement",
-                "reward",
-                note="standard deviation, from candidates that were scored twice",
-            ),
-            *(
-                chart
-                for name, (title, note) in MISSING.items()
-                for chart in self._by_term(name, title, "share", note=note)
-            ),
-        ]
+def _parts(metrics: MetricCharts) -> list[tuple[str, Line]]:
+    """Returns (term, line) of each term's and component's mean, instructions first among these."""
+    terms = [(key, term) for key, term in metrics.matching(r"reward/(.+)/mean") if term != "total"]
+    components = sorted(
+        metrics.matching(r"component/(.+)/mean"), key=lambda pair: "instruction" not in pair[1]
+    )
+    return [
+        *(
+            (term, Line(key=key, title=f"Reward term: {spaced(term)}", unit="reward"))
+            for key, term in terms
+        ),
+        *(
+            (term, Line(key=key, title=f"Part of a reward: {spaced(term)}", unit="score"))
+            for key, term in components
+        ),
+    ]
 
-    def optimisation(self) -> Charts:
-        ends = (("min", "smallest"), ("max", "largest"))
-        return [
-            self._line("ratio/mean", "Probability ratio, mean", "ratio"),
-            *(
-                self._line(f"ratio/{end}", f"Probability ratio, {words}", "ratio")
-                for end, words in ends
-            ),
-            self._line(
-                "ratio/max_deviation",
-                "Probability ratio, largest |ratio \u2212 1|",
-                "|ratio \u2212 1|",
-                from_zero=True,
-            ),
-            self._line("clip/share", "Share of ratios clipped", "share", from_zero=True),
-            self._line("gradient/norm", "Gradient norm", "norm", from_zero=True),
-            self._line("loss", "Loss", "loss"),
-            *(
-                self._line(key, f"Loss: {spaced(rest)}", "loss")
-                for key, rest in self._matching(r"loss/(.+)")
-            ),
-            line_chart(
-                title="Groups used and dropped",
-                unit="groups an update",
-                series=[
-                    self._series(key, spaced(rest)) for key, rest in self._matching(r"groups/(.+)")
-                ],
-                from_zero=True,
-                smooth=False,
-            ),
-            self._line(
-                "staleness",
-                "Staleness",
-                "updates",
-                from_zero=True,
-                smooth=False,
-                note="how many updates old the weights behind the groups were",
-            ),
-        ]
 
-    def time(self) -> Charts:
-        parts = {
-            spaced(rest): self._series(key, rest).points
-            for key, rest in self._matching(r"seconds/(.+)")
-            if rest != "update"
-        }
-        whole = self._series("seconds/update", "Seconds per update").points
-        if not parts:
-            return [self._line("seconds/update", "Seconds per update", "s", from_zero=True)]
-        note = "phases may run at the same time, so their sum can exceed the whole update"
-        return [
-            stacked_chart(title="Seconds per phase", unit="s", phases=parts, total=whole, note=note)
-        ]
-
-    def rest(self) -> Charts:
-        return [self._line(key, key, "") for key in self._names if key not in self._used]
-
-    def _parts(self) -> list[tuple[str, str, str, str]]:
-        """(key, title, term, unit) of every term's and component's mean, instructions first among components."""
-        terms = [
-            (key, term) for key, term in self._matching(r"reward/(.+)/mean") if term != "total"
-        ]
-        components = sorted(
-            self._matching(r"component/(.+)/mean"), key=lambda pair: "instruction" not in pair[1]
+def _drift(metrics: MetricCharts) -> Charts:
+    charts = []
+    for name, (title, unchanged, note) in DRIFT.items():
+        left = metrics.series(f"background/{name}/mean", "mean over candidates")
+        right = metrics.series(f"background/{name}/spread", "spread in a group")
+        charts.append(
+            twin_chart(
+                title=title, left=left, right=right, reference=unchanged, smooth=True, note=note
+            )
+            or line_chart(title=title, unit=left.label, series=[left, right], note=note)
         )
-        parts = [(key, f"Reward term: {spaced(term)}", term, "reward") for key, term in terms]
-        return [
-            *parts,
-            *(
-                (key, f"Part of a reward: {spaced(term)}", term, "score")
-                for key, term in components
-            ),
-        ]
-
-    def _matching(self, pattern: str) -> list[tuple[str, str]]:
-        return [
-            (key, found.group(1)) for key in self._names if (found := re.fullmatch(pattern, key))
-        ]
-
-    def _series(self, key: str, label: str) -> Series:
-        self._used.add(key)
-        return Series(label=label, points=self._files.column(key))
-
-    def _line(
-        self,
-        key: str,
-        title: str,
-        unit: str,
-        *,
-        from_zero: bool = False,
-        smooth: bool = True,
-        note: str = "",
-    ) -> Chart | None:
-        series = [self._series(key, title)]
-        return line_chart(
-            title=title, unit=unit, series=series, from_zero=from_zero, smooth=smooth, note=note
-        )
-
-    def _together(self, pattern: str, title: str, unit: str, *, note: str = "") -> Charts:
-        """One line for each key of a pattern, in as many charts as there are colours for."""
-        series = [self._series(key, spaced(rest)) for key, rest in self._matching(pattern)]
-        title = f"{title}: {series[0].label}" if len(series) == 1 else title
-        charts: Iterable[list[Series]] = (
-            series[start : start + NUM_COLOURS] for start in range(0, len(series), NUM_COLOURS)
-        )
-        return [
-            line_chart(title=title, unit=unit, series=lines, from_zero=True, note=note)
-            for lines in charts
-        ]
-
-    def _by_term(self, name: str, title: str, unit: str, *, note: str = "") -> Charts:
-        """One line for each term that has ``reward/TERM/NAME``."""
-        return self._together(rf"reward/(.+)/{name}", title, unit, note=note)
-
-    def _both_sides(self, what: str, title: str, note: str = "") -> Chart | None:
-        """Variance inside and outside the mask: the mean over candidates, or its spread."""
-        series = [
-            self._series(f"change/variance_{side}/{what}", side) for side in ("inside", "outside")
-        ]
-        return line_chart(title=title, unit="variance", series=series, from_zero=True, note=note)
+    return charts
 
 
 def _heldout(files: RunFiles) -> Charts:
-    """Gold against what is trained on, with the alarms and the adapter that was kept; nothing for a run without evaluations."""
+    """Draws gold against the training reward, with the alarms and the best adapter.
+
+    Nothing is drawn for a run without held-out evaluations.
+    """
     alarms = dict.fromkeys(
         number(row.get("update")) for row in files.events.rows if row.get("event") == "gold_alarm"
     )
@@ -393,12 +210,8 @@ def _heldout(files: RunFiles) -> Charts:
         marks.insert(0, Mark(label="best", update=best))
 
     def line(key: str, title: str, unit: str) -> Chart | None:
-        return line_chart(
-            title=title,
-            unit=unit,
-            series=[Series(label="held-out", points=files.heldout_column(key))],
-            smooth=False,
-        )
+        series = Series(label="held-out", points=files.heldout_column(key))
+        return line_chart(title=title, unit=unit, series=[series], smooth=False)
 
     return [
         twin_chart(
@@ -406,13 +219,173 @@ def _heldout(files: RunFiles) -> Charts:
             left=Series(label="gold, held-out", points=files.heldout_column("gold")),
             right=Series(label="total reward, training", points=files.heldout_column("training")),
             marks=marks,
-            note="two axes: compare directions, not heights; training reward is the mean since the evaluation before",
+            note="two axes: compare directions, not heights; "
+            "training reward is the mean since the evaluation before",
         ),
         line("total", "Total reward, held-out", "reward"),
         line("background_psnr", "Background PSNR, held-out", "dB"),
     ]
 
 
-def spaced(name: object) -> str:
-    """A key as words."""
-    return str(name).replace("_", " ").replace("/", ", ")
+def _attention(metrics: MetricCharts) -> Charts:
+    return metrics.lines(
+        Line(
+            key=key,
+            title=f"Concentration, {spaced(rest)}",
+            unit="concentration",
+            from_zero=rest == "spread",
+        )
+        for key, rest in metrics.matching(r"concentration/(.+)")
+    )
+
+
+def _spread(metrics: MetricCharts) -> Charts:
+    term = Line(key="", title="Spread of {}", unit="reward", from_zero=True)
+    part = Line(key="", title="Spread of {}", unit="score", from_zero=True)
+    return [
+        metrics.line(
+            Line(
+                key="reward/total/spread",
+                title="Spread of the total reward",
+                unit="reward",
+                from_zero=True,
+            )
+        ),
+        *metrics.each(r"reward/(?!total/)(.+)/spread", term),
+        *metrics.each(r"component/(.+)/spread", part),
+        metrics.line(
+            Line(
+                key="change/inside/spread",
+                title="Spread of the change inside the mask",
+                unit="change",
+                from_zero=True,
+            )
+        ),
+        *metrics.together(
+            r"exploration/(.+)/inside",
+            "Noise inside the mask, by kind of edit",
+            "spread",
+            note="steered, so that the score below stays in its band",
+        ),
+        *metrics.together(
+            r"exploration/(.+)/deviation",
+            "Deviation of the watched score within a group, by kind of edit",
+            "score",
+        ),
+    ]
+
+
+def _drivers(metrics: MetricCharts) -> Charts:
+    return [
+        *metrics.by_term(
+            "variance_share",
+            "Share of the total's variance",
+            "share",
+            note="sums to 1; a term below 0 pulls against the others",
+        ),
+        metrics.line(
+            Line(
+                key="change/variance_inside_share",
+                title="Share of the pixels' variance inside the mask",
+                unit="share",
+                from_zero=True,
+                note="of the differences between candidates; the rest is background",
+            )
+        ),
+        _both_sides(
+            metrics,
+            "mean",
+            "Variance between candidates, by side",
+            "of pixel intensities on a scale of 1, a mean over the image",
+        ),
+        _both_sides(metrics, "spread", "Spread of that variance within a group"),
+        *metrics.by_term(
+            "noise_to_spread",
+            "Noise over spread",
+            "ratio",
+            note="at 1 the differences within a group are nothing but noise",
+        ),
+        *metrics.by_term(
+            "noise",
+            "Noise of one measurement",
+            "reward",
+            note="standard deviation, from candidates that were scored twice",
+        ),
+        *(
+            chart
+            for name, (title, note) in MISSING.items()
+            for chart in metrics.by_term(name, title, "share", note=note)
+        ),
+    ]
+
+
+def _both_sides(metrics: MetricCharts, statistic: str, title: str, note: str = "") -> Chart | None:
+    """Draws the variance inside and outside the mask: its mean over candidates, or its spread."""
+    series = [
+        metrics.series(f"change/variance_{side}/{statistic}", side)
+        for side in ("inside", "outside")
+    ]
+    return line_chart(title=title, unit="variance", series=series, from_zero=True, note=note)
+
+
+_RATIO = "Probability ratio"
+OPTIMISATION = (
+    Line(key="ratio/mean", title=f"{_RATIO}, mean", unit="ratio"),
+    Line(key="ratio/min", title=f"{_RATIO}, smallest", unit="ratio"),
+    Line(key="ratio/max", title=f"{_RATIO}, largest", unit="ratio"),
+    Line(
+        key="ratio/max_deviation",
+        title=f"{_RATIO}, largest |ratio \u2212 1|",
+        unit="|ratio \u2212 1|",
+        from_zero=True,
+    ),
+    Line(key="clip/share", title="Share of ratios clipped", unit="share", from_zero=True),
+    Line(key="gradient/norm", title="Gradient norm", unit="norm", from_zero=True),
+    Line(key="loss", title="Loss", unit="loss"),
+)
+"""Charts of the optimiser that are one key each, in their order."""
+
+
+def _optimisation(metrics: MetricCharts) -> Charts:
+    groups = [metrics.series(key, spaced(rest)) for key, rest in metrics.matching(r"groups/(.+)")]
+    return [
+        *metrics.lines(OPTIMISATION),
+        *metrics.each(r"loss/(.+)", Line(key="", title="Loss: {}", unit="loss")),
+        line_chart(
+            title="Groups used and dropped",
+            unit="groups an update",
+            series=groups,
+            from_zero=True,
+            smooth=False,
+        ),
+        metrics.line(
+            Line(
+                key="staleness",
+                title="Staleness",
+                unit="updates",
+                from_zero=True,
+                smooth=False,
+                note="how many updates old the weights behind the groups were",
+            )
+        ),
+    ]
+
+
+def _time(metrics: MetricCharts) -> Charts:
+    title, key = "Seconds per update", "seconds/update"
+    phases = {
+        spaced(rest): metrics.series(phase, rest).points
+        for phase, rest in metrics.matching(r"seconds/(.+)")
+        if rest != "update"
+    }
+    if not phases:
+        return [metrics.line(Line(key=key, title=title, unit="s", from_zero=True))]
+    return [
+        stacked_chart(
+            title="Seconds per phase",
+            unit="s",
+            phases=phases,
+            total=metrics.series(key, title).points,
+            note="phases may run at the same time, so their sum can exceed the whole update",
+        )
+    ]
