@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from rl_edit.config import RunConfig, load_config, presets, validated
+from rl_edit.config.reference import reference
 from rl_edit.errors import InputError
 from rl_edit.method.algorithms import METHODS
 from runs import command, small_config
@@ -370,6 +371,26 @@ def test_show_config_prints_everything_that_can_be_set(
     shown = yaml.safe_load(out)
     assert shown["train"]["updates"] == 7
     assert set(shown) == set(RunConfig.model_fields)
+
+
+def test_the_reference_of_all_settings_is_what_the_models_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = command(monkeypatch, capsys, "show-config", "--reference")
+    assert code == 0
+    written = (Path(__file__).parents[1] / "docs" / "config.md").read_text()
+    assert out == written, "run: rl-edit show-config --reference > docs/config.md"
+
+
+def test_the_reference_has_a_row_for_every_key_with_type_default_and_source() -> None:
+    rows = reference().splitlines()
+    assert "| `updates` | int ≥ 1 | `50` |" in "\n".join(rows)
+    (row,) = [row for row in rows if row.startswith("| `learning_rate` ")]
+    assert "`0.0003`" in row and "flow_grpo" in row
+    for key in RunConfig.model_fields:
+        assert any(row.startswith(f"| `{key}` | ") for row in rows), key
+    assert "(#algorithmobjective-forward_process)" in "\n".join(rows)
+    assert "#### algorithm.objective: forward_process" in rows
 
 
 @pytest.mark.parametrize(

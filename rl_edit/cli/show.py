@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rl_edit.config import load_config, presets
+from rl_edit.config.reference import reference as config_reference
 from rl_edit.method.algorithms import METHODS, Algorithm
 from rl_edit.method.exploration import AdaptiveSpread
 
@@ -98,8 +99,14 @@ def show_config_command(
     config: Annotated[Path | None, typer.Argument(help="YAML file; or use --preset.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides.")] = None,
     preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print what every setting means, as Markdown.")
+    ] = False,
 ) -> None:
     """Print the complete, validated configuration of a run."""
+    if reference:
+        print(config_reference(), end="")
+        return
     changes = list(overrides or [])
     if config is not None and "=" in str(config):
         changes, config = [str(config), *changes], None
