@@ -148,9 +148,8 @@ class JsonLines:
     def append(self, record: dict[str, Any]) -> None:
         """Writes one line. Numbers are rounded to 12 digits; NaN and infinity become null."""
         with self.path.open("a") as file:
-            file.write(
-                json.dumps({key: _json_value(value) for key, value in record.items()}) + "\n"
-            )
+            line = without_nan({key: _rounded(value) for key, value in record.items()})
+            file.write(json.dumps(line) + "\n")
 
     def rewind(self, keep: int, *, key: str = "update") -> None:
         """Drops lines whose ``key`` is ``keep`` or more: a resumed run writes them again.
@@ -172,7 +171,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _json_value(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Replaces numbers that JSON cannot hold by None, at any depth."""
     if isinstance(value, float):
-        return float(f"{value:.12g}") if math.isfinite(value) else None
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
     return value
+
+
+def _rounded(value: Any) -> Any:
+    # A NaN rounds to itself.
+    return float(f"{value:.12g}") if isinstance(value, float) else value

@@ -14,6 +14,7 @@ from rl_edit.audit.corruptions import LEVELS, Side
 from rl_edit.audit.images import Reference, TestImages, make_test_images, reference
 from rl_edit.audit.responses import AuditSession, Responses
 from rl_edit.errors import InputError
+from rl_edit.files import without_nan
 from rl_edit.measures.intervals import bootstrap
 from rl_edit.rewards import Reward
 from rl_edit.types import EditTask
@@ -103,7 +104,7 @@ class Audit:
             "left_out": self.left_out,
             "terms": [_term_json(term) for term in self.terms],
         }
-        return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
+        return json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
 
 
 def audit(
@@ -239,14 +240,3 @@ def _term_json(term: TermAudit) -> dict[str, Any]:
             for curve in term.curves
         ],
     }
-
-
-def _without_nan(value: Any) -> Any:
-    """Replaces numbers that JSON cannot hold by None, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return value

@@ -31,6 +31,7 @@ from rl_edit.data.mask_finding import Agreement, FoundRegions, MaskFinder, NotFo
 from rl_edit.data.rows import Request, Row
 from rl_edit.editors import Editor, editor_identity, load_editor
 from rl_edit.errors import InputError
+from rl_edit.evaluation.record import interval_json
 from rl_edit.measures.intervals import bootstrap
 from rl_edit.method.attention import MassTally
 from rl_edit.method.exploration import NoiseSource
@@ -285,9 +286,7 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             seed=0,
             groups=[group for group, _ in found],
         )
-        summary[name] = {
-            key: value if math.isfinite(value) else None for key, value in asdict(interval).items()
-        }
+        summary[name] = interval_json(interval)
     return summary
 
 

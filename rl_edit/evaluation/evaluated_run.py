@@ -196,9 +196,7 @@ def _read_rows(path: Path, config: RunConfig) -> dict[Key, Row]:
 def _update_seconds(directory: Path) -> tuple[float, ...]:
     """Reads the duration of each update; a resumed run repeats lines, and the last one counts."""
     lines = {
-        line["update"]: line
-        for line in read_json_lines(directory / METRICS)
-        if "update" in line
+        line["update"]: line for line in read_json_lines(directory / METRICS) if "update" in line
     }
     return tuple(line["seconds/update"] for line in lines.values() if line.get("seconds/update"))
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
+from rl_edit.files import without_nan
 from rl_edit.measures.intervals import Interval
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -23,7 +24,8 @@ SIDES = ("base", "trained")
 
 def interval_json(interval: Interval) -> dict[str, int | float | None]:
     """Writes an interval as JSON; an unknown end (only one task) is null."""
-    return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}
+    written: dict[str, int | float | None] = without_nan(asdict(interval))
+    return written
 
 
 def _interval(value: Any) -> Any:
