@@ -19,6 +19,7 @@ from torch import Tensor
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.editors import Editor, load_editor, lora
+from rl_edit.messages import RolloutResult
 from rl_edit.method import regions
 from rl_edit.method.attention import MassTally
 from rl_edit.method.exploration import NoiseSource, pull_background
@@ -29,7 +30,6 @@ from rl_edit.types import (
     Candidates,
     Conditioning,
     RolloutGroup,
-    RolloutResult,
     WorkItem,
     areas_of,
 )

@@ -32,8 +32,9 @@ from rl_edit.config import RunConfig, load_config
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.editors import inspect_editor
+from rl_edit.messages import LearnOrder, LearnSlot
 from rl_edit.method.exploration import keyed_seed
-from rl_edit.types import LearnOrder, LearnSlot, WorkItem
+from rl_edit.types import WorkItem
 from scaling import RESULTS, Stopwatch, control, report
 from sleepers import Naps, sleeping_roles
 

@@ -18,16 +18,8 @@ import torch
 from actors.roles import Roles, WorkerSpec
 from rl_edit import wire
 from rl_edit.editors.lora import digest
-from rl_edit.types import (
-    AdapterId,
-    AdapterWeights,
-    LearnAnswer,
-    LearnerState,
-    LearnOrder,
-    LearnReport,
-    RewardTable,
-    RolloutResult,
-)
+from rl_edit.messages import LearnAnswer, LearnerState, LearnOrder, LearnReport, RolloutResult
+from rl_edit.types import AdapterId, AdapterWeights, RewardTable
 
 REWARDS = {"judge": 1.0, "preservation": 0.6, "attention": 0.1}
 COMPONENTS = (
@@ -126,14 +118,15 @@ class Sleeper:
             adapter=weights.id, result=weights.id, plan=plan, metrics={}, used=used, seconds=seconds
         )
         state = wire.pack(LearnerState(updates_done=self.updates_done, tensors=tensors))
-        return report, wire.pack(weights), state, np.empty(0, dtype=np.uint8)
+        return LearnAnswer(report, adapter=wire.pack(weights), state=state)
 
     def learn(self, order: LearnOrder, *blobs: np.ndarray) -> LearnAnswer:
         began = time.perf_counter()
         self.updates_done = order.update + 1
         answer = self._answer(plan=order.plan, used=len(order.slots), seconds=0.0)
         _sleep_until(began + len(blobs) * self.naps.learn_s + self.naps.step_s)
-        return replace(answer[0], seconds=time.perf_counter() - began), *answer[1:]
+        seconds = time.perf_counter() - began
+        return answer._replace(report=replace(answer.report, seconds=seconds))
 
 
 def sleeping_roles(naps: Naps, *, colocated: bool = False) -> Roles:

@@ -21,6 +21,7 @@ from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.editors import Editor, load_editor, lora
 from rl_edit.errors import InputError
+from rl_edit.messages import ABSENT, LearnAnswer, LearnerState, LearnOrder, LearnReport
 from rl_edit.method.algorithms import Latest
 from rl_edit.method.objectives import Policy
 from rl_edit.method.regions import UniformRows
@@ -35,20 +36,7 @@ from rl_edit.method.update import (
     learning_step,
     losses,
 )
-from rl_edit.types import (
-    AdapterId,
-    AdapterWeights,
-    Advantages,
-    Conditioning,
-    LearnAnswer,
-    LearnerState,
-    LearnOrder,
-    LearnReport,
-    RolloutGroup,
-    moved,
-)
-
-BLANK = np.empty(0, dtype=np.uint8)
+from rl_edit.types import AdapterId, AdapterWeights, Advantages, Conditioning, RolloutGroup, moved
 
 
 class Learner:
@@ -131,14 +119,15 @@ class Learner:
             used=used,
             skipped=result.skipped,
             skipped_in_a_row=self.skipped_in_a_row,
+            has_blobs=self.ranks.rank == 0,
         )
-        if self.ranks.rank != 0:
-            return report, BLANK, BLANK, BLANK
-        return (
+        if not report.has_blobs:
+            return LearnAnswer(report)
+        return LearnAnswer(
             report,
-            wire.pack(acting),
-            wire.pack(self.state()),
-            BLANK if resulting.id == acting.id else wire.pack(resulting),
+            adapter=wire.pack(acting),
+            state=wire.pack(self.state()),
+            result=wire.pack(resulting) if report.separate_result else ABSENT,
         )
 
     def _weights(self, name: str) -> AdapterWeights:
@@ -164,13 +153,13 @@ class Learner:
         if (
             self._last is not None
             and order.update == self.updates_done - 1
-            and order.plan == self._last[0].plan
+            and order.plan == self._last.report.plan
         ):
             return self._last
         if order.update != self.updates_done:
             raise RuntimeError(
                 f"asked for update {order.update} with plan {order.plan[:12]}, but this learner has done {self.updates_done}, the last "
-                f"with plan {self._last[0].plan[:12] if self._last else 'unknown'}: it would be applied twice or out of order"
+                f"with plan {self._last.report.plan[:12] if self._last else 'unknown'}: it would be applied twice or out of order"
             )
         credits, declined = self._credit(order)
         result = (
@@ -192,11 +181,12 @@ class Learner:
         result = replace(result, metrics={**result.metrics, **self._explore(order)})
         self.updates_done += 1
         answer = self._answer(plan=order.plan, result=result, declined=declined, used=len(credits))
-        if len(set(self.ranks.exchange(f"{answer[0].adapter} {answer[0].result}"))) != 1:
+        if len(set(self.ranks.exchange(f"{answer.report.adapter} {answer.report.result}"))) != 1:
             raise RuntimeError(
                 f"the ranks hold different weights after update {order.update}: they do not compute the same function"
             )
-        self._last = (replace(answer[0], seconds=time.perf_counter() - start), *answer[1:])
+        seconds = time.perf_counter() - start
+        self._last = answer._replace(report=replace(answer.report, seconds=seconds))
         return self._last
 
     @torch.no_grad()

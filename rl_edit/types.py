@@ -28,10 +28,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
@@ -234,93 +232,6 @@ class RolloutGroup:
     sde: SDE
     schedule: Float[Tensor, " grid"]
     areas: Bool[Tensor, "area rows columns"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutResult:
-    """What a rollout actor says about a finished work item; the group itself travels beside it as a blob.
-
-    Attributes:
-        adapter: id computed from the tensors the actor really had loaded.
-        sha256: of the blob's bytes. Two results of one item must agree.
-        finite: whether every latent and velocity is.
-        areas: the separate edit areas on the token grid, which credit needs and which are small.
-        seconds: actor-side time by phase.
-    """
-
-    work_id: str
-    adapter: AdapterId
-    sha256: str
-    nbytes: int
-    finite: bool
-    areas: Bool[Tensor, "area rows columns"]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerState:
-    """Everything a learner continues from: adapter and optimizer as named tensors. Seeds are keyed, so there is no stream to keep."""
-
-    updates_done: int
-    tensors: dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnSlot:
-    """One group of an update, as the learner is told of it; its blobs travel beside it to the rank that trains on it.
-
-    Attributes:
-        task_type: the kind of edit, by which exploration may be steered.
-        areas: the separate edit areas on the token grid; None when the group was lost.
-        tables: packed reward tables, one per chunk in candidate order; empty when the group was lost.
-        lost: why there is no group ("" when there is one): it failed beyond its retry budget.
-    """
-
-    task_type: str
-    areas: Bool[Tensor, "area rows columns"] | None
-    tables: tuple[NDArray[np.uint8], ...]
-    lost: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnOrder:
-    """One update to apply, keyed by its number and by ``plan``: the hash of everything that goes into it, in canonical order."""
-
-    update: int
-    plan: str
-    slots: tuple[LearnSlot, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnReport:
-    """What one update did, without its tensors.
-
-    Attributes:
-        adapter: name of the new acting weights, which the actors run.
-        result: name of the new weights that are evaluated and saved: the same, unless the method acts on a decayed average or
-            the run saves one.
-        plan: hash of what was applied (update, work items, reward tables); the same plan is applied once.
-        metrics: loss, ratio, clip and gradient statistics; empty when no group was trained.
-        declined: why groups were not trained, by kind ("lost", "invalid", "spread").
-        used: groups trained.
-        skipped: why the optimizer did not step ("" when it did): a loss or gradient was not finite.
-        skipped_in_a_row: such updates up to and including this one.
-    """
-
-    adapter: AdapterId
-    result: AdapterId
-    plan: str
-    metrics: dict[str, float]
-    declined: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    used: int = 0
-    skipped: str = ""
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-
-
-LearnAnswer = tuple[LearnReport, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
-"""What a learner answers: the report, the packed acting adapter, the packed state and the packed resulting adapter. The last is empty
-when it is the acting one; all are empty on ranks other than 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

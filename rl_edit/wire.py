@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from rl_edit import types
+from rl_edit import messages, types
 
 SCHEMA = 3
 RECORDS = {
@@ -33,7 +33,7 @@ RECORDS = {
         types.Candidates,
         types.RolloutGroup,
         types.RewardTable,
-        types.LearnerState,
+        messages.LearnerState,
     )
 }
 

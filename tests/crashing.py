@@ -37,8 +37,9 @@ from learner.controller.lease import Lease
 from learner.controller.supervisor import Supervisor
 from learner.learner import Learner
 from rl_edit import wire
+from rl_edit.messages import LearnOrder
 from rl_edit.method.update import Collective
-from rl_edit.types import AdapterId, LearnOrder, RolloutGroup, WorkItem
+from rl_edit.types import AdapterId, RolloutGroup, WorkItem
 
 ROOT = Path(__file__).resolve().parent.parent
 

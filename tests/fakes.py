@@ -21,17 +21,8 @@ from actors.roles import Roles, WorkerSpec
 from rl_edit import wire
 from rl_edit.editors.lora import digest
 from rl_edit.errors import BlobLost, WorkerLost, WorkFailed
-from rl_edit.types import (
-    AdapterId,
-    AdapterWeights,
-    LearnAnswer,
-    LearnerState,
-    LearnOrder,
-    LearnReport,
-    RewardTable,
-    RolloutResult,
-    WorkItem,
-)
+from rl_edit.messages import LearnAnswer, LearnerState, LearnOrder, LearnReport, RolloutResult
+from rl_edit.types import AdapterId, AdapterWeights, RewardTable, WorkItem
 
 REWARDS = ("preservation", "attention")
 
@@ -138,7 +129,7 @@ class FakeLearner:
             seconds=0.001,
         )
         state = LearnerState(updates_done=self.updates_done, tensors=tensors)
-        return report, wire.pack(weights), wire.pack(state), np.empty(0, dtype=np.uint8)
+        return LearnAnswer(report, adapter=wire.pack(weights), state=wire.pack(state))
 
     def restore(self, blob: np.ndarray) -> None:
         state: LearnerState = wire.unpack(blob)

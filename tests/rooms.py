@@ -2,6 +2,7 @@
 
 MATHEMATICS = (
     "types",
+    "messages",
     "method.plugins",
     "method.flow",
     "method.regions",

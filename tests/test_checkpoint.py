@@ -24,7 +24,8 @@ from learner.controller.checkpoint import ABSENT, MANIFEST, Checkpoint, Unsound
 from learner.controller.lease import Lease
 from rl_edit import wire
 from rl_edit.errors import Fenced, InputError
-from rl_edit.types import AdapterId, AdapterWeights, LearnerState
+from rl_edit.messages import LearnerState
+from rl_edit.types import AdapterId, AdapterWeights
 from runs import adapter_bytes, events_of, metrics_of, run_inline, small_config
 
 FILES = ("learner.safetensors", "acting_000001.safetensors", "state.json", MANIFEST)

@@ -35,9 +35,10 @@ from rl_edit.editors import (
 from rl_edit.editors.flux_kontext import FluxKontextEditor
 from rl_edit.editors.tiny.pretraining import new_editor
 from rl_edit.errors import InputError
+from rl_edit.messages import LearnOrder, LearnSlot
 from rl_edit.method.attention import MassTally
 from rl_edit.method.rollout import denoise
-from rl_edit.types import Conditioning, EditTask, LearnOrder, LearnSlot, WorkItem
+from rl_edit.types import Conditioning, EditTask, WorkItem
 from runs import small_config
 
 

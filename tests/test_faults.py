@@ -33,11 +33,12 @@ from learner.controller.loop import Outcome
 from rl_edit import wire
 from rl_edit.errors import Fenced
 from rl_edit.files import JsonLines, read_json_lines
+from rl_edit.messages import LearnOrder
 from rl_edit.method.advantages import Declined, GroupCredit, SplitCredit
 from rl_edit.method.update import TrainingFailed
 from rl_edit.provenance import differences
 from rl_edit.rewards import score_candidates
-from rl_edit.types import AdapterId, LearnOrder
+from rl_edit.types import AdapterId
 from runs import (
     Nobody,
     StopAfter,

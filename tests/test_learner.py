@@ -20,18 +20,10 @@ from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
 from rl_edit.editors import lora
 from rl_edit.errors import InputError
+from rl_edit.messages import LearnerState, LearnOrder, LearnSlot
 from rl_edit.method.rollout import joined, merged
 from rl_edit.method.update import TrainingFailed
-from rl_edit.types import (
-    AdapterId,
-    AdapterWeights,
-    LearnerState,
-    LearnOrder,
-    LearnSlot,
-    RewardTable,
-    RolloutGroup,
-    WorkItem,
-)
+from rl_edit.types import AdapterId, AdapterWeights, RewardTable, RolloutGroup, WorkItem
 from runs import colocated, small_config
 
 FIELDS = frozenset({"target", "caption", "regions"})

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from learner.controller.ledger import Ledger, State, Verdict
-from rl_edit.types import AdapterId, RolloutResult, WorkItem
+from rl_edit.messages import RolloutResult
+from rl_edit.types import AdapterId, WorkItem
 from test_rewards import small_group
 
 ADAPTER = AdapterId(3, "a" * 64)

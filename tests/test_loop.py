@@ -18,8 +18,9 @@ from learner.learner import Learner
 from rl_edit import wire
 from rl_edit.data import DataConfig, open_dataset
 from rl_edit.errors import InputError
+from rl_edit.messages import LearnOrder
 from rl_edit.method.update import TrainingFailed
-from rl_edit.types import Candidates, LearnOrder, RewardTable
+from rl_edit.types import Candidates, RewardTable
 from runs import (
     PRESERVATION,
     Nobody,

@@ -26,6 +26,7 @@ from rl_edit.config import RunConfig
 from rl_edit.data import images, open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.measures import pixels
+from rl_edit.messages import LearnOrder, LearnSlot
 from rl_edit.method import flow
 from rl_edit.method.advantages import (
     Declined,
@@ -59,8 +60,6 @@ from rl_edit.types import (
     Candidates,
     Conditioning,
     EditTask,
-    LearnOrder,
-    LearnSlot,
     RewardTable,
     RolloutGroup,
     WorkItem,

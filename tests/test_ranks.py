@@ -23,7 +23,7 @@ from learner.ranks import Ranks, free_address
 from rl_edit import wire
 from rl_edit.config import RunConfig, load_config, presets
 from rl_edit.errors import InputError
-from rl_edit.types import LearnOrder, LearnSlot
+from rl_edit.messages import LearnOrder, LearnSlot
 from runs import small_config
 from test_learner import FIELDS, work
 

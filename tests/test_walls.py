@@ -53,7 +53,12 @@ class Room:
 
 ROOMS = {
     "mathematics": Room(
-        files=("rl_edit/types.py", "rl_edit/method/*.py", "rl_edit/method/objectives/*.py"),
+        files=(
+            "rl_edit/types.py",
+            "rl_edit/messages.py",
+            "rl_edit/method/*.py",
+            "rl_edit/method/objectives/*.py",
+        ),
         never=("ray", "PIL", *MODEL_LIBRARIES),
     ),
     "measures": Room(files=("rl_edit/measures/*.py",), never=("ray", "PIL", *MODEL_LIBRARIES)),
@@ -75,7 +80,6 @@ ROOMS = {
                 "report",
                 "wire",
                 "config",
-                "messages",
                 "training",
             )
             for end in (".py", "/*.py")

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from learner.controller.executor import Ref
 from learner.controller.supervisor import Supervisor
 from rl_edit.errors import BlobLost, WorkerLost, WorkFailed
+from rl_edit.messages import LearnAnswer, LearnOrder, LearnReport
 from rl_edit.method.update import TrainingFailed
-from rl_edit.types import AdapterId, LearnOrder, LearnReport
+from rl_edit.types import AdapterId
 
 T = TypeVar("T")
 
@@ -40,16 +41,16 @@ class LearnerSnapshot:
     result: Ref
 
     @staticmethod
-    def of(updates_done: int, answer: tuple[LearnReport, Ref, Ref, Ref]) -> LearnerSnapshot:
+    def of(updates_done: int, answer: LearnAnswer) -> LearnerSnapshot:
         """What rank 0 answered after an update."""
-        report, adapter, state, result = answer
+        report = answer.report
         return LearnerSnapshot(
             updates_done=updates_done,
             id=report.adapter,
-            adapter=adapter,
-            state=state,
+            adapter=answer.adapter,
+            state=answer.state,
             result_id=report.result,
-            result=adapter if report.result == report.adapter else result,
+            result=answer.result if report.separate_result else answer.adapter,
         )
 
 
@@ -81,7 +82,7 @@ class LearnerRanks:
             answer = await self.supervisor.timed(
                 "export", "export of the learner's state", seat, ROLE, "export", blobs=3
             )
-            return LearnerSnapshot.of(updates_done, answer)
+            return LearnerSnapshot.of(updates_done, LearnAnswer(*answer))
 
         return await self._anew("export", ask)
 
@@ -131,7 +132,8 @@ class LearnerRanks:
                 answers = await self._everyone(
                     "learn", f"update {order.update}", arguments, blobs=3
                 )
-                return answers[0][0], LearnerSnapshot.of(order.update + 1, answers[0])
+                answer = LearnAnswer(*answers[0])
+                return answer.report, LearnerSnapshot.of(order.update + 1, answer)
             except WorkerLost as error:
                 lost += 1
                 self.event(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from rl_edit.types import RolloutResult, WorkItem
+from rl_edit.messages import RolloutResult
+from rl_edit.types import WorkItem
 
 
 class State(Enum):

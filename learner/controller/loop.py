@@ -49,20 +49,11 @@ from rl_edit.data.canvas import fit
 from rl_edit.errors import BlobLost, InputError, WorkerLost, WorkFailed
 from rl_edit.files import METRICS, JsonLines
 from rl_edit.measures.reward_metrics import count_reasons, reward_metrics
+from rl_edit.messages import LearnOrder, LearnReport, LearnSlot, RolloutResult
 from rl_edit.method.exploration import keyed_seed
 from rl_edit.method.rollout import joined
 from rl_edit.method.update import TrainingFailed
-from rl_edit.types import (
-    AdapterId,
-    AdapterWeights,
-    EditTask,
-    LearnOrder,
-    LearnReport,
-    LearnSlot,
-    RewardTable,
-    RolloutResult,
-    WorkItem,
-)
+from rl_edit.types import AdapterId, AdapterWeights, EditTask, RewardTable, WorkItem
 
 WATCH_EVERY_S = 5.0
 

@@ -14,8 +14,9 @@ from learner.controller.supervisor import GivenUp, Supervisor
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.errors import ResourcesInfeasible
+from rl_edit.messages import RolloutResult
 from rl_edit.method.update import TrainingFailed
-from rl_edit.types import RolloutResult, WorkItem
+from rl_edit.types import WorkItem
 
 STORE_SHARE = 0.5
 """Part of the object store that groups in flight may fill: the rest is for adapters, states and Ray's own copies."""
