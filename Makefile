@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation methods test lint types walls faults golden scaling unit ray format clean
+.PHONY: help setup demo ablation methods test lint types walls structure faults golden scaling unit ray format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ types: $(STAMP)  ## mypy over rl_edit, actors and learner
 
 walls: $(STAMP)  ## only the import walls between the rooms
 	$(PY) -m pytest tests/test_walls.py $(PYTEST_ARGS)
+
+structure: $(STAMP)  ## draw the imports between the rooms: docs/images/structure.svg
+	$(VENV)/bin/rl-edit structure --out docs/images/structure.svg
 
 faults: $(STAMP)  ## the fault matrix: everything that kills, corrupts or withholds something (docs/reliability.md)
 	$(PY) -m pytest -m "faults and not gpu" $(PYTEST_ARGS)

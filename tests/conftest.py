@@ -23,7 +23,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-from rooms import MATHEMATICS
+from rl_edit.structure import MATHEMATICS
 
 # Annotated shapes are checked at every call in tests; in production the annotations cost nothing. "plugins" has no shapes, and
 # pydantic types that cannot be checked.

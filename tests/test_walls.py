@@ -17,12 +17,11 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from rl_edit import structure
+from rl_edit.structure import MATHEMATICS, PACKAGES
 from rl_edit.types import LossOutput
-from rooms import MATHEMATICS, layer_of
-from rooms import room_of as layered_room_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("rl_edit", "actors", "learner")
 PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 EVERYTHING = sorted(
     {
@@ -74,6 +73,7 @@ ROOMS = {
                 "rewards/vlm",
                 "audit",
                 "audit/checks",
+                "structure",
                 "data",
                 "data/shapes",
                 "evaluation",
@@ -134,32 +134,9 @@ def room_of(path: Path) -> str | None:
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything a file imports; ``from a import b`` gives ``a.b``, for b may be a module."""
-    package = module_of(path).split(".")
-    if path.name != "__init__.py":
-        package = package[:-1]
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            origin = ".".join([*above, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
-        elif (
-            isinstance(node, ast.Call)
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-            and isinstance(node.args[0].value, str)
-        ):
-            called = (
-                node.func.attr
-                if isinstance(node.func, ast.Attribute)
-                else node.func.id
-                if isinstance(node.func, ast.Name)
-                else ""
-            )
-            if called in ("import_module", "__import__"):
-                yield node.lineno, node.args[0].value
+    """Yields (line, dotted name) of everything a file imports."""
+    for each in structure.imports_of(path, module_of(path)):
+        yield each.line, each.imported
 
 
 def reaches(imported: str, module: str) -> bool:
@@ -220,19 +197,13 @@ def test_mathematics_imports_tensors_and_what_stands_to_its_left(name: str) -> N
 
 
 def climbs(path: Path) -> list[str]:
-    """Imports of a file that lead to a higher floor, or to another room of its own floor."""
-    here = module_of(path)
-    floor = layer_of(here)
-    assert floor is not None, f"{here} lies on no floor of tests/rooms.py"
-    inside = [
-        (line, name, other)
-        for line, name in imports_of(path)
-        if (other := layer_of(name)) is not None
-    ]
+    """Lists the imports of a file that lead to a higher floor, or to another room of its own."""
+    here = structure.room_of(module_of(path))
+    assert here is not None, f"{name_of(path)} lies in no room of rl_edit/structure/floors.py"
     return [
         f"{name_of(path)}:{line} imports {name}"
-        for line, name, other in inside
-        if other > floor or (other == floor > 0 and layered_room_of(name) != layered_room_of(here))
+        for line, name in imports_of(path)
+        if (there := structure.room_of(name)) is not None and structure.runs_back_up(here, there)
     ]
 
 

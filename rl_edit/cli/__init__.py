@@ -24,6 +24,7 @@ from rl_edit.cli.merge_judge import merge_judge_command
 from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.cli.report import report_command
 from rl_edit.cli.show import methods_command, presets_command, show_config_command
+from rl_edit.cli.structure import structure_command
 from rl_edit.cli.train import train_command
 from rl_edit.errors import ClusterUnreachable, Fenced, InputError, ResourcesInfeasible
 from rl_edit.method.update import TrainingFailed
@@ -50,6 +51,7 @@ app.command("audit-reward")(audit_reward_command)
 app.command("bench-reward")(bench_reward_command)
 app.command("merge-judge")(merge_judge_command)
 app.command("find-masks")(find_masks_command)
+app.command("structure")(structure_command)
 app.add_typer(dataset_app, name="dataset")
 
 
