@@ -1,6 +1,7 @@
-"""What the learner's ranks say to each other: gradients, small texts, and the shards of a base too big for one of them.
+"""Communication between the learner's ranks: gradients, short texts, and shards of a large base.
 
-One process alone and several give the same numbers; see ``rl_edit/method/update.py`` for the order in which gradients are added.
+One process and several give the same numbers; ``rl_edit/method/update.py`` describes the order in
+which gradients are added.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 
 class Alone:
-    """One process: it has everything already."""
+    """The only rank: it has everything already."""
 
     rank = 0
     world = 1
@@ -34,12 +35,14 @@ class Alone:
 
 
 class Ranks:
-    """Several processes in a torch.distributed group; each is one rank of it. Construction waits for all of them.
+    """One rank of several processes in a torch.distributed group.
+
+    Construction waits for all of them.
 
     Args:
         address: "host:port" at which rank 0 listens and the others find it.
-        device: where this rank's gradients are; it decides between gloo and NCCL.
-        timeout_s: longest wait for the other ranks in any call; past it the call raises.
+        device: where this rank's gradients are. It decides between gloo and NCCL.
+        timeout_s: longest wait for the other ranks in any call. Past it the call raises.
     """
 
     def __init__(
@@ -64,8 +67,12 @@ class Ranks:
         return value
 
     def exchange(self, text: str) -> list[str]:
-        """As padded bytes: torch's own way to exchange objects unpickles what it receives."""
+        """Gathers every rank's text, as padded bytes.
+
+        torch's own way to exchange objects unpickles what it receives.
+        """
         sent = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
+        # gloo and NCCL gather tensors of one shape only: sizes first, then texts of one length.
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(sent)], device=self.device))
         longest = max(int(size) for size in sizes)
@@ -77,29 +84,37 @@ class Ranks:
             for part, size in zip(received, sizes, strict=True)
         ]
 
-    def shard(self, module: nn.Module, *, whole: Collection[nn.Parameter]) -> None:
-        """Spreads a frozen module over the ranks, block by block, but for the parameters named ``whole``.
+    def shard(self, module: nn.Module, *, unsharded: Collection[nn.Parameter]) -> None:
+        """Spreads a frozen module over the ranks, block by block (FSDP2).
 
-        From then on a forward is a collective: every rank must make it, though each on its own data.
+        From then on a forward is a collective: every rank must make it, each on its own data.
+
+        Args:
+            unsharded: parameters that every rank keeps completely.
         """
-        # It warns of in-place operations on a block's output; diffusers' transformers and our editors make none.
+        # It warns of in-place operations on a block's output. Transformers of diffusers and our
+        # editors make none.
         warnings.filterwarnings(
             "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
         )
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        mesh, ignored = init_device_mesh(self.device.type, (self.world,)), set(unsharded)
+        # Blocks before the module: then only one block at a time is gathered in a forward.
         for child in module.children():
             for block in child if isinstance(child, nn.ModuleList) else ():
-                fully_shard(block, mesh=mesh, ignored_params=set(whole))
-        fully_shard(module, mesh=mesh, ignored_params=set(whole))
+                fully_shard(block, mesh=mesh, ignored_params=ignored)
+        fully_shard(module, mesh=mesh, ignored_params=ignored)
 
 
 def free_address() -> str:
-    """Where nobody listens yet, as "host:port": this machine's address on the network, or loopback where it has none."""
+    """Returns a "host:port" of this machine where nothing listens yet.
+
+    The host is the machine's address on the network, or loopback where it has none.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(
-                ("192.0.2.1", 9)
-            )  # names the outgoing interface; a datagram socket sends nothing here
+            # This names the outgoing interface. A datagram socket sends nothing here, and the
+            # address is one of documentation's (RFC 5737).
+            probe.connect(("192.0.2.1", 9))
             host = probe.getsockname()[0]
         except OSError:
             host = "127.0.0.1"

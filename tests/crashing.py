@@ -146,8 +146,8 @@ class CrashingLearner(Learner):
         super().__init__(*given, **more)
         self.fault = fault
         self.ranks = Interrupted(self.ranks, self._accumulated)
-        self.optimizer.register_step_post_hook(
-            lambda *_: fault.strike("post-step", self.updates_done)
+        self.policy.optimizer.register_step_post_hook(
+            lambda *_: fault.strike("post-step", self.policy.updates_done)
         )
 
     def join(self, rank: int, world: int, address: str) -> None:
@@ -160,7 +160,7 @@ class CrashingLearner(Learner):
         return answer
 
     def _accumulated(self) -> None:
-        self.fault.strike("mid-accumulate", self.updates_done)
+        self.fault.strike("mid-accumulate", self.policy.updates_done)
 
 
 class Interrupted:

@@ -345,7 +345,9 @@ def test_the_steered_spread_travels_to_the_actor_and_survives_a_restore(small_ed
 
     other = Learner(config, 1)
     other.restore(state)
-    assert other.exploration == weights.exploration and np.array_equal(other.export()[1], adapter)
+    assert other.policy.exploration == weights.exploration and np.array_equal(
+        other.export()[1], adapter
+    )
     order = replace(step.order, update=1)
     here, there = learner.learn(order, *step.groups), other.learn(order, *step.groups)
     assert wire.unpack(here[1]).exploration == wire.unpack(there[1]).exploration

@@ -288,7 +288,7 @@ def test_an_update_asked_for_twice_is_applied_once_and_answered_alike(
         again[0] == report and np.array_equal(again[1], adapter) and np.array_equal(again[2], state)
     )
     assert (
-        learner.updates_done == 1
+        learner.policy.updates_done == 1
         and np.array_equal(learner.export()[2], state)
         and np.array_equal(learner.export()[1], adapter)
     )
@@ -336,7 +336,7 @@ def test_an_update_without_a_group_to_train_changes_no_weight_and_is_no_skip(
     held = state_of(learner)
     report, _, _, _ = learner.learn(replace(first.order, slots=(lost, lost)))
     assert (report.used, report.metrics, report.skipped, report.skipped_in_a_row) == (0, {}, "", 0)
-    assert learner.updates_done == 1 and state_of(learner) == held
+    assert learner.policy.updates_done == 1 and state_of(learner) == held
     assert report.adapter == AdapterId(1, start[0].sha256)
 
 
@@ -360,16 +360,16 @@ def test_every_minibatch_is_an_optimizer_step_from_its_own_groups_and_the_later_
     report = halves.learn(first.order, *first.groups)[0]
     assert learnt_from == [[0], [1]]
     assert whole.metrics["ratio/max_deviation"] == 0.0 < report.metrics["ratio/max_deviation"]
-    parameter = halves.parameters[0]
+    parameter = halves.policy.parameters[0]
     assert (
-        int(halves.optimizer.state[parameter]["step"]) == 2
-        and int(learner.optimizer.state[learner.parameters[0]]["step"]) == 1
+        int(halves.policy.optimizer.state[parameter]["step"]) == 2
+        and int(learner.policy.optimizer.state[learner.policy.parameters[0]]["step"]) == 1
     )
     # A minibatch whose only group is gone makes no step.
     halves.restore(start[2])
     lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone")
     halves.learn(replace(first.order, slots=(first.order.slots[0], lost)), first.groups[0])
-    assert int(halves.optimizer.state[parameter]["step"]) == 1
+    assert int(halves.policy.optimizer.state[parameter]["step"]) == 1
 
 
 def test_a_step_that_is_skipped_undoes_the_steps_of_its_update_before_it(
@@ -440,7 +440,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
         assert (
             "not finite" in report.skipped
             and report.skipped_in_a_row == number
-            and learner.updates_done == number + 1
+            and learner.policy.updates_done == number + 1
         )
         assert state_of(learner) == held and wire.unpack(adapter).id == report.adapter
     with pytest.raises(
@@ -448,10 +448,10 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
         match=r"not finite at update 3, after 2 .*train\.learning_rate, or look at RUN/diagnostics",
     ):
         learner.learn(replace(first.order, update=3), first.groups[0], poisoned)
-    assert learner.updates_done == 3 and state_of(learner) == held
+    assert learner.policy.updates_done == 3 and state_of(learner) == held
 
     learner.restore(state)
-    assert learner.skipped_in_a_row == 2
+    assert learner.policy.skipped_in_a_row == 2
     assert learner.learn(replace(first.order, update=3), *first.groups)[0].skipped_in_a_row == 0
 
 
@@ -477,7 +477,7 @@ def test_the_state_is_a_valid_safetensors_file(learner: Learner, tmp_path: Path)
     (tmp_path / "state.safetensors").write_bytes(learner.export()[2].tobytes())
     tensors = load_file(tmp_path / "state.safetensors")
     state: LearnerState = wire.unpack(learner.export()[2])
-    assert len(tensors) == len(state.tensors) > len(learner.parameters)
+    assert len(tensors) == len(state.tensors) > len(learner.policy.parameters)
 
 
 def test_the_state_of_another_adapter_is_refused(learner: Learner, small_editor: str) -> None:
