@@ -25,15 +25,13 @@ from actors.reward import RewardActor
 from actors.roles import Roles, worker_roles
 from actors.rollout import RolloutActor
 from learner.controller.executor import Executor
-from learner.controller.loop import TaskCursor
+from learner.controller.work import TaskCursor, group_item
 from learner.learner import Learner
 from rl_edit import wire
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import Dataset, open_dataset
-from rl_edit.data.canvas import fit
 from rl_edit.editors import inspect_editor
 from rl_edit.messages import LearnOrder, LearnSlot
-from rl_edit.method.exploration import keyed_seed
 from rl_edit.types import WorkItem
 from scaling import RESULTS, Stopwatch, control, report
 from sleepers import Naps, sleeping_roles
@@ -121,17 +119,13 @@ class Bare:
         return seconds + time.perf_counter() - began
 
     def _item(self, update: int, slot: int) -> WorkItem:
-        task, epoch = self.cursor.at(update, slot)
-        size = self.config.rollout.group_size
-        return WorkItem(
-            group_id=f"{keyed_seed(self.config.seed, 'work', update, slot, task.task_id, epoch):016x}",  # as the loop names it: seeds follow
-            chunk=(0, size),
-            task=fit(task, resolution=self.config.editor.resolution, multiple=self.multiple),
-            epoch=epoch,
+        return group_item(
+            self.config,
+            self.cursor,
             update=update,
-            num_candidates=size,
-            run_seed=self.config.seed,
+            slot=slot,
             adapter=self.adapter,
+            pixels_per_token=self.multiple,
         )
 
 

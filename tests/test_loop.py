@@ -13,7 +13,7 @@ import torch
 
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
-from learner.controller.loop import TaskCursor
+from learner.controller.work import TaskCursor
 from learner.learner import Learner
 from rl_edit import wire
 from rl_edit.data import DataConfig, open_dataset

@@ -27,7 +27,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,18 +42,17 @@ from learner.controller.lease import Lease
 from learner.controller.ledger import Ledger, Verdict
 from learner.controller.run_log import Events
 from learner.controller.supervisor import GivenUp, Supervisor
+from learner.controller.work import TaskCursor, group_item
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset
-from rl_edit.data.canvas import fit
 from rl_edit.errors import BlobLost, InputError, WorkerLost, WorkFailed
 from rl_edit.files import METRICS, JsonLines
 from rl_edit.measures.reward_metrics import count_reasons, reward_metrics
 from rl_edit.messages import LearnOrder, LearnReport, LearnSlot, RolloutResult
-from rl_edit.method.exploration import keyed_seed
 from rl_edit.method.rollout import joined
 from rl_edit.method.update import TrainingFailed
-from rl_edit.types import AdapterId, AdapterWeights, EditTask, RewardTable, WorkItem
+from rl_edit.types import AdapterId, AdapterWeights, RewardTable, WorkItem
 
 WATCH_EVERY_S = 5.0
 
@@ -140,22 +139,6 @@ class Stop:
         if self.requested:
             return
         await self._event.wait()
-
-
-class TaskCursor:
-    """Which task fills slot s of update u: shuffled epochs from keyed seeds, so that position is the whole state."""
-
-    def __init__(self, dataset: Dataset, *, seed: int, groups_per_update: int) -> None:
-        self._dataset, self._seed, self._per_update = dataset, seed, groups_per_update
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def at(self, update: int, slot: int) -> tuple[EditTask, int]:
-        """The task and how often it was drawn before (its epoch)."""
-        epoch, position = divmod(update * self._per_update + slot, len(self._dataset))
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(keyed_seed(self._seed, "order", epoch))
-            self._order = (epoch, torch.randperm(len(self._dataset), generator=generator).tolist())
-        return self._dataset[self._order[1][position]], epoch
 
 
 class TrainingLoop:
@@ -494,23 +477,15 @@ class TrainingLoop:
 
     def _items(self, update: int, slot: int, adapter: AdapterId) -> list[WorkItem]:
         """The work of one slot: a group, in chunks."""
-        task, epoch = self.cursor.at(update, slot)
-        task = fit(
-            task, resolution=self.config.editor.resolution, multiple=self.of.pixels_per_token
+        group = group_item(
+            self.config,
+            self.cursor,
+            update=update,
+            slot=slot,
+            adapter=adapter,
+            pixels_per_token=self.of.pixels_per_token,
         )
-        return [
-            WorkItem(
-                group_id=f"{keyed_seed(self.config.seed, 'work', update, slot, task.task_id, epoch):016x}",
-                chunk=chunk,
-                task=task,
-                epoch=epoch,
-                update=update,
-                num_candidates=self.config.rollout.group_size,
-                run_seed=self.config.seed,
-                adapter=adapter,
-            )
-            for chunk in self.config.rollout.chunks
-        ]
+        return [replace(group, chunk=chunk) for chunk in self.config.rollout.chunks]
 
     async def _group(self, items: Sequence[WorkItem], *, kind: str = "") -> Group:
         """One group: its chunks side by side, each scored as soon as it is rolled out. Whole or lost. ``kind``: of usual duration."""
