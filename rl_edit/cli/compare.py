@@ -21,8 +21,8 @@ from rl_edit.files import write_result
 from rl_edit.measures.intervals import Interval
 from rl_edit.report.compare import comparison_page
 
+# Columns: a narrower table would break intervals apart.
 MIN_WIDTH = 190
-"""Columns: a narrower table would break intervals apart."""
 
 
 def compare_command(
@@ -46,12 +46,14 @@ def compare_command(
     console.print(gains_table(comparison))
     if comparison.against is not None:
         console.print(differences_table(comparison.arms, comparison.against))
+    # Notes come last, next to the prompt, where they are read.
     for note in comparison.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         write_result(out, comparison_page(comparison))
     if record is not None:
         write_result(record, json.dumps(comparison.record(), indent=2, allow_nan=False) + "\n")
+    # Paths last, one a line, for a shell to pick up.
     for path in (out, record):
         if path is not None:
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
@@ -71,6 +73,7 @@ def gains_table(comparison: Comparison) -> Table:
         table.add_column(_heading(measure), justify="right", no_wrap=True)
     table.add_column("s an\nupdate", justify="right")
     table.add_column("evaluations\nan update", justify="right", no_wrap=True)
+    # Absolute values of the base, blank where arms do not agree on them.
     base = [comparison.base(measure.name) for measure in MEASURES]
     cells = [
         "" if b is None else f"{b.mean:.{m.digits}f}" for b, m in zip(base, MEASURES, strict=True)
@@ -79,6 +82,7 @@ def gains_table(comparison: Comparison) -> Table:
     for arm in comparison.arms:
         seconds, effort = arm.seconds_per_update, arm.effort
         table.add_row(
+            # Names come from configs; a bracket in one must not become markup.
             f"{escape(arm.label)}\n[dim]{escape(arm.runs[0].config.algorithm.name)}[/]",
             ", ".join(map(str, arm.seeds)),
             str(arm.updates),
@@ -111,6 +115,7 @@ def _heading(measure: Measure) -> str:
 def _cell(interval: Interval | None, measure: Measure) -> str:
     if interval is None:
         return ""
+    # Mean over interval, in one cell of two lines.
     mean = f"{interval.mean:+.{measure.digits}f}"
     if not math.isfinite(interval.low):
         return f"{mean}\none task"

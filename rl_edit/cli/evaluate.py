@@ -24,6 +24,7 @@ from rl_edit.evaluation.record import EvaluationRecord
 from rl_edit.measures.intervals import Interval
 from rl_edit.rewards import available
 
+# Label and decimals of each metric in the printed table; evaluation.json has all of them.
 SHOWN = {
     "reward": ("training reward (weighted sum)", 3),
     "instruction": ("instruction score", 3),
@@ -32,7 +33,6 @@ SHOWN = {
     "background_ssim": ("background SSIM", 4),
     "concentration": ("attention concentration", 4),
 }
-"""Label and decimals of each metric in the printed table."""
 
 
 def evaluate_command(
@@ -60,7 +60,9 @@ def evaluate_command(
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a directory")
     evaluation = evaluate_run(config, adapter or run / "adapter", out or run, console=console)
+    # The headline numbers here, all of them in evaluation.json.
     console.print(table(evaluation.record))
+    # An evaluation elsewhere is not what the run's report shows.
     next_command = f"; next: rl-edit report {run}" if out is None else ""
     console.print(
         f"{(out or run) / 'evaluation.json'}{next_command}",
@@ -80,10 +82,13 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
         config.data, "heldout", resolution=config.editor.resolution, multiple=facts.pixels_per_token
     )
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
+    # Read before the editor is loaded: a wrong path must not cost a minute.
     weights, lora_config = lora.read(adapter)
     editor = load_editor(config.editor)
+    # The seed is of initial weights, which are overwritten at once.
     lora.attach(editor.transformer, lora_config, seed=0)
     lora.load(editor.transformer, weights)
+    # Beside its final place, so that the rename at the end stays on one file system.
     directory, temporary = out / "evaluation", out / ".evaluation.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -117,6 +122,7 @@ def table(record: EvaluationRecord) -> Table:
     )
     for column in ("metric", "base", "trained", "difference", "interval"):
         shown.add_column(column, justify="left" if column == "metric" else "right")
+    # A metric is missing where nothing measures it, such as the instruction without a judge.
     for key, (label, digits) in SHOWN.items():
         if key not in record.delta:
             continue

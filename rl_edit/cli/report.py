@@ -23,6 +23,8 @@ def report_command(
     ] = None,
 ) -> None:
     """Write RUN/report.html: headline numbers, curves, before/after images, in one file."""
+    # The page first: a figure needs examples, which an unevaluated run does not have.
     typer.echo(str(render_report(run)))
+    # A line for each file, so that a script can read the paths.
     if figure is not None:
         typer.echo(str(write_figure(run, figure)))

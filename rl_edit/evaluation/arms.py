@@ -61,6 +61,8 @@ class Arm:
     """
 
     label: str
+    # At least one; ``grouped`` has checked that they differ in nothing but the seed, so that the
+    # first one answers for all where a property depends on settings or tasks.
     runs: tuple[EvaluatedRun, ...]
     weights: Mapping[str, float]
 
@@ -82,6 +84,7 @@ class Arm:
     @property
     def seconds_per_update(self) -> float | None:
         """Median over all updates of all runs."""
+        # A median: the first update warms up, and a shared machine stalls now and then.
         durations = [seconds for run in self.runs for seconds in run.seconds]
         return statistics.median(durations) if durations else None
 
@@ -106,6 +109,7 @@ class Arm:
 
         None where nothing was measured.
         """
+        # Seeds of two arms are no pairs: each arm is averaged over its seeds first.
         here, there = self.trained(measure), other.trained(measure)
         differences = {key: here[key] - there[key] for key in here if key in there}
         return task_interval(self._of_type(differences, task_type))
@@ -139,6 +143,7 @@ class Arm:
         return {key: statistics.fmean(of_key) for key, of_key in values.items()}
 
     def _value(self, values: Mapping[str, float], measure: str) -> float:
+        # total = sum_k w_k r_k with the weights that all arms share; NaN as soon as one term is.
         if measure != TOTAL:
             return values.get(measure, math.nan)
         terms = [
@@ -157,8 +162,10 @@ class Arm:
 
 def task_interval(values: Mapping[Key, float]) -> Interval | None:
     """Bootstraps a mean over tasks, where all noises of one task are one unit."""
+    # NaN was left out before, so nothing may be left.
     if not values:
         return None
+    # A fixed seed: the same files give the same table.
     return bootstrap(np.array(list(values.values())), seed=0, groups=[task for task, _ in values])
 
 
@@ -173,12 +180,14 @@ def shared_weights(runs: Sequence[EvaluatedRun]) -> tuple[dict[str, float], list
         if term.weight <= 0:
             continue
         terms = [run.config.rewards.get(name) for run in runs]
+        # A term may be configured everywhere and still be left out for data without its fields.
         measured = all(
             f"reward/{name}" in next(iter(run.rows.values())).values["base"] for run in runs
         )
         if measured and all(
             other is not None and other.fingerprint() == term.fingerprint() for other in terms
         ):
+            # A fingerprint covers the settings that change a value, not the weight.
             weights[name] = term.weight
         else:
             left_out.append(name)
@@ -203,6 +212,7 @@ def grouped(runs: Iterable[EvaluatedRun], weights: Mapping[str, float]) -> tuple
     """
     arms: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
+        # What decides the adapter: settings, data, and the updates done.
         settings = {
             **run.config.identity(),
             "seed": None,

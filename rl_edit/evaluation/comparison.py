@@ -45,6 +45,7 @@ class Comparison:
         """
         intervals = [task_interval(arm.base(measure)) for arm in self.arms]
         means = [interval.mean for interval in intervals if interval is not None]
+        # Not bitwise: two machines may differ in the last digit.
         agree = len(means) == len(intervals) and all(
             math.isclose(mean, means[0], rel_tol=1e-9) for mean in means
         )
@@ -53,8 +54,10 @@ class Comparison:
     def record(self) -> dict[str, Any]:
         """The comparison as JSON."""
         against = self.against
+        # Compared by identity: two arms may have equal numbers.
         others = () if against is None else tuple(arm for arm in self.arms if arm is not against)
         return {
+            # Keys of this record are a file format: scripts read it.
             "protocol": {key: getattr(self.meta, key) for key in PROTOCOL},
             "total_weights": dict(self.weights),
             "base": {m.name: optional_json(self.base(m.name)) for m in MEASURES},
@@ -85,6 +88,7 @@ def compare(directories: Sequence[Path], *, against: Path | None = None) -> Comp
     for directory in [*directories, *([against] if against else [])]:
         places.setdefault(directory.resolve(), directory)
     runs = read_runs(list(places.values()))
+    # Before anything is averaged: means over different tasks would look comparable.
     require_alike(runs)
     weights, notes = shared_weights(runs)
     arms = grouped(runs, weights)
@@ -103,12 +107,14 @@ def compare(directories: Sequence[Path], *, against: Path | None = None) -> Comp
 
 def _caveats(runs: Sequence[EvaluatedRun]) -> list[str]:
     """Notes runs whose evaluation is not of their last adapter or not of all their updates."""
+    # A run that was trained on since: its numbers are right, of an older adapter.
     stale = [
         f"{run.directory} now has adapter {run.stale}, and {run.meta.adapter} was evaluated: "
         f"rl-edit evaluate {run.directory}"
         for run in runs
         if run.stale
     ]
+    # A run that was stopped or ended early: fewer updates than its settings say.
     unfinished = [
         f"{run.directory} was evaluated after {run.updates} "
         f"of its {run.config.train.updates} updates"
@@ -120,6 +126,7 @@ def _caveats(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 def optional_json(interval: Interval | None) -> dict[str, int | float | None] | None:
     """Writes an interval as JSON, null where nothing was measured."""
+    # null says "not measured", which is not the same as an interval around zero.
     return None if interval is None else interval_json(interval)
 
 

@@ -16,8 +16,8 @@ from rl_edit.method.regions import UniformRows
 from rl_edit.method.rollout import blank_group
 from rl_edit.types import Advantages, Conditioning, RolloutGroup
 
+# Token grid of the probe group. The number of states does not depend on it, so it is tiny.
 _GRID = (2, 2)
-"""Token grid of the probe group: the count of states does not depend on its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,11 @@ def effort(config: RunConfig) -> Effort:
         states_per_forward=train.states_per_forward,
     )
     states = sum(len(point.latents) for point in points)
+    # Above 1, true guidance adds a forward of the negative prompt for each state.
     forwards = 2 if config.editor.true_cfg > 1 else 1
+    # The trained policy, and those that the objective compares with (acting, base, reference).
     policies = 1 + len(algorithm.objective.policies)
+    # rollout: groups * G * T; learning: groups * states * policies * epochs.
     return Effort(
         rollout=forwards * train.groups_per_update * rollout.group_size * rollout.num_steps,
         learning=forwards * train.groups_per_update * states * policies * train.inner_epochs,
@@ -71,6 +74,7 @@ def effort(config: RunConfig) -> Effort:
 def _zero_group(config: RunConfig) -> RolloutGroup:
     """Builds a rollout group of zeros with the run's sizes and trained steps."""
     algorithm, rollout = config.algorithm, config.rollout
+    # Update 0 stands for all: see the docstring of ``effort``.
     levels = algorithm.step_noise(0, rollout.num_steps)
     tokens = _GRID[0] * _GRID[1]
     conditioning = Conditioning(

@@ -75,6 +75,7 @@ class Evaluation:
 
     def write(self, path: Path, rows: Path) -> None:
         """Writes the record to ``path``, whole or not at all, and the rows to ``rows``."""
+        # NaN stays NaN in the rows: Python reads it back, and null would be no float.
         rows.write_text("".join(json.dumps(row.model_dump()) + "\n" for row in self.rows))
         replace_json(path, self.record.model_dump(mode="json"))
 
@@ -116,6 +117,7 @@ def evaluate(
     num_types = len(getattr(dataset, "task_types", ()) or ()) or _DEFAULT_TYPES
     quota = ExampleQuota(num_examples=0 if images is None else config.examples, num_types=num_types)
     rows: list[Row] = []
+    # Over the tasks in order, as they lie on the canvas: compare refuses other tasks by it.
     digest = hashlib.sha256()
     done = 0
     with torch.no_grad():
@@ -124,6 +126,7 @@ def evaluate(
                 for encoded, edits in _edit(editor, batch, steps, seed=config.seed, noise=noise):
                     row = _row(once, encoded, edits)
                     rows.append(row)
+                    # One noise is enough for an image; the numbers have them all.
                     if images is not None and noise == 0 and quota.take(row.task_type):
                         write_example(images, _example(encoded, edits, row))
             for task, _ in batch:
@@ -184,6 +187,7 @@ def _sides(rows: Sequence[Row]) -> Sides:
             for row in rows
             if all(math.isfinite(row.values[side].get(metric, math.nan)) for side in SIDES)
         ]
+        # A metric without a single pair is absent, not zero.
         if not measured:
             continue
         # Noises of one task are no independent samples: whole tasks are resampled.
@@ -212,6 +216,7 @@ def _batches(editor: Editor, tasks: Iterator[EditTask], size: int) -> Iterator[l
     batch: list[Encoded] = []
     for task in tasks:
         conditioning = editor.encode(task)
+        # Images of one forward must have one size; order is kept, so that rows are reproducible.
         if batch and (len(batch) == size or batch[0][1].grid != conditioning.grid):
             yield batch
             batch = []
@@ -225,9 +230,11 @@ def _add_task(digest: Any, task: EditTask) -> None:
 
     Evaluations of equal digests used the same images, masks and instructions.
     """
+    # JSON separates the fields: "ab" + "c" and "a" + "bc" must differ.
     digest.update(json.dumps([task.task_id, task.task_type, task.instruction]).encode())
     target = [task.target] if isinstance(task, PairedTask) else []
     for part in (task.source, task.edit_mask, *target):
+        # The shape first: 2 x 8 and 4 x 4 pixels have equal bytes.
         digest.update(f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
 
 
@@ -250,6 +257,7 @@ def _edit_side(
     initial = torch.stack(
         [NoiseSource(seed, task.task_id, noise).normal("evaluation", 0, shape) for task, _ in batch]
     )
+    # The velocity adds every step's attention; the mean over steps is what is reported.
     tally = MassTally()
     final = denoise(
         lambda x, s: editor.velocity(x, s, conditionings, tally),
@@ -261,6 +269,7 @@ def _edit_side(
 
 
 def _row(terms: Sequence[Reward], encoded: Encoded, edits: Mapping[str, _Edit]) -> Row:
+    # Scored one by one, as a user's image would be: a judge must not see the other side.
     task = encoded[0]
     values = {side: _measure(terms, encoded, edit) for side, edit in edits.items()}
     return Row(task_id=task.task_id, task_type=task.task_type, values=values)
@@ -283,6 +292,7 @@ def _measure(terms: Sequence[Reward], encoded: Encoded, edit: _Edit) -> dict[str
     )
     for name, parts in table.components.items():
         values[name] = parts[0]
+        # setdefault: the first judge in the order of the config wins.
         if name.endswith(INSTRUCTION_PARTS):
             values.setdefault("instruction", parts[0])
     for name, parts in diagnostics(candidates).items():

@@ -80,6 +80,7 @@ def read_runs(directories: Sequence[Path]) -> list[EvaluatedRun]:
                 "written by rl-edit train"
             )
     runs = {directory: _read_checked(directory) for directory in directories}
+    # All of them in one message: an evaluation takes minutes, and its command can be copied.
     missing = [directory for directory, run in runs.items() if run is None]
     if missing:
         commands = "; ".join(f"rl-edit evaluate {directory}" for directory in missing)
@@ -92,6 +93,7 @@ def read_runs(directories: Sequence[Path]) -> list[EvaluatedRun]:
 
 def require_alike(runs: Sequence[EvaluatedRun]) -> None:
     """Raises InputError, naming the differences, unless all runs were evaluated alike."""
+    # Equality is transitive, so each run is compared with the first one only.
     first = runs[0]
     for run in runs[1:]:
         different = [key for key in PROTOCOL if getattr(run.meta, key) != getattr(first.meta, key)]
@@ -113,6 +115,7 @@ def require_alike(runs: Sequence[EvaluatedRun]) -> None:
 
 def _short(value: Any) -> str:
     """Shortens a hash."""
+    # 64 characters are a sha256; twelve of them are enough to see that two differ.
     return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
@@ -122,6 +125,7 @@ def _read_checked(directory: Path) -> EvaluatedRun | None:
         return _read(directory)
     except InputError:
         raise
+    # run.json and metrics.jsonl are read without a schema: damage shows as any of these.
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{directory}: a file of its evaluation is damaged ({type(error).__name__}: {error}). "
@@ -135,10 +139,12 @@ def _read(directory: Path) -> EvaluatedRun | None:
     if not (summary.is_file() and rows_file.is_file()):
         return None
     record = validated(EvaluationRecord, _json(summary, summary.read_text()))
+    # An older evaluation lacks what decides comparability: it is made again, not guessed.
     meta = record.complete_meta()
     if meta is None:
         return None
     config = load_config(directory / "config.yaml")
+    # Before the rows: other rewards have other columns.
     _require_same_rewards(directory, config, meta)
     rows = _read_rows(rows_file, config)
     if len(rows) != (expected := meta.num_tasks * meta.num_noises):
@@ -146,6 +152,7 @@ def _read(directory: Path) -> EvaluatedRun | None:
             f"{rows_file} has {len(rows)} rows of {expected}: it is cut. "
             f"Evaluate again: rl-edit evaluate {directory}"
         )
+    # A run that is copied without its run.json can still be compared by its numbers.
     run_file = directory / "run.json"
     facts = _json(run_file, run_file.read_text()) if run_file.is_file() else {}
     adapter = facts.get("adapter")
@@ -166,6 +173,7 @@ def _require_same_rewards(directory: Path, config: RunConfig, meta: EvaluationMe
     trained = {
         name: term.sha256() for name, term in config.rewards.items() if name not in meta.left_out
     }
+    # Terms that differ in any setting, and terms that only one side has.
     if other := sorted({name for name, _ in trained.items() ^ meta.rewards.items()}):
         raise InputError(
             f"{directory} was evaluated with other rewards than it was trained on "
@@ -179,6 +187,7 @@ def _read_rows(path: Path, config: RunConfig) -> dict[Key, Row]:
     term = next(
         (name for name, term in config.rewards.items() if term.kind == "preservation"), None
     )
+    # ``evaluate`` writes all noises of a batch in order, so a task's rows are in order too.
     rows: dict[Key, Row] = {}
     num_noises: Counter[str] = Counter()
     for line in path.read_text().splitlines():

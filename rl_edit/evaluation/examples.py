@@ -49,6 +49,7 @@ class ExampleQuota:
 
     def __init__(self, *, num_examples: int, num_types: int) -> None:
         self._total = num_examples
+        # Rounded up, so that the quotas of all types together reach the total.
         self._per_type = max(1, math.ceil(num_examples / num_types))
         self._taken: Counter[str] = Counter()
 
@@ -64,6 +65,7 @@ def write_example(images: Path, example: Example) -> None:
     """Writes an example below ``images``, in a directory named by its task."""
     directory = images / _folder_name(example.record.task_id)
     directory.mkdir(parents=True, exist_ok=True)
+    # PNG is lossless: differences are computed from these files.
     panels = {
         "source": example.source,
         "mask": example.mask.astype(np.uint8) * 255,
@@ -86,13 +88,16 @@ def read_example(directory: Path) -> Example:
     record = _read_record(directory)
     source = _open(directory / "source.png", "RGB")
     edited = {side: _open(directory / f"{side}.png", "RGB") for side in SIDES}
+    # Written as 0 or 255.
     mask = _open(directory / "mask.png", "L") > 127
+    # The difference is taken pixel by pixel; the target is only shown, whatever its size.
     for name, pixels in {"mask": mask, **edited}.items():
         if pixels.shape[:2] != source.shape[:2]:
             raise InputError(
                 f"{name}.png is {_size(pixels)} but source.png is {_size(source)}: "
                 "pixels cannot be compared. Evaluate again."
             )
+    # Absent for tasks without a known result, and for editors without attention maps.
     target = directory / "target.png"
     maps = {side: directory / f"attention_{side}.png" for side in SIDES}
     return Example(
@@ -128,6 +133,7 @@ def _open(path: Path, mode: Literal["RGB", "L"]) -> Pixels:
             f"{path.name} is missing: the strip cannot be drawn without it. Evaluate again."
         )
     try:
+        # Pillow decodes lazily: errors of the content appear in ``convert``, not in ``open``.
         with Image.open(path) as image:
             return np.asarray(image.convert(mode), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -143,4 +149,5 @@ def _size(pixels: NDArray[Any]) -> str:
 
 def _folder_name(task_id: str) -> str:
     """Writes a task id as one folder name."""
+    # Ids come from users' data and may hold slashes; most file systems end names at 255 bytes.
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in task_id)[:120]

@@ -18,8 +18,9 @@ from rl_edit.measures.intervals import Interval
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# The two editors of an evaluation: without the adapter, and with it. These are keys of all three
+# files and names of PNG files, so they are the same word everywhere.
 SIDES = ("base", "trained")
-"""The two editors of an evaluation: without the adapter, and with it."""
 
 
 def interval_json(interval: Interval) -> dict[str, int | float | None]:
@@ -31,6 +32,7 @@ def interval_json(interval: Interval) -> dict[str, int | float | None]:
 def _interval(value: Any) -> Any:
     """Reads ends that :func:`interval_json` writes as null; ``n`` is 0 where a file has none."""
     if not isinstance(value, Mapping):
+        # An Interval, which is checked no further, or damage, which pydantic names.
         return value
     low, high = value.get("low"), value.get("high")
     return {
@@ -47,6 +49,7 @@ def _measured(value: Any) -> Any:
         return value
 
     def has_mean(entry: object) -> bool:
+        # Entries that are no objects pass, so that pydantic refuses them by name.
         mean = entry.get("mean") if isinstance(entry, Mapping) else 0.0
         return isinstance(mean, int | float) and math.isfinite(mean)
 
@@ -64,6 +67,7 @@ Intervals = Annotated[
 
 
 class _File(BaseModel):
+    # Unknown keys are ignored: a file of a newer version is read for what this version knows.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
@@ -82,6 +86,8 @@ class EvaluationMeta(_File):
         left_out: reward terms that the data cannot feed.
     """
 
+    # The order is that of the file. A field without a default must be there for a comparison;
+    # PROTOCOL in evaluated_run.py names those that must be equal.
     num_tasks: int
     num_noises: int
     seed: int
@@ -134,10 +140,13 @@ class EvaluationRecord(Sides):
     """
 
     by_type: Mapping[str, Sides] = {}
+    # Kept as it is, not as an EvaluationMeta: the report shows the settings of any version.
     meta: Mapping[str, Any] = {}
 
     def complete_meta(self) -> EvaluationMeta | None:
         """Returns ``meta`` as a record; None where an older version left a needed key out."""
+        # A missing key means another version, a wrong value means damage: only the latter is an
+        # error here.
         fields = EvaluationMeta.model_fields.items()
         if any(field.is_required() and name not in self.meta for name, field in fields):
             return None
@@ -159,6 +168,7 @@ class Row(_File):
 class ExampleRecord(_File):
     """The content of an example's ``task.json``; ``metrics`` as in :class:`Row`."""
 
+    # All have defaults: an example is worth drawing for its images alone.
     task_id: str = ""
     task_type: str = ""
     instruction: str = ""
@@ -174,6 +184,7 @@ def validated(model: type[Model], content: object) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
+        # pydantic's message has a line and a link for every problem; one is enough to act on.
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise ValueError(f"{place}: {problem['msg']}" if place else problem["msg"]) from error

@@ -10,10 +10,12 @@ from markupsafe import escape
 
 from rl_edit.report.numbers import format_number
 
+# Drawing units of a chart. The page scales it to its column; 440 is about what a column gets.
 WIDTH, HEIGHT = 440.0, 210.0
 RIGHT, TOP, BOTTOM = 12.0, 12.0, 38.0
+# Room beside an axis: for its name, between label and plot, for each character of a label. An SVG
+# cannot measure its text, so characters count as wide as a digit of its font.
 NAME, GAP, CHARACTER = 20.0, 6.0, 7.0
-"""Room beside an axis: for its name, between label and plot, for each character of a label."""
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -22,11 +24,13 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
         pad = abs(low) * 0.05
         # A constant zero is most often a share or a count, which never falls below 0.
         low, high = (low - pad, high + pad) if pad else (0.0, 1.0)
+    # The smallest of 1, 2, 2.5, 5, 10 times a power of ten that is no smaller than the raw step.
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(
         factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= raw * 0.999
     )
+    # The tolerances keep an end that is a tick but for rounding from getting a further tick.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
 
@@ -78,6 +82,7 @@ class Frame:
         """
         low, high = min(xs), max(xs)
         first, last = ticks_at or (low, high)
+        # One update gets an axis of width 1, with its dot in the middle.
         if low == high:
             low, high = low - 0.5, high + 0.5
         # A round tick this close to an end would collide with the end's label.
@@ -113,6 +118,7 @@ class Frame:
 
     def right_axis(self, unit: str) -> str:
         """Draws a second vertical axis, without grid lines."""
+        # 3.8 units lower a text's base line so that its middle is at the tick.
         edge, middle = WIDTH - self.right, TOP + (HEIGHT - TOP - BOTTOM) / 2
         texts = [
             f'<text x="{edge + GAP:.0f}" y="{y + 3.8:.1f}">{label}</text>'

@@ -18,6 +18,7 @@ from rl_edit.report.axes import BOTTOM, HEIGHT, TOP, WIDTH, Frame, nice_ticks
 from rl_edit.report.numbers import format_number
 from rl_edit.report.run_files import Points
 
+# Classes c0 to c7 in page.html.j2. More lines in one chart are not distinguishable.
 NUM_COLOURS = 8
 # A chart narrower than 440 px cannot be hovered more finely; this also bounds the size of the page
 # for long runs.
@@ -143,6 +144,7 @@ def twin_chart(
         return None
     xs = [x for entry in (left, right) for x, _ in entry.points] + [mark.update for mark in marks]
     columns = [[y for _, y in entry.points] for entry in (left, right)]
+    # The reference belongs to the left axis and must lie on it.
     columns[0] += [] if reference is None else [reference]
     # Both frames get both axes' ticks, so that they make room for each other's labels.
     ticks = tuple(nice_ticks(min(ys), max(ys)) for ys in columns)
@@ -168,6 +170,7 @@ def stacked_chart(
 
     Many updates share a bar, which then shows their mean. ``total`` is drawn as a line.
     """
+    # Whatever comes beyond the colours is in the total all the same.
     phases = {name: points for name, points in list(phases.items())[:NUM_COLOURS] if points}
     if not phases:
         return None
@@ -177,6 +180,7 @@ def stacked_chart(
     columns = {name: dict(points) for name, points in phases.items()}
     layers = [{name: _mean(column, keys) for name, column in columns.items()} for keys in bins]
     line = [((keys[0] + keys[-1]) / 2, _mean(dict(total), keys)) for keys in bins] if total else []
+    # Half the distance of two bars: the axis reaches beyond the outer bars' middles by as much.
     half = (bins[1][0] - bins[0][0]) / 2 if len(bins) > 1 else 0.5
     frame = Frame.around(
         xs=[updates[0] - half, updates[-1] + half],
@@ -208,6 +212,7 @@ def interval_bar(interval: Interval, *, limit: float, verdict: str, width: int =
         # 4 units at either end keep a dot at the limit within the drawing.
         return middle + (middle - 4.0) * max(-1.0, min(1.0, value / (limit or 1.0)))
 
+    # An unknown end (one task) is drawn as the mean: a dot without a bar.
     low, high = (
         end if math.isfinite(end) else interval.mean for end in (interval.low, interval.high)
     )
@@ -229,6 +234,7 @@ def _legend(series: Sequence[Series]) -> tuple[LegendEntry, ...]:
 def _line(frame: Frame, entry: Series, colour: str, *, smooth: bool, dashed: bool = False) -> str:
     """Draws one line with its points: faint under a moving average, solid without one."""
     xs, ys = [x for x, _ in entry.points], [y for _, y in entry.points]
+    # An average over the whole of a short run says nothing that the points do not.
     averaged = smooth and len(ys) > 3
     average = moving_average(ys, smoothing_span(len(ys))) if averaged else ys
     parts = []
@@ -236,6 +242,7 @@ def _line(frame: Frame, entry: Series, colour: str, *, smooth: bool, dashed: boo
         raw = frame.path(_thin(list(entry.points), MAX_POINTS))
         parts.append(f'<path class="raw {colour}" d="{raw}"/>')
     if len(ys) <= MAX_HOVER_STRIPS:
+        # Dots show single updates; a long run's would run together and weigh on the page.
         parts.append(f'<g class="dots {"" if averaged else "solid "}{colour}">')
         radius = 1.6 if averaged else 2.2
         parts += [
@@ -270,6 +277,7 @@ def _bar(
     first, last = format_number(updates[0]), format_number(updates[-1])
     span = first if len(updates) == 1 else f"{first} to {last} (mean)"
     lines = [f"{name}: {format_number(value)} {unit}" for name, value in layer.items()]
+    # Browsers show a <title> on hovering; this needs no script.
     title = "\n".join([f"update {span}", *lines])
     parts = [f"<g><title>{escape(title)}</title>"]
     base = 0.0
@@ -283,6 +291,7 @@ def _bar(
 
 def _mean(column: Mapping[float, float], updates: Sequence[float]) -> float:
     """Averages a column over those updates that have a value; 0 without any."""
+    # A bar cannot have a negative height.
     present = [max(column[update], 0.0) for update in updates if update in column]
     return sum(present) / len(present) if present else 0.0
 

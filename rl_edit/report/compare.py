@@ -62,6 +62,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 def _context(comparison: Comparison) -> dict[str, Any]:
     arms, meta, other = comparison.arms, comparison.meta, comparison.against
+    # A run is a directory, an arm one line of the table.
     runs = sum(len(arm.runs) for arm in arms)
     return {
         "title": f"{runs} run{'' if runs == 1 else 's'} compared",
@@ -76,9 +77,11 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         ],
         "several_seeds": any(len(arm.runs) > 1 for arm in arms),
         "forest": forest(arms),
+        # The main table: heading, the base's absolute values, and a row for each arm.
         "measures": [measure.heading for measure in MEASURES],
         "base": [_base(comparison, measure) for measure in MEASURES],
         "arms": [_arm_row(arm) for arm in arms],
+        # The second table, only with --against.
         "against": other.label if other else "",
         "over": _differences(arms, other) if other else None,
         "by_type": [_by_type(arms, measure) for measure in PANELS],
@@ -87,11 +90,13 @@ def _context(comparison: Comparison) -> dict[str, Any]:
 
 
 def _base(comparison: Comparison, measure: Measure) -> str:
+    # Blank where arms do not agree on the base: each has a training reward of its own weights.
     interval = comparison.base(measure.name)
     return "" if interval is None else format_number(interval.mean, measure.digits)
 
 
 def _arm_row(arm: Arm) -> ArmRow:
+    # Both costs: evaluations do not depend on the machine, seconds include everything.
     seconds, effort = arm.seconds_per_update, arm.effort
     seeds = f"seed{'s' if len(arm.seeds) > 1 else ''} {', '.join(map(str, arm.seeds))}"
     return ArmRow(
@@ -121,6 +126,7 @@ def _differences(arms: Sequence[Arm], other: Arm) -> Grid:
     return Grid(
         title="",
         heading="run",
+        # The training reward is missing: it means another sum in every arm.
         columns=tuple(measure.heading for measure in COMMON_MEASURES),
         rows=rows,
     )
@@ -128,6 +134,7 @@ def _differences(arms: Sequence[Arm], other: Arm) -> Grid:
 
 def _by_type(arms: Sequence[Arm], measure: Measure) -> Grid:
     """Breaks the gains of one measure down by task type; headings count the tasks."""
+    # All arms were evaluated on the same tasks, so the first one's types are everyone's.
     kinds = arms[0].task_types()
     # A task has a row for each noise, and counts once.
     tasks = Counter(

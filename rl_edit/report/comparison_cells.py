@@ -28,8 +28,10 @@ def cell_of(interval: Interval | None, measure: Measure) -> Cell:
     if interval is None:
         return Cell(mean="\u2014", span="not measured", verdict="unclear")
     mean = format_signed(interval.mean, measure.digits)
+    # The spread over tasks is unknown from a single one.
     if not math.isfinite(interval.low):
         return Cell(mean=mean, span="one task", verdict="unclear")
     ends = (format_signed(end, measure.digits) for end in (interval.low, interval.high))
+    # Colour follows the interval, never the mean: a large mean may still be noise.
     verdict = {1: "better", -1: "worse", 0: "unclear"}[interval.sign]
     return Cell(mean=mean, span=" to ".join(ends), verdict=verdict)

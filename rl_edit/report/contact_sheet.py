@@ -11,14 +11,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rl_edit.report.outlines import outline, resized
 
+# Pixels: the longest side of an image, the height of a line of text, and the gaps.
 SIDE = 176
 LINE = 14
 GAP = 8
+# Outlines of a mask that was found and of the true one: far apart also for colour-blind readers.
 FOUND = (255, 128, 0)
 TRUE = (0, 220, 255)
 THICKNESS = 2
+# Examples side by side.
 COLUMNS = 3
-"""Examples side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ def contact_sheet(title: str, examples: Sequence[Example]) -> Image.Image:
     """Draws all examples, ``COLUMNS`` to a row, with cells as large as the largest."""
     cells = [_cell(example) for example in examples]
     width, height = (max(cell.size[axis] for cell in cells) + 2 * GAP for axis in (0, 1))
+    # Rounded up: the last row may be shorter.
     rows = -(-len(cells) // COLUMNS)
     sheet = Image.new(
         "RGB", (width * min(COLUMNS, len(cells)), height * rows + LINE + 2 * GAP), "white"

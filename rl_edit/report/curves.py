@@ -6,14 +6,19 @@ The sections follow the questions one asks of a run.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rl_edit.report.charts import Chart, Mark, Series, line_chart, stacked_chart, twin_chart
 from rl_edit.report.metric_charts import Charts, Line, MetricCharts, spaced
 from rl_edit.report.run_files import RunFiles, number
 
+# A reward term does not declare its side of the mask in metrics.jsonl.
 # Terms that are measured outside the mask are recognised by these words in their name.
+# The pattern decides the section of a chart and nothing else.
 OUTSIDE = re.compile(r"background|preserv|outside|lpips|psnr|ssim", re.IGNORECASE)
+# Keys are NAME in ``background/NAME/mean``: ways in which a background changes, each with its
+# title, the value of an unchanged background, and a note.
 DRIFT = {
     "seam": (
         "Seam around the mask",
@@ -33,7 +38,7 @@ DRIFT = {
         "amplitude; a grid gathers in one wave what noise spreads over all",
     ),
 }
-"""Title, value of an unchanged background, and note of ``background/NAME/mean``: kinds of drift."""
+# Keys are NAME in ``reward/TERM/NAME``, each with title and note.
 MISSING = {
     "invalid_share": ("Scores that are invalid", "an answer that is no score, or none"),
     "timeout_share": ("Scores that came too late", "no answer in time"),
@@ -41,7 +46,6 @@ MISSING = {
     "cached_share": ("Scores recalled from the cache", ""),
     "uncached_share": ("Scores that could not be kept", "the cache's disk did not take them"),
 }
-"""Title and note of ``reward/TERM/NAME``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,58 +63,17 @@ def chart_groups(files: RunFiles) -> list[ChartGroup]:
     Keys without a place on this page come last, under their own name.
     """
     metrics = MetricCharts(files)
-    sections: tuple[tuple[str, str, Charts], ...] = (
-        ("Inside the mask", "Does the edit do what the instruction says?", _inside(metrics)),
-        ("Outside the mask", "Does everything else stay as it was?", _outside(metrics)),
-        (
-            "Background drift",
-            "In which way it changes, if it does: each of these hides behind a good PSNR for a "
-            "while.",
-            _drift(metrics),
-        ),
-        (
-            "Held-out tasks",
-            "Gold is the reward that is trusted, on tasks that are not trained on. When it falls "
-            "while the training reward rises, the training reward is earned by something else than "
-            "was wanted.",
-            _heldout(files),
-        ),
-        (
-            "Where the editor looks",
-            "How much of the text-to-image attention falls on the region to edit.",
-            _attention(metrics),
-        ),
-        (
-            "Spread within a group",
-            "How much the candidates of one task differ: what the method learns from. "
-            "Zero teaches nothing.",
-            _spread(metrics),
-        ),
-        (
-            "What drives the reward",
-            "Which term and which side of the mask decide who is better than whom, and how much "
-            "of it is noise or missing.",
-            _drivers(metrics),
-        ),
-        (
-            "Optimisation",
-            "Is the step small, and is it taken on fresh data?",
-            _optimisation(metrics),
-        ),
-        ("Time", "Where an update's seconds go.", _time(metrics)),
-        # Last, because it draws the keys that no section before it has drawn.
-        ("Other numbers", "Further keys of metrics.jsonl, as they are.", metrics.rest()),
-    )
-    groups = (
-        ChartGroup(
-            title=title, about=about, charts=tuple(chart for chart in charts if chart is not None)
-        )
-        for title, about, charts in sections
-    )
-    return [group for group in groups if group.charts]
+    groups = []
+    for title, about, draw in SECTIONS:
+        # None is a chart whose keys this run does not have.
+        charts = tuple(chart for chart in draw(metrics) if chart is not None)
+        if charts:
+            groups.append(ChartGroup(title=title, about=about, charts=charts))
+    return groups
 
 
 def _inside(metrics: MetricCharts) -> Charts:
+    # The total comes first although it weighs terms of both sides: it is what training raises.
     return [
         metrics.line(
             Line(
@@ -134,6 +97,7 @@ def _inside(metrics: MetricCharts) -> Charts:
 
 
 def _outside(metrics: MetricCharts) -> Charts:
+    # Every background measure except PSNR, drawn by name above, and the drift, a section below.
     other = metrics.matching(rf"background/(?!psnr/(?:mean|spread)$|(?:{'|'.join(DRIFT)})/)(.+)")
     return [
         metrics.line(
@@ -167,6 +131,7 @@ def _outside(metrics: MetricCharts) -> Charts:
 
 def _parts(metrics: MetricCharts) -> list[tuple[str, Line]]:
     """Returns (term, line) of each term's and component's mean, instructions first among these."""
+    # (.+) is greedy: a term's name may hold slashes. The total is drawn elsewhere.
     terms = [(key, term) for key, term in metrics.matching(r"reward/(.+)/mean") if term != "total"]
     components = sorted(
         metrics.matching(r"component/(.+)/mean"), key=lambda pair: "instruction" not in pair[1]
@@ -184,6 +149,7 @@ def _parts(metrics: MetricCharts) -> list[tuple[str, Line]]:
 
 
 def _drift(metrics: MetricCharts) -> Charts:
+    # Mean and spread share a chart: training can only remove a drift that candidates differ in.
     charts = []
     for name, (title, unchanged, note) in DRIFT.items():
         left = metrics.series(f"background/{name}/mean", "mean over candidates")
@@ -192,23 +158,28 @@ def _drift(metrics: MetricCharts) -> Charts:
             twin_chart(
                 title=title, left=left, right=right, reference=unchanged, smooth=True, note=note
             )
+            # Where a run has only one of the two.
             or line_chart(title=title, unit=left.label, series=[left, right], note=note)
         )
     return charts
 
 
-def _heldout(files: RunFiles) -> Charts:
+def _heldout(metrics: MetricCharts) -> Charts:
     """Draws gold against the training reward, with the alarms and the best adapter.
 
     Nothing is drawn for a run without held-out evaluations.
     """
+    files = metrics.files
+    # A resumed run repeats the events after its checkpoint: one mark for each update.
     alarms = dict.fromkeys(
         number(row.get("update")) for row in files.events.rows if row.get("event") == "gold_alarm"
     )
+    # Marks show when the run should have been stopped, and which adapter it saved as the best.
     marks = [Mark(label="alarm", update=update) for update in alarms if update is not None]
     if (best := number(files.best.get("update"))) is not None:
         marks.insert(0, Mark(label="best", update=best))
 
+    # Not smoothed: held-out evaluations are few, and each is a mean over the same tasks.
     def line(key: str, title: str, unit: str) -> Chart | None:
         series = Series(label="held-out", points=files.heldout_column(key))
         return line_chart(title=title, unit=unit, series=[series], smooth=False)
@@ -240,6 +211,7 @@ def _attention(metrics: MetricCharts) -> Charts:
 
 
 def _spread(metrics: MetricCharts) -> Charts:
+    # ``each`` fills in key and name. Terms have the unit of a reward, parts that of their judge.
     term = Line(key="", title="Spread of {}", unit="reward", from_zero=True)
     part = Line(key="", title="Spread of {}", unit="score", from_zero=True)
     return [
@@ -261,6 +233,7 @@ def _spread(metrics: MetricCharts) -> Charts:
                 from_zero=True,
             )
         ),
+        # Only for exploration that adapts its noise to each kind of edit.
         *metrics.together(
             r"exploration/(.+)/inside",
             "Noise inside the mask, by kind of edit",
@@ -276,6 +249,7 @@ def _spread(metrics: MetricCharts) -> Charts:
 
 
 def _drivers(metrics: MetricCharts) -> Charts:
+    # Shares first: which term, then which side, and last how much of it is noise.
     return [
         *metrics.by_term(
             "variance_share",
@@ -299,6 +273,13 @@ def _drivers(metrics: MetricCharts) -> Charts:
             "of pixel intensities on a scale of 1, a mean over the image",
         ),
         _both_sides(metrics, "spread", "Spread of that variance within a group"),
+        *_noise(metrics),
+    ]
+
+
+def _noise(metrics: MetricCharts) -> Charts:
+    """Draws the part of the reward that is measurement: noise, and scores that are missing."""
+    return [
         *metrics.by_term(
             "noise_to_spread",
             "Noise over spread",
@@ -329,6 +310,7 @@ def _both_sides(metrics: MetricCharts, statistic: str, title: str, note: str = "
 
 
 _RATIO = "Probability ratio"
+# The ratio is that of the trained policy's probability to the acting one's; it starts at 1.
 OPTIMISATION = (
     Line(key="ratio/mean", title=f"{_RATIO}, mean", unit="ratio"),
     Line(key="ratio/min", title=f"{_RATIO}, smallest", unit="ratio"),
@@ -347,6 +329,7 @@ OPTIMISATION = (
 
 
 def _optimisation(metrics: MetricCharts) -> Charts:
+    # Counts of groups share a chart: those used and those dropped add up to those planned.
     groups = [metrics.series(key, spaced(rest)) for key, rest in metrics.matching(r"groups/(.+)")]
     return [
         *metrics.lines(OPTIMISATION),
@@ -358,6 +341,7 @@ def _optimisation(metrics: MetricCharts) -> Charts:
             from_zero=True,
             smooth=False,
         ),
+        # Counted, so not smoothed: a fraction of an update means nothing.
         metrics.line(
             Line(
                 key="staleness",
@@ -372,7 +356,9 @@ def _optimisation(metrics: MetricCharts) -> Charts:
 
 
 def _time(metrics: MetricCharts) -> Charts:
+    # Where no phase was timed, the update's duration is drawn by itself.
     title, key = "Seconds per update", "seconds/update"
+    # Layers are phases; the duration of the update itself is the line over them.
     phases = {
         spaced(rest): metrics.series(phase, rest).points
         for phase, rest in metrics.matching(r"seconds/(.+)")
@@ -389,3 +375,42 @@ def _time(metrics: MetricCharts) -> Charts:
             note="phases may run at the same time, so their sum can exceed the whole update",
         )
     ]
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[MetricCharts], Charts]], ...] = (
+    ("Inside the mask", "Does the edit do what the instruction says?", _inside),
+    ("Outside the mask", "Does everything else stay as it was?", _outside),
+    (
+        "Background drift",
+        "The kind of change, if any: each of these hides behind a good PSNR for a while.",
+        _drift,
+    ),
+    (
+        "Held-out tasks",
+        "Gold is the reward that is trusted, on tasks that are not trained on. When it falls while "
+        "the training reward rises, something else than the requested edit earns the reward.",
+        _heldout,
+    ),
+    (
+        "Where the editor looks",
+        "How much of the text-to-image attention falls on the region to edit.",
+        _attention,
+    ),
+    (
+        "Spread within a group",
+        "The method learns from differences between the candidates of one task. Without spread it "
+        "learns nothing.",
+        _spread,
+    ),
+    (
+        "What drives the reward",
+        "Which term and which side of the mask decide the order of candidates, and how much of "
+        "the reward is noise or missing.",
+        _drivers,
+    ),
+    ("Optimisation", "Is the step small, and is it taken on fresh data?", _optimisation),
+    ("Time", "Where an update's seconds go.", _time),
+    # Last, because it draws the keys that no section before it has drawn.
+    ("Other numbers", "Further keys of metrics.jsonl, as they are.", MetricCharts.rest),
+)
+"""Title, question, and charts of each section, in the order of the page."""

@@ -19,18 +19,19 @@ from rl_edit.report.run_files import RunFiles, number, read_run
 from rl_edit.report.strips import amplified_difference, mask_image
 from rl_edit.report.tables import METRICS
 
+# Pixels for each unit of the layout: 1600 pixels are sharp at 800 on a screen of high density.
 SCALE = 2
-"""Pixels for each unit of the layout, so that 1600 pixels fill 800 on a screen of high density."""
+# Layout in units: figure, border, gaps, side of a panel, heading, footer.
 WIDTH, MARGIN, GAP, PANEL, HEAD, FOOT = 800, 16, 8, 96, 34, 46
-"""Layout in units: figure, border, gaps, side of a panel, heading, footer."""
+# Factor on the difference, twice the report's: a small image on a dark card would look black.
 GAIN = 8
-"""Factor on the difference; a small one would print as black."""
 PANELS = ("source", "edit mask", "base", "trained", f"difference x {GAIN}")
+# Metrics beside each row, with their labels: one inside the mask, one outside.
 CAPTIONS = {"instruction": "instruction score", "background_psnr_masked": "background PSNR"}
-"""Metrics beside each row, with their labels."""
+# A dark card has enough contrast on a white page and does not glare on a dark one.
 CARD, INK, SOFT, LINE = (22, 27, 34), (230, 237, 243), (150, 160, 171), (255, 255, 255)
+# Colours of the palette: a PNG of a third of the size, without a visible difference.
 MAX_COLOURS = 256
-"""Colours of the palette, which makes a PNG of a third of the size without a visible difference."""
 
 
 def write_figure(run_dir: Path, path: Path) -> Path:
@@ -41,6 +42,7 @@ def write_figure(run_dir: Path, path: Path) -> Path:
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"--figure {path} is no PNG: give a name that ends in .png")
+    # Without dithering: its dots would look like noise of the editor.
     palette = draw_figure(run_dir).quantize(MAX_COLOURS, kmeans=3, dither=Image.Dither.NONE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ def draw_figure(run_dir: Path) -> Image.Image:
     figure = Image.new("RGB", (WIDTH * SCALE, height * SCALE), CARD)
     draw = ImageDraw.Draw(figure)
     columns = range(len(PANELS))
+    # Panels are laid from the right edge; the captions get what remains on the left.
     lefts = [WIDTH - MARGIN - PANEL - (PANEL + GAP) * index for index in reversed(columns)]
     for left, name in zip(lefts, PANELS, strict=True):
         _write(draw, (left + PANEL / 2, HEAD / 2 + 2), name, size=13, fill=SOFT, anchor="mm")
@@ -131,6 +134,7 @@ def _caption(draw: ImageDraw.ImageDraw, example: Example, top: int, *, width: in
     _write(draw, (MARGIN, top + 2), record.task_type.replace("_", " "), size=11, fill=SOFT)
     for index, line in enumerate(_wrapped(draw, record.instruction, width=width, size=14)):
         _write(draw, (MARGIN, top + 18 + 18 * index), line, size=14, fill=INK)
+    # Numbers stand at the bottom of the row, whether the instruction takes one line or two.
     numbers = _numbers(record.metrics)
     for index, line in enumerate(numbers):
         bottom = top + PANEL - 15 * (len(numbers) - index) - 1
@@ -144,6 +148,7 @@ def _numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
         base, trained = (number(metrics.get(side, {}).get(name)) for side in ("base", "trained"))
         if base is not None and trained is not None:
             unit = f" {METRICS[name].unit}" if METRICS[name].unit else ""
+            # The built-in font of Pillow has no arrow, hence "to".
             lines.append(f"{label} {base:.1f} to {trained:.1f}{unit}")
     return lines
 
@@ -151,6 +156,7 @@ def _numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
 def _footer(files: RunFiles) -> list[str]:
     """Says how the rows were chosen, and what the whole evaluation measured."""
     name = str(files.run.get("name") or files.directory.resolve().name)
+    # A few rows prove nothing: the means over all tasks stand under them, with intervals.
     evaluation = files.evaluation
     adapter = "" if evaluation is None else f", adapter {evaluation.meta.get('adapter', 'unknown')}"
     lines = [f"{name}{adapter}. Rows: the first held-out task of each kind, not chosen by score."]

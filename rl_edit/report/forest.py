@@ -13,14 +13,16 @@ from rl_edit.report.axes import CHARACTER, nice_ticks, tick_digits
 from rl_edit.report.comparison_cells import cell_of
 from rl_edit.report.numbers import format_signed
 
+# Inside, outside, and both together.
 PANELS = tuple(
     measure
     for name in ("instruction", "background_psnr_masked", TOTAL)
     for measure in MEASURES
     if measure.name == name
 )
-"""Inside, outside, and both together."""
 
+# Drawing units: room for labels, width of a panel, gap between panels, heights of row, heading and
+# axis.
 LABELS, PANEL, GAP, ROW, HEAD, FOOT = 290.0, 212.0, 50.0, 28.0, 30.0, 26.0
 
 
@@ -56,6 +58,7 @@ def _panel(arms: Sequence[Arm], measure: Measure, *, left: float, bottom: float)
         return [heading, f'<text class="mid" x="{middle}" y="{HEAD + 18:.0f}">not measured</text>']
     ends = [end for gain in known for end in (gain.low, gain.mean, gain.high) if math.isfinite(end)]
     ends += [mean for means in seeds for mean in means]
+    # Zero is always on the axis: a difference is read against it.
     ticks = nice_ticks(min(0.0, *ends), max(0.0, *ends), 4)
     axis = _Axis(ticks, left=left)
     parts = [heading, *_grid(axis, bottom)]
@@ -93,6 +96,7 @@ def _grid(axis: _Axis, bottom: float) -> list[str]:
     zero = min(range(len(ticks)), key=lambda index: abs(ticks[index]))
     parts = []
     for index, (tick, text) in enumerate(zip(ticks, texts, strict=True)):
+        # Ticks are products of floats: zero may be off by rounding.
         style = ' class="zero"' if abs(tick) < 1e-12 else ""
         x = f"{axis.x(tick):.1f}"
         line = f'<line{style} x1="{x}" y1="{HEAD:.0f}" x2="{x}" y2="{bottom:.0f}"/>'
@@ -109,6 +113,7 @@ def _marks(
     cell = cell_of(gain, measure)
     title = escape(f"{arm.label}: {cell.mean} ({cell.span}), n = {gain.n}")
     parts = [f'<g class="{cell.verdict}"><title>{title}</title>']
+    # One task has a mean and no interval.
     if math.isfinite(gain.low):
         low, high = axis.x(gain.low), axis.x(gain.high)
         parts.append(

@@ -33,12 +33,14 @@ class MetricCharts:
     """Draws keys, and remembers which have been drawn."""
 
     def __init__(self, files: RunFiles) -> None:
-        self._files = files
+        self.files = files
         self._names = files.metric_names()
+        # The update is the horizontal axis of all charts.
         self._drawn: set[str] = {"update"}
 
     def rest(self) -> Charts:
         """Draws every key that no other chart has shown, under its name."""
+        # The list is complete only after all other sections have drawn theirs.
         return [
             self.line(Line(key=key, title=key, unit=""))
             for key in self._names
@@ -53,8 +55,9 @@ class MetricCharts:
 
     def series(self, key: str, label: str) -> Series:
         """Reads the points of a key, which is drawn from now on."""
+        # Even where it has no points: then it has no number, and ``rest`` does not list it either.
         self._drawn.add(key)
-        return Series(label=label, points=self._files.column(key))
+        return Series(label=label, points=self.files.column(key))
 
     def line(self, line: Line) -> Chart | None:
         """Draws one key."""
@@ -81,7 +84,9 @@ class MetricCharts:
     def together(self, pattern: str, title: str, unit: str, *, note: str = "") -> Charts:
         """Draws all keys of a pattern, in as many charts as there are colours for."""
         series = [self.series(key, spaced(rest)) for key, rest in self.matching(pattern)]
+        # A single line has no name in its legend, so the title says which it is.
         title = f"{title}: {series[0].label}" if len(series) == 1 else title
+        # All lines stay readable: none is dropped for want of a colour.
         charts = (
             series[start : start + NUM_COLOURS] for start in range(0, len(series), NUM_COLOURS)
         )

@@ -8,12 +8,15 @@ def format_number(value: float, digits: int | None = None) -> str:
 
     The minus sign is a real one (U+2212), and a value that rounds to zero has none.
     """
+    # Without given decimals: four significant digits, whole numbers from 10,000 on, and powers of
+    # ten where either would be long.
     if digits is not None:
         text = f"{value:.{digits}f}"
     elif value == 0.0 or 1e-3 <= abs(value) < 1e5:
         text = f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     else:
         text = f"{value:.2e}"
+    # "-0.00" would claim a direction that the shown digits do not have.
     if float(text) == 0.0:
         text = text.removeprefix("-")
     return text.replace("-", "\u2212", 1) if text.startswith("-") else text

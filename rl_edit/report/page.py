@@ -26,14 +26,15 @@ from rl_edit.report.run_files import RunFiles, number, read_run
 from rl_edit.report.strips import DIFFERENCE_GAIN, Strip, read_strip
 from rl_edit.report.tables import example_numbers, headlines, metric_table, type_tables
 
+# More examples are folded, and older events left out: the page must open at once.
 OPEN_STRIPS = 16
 NUM_LAST_EVENTS = 40
+# Events with such a word are shown in full; the others are only counted.
 NOTABLE = re.compile(
     r"warn|drop|declin|refus|reject|stale|invalid|error|fail|retr|restart|resum|timeout"
     r"|interrupt|lost|died|alarm|evaluation_",
     re.IGNORECASE,
 )
-"""Events with such a word are shown in full; the others are only counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ def templates() -> Environment:
     """Opens the templates of this package: values are escaped, and a missing name is an error."""
     return Environment(
         loader=PackageLoader("rl_edit.report", "."),
+        # Instructions, names and commands come from users and data.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -73,6 +75,7 @@ def templates() -> Environment:
 
 def _context(files: RunFiles) -> dict[str, Any]:
     run, evaluation = files.run, files.evaluation
+    # Every name that page.html.j2 uses; a missing one is an error there (StrictUndefined).
     strips, undrawn = _strips(files.examples)
     return {
         "title": str(run.get("name") or files.directory.resolve().name),
@@ -102,6 +105,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
 
 def _facts(files: RunFiles) -> list[tuple[str, str]]:
     run, rows = files.run, files.metrics.rows
+    # run.json is there from the start; what it does not have yet is left out.
     planned = number(run.get("updates"))
     facts = [
         (label, _text(run[key]))
@@ -111,6 +115,7 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
     facts.append(
         ("Updates", f"{len(rows)} of {'?' if planned is None else format_number(planned)}")
     )
+    # A run that was trained on after its evaluation has numbers of an older adapter: show both.
     trained = _text(rows[-1].get("adapter")) if rows else ""
     evaluated = _text(files.evaluation.meta.get("adapter")) if files.evaluation else ""
     if trained and evaluated and trained != evaluated:
@@ -125,6 +130,7 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
     return facts
 
 
+# Keys of an evaluation's ``meta`` that the headline line names; the notes list the others.
 _PROTOCOL = {
     "num_tasks": "{} tasks",
     "num_noises": "{} noises a task",
@@ -132,7 +138,6 @@ _PROTOCOL = {
     "seed": "seed {}",
     "adapter": "adapter {}",
 }
-"""Keys of an evaluation's ``meta`` that the headline line names; the notes list the others."""
 
 
 def _notes(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -155,6 +160,7 @@ def _strips(examples: Iterable[Path]) -> tuple[list[Strip], list[tuple[str, str]
     drawn: list[Strip] = []
     undrawn: list[tuple[str, str]] = []
     for directory in examples:
+        # One broken example must not hide the others, nor vanish silently.
         try:
             drawn.append(read_strip(directory))
         except InputError as error:
@@ -164,6 +170,7 @@ def _strips(examples: Iterable[Path]) -> tuple[list[Strip], list[tuple[str, str]
 
 def _environment(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Returns (title, rows) of what the run was made with."""
+    # Runs of other programs may have a text where this project writes a mapping.
     tables = []
     for title, key in (("Versions", "versions"), ("Hardware", "hardware")):
         value = run.get(key)
@@ -179,6 +186,7 @@ def _environment(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
 
 def _events(files: RunFiles) -> dict[str, Any]:
     """Counts each event, and writes the last notable ones in full."""
+    # Ordinary events are thousands; their counts are enough.
     named = [(str(row.get("event", "event")), row) for row in files.events.rows]
     notable = [
         (name, row) for name, row in named if NOTABLE.search(f"{name} {row.get('level', '')}")
@@ -214,6 +222,7 @@ def _text(value: object) -> str:
     """Writes any JSON value as one line of text."""
     if value is None:
         return ""
+    # Before the numbers: a boolean is an int.
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -232,5 +241,6 @@ def _time(value: object) -> str:
         return _text(value)
     try:
         return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    # Beyond the years that datetime knows; the number is shown as it is.
     except (OverflowError, OSError, ValueError):
         return format_number(seconds)

@@ -69,6 +69,7 @@ class RunFiles:
 
 def number(value: object) -> float | None:
     """Returns ``value`` if it is a finite number, else None; a boolean is no number."""
+    # JSON's true would be 1.0. Python's reader also takes NaN and Infinity, which are no numbers.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -86,6 +87,7 @@ def read_run(directory: Path) -> RunFiles:
             f"no run directory at {directory}: a report is made from the files a run wrote. "
             "Give the directory of a training run."
         )
+    # Each file is read once, here: the page shows one state of a run that goes on.
     files = RunFiles(
         directory=directory,
         run=_read_object(directory / "run.json"),
@@ -97,6 +99,7 @@ def read_run(directory: Path) -> RunFiles:
         evaluation=_read_evaluation(directory / "evaluation.json"),
         examples=_example_directories(directory / "evaluation" / "images"),
     )
+    # config.yaml alone is no run: it is written before anything happens.
     if not (
         files.run or files.metrics.rows or files.events.rows or files.evaluation or files.examples
     ):
@@ -108,6 +111,7 @@ def read_run(directory: Path) -> RunFiles:
 
 
 def _column(lines: JsonLines, key: str) -> Points:
+    # ``_by_update`` has sorted the rows, so the points are in order.
     pairs = ((number(row["update"]), number(row.get(key))) for row in lines.rows)
     return tuple(
         (update, value) for update, value in pairs if update is not None and value is not None
@@ -131,6 +135,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     text = _read_text(path)
     if not text:
         return {}
+    # Unlike lines of a log these files are replaced as a whole, so half of one is damage.
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -160,6 +165,7 @@ def _read_lines(path: Path) -> JsonLines:
             # A last line without its end is still being written, and is no fault.
             unreadable += index < len(lines) - 1
             continue
+        # A number or a list is valid JSON, and no row.
         if isinstance(value, dict):
             rows.append(value)
         else:
@@ -172,6 +178,7 @@ def _by_update(lines: JsonLines) -> JsonLines:
 
     A resumed run repeats the updates after its checkpoint; the later row is the one that counts.
     """
+    # By number and not by position: 3 and 3.0 are one update.
     latest: dict[float, dict[str, Any]] = {}
     unreadable = lines.unreadable
     for row in lines.rows:
@@ -184,6 +191,7 @@ def _by_update(lines: JsonLines) -> JsonLines:
 
 
 def _read_evaluation(path: Path) -> EvaluationRecord | None:
+    # A missing file and an empty object both mean: not evaluated.
     content = _read_object(path)
     if not content:
         return None

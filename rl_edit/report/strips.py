@@ -19,7 +19,9 @@ from PIL import Image
 from rl_edit.evaluation.examples import Example, Pixels, read_example
 from rl_edit.report.run_files import number
 
+# Base and trained differ little; without amplification the panel would look black.
 DIFFERENCE_GAIN = 4
+# Pixels of an embedded image on its longest side; it bounds the size of a page of many strips.
 MAX_THUMBNAIL = 256
 # Up to this size a pixel is worth seeing as a square; above it, smooth scaling reads better.
 MAX_PIXELATED = 160
@@ -83,6 +85,7 @@ def read_strip(directory: Path) -> Strip:
 
 def _panels(example: Example) -> tuple[Panel, ...]:
     base, trained = example.edited["base"], example.edited["trained"]
+    # The order of the page: the task, both results, and where they differ and look.
     panels = [
         _panel("source, mask outlined", example.source, outlined=True),
         _panel("mask (white may change)", mask_image(example.mask)),
@@ -98,6 +101,7 @@ def _panels(example: Example) -> tuple[Panel, ...]:
             outlined=True,
         ),
     ]
+    # Both maps share one scale, else each would be hottest somewhere.
     peak = max((float(heat.max()) for heat in example.attention.values()), default=0.0)
     panels += [
         _panel(f"attention, {side}", heat_overlay(example.source, heat, peak=peak), outlined=True)
@@ -113,6 +117,7 @@ def mask_image(mask: NDArray[np.bool_]) -> Pixels:
 
 def amplified_difference(first: Pixels, second: Pixels, gain: int = DIFFERENCE_GAIN) -> Pixels:
     """``|first - second|`` times ``gain``, clipped to 255."""
+    # In int32: uint8 would wrap around below zero.
     gap = np.abs(first.astype(np.int32) - second.astype(np.int32)) * gain
     amplified: Pixels = np.minimum(gap, 255).astype(np.uint8)
     return amplified
@@ -148,6 +153,8 @@ def mask_outline(mask: NDArray[np.bool_]) -> str:
 
     Straight runs are one segment.
     """
+    # Padding makes the border of the image an edge of the mask; an edge lies between two pixels
+    # that differ, first across horizontal lines, then across vertical ones.
     padded = np.pad(mask, 1)
     parts: list[str] = []
     for y, edge in enumerate(padded[1:, 1:-1] != padded[:-1, 1:-1]):

@@ -31,6 +31,8 @@ class Metric:
     better: int
 
 
+# Known metrics, in the order of the tables. LPIPS is the only one where less is better; how far the
+# attention concentrates, or the edit changes pixels, is neither good nor bad in itself.
 METRICS = {
     metric.name: metric
     for metric in (
@@ -52,9 +54,10 @@ METRICS = {
         Metric(name="inside_change", label="Change inside the mask", unit="", digits=3, better=0),
     )
 }
+# What was trained, whether the edit happens, and whether the background stays.
 HEADLINES = ("reward", "instruction", "background_psnr_masked")
+# Metrics that the caption of an example has room for: inside, outside, and both.
 EXAMPLE_METRICS = ("instruction", "background_psnr_masked", "reward")
-"""Metrics that the caption of an example has room for."""
 VERDICTS = {"better": "better", "worse": "worse", "moved": "changed", "unclear": "no clear change"}
 
 NOT_MEASURED = "\u2014"
@@ -120,9 +123,11 @@ def type_tables(evaluation: EvaluationRecord) -> list[TypeTable]:
         kinds = {
             kind: sides for kind, sides in sorted(evaluation.by_type.items()) if name in sides.names
         }
+        # One axis for all bars of a table, so that their lengths compare between types.
         limit = _reach(sides.delta.get(name) for sides in (*kinds.values(), evaluation))
         rows = [_row(kind, _metric(name), sides, limit) for kind, sides in kinds.items()]
         if name in evaluation.names:
+            # The last row is the overall number again, for comparison.
             rows.append(_row("all", _metric(name), evaluation, limit))
         tables.append(TypeTable(metric=_metric(name), rows=tuple(rows)))
     return tables
@@ -149,6 +154,7 @@ def example_numbers(
 
 
 def _metric(name: str) -> Metric:
+    # Parts of a judge's score and reward terms have no entry: their direction is not known here.
     return METRICS.get(name) or Metric(name=name, label=spaced(name), unit="", digits=3, better=0)
 
 
@@ -166,6 +172,7 @@ def _row(
     base, trained, delta = (
         side.get(metric.name) for side in (sides.base, sides.trained, sides.delta)
     )
+    # A metric may lack a side: files of other programs, or a judge that was invalid everywhere.
     verdict = _verdict(metric, delta)
     span = _span(metric, delta)
     return TableRow(
@@ -185,6 +192,7 @@ def _row(
 
 
 def _span(metric: Metric, delta: Interval | None) -> str:
+    # One task has no interval.
     if delta is None or not (math.isfinite(delta.low) and math.isfinite(delta.high)):
         return ""
     return (
@@ -199,6 +207,7 @@ def _count(intervals: Sequence[Interval | None]) -> str:
 
 
 def _verdict(metric: Metric, delta: Interval | None) -> str:
+    # Green and red need an interval on one side of zero and a metric with a good direction.
     if delta is None or delta.sign == 0:
         return "unclear"
     return {1: "better", -1: "worse", 0: "moved"}[metric.better * delta.sign]
@@ -213,4 +222,5 @@ def _reach(deltas: Iterable[Interval | None]) -> float:
         for end in (delta.mean, delta.low, delta.high)
         if math.isfinite(end)
     ]
+    # 8 % of room, so that the end of the longest bar is not at the edge.
     return max(ends, default=0.0) * 1.08
