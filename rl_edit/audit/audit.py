@@ -1,4 +1,4 @@
-"""Audits reward terms: corrupts correct edits of real tasks and checks the scores of every term."""
+"""Audits reward terms with corrupted edits of real tasks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rl_edit.rewards import Reward
 from rl_edit.types import EditTask
 
 SCHEMA = "rl-edit/audit-reward/1"
+# As many as the checks use: curves and verdicts then agree.
 _RESAMPLES = 500
 
 
@@ -71,9 +72,10 @@ class TermAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """The audits of all terms, with the first task's images for a person to look at.
+    """The audits of all terms.
 
     Attributes:
+        example: the first task's images, for a person to look at.
         left_out: terms that were not audited, and the reasons.
         has_targets: whether correct edits are the data's own. Otherwise masks were painted and the
             instructions replaced to say so.
@@ -99,6 +101,7 @@ class Audit:
             **about,
             "num_tasks": self.num_tasks,
             "seed": self.seed,
+            # Old readers know these two words; ``has_targets`` is the name in code.
             "reference": "target" if self.has_targets else "painted",
             "levels": LEVELS,
             "left_out": self.left_out,
@@ -115,7 +118,7 @@ def audit(
     left_out: dict[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
-    """Scores the test images of every task with every term.
+    """Scores every task's test images with every term.
 
     The same seed gives the same audit, as far as the terms repeat themselves.
 
@@ -128,7 +131,9 @@ def audit(
         raise InputError(
             "There is no task to audit on. Use data with at least one, better sixteen."
         )
+    # All at once: the first task already needs another task's instruction.
     references = [reference(task) for task in tasks]
+    # One session per term counts invalid scores over all tasks.
     sessions = [AuditSession(term=term) for term, _ in terms]
     responses: list[list[Responses]] = [[] for _ in terms]
     seconds = [0.0 for _ in terms]
@@ -137,6 +142,7 @@ def audit(
         images = make_test_images(correct, seed=seed)
         other = _other_instruction(references, number)
         for row, session in enumerate(sessions):
+            # Only scoring is timed; making the images is the audit's own cost.
             began = time.perf_counter()
             responses[row].append(session.responses(images, other_instruction=other))
             seconds[row] += time.perf_counter() - began
@@ -159,7 +165,10 @@ def audit(
 
 
 def _other_instruction(references: Sequence[Reference], number: int) -> str | None:
-    """Finds the next task's instruction that differs from this one's, going round once."""
+    """Finds another task's instruction, None if all are equal.
+
+    The next tasks come first, and after the last one the search goes on from the first.
+    """
     instruction = references[number].task.instruction
     following = (
         references[(number + offset) % len(references)].task.instruction
@@ -170,6 +179,7 @@ def _other_instruction(references: Sequence[Reference], number: int) -> str | No
 
 def _term_audit(case: Case, seconds: float) -> TermAudit:
     term = case.session.term
+    # Tasks without a score of the correct edit have no graded responses, and no curve.
     keys = list(dict.fromkeys(key for response in case.scored for key in response.graded))
     return TermAudit(
         name=term.name,
@@ -193,6 +203,7 @@ def _curve(case: Case, corruption: str, side: Side) -> Curve:
     # Complete rows only: every level is then a mean over the same tasks.
     complete = [row for row in rows if all(math.isfinite(score) for score in row)]
     levels = range(LEVELS + 1) if complete else ()
+    # Each level is resampled by itself: the band shows the spread of a mean, not of a difference.
     intervals = [
         bootstrap([row[level] for row in complete], seed=case.seed, resamples=_RESAMPLES)
         for level in levels

@@ -1,4 +1,4 @@
-"""Corrupts a correct edit in known ways, graded by strength.
+"""Corrupts correct edits by known strengths.
 
 The strength gives the order in which a reward should rank the results. Nothing here scores. All
 randomness follows from a seed, so the same task under the same seed is corrupted in the same way.
@@ -55,14 +55,14 @@ def generator(*key: object) -> torch.Generator:
 
 
 def noise(image: RGB, where: Place, level: int, random: torch.Generator) -> RGB:
-    """Adds white noise, the same pattern at every level."""
+    """Adds white noise, one pattern for all levels."""
     # Equal seeds draw equal patterns, so a level differs from the next in strength alone.
     pattern = torch.randn(image.shape, generator=random, dtype=torch.float64)
     return to_bytes(unit_range(image) + pattern * _NOISE[level - 1] / 255)
 
 
 def blur(image: RGB, where: Place, level: int, random: torch.Generator) -> RGB:
-    """Averages under a Gaussian cut off at three sigma."""
+    """Averages under a Gaussian of three sigma."""
     sigma = _BLUR[level - 1] * _unit(image)
     return to_bytes(gaussian_mean(unit_range(image), sigma=sigma, radius=max(1, round(3 * sigma))))
 
@@ -75,13 +75,13 @@ def jpeg(image: RGB, where: Place, level: int, random: torch.Generator) -> RGB:
 
 
 def shift(image: RGB, where: Place, level: int, random: torch.Generator) -> RGB:
-    """Moves the content sideways under the region, which stays where it is."""
+    """Moves the content sideways; the region stays in place."""
     direction = 1 if torch.rand((), generator=random) < 0.5 else -1
     return image.roll(round(_SHIFT[level - 1] * _unit(image)) * direction, dims=1)
 
 
 def recolour(image: RGB, where: Place, level: int, random: torch.Generator) -> RGB:
-    """Tints towards the palette colour farthest from the region's mean."""
+    """Tints towards the most contrasting palette colour."""
     _, colour = contrasting(image, where)
     share = _TINT[level - 1]
     return to_bytes((1 - share) * unit_range(image) + share * colour)
@@ -103,7 +103,7 @@ REVERTED = "no edit"
 def graded(
     clean: RGB, source: RGB, edit_mask: Place, *, key: tuple[object, ...]
 ) -> dict[tuple[str, Side], tuple[RGB, ...]]:
-    """Applies every corruption on either side of the mask, one image per level.
+    """Applies every corruption on either side, level by level.
 
     Args:
         clean: the correct edit.
@@ -124,7 +124,11 @@ def graded(
 
 
 def contrasting(image: RGB, where: Place) -> tuple[str, Tensor]:
-    """Returns the palette colour farthest from the region's mean, by name and as RGB in 0..1."""
+    """Finds the palette colour farthest from the region's mean.
+
+    Returns:
+        Its name and its RGB in 0..1.
+    """
     mean = unit_range(image)[where].mean(dim=0)
     colours = {name: torch.tensor(rgb, dtype=torch.float64) / 255 for name, rgb in _PALETTE.items()}
     name = max(colours, key=lambda name: float((colours[name] - mean).square().sum()))
@@ -137,7 +141,7 @@ def blend(image: RGB, other: RGB, share: float) -> RGB:
 
 
 def within(where: Place, corrupted: RGB, clean: RGB) -> RGB:
-    """Takes ``corrupted`` where ``where`` is True and ``clean`` elsewhere."""
+    """Limits ``corrupted`` to a place, with ``clean`` elsewhere."""
     return torch.where(where[:, :, None], corrupted, clean)
 
 
@@ -147,5 +151,5 @@ def to_bytes(image: Tensor) -> RGB:
 
 
 def _unit(image: RGB) -> float:
-    """Returns the factor by which lengths in pixels grow with the image, at least 1."""
+    """Scales lengths in pixels with the image, at least by 1."""
     return max(min(image.shape[:2]) / _REFERENCE_SIZE, 1.0)

@@ -1,4 +1,4 @@
-"""Makes the images that one task is audited with, all from a correct edit of it."""
+"""Makes the test images of a task from a correct edit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PLACE_NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A task and a correct edit of it, from which every corruption starts."""
+    """A task and a correct edit of it."""
 
     task: EditTask
     edit: RGB
@@ -63,7 +63,7 @@ class TestImages:
 
 
 def reference(task: EditTask) -> Reference:
-    """Returns the task's target, or paints the mask where there is none.
+    """Takes the task's target, or paints the mask.
 
     The true edit of a task without a target is not known. Its region is painted in one colour, and
     the instruction is replaced by one that asks for that.
@@ -82,10 +82,11 @@ def reference(task: EditTask) -> Reference:
 
 
 def make_test_images(correct: Reference, *, seed: int) -> TestImages:
-    """Corrupts a correct edit in every way the audit knows."""
+    """Corrupts a correct edit in every known way."""
     task, clean = correct.task, correct.edit
     key = (seed, task.task_id)
     places = {"inside": task.edit_mask}
+    # A single region is the mask itself and is covered by "inside".
     if isinstance(task, RegionsTask) and len(task.regions) > 1:
         places |= {f"region.{number}": region for number, region in enumerate(task.regions)}
     return TestImages(
@@ -102,7 +103,10 @@ def make_test_images(correct: Reference, *, seed: int) -> TestImages:
 
 
 def enlarged(task: EditTask, image: RGB) -> tuple[EditTask, RGB]:
-    """Doubles every pixel of a task and an image, which changes nothing to be seen."""
+    """Doubles every pixel of a task and an image.
+
+    The content stays the same, so a mean over pixels must not change.
+    """
     changes: dict[str, Any] = {
         # Masks end in (height, width), after a dimension of regions if any. Images begin with them.
         name: _doubled(value, first=value.ndim - 2 if value.dtype == torch.bool else 0)
@@ -117,6 +121,8 @@ def _doubled(tensor: Tensor, *, first: int) -> Tensor:
 
 
 def _blanks(clean: RGB, random: torch.Generator) -> dict[str, RGB]:
+    # No content, or content that follows no instruction. A judge that likes one of them does not
+    # look at the image.
     return {
         "grey": torch.full_like(clean, 128),
         "black": torch.zeros_like(clean),
@@ -127,10 +133,14 @@ def _blanks(clean: RGB, random: torch.Generator) -> dict[str, RGB]:
 
 
 def _patch_pairs(clean: RGB, home: Place, random: torch.Generator) -> tuple[tuple[RGB, RGB], ...]:
-    """Moves as many pixels inside ``home`` as outside, by the same amount.
+    """Makes pairs of patches, inside and outside ``home``.
 
-    A score of the whole image responds to both alike.
+    Both have the same number of pixels, moved by the same amount.
+
+    A score of the whole image therefore responds to both alike.
     """
+    # Half of the smaller side: both sides then have room for the patch.
+    # At least one pixel, since a mask may have a single one.
     count = max(1, min(int(home.sum()), int((~home).sum())) // 2)
     return tuple(
         (
@@ -153,7 +163,9 @@ def _patched(clean: RGB, where: Place, count: int, amount: int, random: torch.Ge
 
 
 def _moved_elsewhere(correct: Reference, random: torch.Generator) -> RGB | None:
-    """Moves the box around the edit to the place that overlaps the mask least.
+    """Moves the edit to the place that overlaps the mask least.
+
+    The box around it is moved, among some random places.
 
     None if even that place covers more than half of the mask.
     """
@@ -164,6 +176,7 @@ def _moved_elsewhere(correct: Reference, random: torch.Generator) -> RGB | None:
     tops = torch.randint(0, height - box_height + 1, (_PLACES_TRIED,), generator=random).tolist()
     lefts = torch.randint(0, width - box_width + 1, (_PLACES_TRIED,), generator=random).tolist()
 
+    # Pixels of the mask that the moved box would cover.
     def overlap(place: tuple[int, int]) -> int:
         return int(mask[place[0] : place[0] + box_height, place[1] : place[1] + box_width].sum())
 
@@ -178,7 +191,7 @@ def _moved_elsewhere(correct: Reference, random: torch.Generator) -> RGB | None:
 
 
 def _place_name(mask: Place) -> str:
-    """Names the third of the image, by row and column, in which the mask's centre lies."""
+    """Names the third of the image with the mask's centre."""
     rows, columns = mask.nonzero().double().mean(dim=0).tolist()
     row, column = (
         min(int(3 * position / size), 2)

@@ -21,15 +21,17 @@ from rl_edit.report.axes import nice_ticks
 from rl_edit.report.numbers import format_number
 from rl_edit.report.strips import MAX_PIXELATED, mask_outline
 
+# Pixels of one plot, and its margins.
 WIDTH, HEIGHT = 300.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 10.0, 10.0, 34.0
 MAX_THUMBNAIL = 160
+# Colours of the style sheet, for light and dark pages.
 SIDE_CLASS = {"inside": "c0", "outside": "c1"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thumbnail:
-    """One image, embedded, with every term's score of it."""
+    """One embedded image with every term's score."""
 
     title: str
     data: str
@@ -48,6 +50,8 @@ class Drawing:
 
 def render(audit: Audit, *, title: str) -> str:
     """Writes the page's text. The same audit gives the same bytes."""
+    # Scores and names come from data and rewards, so everything is escaped. A name missing from the
+    # template's variables is an error, not an empty string.
     environment = Environment(
         loader=PackageLoader("rl_edit.audit", "."),
         autoescape=True,
@@ -73,9 +77,10 @@ def render(audit: Audit, *, title: str) -> str:
 
 
 def response_svg(curves: Sequence[Curve], *, title: str) -> Markup:
-    """Draws score over strength, a line per side with its 95 % interval.
+    """Draws score over strength, with 95 % intervals.
 
-    The line of a side that the term should not respond to is dashed.
+    Each side of the mask has a line. The line of a side that the term should not respond to is
+    dashed.
     """
     ends = [
         value
@@ -114,7 +119,7 @@ class _Axes:
         )
 
     def draw(self) -> Iterator[str]:
-        """Draws grid lines, tick labels and the names of the levels."""
+        """Draws the grid with its labels."""
         for tick in self.ticks:
             yield (
                 f'<line class="grid" x1="{LEFT:.0f}" y1="{self.y(tick):.1f}" '
@@ -133,7 +138,7 @@ class _Axes:
         yield f'<text class="mid" x="{centre:.0f}" y="{HEIGHT - 4:.0f}">strength</text>'
 
     def draw_curve(self, curve: Curve) -> Iterator[str]:
-        """Draws a line, and its interval where one exists."""
+        """Draws a line and its interval, if any."""
         levels = range(LEVELS + 1)
         colour = SIDE_CLASS[curve.side]
         # With a single task the interval is infinite and cannot be drawn.
@@ -150,6 +155,7 @@ class _Axes:
 
 
 def _numbers(numbers: dict[str, float]) -> str:
+    # Numbers that do not exist are left out; audit.json has them as null.
     return ", ".join(
         f"{name.replace('_', ' ')} {format_number(value)}"
         for name, value in numbers.items()
@@ -169,6 +175,7 @@ def _drawings(term: TermAudit) -> Iterator[Drawing]:
 def _rows(audit: Audit) -> Iterator[tuple[str, list[Thumbnail]]]:
     """Yields the first task's images: the task, every corruption by strength, and the blanks."""
     images, terms = audit.example, audit.terms
+    # A term without a score shows "no score", so every image has an entry for every term.
     first = [
         _thumbnail("source, mask outlined", images.task.source, {}, outlined=True),
         _thumbnail("correct edit", images.clean, {t.name: t.example.clean for t in terms}),
@@ -205,6 +212,7 @@ def _rows(audit: Audit) -> Iterator[tuple[str, list[Thumbnail]]]:
 def _thumbnail(
     title: str, pixels: RGB, scores: dict[str, float], *, outlined: bool = False
 ) -> Thumbnail:
+    # Shown small, embedded small: a page of a large canvas would have tens of megabytes.
     image = Image.fromarray(pixels.numpy())
     if max(image.size) > MAX_THUMBNAIL:
         image.thumbnail((MAX_THUMBNAIL, MAX_THUMBNAIL), Image.Resampling.LANCZOS)
@@ -213,6 +221,7 @@ def _thumbnail(
     return Thumbnail(
         title=title,
         data="data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"),
+        # Small images are enlarged as squares, so that single corrupted pixels can be seen.
         pixelated=max(image.size) <= MAX_PIXELATED,
         outlined=outlined,
         scores=tuple(

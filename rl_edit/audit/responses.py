@@ -1,4 +1,7 @@
-"""Collects one reward term's scores of every test image. It measures; the checks give verdicts."""
+"""Collects a term's scores of all test images.
+
+It measures only; the checks give verdicts.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,9 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchResponse:
-    """Distances a score moved under a pair of equally strong patches.
+    """Changes of a score under two equal patches.
 
-    The direction does not matter here.
+    The changes are absolute: the direction does not matter here.
 
     Attributes:
         home: with the patch inside the place that the score is about.
@@ -56,10 +59,10 @@ class PatchResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
-    """A term's scores of one task, NaN where there was no valid score.
+    """A term's scores of one task.
 
-    Without a score of the correct edit there is nothing to compare with. Then nothing else is
-    measured, and all other fields are empty.
+    A score is NaN where there was no valid one. Without a score of the correct edit there is
+    nothing to compare with. Then nothing else is measured, and all other fields are empty.
 
     Attributes:
         clean: of the correct edit.
@@ -88,7 +91,7 @@ class Responses:
 
 @dataclass(kw_only=True)
 class AuditSession:
-    """Scores images with one term and counts invalid scores on the way.
+    """Scores images with one term and counts failures.
 
     Attributes:
         scored, invalid: images that deserve a score, and those among them without one. Blank
@@ -115,7 +118,7 @@ class AuditSession:
         repeat: int = 0,
         refusable: bool = False,
     ) -> dict[Key, Measurement]:
-        """Scores every image, in calls of at most ``BATCH``.
+        """Scores images, at most ``BATCH`` per call.
 
         Args:
             repeat: a term that draws random numbers gets others for every number.
@@ -124,8 +127,10 @@ class AuditSession:
         term = self.term
         for _ in range(repeat):
             term = term.reseeded()
+        # A list, since batches are cut from it; a mapping keeps its order.
         keys = list(images)
         measurements: dict[Key, Measurement] = {}
+        # Every call is one group to the term, as in training.
         for start in range(0, len(keys), BATCH):
             batch = keys[start : start + BATCH]
             table = score_candidates(
@@ -136,18 +141,20 @@ class AuditSession:
             self.out_of_contract += table.contract_broken
             self.reasons.update(table.reasons)
             for row, key in enumerate(batch):
+                # Parts are named after their term in a table of several terms; here there is one.
                 parts = {
                     name.removeprefix(f"{term.name}."): values[row]
                     for name, values in table.components.items()
                 }
                 measurements[key] = Measurement(value=float(table.values[row, 0]), parts=parts)
+            # A judge may refuse a blank image, so those do not count as missing scores.
             if not refusable:
                 self.scored += len(batch)
                 self.invalid += int((~table.valid).sum())
         return measurements
 
     def score(self, task: EditTask, image: RGB) -> float:
-        """Scores one image in a call of its own."""
+        """Scores one image in a separate call."""
         return self.measure(task, {"": image})[""].value
 
     def responses(self, images: TestImages, *, other_instruction: str | None) -> Responses:
@@ -157,6 +164,7 @@ class AuditSession:
             other_instruction: another task's. None when no task has a different one.
         """
         task, clean = images.task, images.clean
+        # Without this score nothing can be compared, and the other calls would be wasted.
         if math.isnan(score := self.score(task, clean)):
             return Responses(task_id=task.task_id, clean=score)
         # One batch order for all terms: the clean edit first, then all corruptions, then the edit
@@ -190,7 +198,10 @@ class AuditSession:
         )
 
     def _contradicted(self, images: TestImages, other_instruction: str | None) -> dict[str, float]:
-        """Scores the correct edit under another instruction, and with source and result swapped."""
+        """Scores the correct edit with contradicting inputs.
+
+        These are another task's instruction, and source and result swapped.
+        """
         task, clean = images.task, images.clean
         # A target or a caption says what is correct. With other words, or with the pair swapped,
         # such a task would contradict itself.
@@ -229,6 +240,7 @@ class AuditSession:
 
         All but the last time both are in one call; the last time each has a call of its own.
         """
+        # Level 2 of 4: a score in the middle of its range can move both ways.
         pair = {"clean": images.clean, "corrupted": _everywhere(images, "noise", 1)}
         batched = [self.measure(images.task, pair, repeat=number) for number in range(REPEATS - 1)]
         isolated = {
@@ -264,7 +276,7 @@ def candidates(task: EditTask, images: UInt8[Tensor, "group height width 3"]) ->
 
 
 def _background_psnr(images: TestImages) -> dict[str, tuple[float, ...]]:
-    """Measures PSNR against the source outside the mask, by corruption."""
+    """Measures PSNR outside the mask against the source."""
     background = ~images.task.edit_mask
     return {
         corruption: tuple(psnr(torch.stack(row), images.task.source, background, "masked").tolist())
@@ -274,6 +286,7 @@ def _background_psnr(images: TestImages) -> dict[str, tuple[float, ...]]:
 
 
 def _everywhere(images: TestImages, corruption: str, level: int) -> RGB:
+    # Either side has a pattern of its own; together they cover the image.
     inside, outside = (images.graded[corruption, side][level] for side in SIDES)
     return torch.where(images.task.edit_mask[:, :, None], inside, outside)
 

@@ -1,4 +1,4 @@
-"""Measures the speed of a reward: candidates per second, latencies, and time in its slowest calls.
+"""Measures the throughput and the latencies of a reward.
 
 Calls are like those of training: whole groups, several at once. No image is scored twice, since a
 cache or a serving engine would remember it.
@@ -71,15 +71,17 @@ def measure(
     seed: int,
     progress: Callable[[float], None] = lambda elapsed: None,
 ) -> Throughput:
-    """Keeps ``concurrency`` calls running for ``seconds``, then waits for those that have begun.
+    """Measures one term with ``concurrency`` calls at once.
 
-    One call comes first and is not counted.
+    Calls run for ``seconds``; those that have begun by then are waited for and counted. One call
+    comes first and is not counted.
 
     Args:
         progress: called after every call with the seconds that have passed.
     """
     if not references:
         raise InputError("There is no task to score. Use data with at least one.")
+    # A cached score takes no time, and repeats would be counted as calls.
     term = term.model_copy(update={"cache": None, "repeat_every": 0})
     numbers, guard = itertools.count(), threading.Lock()
 
@@ -116,6 +118,7 @@ def measure(
 def _summary(
     term: str, calls: Sequence[_Call], *, elapsed: float, concurrency: int, group_size: int
 ) -> Throughput:
+    # Calls that began before the time was up are complete, so no latency is cut off.
     latencies = np.array([call.seconds for call in calls])
     p50, p90, p99 = (float(value) for value in np.quantile(latencies, [0.5, 0.9, 0.99]))
     num_candidates = len(calls) * group_size
@@ -149,9 +152,13 @@ def _call(term: Reward, group: Candidates) -> _Call:
 def _group(
     references: Sequence[Reference], number: int, *, group_size: int, seed: int
 ) -> Candidates:
-    """Makes a group of correct edits under faint noise that no other number has."""
+    """Makes a group of correct edits under faint noise.
+
+    Every number has noise of its own, so no cache knows the images.
+    """
     correct = references[number % len(references)]
     random = generator(seed, "throughput", number)
+    # Three of 255 levels: other bytes for every cache, the same image for a judge.
     faint = torch.randint(-3, 4, (group_size, *correct.edit.shape), generator=random)
     images = (correct.edit.to(torch.int64) + faint).clamp(0, 255).to(torch.uint8)
     return candidates(correct.task, images)

@@ -74,6 +74,7 @@ def audit_reward_command(
             left_out=left_out,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
+    # Written before anything is printed: a closed pipe must not cost the result.
     files = (out / "audit.json", out / "audit.html")
     write_result(files[0], result.to_json(run=run.name, data=run.data.path))
     write_result(files[1], render(result, title=run.name))
@@ -86,6 +87,7 @@ def configured(
     config: Path | None, overrides: Sequence[str] | None, preset: str | None
 ) -> RunConfig:
     """Loads the run of a file or preset. With --preset the first argument is an override."""
+    # typer fills arguments in order, so the first override lands in CONFIG.
     changes = list(overrides or [])
     if config is not None and "=" in str(config):
         changes, config = [str(config), *changes], None
@@ -132,6 +134,7 @@ def chosen_terms(
 
 def first_tasks(dataset: Dataset, count: int, *, resolution: int) -> list[EditTask]:
     """Reads the first tasks, on a canvas of the run's resolution."""
+    # Twice the step, so that a tiny resolution still leaves room for a mask and its background.
     side = max(resolution, 2 * CANVAS_STEP)
     return [
         fit(dataset[row], resolution=side, multiple=CANVAS_STEP)
@@ -143,6 +146,7 @@ def _print(console: Console, result: Audit, files: Sequence[Path]) -> None:
     for term in result.terms:
         console.print(_table(term))
     lines = [f"not audited: {name} ({why})" for name, why in result.left_out.items()]
+    # No wrapping: a path must stay one word for a terminal that opens it.
     for line in (*lines, ", ".join(str(file) for file in files)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     failed = ", ".join(term.name for term in result.terms if term.verdict == "fail")

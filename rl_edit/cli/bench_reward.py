@@ -15,11 +15,13 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from rl_edit.audit.images import reference
+from rl_edit.audit.images import Reference, reference
 from rl_edit.audit.throughput import TAIL, Throughput, measure
 from rl_edit.cli.audit_reward import chosen_terms, configured, first_tasks
+from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
 from rl_edit.files import write_result
+from rl_edit.rewards import Reward
 
 SCHEMA = "rl-edit/bench-reward/1"
 CONCURRENCY = (1, 4)
@@ -57,26 +59,10 @@ def bench_reward_command(
         reference(task) for task in first_tasks(dataset, tasks, resolution=run.editor.resolution)
     ]
     console = Console()
-    results: list[Throughput] = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
-
-        def show(bar: TaskID, elapsed: float) -> None:
-            progress.update(bar, completed=elapsed)
-
-        for reward in terms:
-            for number in concurrency or CONCURRENCY:
-                bar = progress.add_task(f"{reward.name}, {number} at a time", total=seconds)
-                results.append(
-                    measure(
-                        reward,
-                        references,
-                        seconds=seconds,
-                        concurrency=number,
-                        group_size=run.rollout.group_size,
-                        seed=run.seed,
-                        progress=partial(show, bar),
-                    )
-                )
+        results = _measure_all(
+            run, terms, references, seconds, concurrency or CONCURRENCY, progress
+        )
     content = {
         "schema": SCHEMA,
         "run": run.name,
@@ -85,6 +71,38 @@ def bench_reward_command(
     }
     write_result(out, json.dumps(content, indent=2, allow_nan=False) + "\n")
     _print(console, results, out)
+
+
+def _measure_all(
+    run: RunConfig,
+    terms: Sequence[Reward],
+    references: Sequence[Reference],
+    seconds: float,
+    concurrency: Sequence[int],
+    progress: Progress,
+) -> list[Throughput]:
+    """Measures every reward at every concurrency, one after another."""
+
+    def show(bar: TaskID, elapsed: float) -> None:
+        progress.update(bar, completed=elapsed)
+
+    results: list[Throughput] = []
+    for reward in terms:
+        for number in concurrency:
+            bar = progress.add_task(f"{reward.name}, {number} at a time", total=seconds)
+            results.append(
+                measure(
+                    reward,
+                    references,
+                    seconds=seconds,
+                    concurrency=number,
+                    group_size=run.rollout.group_size,
+                    seed=run.seed,
+                    # Bound here: a lambda would see only the last bar of the loop.
+                    progress=partial(show, bar),
+                )
+            )
+    return results
 
 
 def _print(console: Console, results: Sequence[Throughput], out: Path) -> None:

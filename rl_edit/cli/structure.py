@@ -22,6 +22,7 @@ def structure_command(
     """
     graph = import_graph()
     write_result(out, draw(graph))
+    # Line by line, since an arrow alone does not say which file to mend.
     for entry in graph.imports_up:
         typer.echo(f"runs back up: {entry}")
     typer.echo(f"{summary(graph)}: {out}")

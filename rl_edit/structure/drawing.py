@@ -1,6 +1,6 @@
-"""Draws an import graph as one SVG file, for light and dark pages.
+"""Draws an import graph as one SVG file.
 
-The file holds no script and loads no font.
+It suits light and dark pages. The file holds no script and loads no font.
 """
 
 from __future__ import annotations
@@ -151,11 +151,12 @@ def _boxes(layout: Layout) -> Iterator[str]:
 def _colour(layout: Layout, arrow: Arrow) -> str:
     if arrow.back_up:
         return "up"
+    # By the order of the lanes, so that neighbours differ.
     return f"c{layout.sources.index(arrow.importer) % _NUM_COLOURS}"
 
 
 def _arrow(arrow: Arrow, colour: str) -> Iterator[str]:
-    """Draws the way out of a room, along its lane, and into the imported room."""
+    """Draws one arrow along its lane."""
     # Signs: away from the boxes, and along the lane. Lanes on the left are mirrored.
     away = 1.0 if arrow.lane > arrow.edge else -1.0
     along = 1.0 if arrow.end > arrow.start else -1.0
@@ -184,11 +185,12 @@ def _arrow(arrow: Arrow, colour: str) -> Iterator[str]:
 
 
 def _line_width(weight: int) -> float:
-    """Grows by a constant with every doubling, from 1 pixel for one import."""
+    """Computes a width in pixels that grows with every doubling."""
     return 1 + 0.75 * math.log2(weight)
 
 
 def _footer(layout: Layout, graph: ImportGraph) -> Iterator[str]:
+    # Left to right: a label, then every width with its number; the summary stands below.
     y = layout.height - 40
     x = MARGIN
     yield f'<text class="soft" x="{x:.0f}" y="{y:.0f}">Width of a line:</text>'

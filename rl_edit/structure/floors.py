@@ -26,7 +26,7 @@ MATHEMATICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """Modules that share a floor and may import each other.
+    """Modules that may import each other.
 
     Attributes:
         name: as a path, for people.
@@ -44,6 +44,7 @@ class Room:
 
 
 def _room(name: str, holds: str) -> Room:
+    # A path and a dotted name differ by their separators only.
     return Room(name=name, holds=holds, modules=(name.removesuffix(".py").replace("/", "."),))
 
 
@@ -98,7 +99,11 @@ def floor_of(room: Room) -> int:
 
 
 def runs_back_up(importer: Room, imported: Room) -> bool:
-    """Tests for an import that leads up, or into another room of the same floor."""
+    """Tests for an import that does not lead down.
+
+    An import of another room of the same floor counts as leading up.
+    """
+    # Within a room any order goes: its files are read together.
     return importer != imported and floor_of(imported) >= floor_of(importer)
 
 

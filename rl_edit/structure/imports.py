@@ -45,7 +45,7 @@ class ImportGraph:
 
     @property
     def weights(self) -> Counter[tuple[Room, Room]]:
-        """Numbers of lines that import, by (importing room, imported room)."""
+        """Numbers of importing lines, by (importing room, imported room)."""
         # A line may import several names from one module; it is one import.
         return Counter(
             {
@@ -56,19 +56,20 @@ class ImportGraph:
 
     @property
     def arrows_up(self) -> tuple[tuple[Room, Room], ...]:
-        """Pairs whose imports lead up, or into another room of the same floor."""
+        """Pairs whose imports do not lead down."""
         return tuple(pair for pair in self.imports if runs_back_up(*pair))
 
     @property
     def imports_up(self) -> tuple[Import, ...]:
-        """Imports of these pairs, to be named one by one."""
+        """All imports that do not lead down."""
         return tuple(each for pair in self.arrows_up for each in self.imports[pair])
 
 
 def source_files(packages: tuple[str, ...] = PACKAGES) -> dict[str, Path]:
-    """Finds the sources of packages as Python would import them, by dotted module name.
+    """Finds the sources of packages, by dotted module name.
 
-    Works in a checkout and for an installed project. The packages are not imported.
+    They are looked up as Python would import them. That works in a checkout and for an installed
+    project. The packages are not imported.
     """
     files: dict[str, Path] = {}
     # find_spec looks where an import would look, but runs nothing of a top-level package.
@@ -83,14 +84,16 @@ def source_files(packages: tuple[str, ...] = PACKAGES) -> dict[str, Path]:
         for root in roots:
             for path in sorted(Path(root).rglob("*.py")):
                 parts = path.relative_to(root).with_suffix("").parts
+                # A package is named after its folder, as an import names it.
                 files[".".join((package, *parts)).removesuffix(".__init__")] = path
     return files
 
 
 def imports_of(path: Path, module: str) -> Iterator[Import]:
-    """Yields everything a source imports, also inside functions and under ``TYPE_CHECKING``.
+    """Yields everything a source imports.
 
-    ``from a import b`` gives ``a.b``, since b may be a module. ``import_module("a")`` counts too.
+    Imports inside functions and under ``TYPE_CHECKING`` count. ``from a import b`` gives ``a.b``,
+    since b may be a module. ``import_module("a")`` counts too.
 
     Args:
         module: the source's dotted name, from which relative imports are resolved.
@@ -110,6 +113,7 @@ def import_graph(files: Mapping[str, Path] | None = None) -> ImportGraph:
     """
     files = source_files() if files is None else files
     rooms: set[Room] = set()
+    # Imports within a room are its own affair and are not drawn.
     imports: dict[tuple[Room, Room], list[Import]] = {}
     for module, path in files.items():
         here = room_of(module)
@@ -128,7 +132,7 @@ def import_graph(files: Mapping[str, Path] | None = None) -> ImportGraph:
 
 
 def _imported(node: ast.AST, package: list[str]) -> list[str]:
-    """Lists the dotted names that one node of a syntax tree imports."""
+    """Lists the dotted names one syntax node imports."""
     match node:
         case ast.Import():
             return [alias.name for alias in node.names]

@@ -89,7 +89,7 @@ class Layout:
 
 
 def lay_out(graph: ImportGraph) -> Layout:
-    """Places the rooms from the top floor down and routes all arrows."""
+    """Places rooms from the top down and routes arrows."""
     weights, up = graph.weights, graph.arrows_up
     down = tuple(pair for pair in weights if pair not in up)
     sources, climbers = _importers(graph, down), _importers(graph, up)
@@ -135,7 +135,7 @@ def _importers(graph: ImportGraph, pairs: tuple[Pair, ...]) -> tuple[Room, ...]:
 def _ports(
     graph: ImportGraph, pairs: tuple[Pair, ...], importers: tuple[Room, ...]
 ) -> dict[Pair, int]:
-    """Numbers the arrows that arrive at each room, from its top.
+    """Numbers the arrivals at each room, from its top.
 
     The innermost lane arrives first: where its lane ends, no other arrow has to cross it.
     """

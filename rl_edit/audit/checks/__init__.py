@@ -1,5 +1,6 @@
-"""Turns the responses of one term into verdicts, one check per file of this folder.
+"""Turns the responses of a term into verdicts.
 
+Every other file of this folder is one kind of check.
 What a term is expected to respond to is declared, never inferred from its scores: a check that
 takes the scores for the truth cannot find an inverted one.
 """
@@ -21,7 +22,8 @@ __all__ = ["Case", "Check", "Expectation", "Verdict", "expected_of", "run_checks
 
 
 def run_checks(case: Case) -> tuple[Check, ...]:
-    """Runs all checks of one term, in the order in which a reader should look at them."""
+    """Runs all checks of one term, the most basic first."""
+    # These two explain most failures of the others, so a reader should see them first.
     checks = [check_validity(case), check_range(case)]
     if not case.scored:
         sentence = "No correct edit has a valid score, so nothing else can be checked."

@@ -1,4 +1,4 @@
-"""Holds everything that the checks of one term look at."""
+"""Collects the evidence for the checks of one term."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rl_edit.errors import InputError
 from rl_edit.measures.intervals import bootstrap
 from rl_edit.rewards import Reward
 
+# Words of the option --expects and of the classes that declare it.
 Expects = Literal["inside", "outside", "both"]
 
 DECLARED: dict[str, Expects] = {
@@ -47,7 +48,7 @@ class Expectation:
 
     @property
     def one_side(self) -> Side | None:
-        """The only side, None for a term that responds to both."""
+        """The only side; None if there are two."""
         return self.sides[0] if len(self.sides) == 1 else None
 
 
@@ -73,6 +74,7 @@ def expected_of(
         )
     sides = SIDES if expects == "both" else tuple(side for side in SIDES if side == expects)
     if reads_instruction is None:
+        # A target or a caption already determines the edit; the instruction adds nothing.
         names_edit = term.requires & {"target", "caption"}
         default = "inside" in sides and not names_edit
         reads_instruction = bool(getattr(term, "reads_instruction", default))
@@ -98,7 +100,7 @@ class Case:
         return tuple(response for response in self.responses if math.isfinite(response.clean))
 
     def corruptions(self, side: Side) -> list[str]:
-        """Lists the corruptions that exist on ``side``, in the order of the first task."""
+        """Lists the corruptions that exist on ``side``."""
         return list(
             dict.fromkeys(
                 corruption
@@ -117,7 +119,10 @@ class Case:
         return self.fall_on(self.expected.sides)
 
     def fall_on(self, sides: Sequence[Side]) -> float:
-        """Computes the fall from corruptions of some sides only, NaN without a valid score."""
+        """Computes the fall from corruptions of some sides.
+
+        NaN without a valid score.
+        """
         falls = []
         for response in self.scored:
             scores = finite(
@@ -126,16 +131,17 @@ class Case:
                 if side in sides
                 for score in row
             )
+            # The worst score, at any level: a term need not be lowest at the highest level.
             if scores:
                 falls.append(response.clean - min(scores))
         return mean(falls)
 
     def rows(self, response: Responses) -> list[tuple[float, ...]]:
-        """Lists a task's scores by level, of every corruption that should lower them."""
+        """Lists scores by level of the corruptions that should lower them."""
         return [row for (_, side), row in response.graded.items() if side in self.expected.sides]
 
     def complete_rows(self) -> list[tuple[Responses, tuple[float, ...]]]:
-        """Lists the rows of all tasks that have a score at every level."""
+        """Lists the rows with a score at every level."""
         return [
             (response, row)
             for response in self.scored
@@ -144,10 +150,11 @@ class Case:
         ]
 
     def interval(self, values: Sequence[float], tasks: Sequence[str]) -> dict[str, float]:
-        """Computes a mean with its 95 % interval, resampling tasks.
+        """Computes a mean and its 95 % interval over tasks.
 
         Values of one task depend on each other, so whole tasks are drawn.
         """
+        # An interval of no values does not exist, but the keys of the numbers stay the same.
         if not values:
             return {"mean": math.nan, "low": math.nan, "high": math.nan, "tasks": 0.0}
         interval = bootstrap(values, seed=self.seed, resamples=_RESAMPLES, groups=tasks)

@@ -1,4 +1,7 @@
-"""Compares the correct edit with images and questions that deserve a lower score."""
+"""Compares the correct edit with what deserves a lower score.
+
+These are wrong images, and the correct image under a wrong question.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,11 @@ class _Comparison:
 
 
 def check_comparisons(case: Case) -> list[Check]:
-    """Checks no edit, edit elsewhere, wrong instruction and image order."""
+    """Checks missing and misplaced edits and contradicting inputs."""
     checks = []
     for comparison in _comparisons(case):
         valid = [(task, score) for task, score in comparison.wins if math.isfinite(score)]
+        # A check that does not apply differs from one without data: only the second may be a fault.
         if not comparison.applies:
             checks.append(not_applicable(comparison.name, comparison.otherwise))
         elif not valid:
@@ -48,7 +52,10 @@ def check_comparisons(case: Case) -> list[Check]:
 
 
 def check_blank(case: Case) -> Check:
-    """Checks that a judge shown no edit at all gives a low score, or refuses to give one."""
+    """Checks that images without content score low.
+
+    Refusing to score them is as good as a low score.
+    """
     wins: list[float] = []
     tasks: list[str] = []
     for response in case.scored:
@@ -69,6 +76,7 @@ def _comparisons(case: Case) -> tuple[_Comparison, ...]:
         for response in case.scored
         if (REVERTED, "inside") in response.graded
     ]
+    # The names are keys of audit.json.
     return (
         _Comparison(
             name="no edit",
@@ -95,6 +103,7 @@ def _comparisons(case: Case) -> tuple[_Comparison, ...]:
             name="image order",
             wins=_single(case, "swapped"),
             worse="the same pair with source and result exchanged",
+            # A measure of similarity is the same for a pair and its exchange.
             applies=inside and reads,
             otherwise="It is not a judge of what changed from source to result.",
         ),

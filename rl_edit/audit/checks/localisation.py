@@ -1,4 +1,4 @@
-"""Checks that a term responds to corruption in its own place and not elsewhere."""
+"""Checks that a term responds to its own place only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SPILL_PASS, _SPILL_FAIL = 0.25, 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class _Distances:
-    """Distances one task's score moved, by place of the patch."""
+    """Changes of one task's score, by place of the patch."""
 
     task_id: str
     near: list[float]
@@ -35,7 +35,7 @@ class _Distances:
 
 
 def check_localisation(case: Case) -> Check:
-    """Compares patches of equal strength inside and outside the mask.
+    """Compares equal patches inside and outside the mask.
 
     A term of one side must respond to its own.
     """
@@ -46,6 +46,7 @@ def check_localisation(case: Case) -> Check:
             "One number for the whole image has no place; see the response on either side.",
         )
     distances = _distances(case, part="")
+    # Patches are recorded with the mask's inside as home.
     if side == "outside":
         distances = [
             _Distances(task_id=task.task_id, near=task.far, far=task.near) for task in distances
@@ -60,7 +61,7 @@ def check_localisation(case: Case) -> Check:
 
 
 def check_parts(case: Case) -> list[Check]:
-    """Checks every part that a term reports for a region against all other regions."""
+    """Checks every region's part against the other regions."""
     parts = sorted({part for response in case.scored for part in response.patches if part})
     return [
         _check_place(
@@ -79,6 +80,7 @@ def _distances(case: Case, *, part: str) -> list[_Distances]:
     tasks = [
         _Distances(
             task_id=response.task_id,
+            # Each patch by itself: a missing score costs one patch and not its pair.
             near=finite(patch.home for patch in response.patches.get(part, ())),
             far=finite(patch.away for patch in response.patches.get(part, ())),
         )
@@ -90,9 +92,10 @@ def _distances(case: Case, *, part: str) -> list[_Distances]:
 def _check_place(
     case: Case, name: str, tasks: Sequence[_Distances], *, near: str, far: str
 ) -> Check:
-    """Grades the AUROC within each task, and the share of the response that leaks.
+    """Grades the AUROC and the share of the response that leaks.
 
-    The AUROC compares every patch at home with every patch elsewhere.
+    The AUROC is computed within each task. It compares every patch at home with every patch
+    elsewhere.
     """
     if not tasks:
         return not_applicable(name, "No task gave valid scores to compare.")
@@ -100,6 +103,7 @@ def _check_place(
         [mean([win(a, b) for a in task.near for b in task.far]) for task in tasks],
         [task.task_id for task in tasks],
     )
+    # The spill is a ratio of means over all patches: a task without response weighs nothing.
     home = mean([distance for task in tasks for distance in task.near])
     away = mean([distance for task in tasks for distance in task.far])
     spill = away / home if home else math.inf
@@ -138,6 +142,7 @@ def _located(
 
 
 def _shown(auroc: dict[str, float], spill: float) -> str:
+    # Without any response at home there is nothing to take a share of.
     leak = (
         f"{spill:.0%} of the response leaks"
         if math.isfinite(spill)

@@ -1,4 +1,4 @@
-"""Checks that more corruption scores lower, on each side of the mask."""
+"""Checks that more corruption scores lower, by side."""
 
 from __future__ import annotations
 
@@ -20,25 +20,19 @@ AUROC_PASS, AUROC_FAIL = 0.9, 0.75
 
 
 def check_order(case: Case, side: Side) -> Check:
-    """Checks Kendall's tau of strength against score, by corruption and over all of them."""
+    """Checks Kendall's tau of strength against score."""
     # Check names and number names are keys of audit.json; they keep the words of its first version.
     name = f"order of damages {side}"
     if side not in case.expected.sides:
         return not_applicable(name, f"It is not expected to respond {side} the mask.")
-    taus: list[float] = []
-    tasks: list[str] = []
-    by_corruption: dict[str, float] = {}
-    for corruption in case.corruptions(side):
-        valid = _valid_taus(case, corruption, side)
-        by_corruption[corruption] = case.interval(list(valid.values()), list(valid))["mean"]
-        taus += valid.values()
-        tasks += valid
-    tau = case.interval(taus, tasks)
+    corruptions = case.corruptions(side)
+    tau, by_corruption = _taus(case, corruptions, side)
     numbers = {f"tau_{key}": value for key, value in tau.items()}
     numbers |= {f"tau_{corruption}": value for corruption, value in by_corruption.items()}
-    rewarded = [corruption for corruption in by_corruption if _is_rewarded(case, corruption, side)]
+    rewarded = [corruption for corruption in corruptions if _is_rewarded(case, corruption, side)]
     shown = f"Kendall tau {tau['mean']:.2f} [{tau['low']:.2f}, {tau['high']:.2f}]"
-    if tau["mean"] < 0 or len(rewarded) == len(by_corruption):
+    # From the most to the least severe: a reader should see the worst finding.
+    if tau["mean"] < 0 or len(rewarded) == len(corruptions):
         return failed(name, f"Inverted: more corruption {side} scores higher ({shown}).", numbers)
     if rewarded:
         return failed(
@@ -61,7 +55,7 @@ def check_order(case: Case, side: Side) -> Check:
 
 
 def check_separation(case: Case, side: Side) -> Check:
-    """Compares the correct edit with the strongest level of every corruption."""
+    """Compares the correct edit with the grossest corruptions."""
     name = f"damaged from clean {side}"
     if side not in case.expected.sides:
         return not_applicable(name, f"It is not expected to respond {side} the mask.")
@@ -69,6 +63,7 @@ def check_separation(case: Case, side: Side) -> Check:
     tasks: list[str] = []
     for response in case.scored:
         for (_, where), row in response.graded.items():
+            # The last level is the grossest.
             if where == side and math.isfinite(row[-1]):
                 wins.append(win(response.clean, row[-1]))
                 tasks.append(response.task_id)
@@ -78,7 +73,7 @@ def check_separation(case: Case, side: Side) -> Check:
 def check_wins(
     case: Case, name: str, wins: Sequence[float], tasks: Sequence[str], worse: str
 ) -> Check:
-    """Grades the AUROC of the claim that the correct edit beats ``worse``."""
+    """Grades how often the correct edit beats ``worse``."""
     auroc = case.interval(wins, tasks)
     verdict = grade(auroc["mean"], (AUROC_PASS, AUROC_FAIL))
     shown = f"AUROC {auroc['mean']:.2f} [{auroc['low']:.2f}, {auroc['high']:.2f}]"
@@ -90,8 +85,24 @@ def check_wins(
     )
 
 
+def _taus(
+    case: Case, corruptions: Sequence[str], side: Side
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Computes tau over all corruptions, with its interval, and the mean tau of each."""
+    taus: list[float] = []
+    tasks: list[str] = []
+    by_corruption: dict[str, float] = {}
+    for corruption in corruptions:
+        valid = _valid_taus(case, corruption, side)
+        by_corruption[corruption] = case.interval(list(valid.values()), list(valid))["mean"]
+        taus += valid.values()
+        tasks += valid
+    # A task has one tau per corruption, so whole tasks are resampled.
+    return case.interval(taus, tasks), by_corruption
+
+
 def _valid_taus(case: Case, corruption: str, side: Side) -> dict[str, float]:
-    """Computes tau of every task that has one, level 0 being the correct edit."""
+    """Computes tau by task, with the correct edit as level 0."""
     taus = {
         response.task_id: kendall((response.clean, *response.graded[corruption, side]))
         for response in case.scored
@@ -101,7 +112,7 @@ def _valid_taus(case: Case, corruption: str, side: Side) -> dict[str, float]:
 
 
 def _is_rewarded(case: Case, corruption: str, side: Side) -> bool:
-    """Tests for a level at which a corrupted image scores higher than the correct edit.
+    """Tests whether some level scores higher than the correct edit.
 
     The gain must be beyond doubt (its interval excludes zero) and more than a trifle.
     """
@@ -110,6 +121,7 @@ def _is_rewarded(case: Case, corruption: str, side: Side) -> bool:
         for response in case.scored
         if (corruption, side) in response.graded
     ]
+    # A level by itself may gain although the tau over all of them is positive.
     for level in range(LEVELS):
         gains = [
             (response.task_id, row[level] - response.clean)

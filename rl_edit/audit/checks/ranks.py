@@ -36,6 +36,7 @@ def win(better: float, worse: float) -> float:
     """
     if not (math.isfinite(better) and math.isfinite(worse)):
         return math.nan
+    # A tie counts half, so a constant score has an AUROC of 1/2 and not of 0.
     return float(better > worse) + 0.5 * float(better == worse)
 
 
@@ -45,5 +46,5 @@ def finite(values: Iterable[float]) -> list[float]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Averages, with a sum that does not depend on the order; NaN of none."""
+    """Averages exactly rounded; NaN of none."""
     return math.fsum(values) / len(values) if values else math.nan

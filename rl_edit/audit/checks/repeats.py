@@ -23,7 +23,7 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class _Spread:
-    """Noise between repeats of an image, and signal between images.
+    """Noise between repeats, and signal between images.
 
     Attributes:
         noise: root of the mean variance of repeats.
@@ -44,8 +44,9 @@ class _Spread:
 
 
 def check_repeats(case: Case) -> Check:
-    """Compares repeated scores of an image, in one batch and in a call of its own.
+    """Compares repeated scores of one image.
 
+    It is scored in a batch several times, and once in a separate call.
     Terms that draw random numbers get other seeds each time.
     """
     spread = _spread(case)

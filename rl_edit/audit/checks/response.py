@@ -21,7 +21,7 @@ _MILD = LEVELS // 2
 
 
 def check_response(case: Case) -> Check:
-    """Checks that corruption lowers the score, visibly from the mildest level on."""
+    """Checks that corruption lowers the score visibly."""
     term, fall = case.session.term, case.fall
     scores = finite(
         score
@@ -63,7 +63,7 @@ def _no_response(case: Case, lowest: float, highest: float) -> str:
 
 
 def _ties(case: Case) -> float:
-    """Computes the share of mild corruptions that score like the correct edit."""
+    """Computes the share of mild corruptions without effect."""
     ties = [
         abs(response.clean - row[level]) < _TIE * case.fall
         for response, row in case.complete_rows()

@@ -25,7 +25,7 @@ _MIN_POINTS = 8
 
 
 def check_image_size(case: Case) -> Check:
-    """Checks that the same corruption costs the same when every pixel is doubled."""
+    """Checks that the image's size does not matter."""
     falls = [
         response.growth
         for response in case.scored
@@ -56,7 +56,7 @@ def check_image_size(case: Case) -> Check:
 
 
 def check_psnr_convention(case: Case) -> Check:
-    """Checks where a score that is a straight line in background PSNR has its zero."""
+    """Checks the zero of scores that are linear in PSNR."""
     name = "PSNR convention"
     if case.expected.one_side != "outside":
         return not_applicable(name, "It is not a measure of the background alone.")

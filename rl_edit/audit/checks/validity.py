@@ -16,6 +16,7 @@ def check_validity(case: Case) -> Check:
     numbers = {"scored": float(session.scored), "invalid": float(session.invalid), "share": share}
     if not session.invalid:
         return passed("valid", f"All {session.scored} images got a score.", numbers)
+    # One reason is enough for a sentence; the commonest costs the most groups.
     common = session.reasons.most_common(1)
     why = f": {common[0][0]}" if common else ""
     text = (
@@ -31,7 +32,7 @@ def check_validity(case: Case) -> Check:
 
 
 def check_range(case: Case) -> Check:
-    """Checks that every value is finite, in the declared range, and one per image."""
+    """Checks that values are finite and in the declared range."""
     term, calls = case.session.term, case.session.out_of_contract
     declared = f"{term.low:g}..{term.high:g}"
     if not calls:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Verdict = Literal["pass", "warn", "fail", "n/a"]
+# A check that does not apply must not hide one that passes, so it is the least severe.
 SEVERITY: dict[Verdict, int] = {"n/a": 0, "pass": 1, "warn": 2, "fail": 3}
 
 
@@ -32,9 +33,10 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def grade(value: float, limits: tuple[float, float]) -> Verdict:
-    """Passes from the first limit up and fails below the second.
+    """Grades a value by two limits.
 
-    NaN fails: both comparisons are false.
+    It passes from the first limit up and fails below the second. NaN fails: both comparisons
+    are false.
     """
     return "pass" if value >= limits[0] else "warn" if value >= limits[1] else "fail"
 
@@ -55,16 +57,17 @@ def failed(name: str, sentence: str, numbers: dict[str, float] | None = None) ->
 
 
 def not_applicable(name: str, sentence: str) -> Check:
-    """Makes a check that does not apply to this term or these tasks."""
+    """Makes a check that does not apply."""
     return Check(name=name, verdict="n/a", sentence=sentence)
 
 
 def claim(verdict: Verdict, subject: str, verb: str, rest: str) -> str:
-    """Makes a sentence of a claim that the verdict confirms, weakens or denies.
+    """Phrases a claim as the verdict confirms or denies it.
 
     ``claim("warn", "The correct edit", "beat", "noise")`` is "The correct edit does not always beat
     noise."
     """
+    # "Not reliably", since a failing AUROC may still lie above chance.
     predicate = {
         "pass": f"{verb}s",
         "warn": f"does not always {verb}",
