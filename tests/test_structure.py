@@ -1,4 +1,4 @@
-"""The picture of the imports shows today's rooms and arrows, and none of them leads back up."""
+"""The drawing of the imports shows today's rooms and arrows, and none of them leads back up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rl_edit.errors import InputError
 from rl_edit.structure import FLOORS, Import, ImportGraph, draw, floor_of, import_graph, room_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = ROOT / "docs" / "images" / "structure.svg"
+DRAWING = ROOT / "docs" / "images" / "structure.svg"
 ROOMS = {room.name: room for floor in FLOORS for room in floor}
 
 
@@ -31,7 +31,7 @@ def shown_arrows(svg: str) -> set[tuple[str, str]]:
 
 
 def with_arrow(importer: str, imported: str) -> ImportGraph:
-    """The project's own graph with one more import."""
+    """Adds one import to the project's own graph."""
     graph = import_graph()
     entry = Import(importer=importer, line=7, imported=imported)
     pair = (ROOMS[importer], ROOMS[imported])
@@ -44,22 +44,22 @@ def test_no_arrow_of_the_project_runs_back_up() -> None:
     assert [str(entry) for entry in import_graph().imports_up] == []
 
 
-def test_the_committed_picture_shows_the_rooms_and_arrows_of_today() -> None:
-    """Numbers of imports may differ: they change every day and only the widths follow them."""
-    picture, today = PICTURE.read_text(), draw(import_graph())
-    assert shown_rooms(picture) == shown_rooms(today), "run: make structure"
-    assert shown_arrows(picture) == shown_arrows(today), "run: make structure"
-    assert "no arrow runs back up" in picture
+def test_the_committed_drawing_shows_the_rooms_and_arrows_of_today() -> None:
+    """Numbers of imports may differ: they change often, and only widths follow them."""
+    committed, today = DRAWING.read_text(), draw(import_graph())
+    assert shown_rooms(committed) == shown_rooms(today), "run: make structure"
+    assert shown_arrows(committed) == shown_arrows(today), "run: make structure"
+    assert "no arrow runs back up" in committed
 
 
-def test_the_picture_is_small_valid_and_draws_for_light_and_dark_pages() -> None:
+def test_the_drawing_is_small_valid_and_draws_for_light_and_dark_pages() -> None:
     text = draw(import_graph())
     assert ElementTree.fromstring(text).tag.endswith("svg")
     assert len(text) <= 100_000
     assert "prefers-color-scheme: dark" in text and "<script" not in text
 
 
-def test_the_same_sources_give_the_same_picture() -> None:
+def test_the_same_sources_give_the_same_drawing() -> None:
     assert draw(import_graph()) == draw(import_graph())
 
 
@@ -71,8 +71,8 @@ def test_every_room_and_every_pair_of_importing_rooms_is_drawn() -> None:
 
 
 def test_an_arrow_back_up_is_red_on_the_left_and_counted() -> None:
-    sound, broken = draw(import_graph()), draw(with_arrow("rl_edit/config", "rl_edit/evaluation"))
-    assert '<g class="up"' not in sound
+    valid, broken = draw(import_graph()), draw(with_arrow("rl_edit/config", "rl_edit/evaluation"))
+    assert '<g class="up"' not in valid
     assert '<g class="up" data-from="rl_edit/config" data-to="rl_edit/evaluation">' in broken
     assert "1 arrow runs back up" in broken
 
@@ -90,7 +90,7 @@ def test_the_most_precise_name_decides_the_room() -> None:
 
 
 def test_labels_stay_inside_their_boxes() -> None:
-    """About 7.4 px a character of a name and 6.7 px of a description, in a box of 250 px."""
+    """Allows 7.9 px per character of a name, 6.7 px of a description, in a box of 250 px."""
     for room in ROOMS.values():
         assert len(room.name) * 7.9 < 230, room.name
         assert len(room.holds) * 6.7 < 230, room.holds
@@ -139,7 +139,7 @@ app = typer.Typer()
 app.command()(command.structure_command)
 
 
-def test_the_command_writes_the_picture_and_says_that_the_order_holds(tmp_path: Path) -> None:
+def test_the_command_writes_the_drawing_and_says_that_the_order_holds(tmp_path: Path) -> None:
     out = tmp_path / "images" / "structure.svg"
     result = CliRunner().invoke(app, ["--out", str(out)])
     assert result.exit_code == 0, result.output

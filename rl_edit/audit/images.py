@@ -109,9 +109,9 @@ def enlarged(task: EditTask, image: RGB) -> tuple[EditTask, RGB]:
     """
     changes: dict[str, Any] = {
         # Masks end in (height, width), after a dimension of regions if any. Images begin with them.
-        name: _doubled(value, first=value.ndim - 2 if value.dtype == torch.bool else 0)
-        for name in ("source", "target", "edit_mask", "regions")
-        if isinstance(value := getattr(task, name, None), Tensor)
+        field.name: _doubled(value, first=value.ndim - 2 if value.dtype == torch.bool else 0)
+        for field in dataclasses.fields(task)
+        if isinstance(value := getattr(task, field.name), Tensor)
     }
     return dataclasses.replace(task, **changes), _doubled(image, first=0)
 
