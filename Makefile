@@ -6,11 +6,16 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 PYTEST_ARGS ?=
+# Processes for the tests that start no cluster; one thread each. Ray tests run one after another.
+TEST_JOBS ?= auto
+
+NO_CLUSTER = OMP_NUM_THREADS=1 $(PY) -m pytest -m "not ray and not gpu and not slow" -n $(TEST_JOBS) $(PYTEST_ARGS)
+CLUSTER = $(PY) -m pytest -m "ray and not gpu and not slow" $(PYTEST_ARGS)
 
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation methods test lint types walls structure faults golden scaling unit ray format clean
+.PHONY: help setup demo ablation methods test lint types walls structure docs faults golden scaling unit ray format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +38,7 @@ demo: $(STAMP)  ## train the built-in editor, evaluate it, write the report: run
 	$(VENV)/bin/rl-edit evaluate $(DEMO)
 	$(VENV)/bin/rl-edit report $(DEMO)
 	@echo
-	@echo "Look at   $(DEMO)/report.html      curves, numbers and before/after pictures in one page"
+	@echo "Look at   $(DEMO)/report.html      curves, numbers and before/after images in one page"
 	@echo "Numbers   $(DEMO)/evaluation.json  base, trained and delta with 95 % intervals"
 	@echo "Weights   $(DEMO)/adapter          the LoRA, for rl-edit edit or stock diffusers"
 
@@ -43,8 +48,15 @@ ablation: $(STAMP)  ## what each part of RC-GRPO does, equal budgets, 3 seeds ea
 methods: $(STAMP)  ## every method at equal model evaluations, 3 seeds each, under 3 hours; stop and rerun to resume
 	$(PY) benchmarks/methods.py
 
-test: lint types  ## everything CI checks: lint, types, walls, unit and Ray tests (not gpu, not slow)
-	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+# Both parts run, so that one call shows every failure. pytest ends with 5 when PYTEST_ARGS selects
+# no test of a part, which is an error only when it is so in both.
+test: lint types  ## everything CI checks: lint, types, then tests in parallel, then Ray tests
+	@$(NO_CLUSTER); first=$$?; $(CLUSTER); second=$$?; \
+		if [ $$first -eq 5 ]; then exit $$second; elif [ $$second -eq 5 ]; then exit $$first; \
+		elif [ $$first -ne 0 ]; then exit $$first; else exit $$second; fi
+
+docs: $(STAMP)  ## write the generated pages again: docs/config.md
+	$(VENV)/bin/rl-edit show-config --reference > docs/config.md
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
@@ -69,11 +81,11 @@ scaling: $(STAMP)  ## the controller against the cost model, and Ray against one
 	$(PY) benchmarks/scaling.py
 	$(PY) benchmarks/overhead.py
 
-unit: $(STAMP)  ## only the tests that start no Ray cluster
-	$(PY) -m pytest -m "not gpu and not slow and not ray" $(PYTEST_ARGS)
+unit: $(STAMP)  ## only the tests that start no Ray cluster, in parallel
+	$(NO_CLUSTER)
 
-ray: $(STAMP)  ## only the tests that start a Ray cluster
-	$(PY) -m pytest -m "ray and not gpu and not slow" $(PYTEST_ARGS)
+ray: $(STAMP)  ## only the tests that start a Ray cluster, one after another
+	$(CLUSTER)
 
 format: $(STAMP)  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .
