@@ -1,4 +1,7 @@
-"""``python -m rl_edit``: the ``rl-edit`` command where the package is on the path but not installed, as in a submitted job."""
+"""Runs the ``rl-edit`` command as ``python -m rl_edit``.
+
+It serves where the package is on the path but not installed, as in a submitted job.
+"""
 
 from __future__ import annotations
 

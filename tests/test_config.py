@@ -18,7 +18,7 @@ TINY = "tiny-rc-grpo"
 
 
 def problem(*overrides: str, preset: str = TINY) -> str:
-    """What is said about a preset with these overrides. One line."""
+    """The error of a preset with these overrides. It is one line."""
     with pytest.raises(InputError) as refusal:
         load_config(preset=preset, overrides=overrides)
     message = str(refusal.value)
@@ -27,7 +27,7 @@ def problem(*overrides: str, preset: str = TINY) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "said", "nearest"),
+    ("override", "named", "nearest"),
     [
         ("trian.updates=5", "'trian'", "'train'"),
         ("sede=5", "'sede'", "'seed'"),
@@ -45,10 +45,10 @@ def problem(*overrides: str, preset: str = TINY) -> str:
     ],
 )
 def test_an_unknown_key_at_any_depth_is_named_whole_with_the_nearest_known_one(
-    override: str, said: str, nearest: str
+    override: str, named: str, nearest: str
 ) -> None:
     message = problem(override)
-    assert f"unknown key {said}" in message
+    assert f"unknown key {named}" in message
     assert f"did you mean {nearest}?" in message
 
 
@@ -110,9 +110,9 @@ def test_a_named_method_supplies_every_seam_and_other_keys_adjust_it() -> None:
     adjusted = validated(
         {**raw, "algorithm": {"name": "neighbor-grpo", "initial_noise": {"inside": 0.5}}}, "test"
     ).algorithm
-    plain = METHODS["neighbor-grpo"].algorithm
-    assert adjusted.initial_noise == plain.initial_noise.model_copy(update={"inside": 0.5})
-    assert (adjusted.credit, adjusted.objective) == (plain.credit, plain.objective)
+    bundle = METHODS["neighbor-grpo"].algorithm
+    assert adjusted.initial_noise == bundle.initial_noise.model_copy(update={"inside": 0.5})
+    assert (adjusted.credit, adjusted.objective) == (bundle.credit, bundle.objective)
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
@@ -210,10 +210,11 @@ def test_a_reward_that_credit_or_noise_reads_may_not_be_left_out(
     preset: str, override: str, reader: str
 ) -> None:
     config = load_config(preset=preset, overrides=[override])
-    config.require_measured({"attention": "nobody reads it"})
+    config.require_measured({"attention": "no setting reads it"})
     with pytest.raises(
         InputError,
-        match=f"{reader} reads reward 'judge', which is left out here .the data has no target.*region_judge",
+        match=f"{reader} reads reward 'judge', which is left out here .the data has no target.*"
+        "region_judge",
     ):
         config.require_measured({"judge": "the data has no target"})
 
@@ -246,10 +247,12 @@ def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
     )
 
 
-@pytest.mark.parametrize("given", ["rc-grpo", "tiny-rc-gpro", "tiny_rc_grpo"])
-def test_an_unknown_preset_is_answered_with_the_nearest(given: str) -> None:
-    with pytest.raises(InputError, match=f"unknown preset '{given}', did you mean 'tiny-rc-grpo'"):
-        load_config(preset=given)
+@pytest.mark.parametrize("unknown", ["rc-grpo", "tiny-rc-gpro", "tiny_rc_grpo"])
+def test_an_unknown_preset_is_answered_with_the_nearest(unknown: str) -> None:
+    with pytest.raises(
+        InputError, match=f"unknown preset '{unknown}', did you mean 'tiny-rc-grpo'"
+    ):
+        load_config(preset=unknown)
 
 
 @pytest.mark.parametrize(
@@ -354,8 +357,8 @@ def test_what_show_config_prints_is_the_same_run(preset: str, tmp_path: Path) ->
 
 
 def test_an_open_range_survives_the_round_trip(small_editor: str, tmp_path: Path) -> None:
-    own = {"kind": "python", "function": "math:fsum", "low": float("-inf"), "high": float("inf")}
-    config = small_config(small_editor, rewards={"own": own})
+    term = {"kind": "python", "function": "math:fsum", "low": float("-inf"), "high": float("inf")}
+    config = small_config(small_editor, rewards={"mine": term})
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path) == config

@@ -1,8 +1,8 @@
-"""What the version before wrote is still read: configurations, checkpoints, run directories.
+"""Configurations, checkpoints and run directories of the version before are still read.
 
-``fixtures/earlier_version/`` was written by the version before settings were renamed. ``run.yaml`` is
-the configuration, ``run/`` holds 2 of its 4 updates with an evaluation, ``final/`` the adapter of its
-uninterrupted 4 updates.
+``fixtures/earlier_version/`` was written by the version before settings were renamed. ``run.yaml``
+is the configuration, ``run/`` holds 2 of its 4 updates with an evaluation, ``final/`` the adapter
+of its uninterrupted 4 updates.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def test_a_run_of_the_version_before_ends_as_it_would_have_ended(
         monkeypatch, capsys, "train", "--run-dir", earlier_run, "--resume", "train.updates=4"
     )
     assert (code, sorted(hints_of(err))) == (0, sorted(HINTS))
-    # Another processor may round otherwise than the one that wrote the fixture. The first half,
-    # trained again here, tells the two cases apart.
+    # Another processor may round otherwise than the one that wrote the fixture. Only where the
+    # first half, trained again here, has the same bits can the second half be held to them.
     again = tmp_path / "again"
     assert command(
         monkeypatch, capsys, "train", EARLIER / "run.yaml", "--run-dir", again, "train.updates=2"

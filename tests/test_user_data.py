@@ -1,4 +1,4 @@
-"""A person's own images, as they come off a telephone and out of a paint program: they train, and they can be edited."""
+"""A user's images, from a telephone and a paint program, can be trained on and edited."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def stroke(height: int, width: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four images of odd sizes: a turned JPEG, a palette PNG, a transparent PNG, a plain JPEG; a mask and a text beside each."""
+    """Four images of odd sizes, with a mask and a text beside each.
+
+    They are a turned JPEG, a palette PNG, a transparent PNG and a plain JPEG.
+    """
     data = tmp_path_factory.mktemp("photos")
     images = {name: photograph(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())}
     turned = Image.Exif()
@@ -72,11 +75,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     folder: Path, small_editor: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """The run directory of one update of the shipped preset on the folder, and what was said."""
+    """The run directory of one update of the shipped preset on the folder, and its output."""
     directory = tmp_path_factory.mktemp("runs") / "own"
     small = (
         "actors.runtime=inline", "actors.threads=1", "train.updates=1", "train.groups_per_update=3",
-        "rollout.group_size=4", "rollout.num_steps=3", "algorithm.objective={kind: neighbor, num_anchors: 2}",
+        "rollout.group_size=4", "rollout.num_steps=3",
+        "algorithm.objective={kind: neighbor, num_anchors: 2}",
     )  # fmt: skip
     arguments = (
         "train",
@@ -95,7 +99,10 @@ def run(
 
 
 class Captured:
-    """Standard output and error of a module's fixture, where pytest's capture of one test does not reach."""
+    """Captures standard output and error of a fixture that serves the module.
+
+    The capture of a single test does not reach it.
+    """
 
     def __init__(self) -> None:
         import contextlib
@@ -129,8 +136,8 @@ def test_a_folder_of_photos_trains_with_the_rewards_it_can_feed(run: tuple[Path,
 
 
 def test_the_reward_that_was_left_out_is_named_with_the_reason(run: tuple[Path, str]) -> None:
-    directory, said = run
-    assert "left out reward judge: the data has no" in said
+    directory, output = run
+    assert "left out reward judge: the data has no" in output
     (left_out,) = read_json(directory / "run.json")["left_out_rewards"]
     assert left_out.startswith("judge: the data has no ")
 

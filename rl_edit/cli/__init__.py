@@ -1,10 +1,14 @@
-"""The command line: one small file a verb. Errors become one readable line and an exit code."""
+"""The command line: one file per verb.
+
+Errors become one readable line and an exit code.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 
+# These libraries read their environment once, when they are imported; hence before the imports.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # OpenMP reads it once, when torch is imported. Threads that wait then sleep instead of spinning,
@@ -29,11 +33,13 @@ from rl_edit.cli.train import train_command
 from rl_edit.errors import ClusterUnreachable, Fenced, InputError, ResourcesInfeasible
 from rl_edit.method.update import TrainingFailed
 
+# Documented in docs/usage.md; scripts rely on them. 75 is EX_TEMPFAIL of sysexits.h: another
+# attempt holds the run directory, and repeating this one is no error.
 BAD_INPUT, FAILED, INFEASIBLE, UNREACHABLE, FENCED = 2, 3, 4, 5, 75
 
 app = typer.Typer(
     name="rl-edit",
-    help="Reinforcement-learning post-training for image editors that leaves the rest of the picture alone.",
+    help="Train image editors with reinforcement learning. The background stays as it is.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,7 +62,7 @@ app.add_typer(dataset_app, name="dataset")
 
 
 def main() -> None:
-    """Entry point: runs the verb and turns known errors into exit codes."""
+    """Runs the verb and turns known errors into exit codes."""
     try:
         app()
     except InputError as error:
@@ -64,7 +70,7 @@ def main() -> None:
     except TrainingFailed as error:
         _leave(error, FAILED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # as a shell reports a process that SIGINT ended
     except ResourcesInfeasible as error:
         _leave(error, INFEASIBLE)
     except ClusterUnreachable as error:
@@ -74,7 +80,8 @@ def main() -> None:
 
 
 def _leave(error: Exception, code: int) -> None:
-    """One line on stderr; under Ray the cause is the last line of the remote trace."""
+    """Prints one line on stderr and ends the process."""
+    # Ray wraps an error of an actor; its cause is what the user has to read.
     cause = getattr(error, "cause", None) or error
     print(f"rl-edit: {' '.join(str(cause).split())}", file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""``rl-edit dataset``: write the built-in world to disk."""
+"""``rl-edit dataset``: writes the built-in world to disk."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ def _group() -> None:
 
 @dataset_app.command("make-shapes")
 def make_shapes_command(
-    directory: Annotated[Path, typer.Argument(help="New directory; CompBench's layout.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory, in CompBench's layout.")],
     count: Annotated[int, typer.Option(help="Number of tasks.", min=1)] = 256,
     split: Annotated[
-        str, typer.Option(help="train, heldout or validation; splits share no scene.")
+        str, typer.Option(help="train, heldout or validation. Splits share no scene.")
     ] = "train",
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write tasks of the shapes world: source, instruction, exact mask, exact target."""
     console = Console()
+    # Drawn while they are written: a large world never lies in memory.
     tasks = (
         shapes.task(split, i, seed=seed)
         for i in track(
@@ -39,7 +40,8 @@ def make_shapes_command(
     )
     write_compbench(tasks, directory)
     console.print(
-        f"{count} tasks in {directory}; train on them with: rl-edit train --preset tiny-rc-grpo data.path={directory}",
+        f"{count} tasks in {directory}; train on them with: "
+        f"rl-edit train --preset tiny-rc-grpo data.path={directory}",
         highlight=False,
         markup=False,
         soft_wrap=True,
