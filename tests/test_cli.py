@@ -1,4 +1,4 @@
-"""The command line: bad input is exit code 2, one line that names the value and the remedy, and nothing on the disk."""
+"""The command line: bad input is exit code 2, one line with value and remedy, and no files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_bad_settings_are_refused(
     assert_refused(outcome, run, *words)
 
 
-def picture(path: Path, *, height: int = 20, width: int = 30) -> Path:
+def image(path: Path, *, height: int = 20, width: int = 30) -> Path:
     path.parent.mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -133,7 +133,7 @@ def full_mask(data: Path) -> None:
 
 
 def no_image(data: Path) -> None:
-    (data / "a.png").write_text("this is a letter, not a picture")
+    (data / "a.png").write_text("this is a letter, not an image")
 
 
 def missing_row(data: Path) -> None:
@@ -163,7 +163,7 @@ def test_bad_data_is_refused(
 ) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     for name in ("a", "b"):
-        picture(data / f"{name}.png")
+        image(data / f"{name}.png")
         mask(data / f"{name}_mask.png")
         (data / f"{name}.txt").write_text("remove the scratch")
     damage(data)
@@ -176,9 +176,9 @@ def test_bad_data_is_refused(
 def test_a_reward_that_gives_nan_is_refused_and_leaves_no_run(
     rl_edit: Command, small_editor: str, tmp_path: Path
 ) -> None:
-    own = {"kind": "python", "function": f"{__name__}:not_a_number", "low": 0.0, "high": 1.0}
+    term = {"kind": "python", "function": f"{__name__}:not_a_number", "low": 0.0, "high": 1.0}
     small_config(
-        small_editor, rewards={"preservation": PRESERVATION, "own": own}, directory=tmp_path
+        small_editor, rewards={"preservation": PRESERVATION, "own": term}, directory=tmp_path
     )
     run = tmp_path / "run"
     assert_refused(
@@ -270,10 +270,10 @@ def test_a_resume_that_cannot_go_on_leaves_what_the_run_says_of_itself(
 ) -> None:
     run = tmp_path / "run"
     train(small_config(small_editor, "train.updates=2"), run, resume=False)
-    said = {name: (run / name).read_bytes() for name in ("config.yaml", "run.json")}
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "run.json")}
     outcome = rl_edit("train", "--run-dir", run, "--resume", *arguments)
     assert_refused(outcome, None, *words)
-    assert {name: (run / name).read_bytes() for name in said} == said
+    assert {name: (run / name).read_bytes() for name in before} == before
     assert rl_edit("train", "--run-dir", run, "--resume", "train.updates=3")[0] == 0
     assert [line["update"] for line in metrics_of(run)] == [0, 1, 2]
 
@@ -309,10 +309,10 @@ def test_a_run_goes_on_where_its_data_and_its_editor_have_moved_to(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_run_that_is_told_to_stop_saves_what_it_did_and_resumes_to_the_bytes_of_one_that_was_not(
+def test_a_run_that_is_stopped_saves_what_it_did_and_resumes_to_the_bytes_of_one_that_was_not(
     rl_edit: Command, small_editor: str, tmp_path: Path, number: signal.Signals
 ) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    run, complete = tmp_path / "run", tmp_path / "complete"
     small_config(small_editor, "train.updates=1", directory=tmp_path)
     arguments = [
         sys.executable,
@@ -346,13 +346,15 @@ def test_a_run_that_is_told_to_stop_saves_what_it_did_and_resumes_to_the_bytes_o
     )
     assert rl_edit("train", "--run-dir", run, "--resume", f"train.updates={done + 1}")[0] == 0
     assert (
-        rl_edit("train", tmp_path / "run.yaml", "--run-dir", whole, f"train.updates={done + 1}")[0]
+        rl_edit("train", tmp_path / "run.yaml", "--run-dir", complete, f"train.updates={done + 1}")[
+            0
+        ]
         == 0
     )
-    files = [directory / "adapter" / lora.WEIGHTS_FILE for directory in (run, whole)]
+    files = [directory / "adapter" / lora.WEIGHTS_FILE for directory in (run, complete)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert [line["adapter"] for line in metrics_of(run)] == [
-        line["adapter"] for line in metrics_of(whole)
+        line["adapter"] for line in metrics_of(complete)
     ]
 
 
@@ -465,8 +467,8 @@ def test_evaluate_compares_base_and_trained_on_the_same_tasks(
         difference = result["trained"][metric]["mean"] - result["base"][metric]["mean"]
         assert result["delta"][metric]["mean"] == pytest.approx(difference, abs=1e-6)
     assert result["delta"]["background_psnr_masked"]["mean"] != 0.0
-    pictures = {path.stem for path in trained.glob("evaluation/images/*/*.png")}
-    assert pictures == {
+    images = {path.stem for path in trained.glob("evaluation/images/*/*.png")}
+    assert images == {
         "source",
         "mask",
         "target",
@@ -485,8 +487,8 @@ def test_an_evaluation_put_elsewhere_leaves_the_runs_own_as_it_is(
     before = (trained / "evaluation.json").read_bytes()
     code, out, _ = rl_edit("evaluate", trained, "--out", tmp_path / "other", "data.seed=9")
     assert code == 0 and "rl-edit report" not in out
-    found = read_json(tmp_path / "other" / "evaluation.json")
-    assert found["meta"]["tasks"] != read_json(trained / "evaluation.json")["meta"]["tasks"]
+    elsewhere = read_json(tmp_path / "other" / "evaluation.json")
+    assert elsewhere["meta"]["tasks"] != read_json(trained / "evaluation.json")["meta"]["tasks"]
     assert (tmp_path / "other" / "evaluation" / "images").is_dir()
     assert (trained / "evaluation.json").read_bytes() == before
     assert_refused(
@@ -589,7 +591,7 @@ def test_edit_refuses_what_it_cannot_read_or_write(
     words: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    picture(tmp_path / "photo.png")
+    image(tmp_path / "photo.png")
     (tmp_path / "letter.png").write_text("dear reader")
     assert_refused(rl_edit("edit", *arguments), None, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.png", "photo.png"]
@@ -627,7 +629,8 @@ def test_a_process_says_one_line_without_a_trace_and_loads_no_model_library_to_d
     program = (
         "import sys\nfrom rl_edit.cli import main\n"
         "try:\n    main()\nfinally:\n"
-        "    print(sorted({'diffusers', 'transformers', 'peft', 'ray', 'accelerate'} & set(sys.modules)))\n"
+        "    libraries = {'diffusers', 'transformers', 'peft', 'ray', 'accelerate'}\n"
+        "    print(sorted(libraries & set(sys.modules)))\n"
     )
     arguments = [
         sys.executable,

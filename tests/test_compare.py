@@ -1,60 +1,26 @@
-"""Runs side by side: the model evaluations they cost, what is compared with what, and the benchmark that compares methods."""
+"""Runs side by side: the pairs that are compared, the runs that are refused, and the page."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import os
 import re
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from rl_edit.cli.train import _Watch, train
-from rl_edit.config import RunConfig, load_config
-from rl_edit.data import open_dataset
-from rl_edit.editors.flux_kontext import FluxKontextEditor
+from evaluated_runs import BASE, META, evaluated, rows
+from rl_edit.cli.train import train
+from rl_edit.config import load_config
 from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import compare
-from rl_edit.evaluation.effort import effort
 from rl_edit.measures.intervals import Interval
-from rl_edit.method.algorithms import METHODS
 from rl_edit.report.compare import comparison_page
-from runs import command, read_json, run_inline, small_config
+from runs import command, read_json, small_config
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-META = {
-    "num_tasks": 4,
-    "num_noises": 1,
-    "seed": 1_000_003,
-    "num_steps": 6,
-    "guidance": 2.5,
-    "true_cfg": 1.0,
-    "negative_prompt": "",
-    "dtype": "float32",
-    "max_text_tokens": 32,
-    "tasks": "a" * 64,
-    "editor": "b" * 64,
-    "adapter": "50:cafe",
-}
-BASE = {
-    "reward": 7.0,
-    "reward/judge": 6.7,
-    "reward/preservation": 0.8,
-    "instruction": 6.0,
-    "background_psnr_masked": 30.0,
-}
-HARD = (-3.0, 0.0, 1.0, 2.0)
-"""By how much tasks differ for every editor."""
-
-Values = dict[str, float]
 Command = Callable[..., tuple[int, str, Sequence[str]]]
 
 
@@ -66,125 +32,6 @@ def rl_edit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def ends(interval: Interval | None) -> tuple[float, float, float, int]:
     assert interval is not None
     return interval.mean, interval.low, interval.high, interval.n
-
-
-def rows(
-    gains: Sequence[float],
-    *,
-    metric: str = "instruction",
-    noises: int = 1,
-    base: Values | None = None,
-) -> list[dict[str, Any]]:
-    """A row a task and noise: the trained editor is better by the task's gain in one metric."""
-    found = []
-    for noise in range(noises):
-        for task, gain in enumerate(gains):
-            before = {
-                name: value + HARD[task % len(HARD)] / 10 for name, value in (base or BASE).items()
-            }
-            after = {**before, metric: before[metric] + gain + noise}
-            kind = "two_regions" if task == 0 else "add"
-            found.append(
-                {
-                    "task_id": f"t{task}",
-                    "task_type": kind,
-                    "values": {"base": before, "trained": after},
-                }
-            )
-    return found
-
-
-def evaluated(
-    directory: Path,
-    *overrides: str,
-    measured: list[dict[str, Any]] | None = None,
-    preset: str = "tiny-flow-grpo",
-    **meta: Any,
-) -> Path:
-    """A run directory as training and evaluation leave it."""
-    config = load_config(preset=preset, overrides=overrides)
-    return written(directory, config, rows([1.0] * 4) if measured is None else measured, **meta)
-
-
-def written(
-    directory: Path, config: RunConfig, measured: list[dict[str, Any]], **meta: Any
-) -> Path:
-    (directory / "evaluation").mkdir(parents=True)
-    (directory / "config.yaml").write_text(config.to_yaml())
-    (directory / "evaluation" / "rows.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in measured)
-    )
-    (directory / "evaluation.json").write_text(json.dumps({"meta": {**META, **meta}}))
-    (directory / "run.json").write_text(
-        json.dumps({"status": "done", "adapter": "50:cafe", "data_fingerprint": "d"})
-    )
-    (directory / "metrics.jsonl").write_text(
-        "".join(json.dumps({"update": u, "seconds/update": u + 1.0}) + "\n" for u in range(3))
-    )
-    return directory
-
-
-# --- model evaluations ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("preset", "learning"),
-    [
-        ("tiny-rc-grpo", 4 * 6),  # anchors x trained steps
-        ("tiny-neighbor-grpo", 4 * 4),
-        ("tiny-flow-grpo", 8 * 5),  # every candidate at every stochastic step
-        ("tiny-flow-grpo-fast", 8 * 2),
-        ("tiny-mixgrpo", 8 * 2),
-        ("tiny-diffusion-nft", 8 * 5 * 3),  # policy, acting and base
-        ("tiny-cocoedit", 8 * 5 * 3),
-        ("tiny-spatialflow-grpo", 8 * 5),
-        ("tiny-edit-grpo", 8 * 5),
-    ],
-)
-def test_an_update_costs_the_rollouts_forwards_and_every_replayed_state_under_every_policy(
-    preset: str, learning: int
-) -> None:
-    found = effort(load_config(preset=preset))
-    assert (found.rollout, found.learning) == (8 * 8 * 6, 8 * learning)
-    assert (
-        effort(
-            load_config(
-                preset=preset, overrides=["train.inner_epochs=2", "train.states_per_forward=3"]
-            )
-        ).learning
-        == 2 * 8 * learning
-    )
-    if learning == 8 * 5 * 3:  # a guided velocity is none to regress on samples
-        return
-    guided = effort(load_config(preset=preset, overrides=["editor.true_cfg=2"]))
-    assert (guided.rollout, guided.learning) == (2 * found.rollout, 2 * found.learning), (
-        "a forward of either prompt"
-    )
-
-
-TRANSITION = "algorithm={name: flow-grpo, credit: {normalise: group}}"
-FORWARD = "algorithm={name: diffusion-nft, credit: {normalise: group}}"
-HELD = "algorithm.objective={kind: background_regularised, target: reference, inner: {num_anchors: 2, num_steps: 1}}"
-
-
-@pytest.mark.parametrize("method", ["train.inner_epochs=1", TRANSITION, FORWARD, HELD])
-def test_the_counted_evaluations_are_the_forwards_of_a_real_update(
-    method: str, small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small_config(small_editor, "train.updates=1", method)
-    states: list[int] = []
-    velocity = FluxKontextEditor.velocity
-
-    def counted(self: Any, latents: Tensor, *rest: Any) -> Tensor:
-        states.append(len(latents))
-        return velocity(self, latents, *rest)
-
-    monkeypatch.setattr(FluxKontextEditor, "velocity", counted)
-    run_inline(config, tmp_path)
-    assert sum(states) == effort(config).total
-
-
-# --- what is compared -------------------------------------------------------------------------------------------------
 
 
 def test_a_gain_is_the_mean_of_paired_differences_however_much_tasks_differ(tmp_path: Path) -> None:
@@ -204,14 +51,14 @@ def test_runs_that_differ_only_in_the_seed_are_one_arm_and_count_each_task_once(
         for seed in (2, 0)
     ]
     other = evaluated(tmp_path / "other", "train.learning_rate=1.0e-3", "name=other")
-    found = compare([*seeds, other])
-    assert [(arm.label, arm.seeds) for arm in found.arms] == [
+    comparison = compare([*seeds, other])
+    assert [(arm.label, arm.seeds) for arm in comparison.arms] == [
         ("tiny-flow-grpo", (0, 2)),
         ("other", (0,)),
     ]
-    assert ends(found.arms[0].gain("instruction")) == pytest.approx((2.0, 2.0, 2.0, 4))
-    assert found.arms[0].by_seed("instruction") == pytest.approx({0: 1.0, 2: 3.0})
-    assert found.arms[0].seconds_per_update == 2.0
+    assert ends(comparison.arms[0].gain("instruction")) == pytest.approx((2.0, 2.0, 2.0, 4))
+    assert comparison.arms[0].by_seed("instruction") == pytest.approx({0: 1.0, 2: 3.0})
+    assert comparison.arms[0].seconds_per_update == 2.0
 
 
 def test_noises_of_a_task_are_one_unit(tmp_path: Path) -> None:
@@ -229,12 +76,12 @@ def test_a_run_is_subtracted_from_another_task_by_task(tmp_path: Path) -> None:
         "train.learning_rate=1.0e-3",
         measured=rows([0.8, 4.8, -3.2, 1.8]),
     )
-    found = compare([one], against=other)
-    assert found.against is not None
-    assert ends(found.arms[0].minus(found.against, "instruction")) == pytest.approx(
+    comparison = compare([one], against=other)
+    assert comparison.against is not None
+    assert ends(comparison.arms[0].minus(comparison.against, "instruction")) == pytest.approx(
         (0.2, 0.2, 0.2, 4)
     )
-    assert list(found.record()["over"]) == ["one"]
+    assert list(comparison.record()["over"]) == ["one"]
 
 
 def test_a_score_that_is_missing_on_either_side_leaves_its_task_out_and_n_says_so(
@@ -256,9 +103,9 @@ def test_the_total_is_weighed_as_in_the_first_run_over_terms_that_all_runs_measu
         "rewards.judge.weight=3",
         measured=rows([2.0] * 4, metric="reward/judge"),
     )
-    found = compare([one, other])
-    assert dict(found.weights) == {"judge": 1.0, "preservation": 0.3}
-    assert [ends(arm.gain("total")) for arm in found.arms] == [
+    comparison = compare([one, other])
+    assert dict(comparison.weights) == {"judge": 1.0, "preservation": 0.3}
+    assert [ends(arm.gain("total")) for arm in comparison.arms] == [
         pytest.approx((2.0, 2.0, 2.0, 4))
     ] * 2
     coarse = evaluated(tmp_path / "coarse", "name=coarse", "rewards.judge.coarse=true")
@@ -275,9 +122,9 @@ def test_the_base_has_a_number_only_where_all_runs_agree_on_it(tmp_path: Path) -
         "rewards.judge.weight=3",
         measured=rows([1.0] * 4, base={**BASE, "reward": 20.0}),
     )
-    found = compare([one, other])
-    base = found.base("instruction")
-    assert found.base("reward") is None
+    comparison = compare([one, other])
+    base = comparison.base("instruction")
+    assert comparison.base("reward") is None
     assert base is not None and base.mean == pytest.approx(6.0)
 
 
@@ -289,11 +136,11 @@ def test_a_run_that_did_not_come_to_its_end_is_noted(tmp_path: Path) -> None:
 
 def test_a_run_that_has_trained_on_since_its_evaluation_is_noted(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", adapter="40:beef")
-    found = compare([run])
-    assert found.arms[0].updates == 40
+    comparison = compare([run])
+    assert comparison.arms[0].updates == 40
     assert (
         f"{run} now has adapter 50:cafe, and 40:beef was evaluated: rl-edit evaluate {run}"
-        in found.notes
+        in comparison.notes
     )
 
 
@@ -317,7 +164,7 @@ def test_a_directory_given_twice_is_compared_once_and_a_copy_is_refused(tmp_path
         ({"num_noises": 2}, "evaluation.num_noises 2 against 1"),
     ],
 )
-def test_runs_evaluated_on_other_tasks_seeds_or_editors_are_refused_in_one_line_that_names_the_difference(
+def test_runs_evaluated_under_other_settings_are_refused_in_one_line_that_names_them(
     rl_edit: Command, tmp_path: Path, meta: dict[str, Any], words: str
 ) -> None:
     number = (meta.get("num_tasks", 4), meta.get("num_noises", 1))
@@ -348,9 +195,6 @@ def test_runs_that_were_not_evaluated_are_refused_with_the_commands_that_do_it(
     )
     code, _, (line,) = rl_edit("compare", one, tmp_path / "none")
     assert code == 2 and "no run at" in line and "rl-edit train" in line
-
-
-# --- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def test_compare_prints_the_table_and_writes_page_and_json(
@@ -441,8 +285,8 @@ def test_evaluations_of_real_runs_are_compared_and_say_which_tasks_they_saw(
         assert rl_edit("evaluate", run)[0] == 0
     (arm,) = compare(runs).arms
     summary = read_json(runs[0] / "evaluation.json")
-    gain, alone = arm.by_seed("background_psnr_masked"), summary["delta"]["background_psnr_masked"]
-    assert arm.seeds == (0, 1) and gain[0] == pytest.approx(alone["mean"])
+    gain, single = arm.by_seed("background_psnr_masked"), summary["delta"]["background_psnr_masked"]
+    assert arm.seeds == (0, 1) and gain[0] == pytest.approx(single["mean"])
     assert rl_edit("evaluate", runs[1], "data.seed=1")[0] == 0
     code, _, (line,) = rl_edit("compare", *runs)
     assert code == 2 and "different settings: held-out tasks" in line
@@ -500,284 +344,3 @@ def test_an_evaluation_with_other_rewards_than_the_run_has_is_refused(
             and "(judge)" in line
             and f"rl-edit evaluate {other}" in line
         )
-
-
-# --- the benchmark ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr("sys.argv", ["methods.py"])
-    import methods
-
-    yield methods
-
-
-@pytest.fixture
-def ablation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr("sys.argv", ["ablation.py"])
-    import ablation
-
-    yield ablation
-
-
-def finish(job: Any, gain: float) -> None:
-    """Leaves what a job leaves."""
-    measured = rows([gain] * 4)
-    for row in measured:
-        for values in row["values"].values():
-            values |= {"concentration": 1.5, "background_ssim": 0.9}
-    written(job.directory, job.config, measured)
-    job.stamp_file.write_text(json.dumps({"stamp": job.stamp}))
-
-
-def test_every_method_is_a_row_and_every_row_spends_the_same_evaluations_but_for_less_than_an_update(
-    methods: Any,
-) -> None:
-    options = methods._options()
-    assert set(METHODS) <= set(methods.ROWS)
-    for row in methods.ROWS:
-        job = methods.job_of(row, 3, options)
-        assert (
-            options.evaluations - effort(job.config).total < job.evaluations <= options.evaluations
-        )
-        assert (job.config.seed, job.config.name) == (3, row)
-        assert job.config.algorithm.name == row or row not in METHODS
-    with pytest.raises(SystemExit, match="below the 704 of one update"):
-        methods.updates_within(load_config(preset="tiny-flow-grpo"), 600)
-
-
-def test_a_rows_equal_values_are_equal_in_every_row(methods: Any) -> None:
-    options = methods._options()
-    configs = [methods.job_of(row, 0, options).config for row in methods.ROWS]
-    shared = {
-        (c.editor, c.lora, c.rollout, c.train.groups_per_update, c.evaluation, c.actors.runtime)
-        for c in configs
-    }
-    assert len(shared) == 1
-    assert all((c.train.learning_rate == 5e-4) == ("rate" not in c.name) for c in configs)
-    data = {
-        c.data
-        for c, row in zip(configs, methods.ROWS.values(), strict=True)
-        if row.tasks == "world"
-    }
-    assert len(data) == 1 and all(
-        c.data.heldout_path == "builtin:shapes" for c in configs if c.data not in data
-    )
-    assert {c.data.num_heldout for c in configs} == {options.tasks}
-    assert {(c.rewards["judge"].weight, c.rewards["preservation"].weight) for c in configs} == {
-        (1.0, 0.3)
-    }
-
-
-def test_a_row_with_masks_found_differs_from_its_fellow_in_nothing_but_the_masks(
-    methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(methods, "ON_DISK", 9)
-    options = methods._options()
-    options.work, options.set = tmp_path, ["rollout.num_steps=2"]
-    for row in (name for name, asked in methods.ROWS.items() if asked.tasks == "found"):
-        found, true = (
-            methods.job_of(name, 0, options).config for name in (row, methods.ROWS[row].against)
-        )
-        assert found.model_copy(update={"name": true.name, "data": true.data}) == true
-    methods.write_tasks("found", options)
-    with_true, with_found = (
-        open_dataset(config.data, "train", resolution=64, multiple=8) for config in (true, found)
-    )
-    assert (len(with_true), with_true.fields) == (9, frozenset({"target", "caption", "regions"}))
-    drawn = {task.task_id: task for task in (with_true[i] for i in range(9))}
-    given = [with_found[i] for i in range(len(with_found))]
-    assert given and all(torch.equal(task.source, drawn[task.task_id].source) for task in given)
-    assert any(not torch.equal(task.edit_mask, drawn[task.task_id].edit_mask) for task in given)
-    heldout = open_dataset(found.data, "heldout")
-    assert (
-        heldout.fingerprint
-        == open_dataset(methods.job_of("rc-grpo", 0, options).config.data, "heldout").fingerprint
-    )
-    before = sorted(tmp_path.rglob("*"))
-    methods.write_tasks("found", options)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("interval", "falls", "verdict"),
-    [
-        (Interval(1.0, 0.5, 1.5, 9), False, "reproduced"),
-        (Interval(1.0, -0.5, 1.5, 9), False, "in direction only; the interval includes zero"),
-        (Interval(-0.1, -0.5, 1.5, 9), False, "not reproduced"),
-        (Interval(-1.0, -1.5, -0.5, 9), False, "not reproduced; the reverse, beyond the interval"),
-        (Interval(-1.0, -1.5, -0.5, 9), True, "reproduced"),
-        (Interval(1.0, 0.5, 1.5, 9), True, "not reproduced; the reverse, beyond the interval"),
-        (None, False, "not measured"),
-    ],
-)
-def test_an_effect_is_reproduced_only_beyond_the_interval(
-    methods: Any, interval: Interval | None, falls: bool, verdict: str
-) -> None:
-    effect = methods.Effect(claim="", one="a", other="b", measure="total", falls=falls)
-    assert effect.verdict(interval) == verdict
-
-
-def test_the_table_of_methods_names_effects_and_what_is_missing(
-    methods: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    chosen = ["rc-grpo", methods.NO_ATTENTION_ROW, "rc-grpo + background_pull", "mixgrpo"]
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "methods.py",
-            "--methods",
-            *chosen,
-            "--seeds",
-            "0",
-            "1",
-            "--tasks",
-            "4",
-            "--work",
-            str(tmp_path),
-        ],
-    )
-    options = methods._options()
-    options.out = tmp_path / "methods.md"
-    every = [methods.job_of(row, seed, options) for seed in options.seeds for row in chosen]
-    for job in every:
-        if job.row != "mixgrpo":
-            finish(job, 0.1 * (chosen.index(job.row) + 1))
-    methods.write_table(every, options)
-    told = options.out.read_text()
-    assert "| mixgrpo | none finished |" in told
-    assert re.search(
-        r"\| rc-grpo \| 2 \| 50 \| 25600 \|.*\| \+0\.100 \[\+0\.100, \+0\.100\] \|.*\| 512 \(384 \+ 128\) \|",
-        told,
-    )
-    assert re.search(r"edits better than the base \|.*\| \+0\.100 .*n = 4 \| reproduced \|", told)
-    assert re.search(r"keeps it better still \|.*\| not reproduced \|", told)
-    assert re.search(r"\| rc-grpo \+ background_pull \| rc-grpo \| \+0\.000 .*\| \+0\.200 ", told)
-    numbers = read_json(options.out.with_suffix(".json"))
-    assert numbers["effects"][3]["here"] == "reproduced"
-    assert str(tmp_path) not in json.dumps(numbers) and numbers["arms"][0]["runs"] == [
-        "seed_0",
-        "seed_1",
-    ]
-    assert numbers["raises_training_reward"]["rc-grpo"] == "no; the interval includes zero"
-
-
-def test_a_finished_run_is_not_repeated_and_one_of_other_settings_is_refused(
-    methods: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    options = methods._options()
-    options.work = tmp_path
-    job = methods.job_of("flow-grpo", 0, options)
-    assert not job.finished() and job.done() == 0
-    finish(job, 1.0)
-    assert job.finished() and job.trained() and job.done() == job.evaluations
-    assert methods.jobs.run_all([job], side_by_side=1) == 0
-    assert "1 runs, 1 already done" in capsys.readouterr().out
-    options.set = ["train.learning_rate=1.0e-3"]
-    with pytest.raises(SystemExit, match="made with other settings or editor weights"):
-        methods.job_of("flow-grpo", 0, options).finished()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--seeds", "0", "0"), "names one twice"),
-        (("--set", "seed=5"), "--set seed=5"),
-        (("--set", "train.updates=3"), "--updates"),
-    ],
-)
-def test_options_that_would_make_two_runs_one_are_refused(
-    methods: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    words: str,
-) -> None:
-    monkeypatch.setattr("sys.argv", ["methods.py", *arguments])
-    with pytest.raises(SystemExit) as refused:
-        methods.jobs.command(methods.main)
-    assert refused.value.code == 2 and words in capsys.readouterr().err
-
-
-def test_a_stopped_run_is_trained_to_its_end_before_it_is_evaluated(
-    methods: Any, small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = methods.jobs.Job(
-        row="small",
-        directory=tmp_path / "seed_0",
-        config=small_config(small_editor, "train.updates=2"),
-    )
-    update_done = _Watch.update_done
-
-    def stop(self: Any, metrics: dict[str, Any]) -> None:
-        update_done(self, metrics)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(_Watch, "update_done", stop)
-    with pytest.raises(SystemExit) as stopped:
-        job.run()
-    assert stopped.value.code == 130
-    assert (job.directory / "adapter").is_dir() and not job.trained() and not job.finished()
-    assert job.done() == job.evaluations / 2
-    monkeypatch.setattr(_Watch, "update_done", update_done)
-    job.run()
-    assert job.finished() and compare([job.directory]).arms[0].updates == 2
-
-
-def test_the_ablation_keeps_its_command_line_and_tells_variants_apart(
-    ablation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [
-        "--base",
-        "shipped=builtin:tiny-kontext",
-        "--variants",
-        "global",
-        "region",
-        "--seeds",
-        "0",
-        "--updates",
-        "2",
-        "--tasks",
-        "4",
-        "--side-by-side",
-        "1",
-    ]
-    words += [
-        "--set",
-        "lora.rank=8",
-        "--work",
-        str(tmp_path / "work"),
-        "--out",
-        str(tmp_path / "out.md"),
-    ]
-    monkeypatch.setattr("sys.argv", ["ablation.py", *words])
-    options = ablation._options()
-    every = [
-        ablation.job_of("shipped", "builtin:tiny-kontext", variant, 0, options)
-        for variant in options.variants
-    ]
-    assert [
-        (job.config.train.updates, job.config.lora.rank, job.config.evaluation.num_tasks)
-        for job in every
-    ] == [(2, 8, 4)] * 2
-    finish(every[0], 0.25)
-    finish(every[1], 0.75)
-    ablation.write_table({"shipped": "builtin:tiny-kontext"}, every, options)
-    told = options.out.read_text()
-    assert "| global | 1 | +0.250 [+0.250, +0.250] |" in told
-    assert "| region minus global | +0.500 [+0.500, +0.500] |" in told
-    assert "- region: 0: +0.750; +0.00" in told
-
-
-def test_the_method_page_has_a_row_for_every_method() -> None:
-    text = (ROOT / "docs/method.md").read_text()
-    assert [name for name in METHODS if f"\n| `{name}` |" not in text] == []
