@@ -96,32 +96,23 @@ def areas_of(task: EditTask) -> Bool[Tensor, "area height width"]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NegativePrompt:
-    """Encodings of the words that guidance leads away from. Fields as in :class:`Conditioning`."""
-
-    prompt_embeds: Float[Tensor, "text text_dim"]
-    pooled: Float[Tensor, " pooled_dim"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What an editor needs besides noise: text and source encodings of one task, and the token geometry.
+    """Encodings of one task, made by an editor and read by that editor alone.
 
     Attributes:
-        prompt_embeds: text-encoder states (T5 for FLUX), padded.
-        pooled: pooled text vector (CLIP for FLUX).
-        text_rows: True for instruction tokens (no padding, no end marker); the rows attention is read from.
         source_latents: clean packed latents of the source image, on the same grid as the target.
+            Objectives that pull towards the source read them.
         grid: (rows, columns) of the token grid; ``rows * columns == token``.
-        negative: the negative branch of classifier-free guidance; None exactly where the editor runs without (true_cfg 1).
+        tensors: everything else that the editor's velocity needs, under names of its own.
+
+    Example:
+        >>> Conditioning(source_latents=torch.zeros(8, 16), grid=(2, 4), tensors={}).grid
+        (2, 4)
     """
 
-    prompt_embeds: Float[Tensor, "text text_dim"]
-    pooled: Float[Tensor, " pooled_dim"]
-    text_rows: Bool[Tensor, " text"]
     source_latents: Float[Tensor, "token channel"]
     grid: tuple[int, int]
-    negative: NegativePrompt | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, order=True)
@@ -329,4 +320,6 @@ def moved(record: T, device: torch.device | str) -> T:
         return replace(
             record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)}
         )
+    if isinstance(record, dict):
+        return {name: moved(value, device) for name, value in record.items()}  # type: ignore[return-value]  # a dict of the same kind
     return record

@@ -218,7 +218,7 @@ def test_without_guidance_there_is_no_negative_branch_and_one_forward(
     for scale, forwards in ((1.0, 1), (2.0, 2)):
         run = with_settings(editor, true_cfg=scale)
         conditioning = run.encode(task_of())
-        assert (conditioning.negative is None) == (forwards == 1)
+        assert ("negative_pooled" not in conditioning.tensors) == (forwards == 1)
         calls.clear()
         run.velocity(noise_for(run, conditioning, 4), torch.full((4,), 0.5), conditioning)
         assert len(calls) == forwards
@@ -334,7 +334,7 @@ def test_under_guidance_rollout_and_learner_compute_the_same_function_and_the_ra
             adapter=report.adapter,
         )
         rolled, blob = actor.run(wire.pack(item))
-        assert wire.unpack(blob).conditioning.negative is not None
+        assert "negative_pooled" in wire.unpack(blob).conditioning.tensors
         assert learner.ratio(blob) == 0.0
         slots.append(LearnSlot(task_type="edit", areas=rolled.areas, tables=(reward.score(blob),)))
         groups.append(blob)
@@ -430,7 +430,7 @@ def reference_masses(
         editor.velocity(latents, sigma, conditioning)
     for handle in handles:
         handle.remove()
-    masses, (num_text, tokens) = [], (len(conditioning.text_rows), latents.shape[1])
+    masses, (num_text, tokens) = [], (len(conditioning.tensors["text_rows"]), latents.shape[1])
     for attn, args, kwargs in inputs:
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         text = kwargs.get("encoder_hidden_states")
@@ -451,7 +451,7 @@ def reference_masses(
         )
         target = joint[:, :, :num_text, num_text : num_text + tokens]
         target = (target / target.sum(dim=-1, keepdim=True)).mean(dim=1)
-        masses.append(target[:, conditioning.text_rows].mean(dim=1))
+        masses.append(target[:, conditioning.tensors["text_rows"]].mean(dim=1))
     return masses
 
 
@@ -524,7 +524,7 @@ def test_more_attention_layers_than_the_editor_has_are_refused(
 def test_text_rows_are_the_tokens_of_the_instruction_without_end_and_padding(
     editor: FluxKontextEditor,
 ) -> None:
-    rows = editor.encode(task_of(instruction="remove the red circle")).text_rows
+    rows = editor.encode(task_of(instruction="remove the red circle")).tensors["text_rows"]
     pieces = editor.pipeline.tokenizer_2(
         "remove the red circle", add_special_tokens=False
     ).input_ids
@@ -532,7 +532,7 @@ def test_text_rows_are_the_tokens_of_the_instruction_without_end_and_padding(
 
 
 def test_an_empty_instruction_reads_every_row_rather_than_none(editor: FluxKontextEditor) -> None:
-    assert bool(editor.encode(task_of(instruction="")).text_rows.all())
+    assert bool(editor.encode(task_of(instruction="")).tensors["text_rows"].all())
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -548,8 +548,10 @@ def test_encode_refuses_a_picture_that_is_not_on_the_canvas(editor: FluxKontextE
 def test_encoding_and_loading_are_deterministic(editor: FluxKontextEditor, home: Path) -> None:
     again = load_editor(editor.config)
     first, second = editor.encode(task_of()), again.encode(task_of())
-    for name in ("prompt_embeds", "pooled", "source_latents", "text_rows"):
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert torch.equal(first.source_latents, second.source_latents)
+    assert set(first.tensors) == {"prompt_embeds", "pooled", "text_rows"}
+    for name, value in first.tensors.items():
+        assert torch.equal(value, second.tensors[name]), name
     assert first.grid == (8, 8)
 
 

@@ -47,9 +47,6 @@ def group_of(states: Tensor, velocities: Tensor) -> RolloutGroup:
             token_mask=MASK,
         ),
         conditioning=Conditioning(
-            prompt_embeds=torch.zeros(1, 1),
-            pooled=torch.zeros(1),
-            text_rows=torch.ones(1, dtype=torch.bool),
             source_latents=torch.zeros(L, C),
             grid=(1, L),
         ),

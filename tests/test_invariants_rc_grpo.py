@@ -70,9 +70,6 @@ def group_of(
             token_mask=mask,
         ),
         conditioning=Conditioning(
-            prompt_embeds=torch.zeros(1, 1),
-            pooled=torch.zeros(1),
-            text_rows=torch.ones(1, dtype=torch.bool),
             source_latents=torch.zeros(tokens, C),
             grid=(1, tokens),
         ),

@@ -548,9 +548,6 @@ def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -
             token_mask=MASK,
         ),
         conditioning=Conditioning(
-            prompt_embeds=torch.zeros(3, 2),
-            pooled=torch.zeros(2),
-            text_rows=torch.ones(3, dtype=torch.bool),
             source_latents=torch.randn(8, channels, generator=generator),
             grid=(2, 4),
         ),

@@ -150,9 +150,6 @@ def group_of(
             token_mask=mask.flatten(),
         ),
         conditioning=Conditioning(
-            prompt_embeds=torch.zeros(1, 1),
-            pooled=torch.zeros(1),
-            text_rows=torch.ones(1, dtype=torch.bool),
             source_latents=normals(7, L, C).to(dtype),
             grid=(ROWS, COLUMNS),
         ),

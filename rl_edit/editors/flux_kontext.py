@@ -29,7 +29,17 @@ from rl_edit.editors import BUILTIN, BUILTIN_WEIGHTS, EditorConfig, EditorFacts
 from rl_edit.errors import InputError
 from rl_edit.method import flow
 from rl_edit.method.attention import MassTally, text_to_image_mass
-from rl_edit.types import Conditioning, EditTask, NegativePrompt
+from rl_edit.types import Conditioning, EditTask
+
+TEXT_TENSORS = ("prompt_embeds", "pooled")
+"""Encodings of a prompt: T5 states ``[text, text_dim]`` and CLIP's pooled vector ``[pooled_dim]``.
+
+``text_rows`` ``[text]`` stands beside them: True for instruction tokens (no padding, no end marker),
+the rows from which attention is read.
+"""
+
+NEGATIVE = "negative_"
+"""Prefix of the same encodings of the negative prompt, present exactly where ``true_cfg`` exceeds 1."""
 
 
 class FluxKontextEditor:
@@ -97,35 +107,34 @@ class FluxKontextEditor:
             raise ValueError(
                 f"task {task.task_id} is {height}x{width} px, not a multiple of {unit}: fit it to the canvas first"
             )
-        prompt_embeds, pooled = self._text(task.instruction)
         # As a picture, not as a tensor: the processor then lays memory out as in the stock pipeline, and convolutions round by layout.
         image = self.pipeline.image_processor.preprocess(Image.fromarray(task.source.cpu().numpy()))
         clean = self.pipeline._encode_vae_image(image.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(
             clean, 1, clean.shape[1], clean.shape[2], clean.shape[3]
         )
-        negative = None
+        encodings = {
+            **self._text(task.instruction),
+            "text_rows": self._instruction_rows(task.instruction),
+        }
         if self.config.true_cfg > 1:
-            negative_embeds, negative_pooled = self._text(self.config.negative_prompt)
-            negative = NegativePrompt(prompt_embeds=negative_embeds, pooled=negative_pooled)
+            negative = self._text(self.config.negative_prompt)
+            encodings |= {NEGATIVE + name: value for name, value in negative.items()}
         return Conditioning(
-            prompt_embeds=prompt_embeds,
-            pooled=pooled,
-            text_rows=self._instruction_rows(task.instruction),
             source_latents=packed[0].float().cpu(),
             grid=(height // unit, width // unit),
-            negative=negative,
+            tensors=encodings,
         )
 
-    def _text(self, words: str) -> tuple[Tensor, Tensor]:
-        """States ``[text, text_dim]`` and pooled vector ``[pooled_dim]`` of a prompt, padded to ``max_text_tokens``."""
+    def _text(self, words: str) -> dict[str, Tensor]:
+        """Encodes a prompt, padded to ``max_text_tokens``; see :data:`TEXT_TENSORS`."""
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=words,
             prompt_2=None,
             device=self.device,
             max_sequence_length=self.config.max_text_tokens,
         )
-        return embeds[0].cpu(), pooled[0].cpu()
+        return dict(zip(TEXT_TENSORS, (embeds[0].cpu(), pooled[0].cpu()), strict=True))
 
     def _instruction_rows(self, instruction: str) -> Bool[Tensor, " text"]:
         tokenizer = self.pipeline.tokenizer_2
@@ -185,7 +194,7 @@ class FluxKontextEditor:
             [conditioning] * rows if isinstance(conditioning, Conditioning) else list(conditioning)
         )
         outputs, masses = [], []
-        if any((c.negative is not None) != (self.config.true_cfg > 1) for c in many):
+        if any(_guided(c) != (self.config.true_cfg > 1) for c in many):
             raise ValueError(
                 f"a conditioning was encoded for other guidance than true_cfg {self.config.true_cfg:g}: encode the task anew"
             )
@@ -292,21 +301,27 @@ class _Packed:
         source = target.clone()
         source[..., 0] = 1
         shared: dict[str, Any] = {
-            "text_rows": torch.stack([c.text_rows for c in many]).to(device),
+            "text_rows": torch.stack([c.tensors["text_rows"] for c in many]).to(device),
             "source": torch.stack([c.source_latents for c in many]).to(device, dtype),
-            "text_ids": torch.zeros(many[0].prompt_embeds.shape[0], 3, device=device, dtype=dtype),
+            "text_ids": torch.zeros(
+                len(many[0].tensors["text_rows"]), 3, device=device, dtype=dtype
+            ),
             "image_ids": torch.cat([target, source]),
         }
 
-        def reading(texts: Sequence[Conditioning | NegativePrompt], **more: Any) -> _Packed:
-            words = {
-                name: torch.stack([getattr(text, name) for text in texts]).to(device, dtype)
-                for name in ("prompt_embeds", "pooled")
+        def branch(prefix: str, **more: Any) -> _Packed:
+            texts = {
+                name: torch.stack([c.tensors[prefix + name] for c in many]).to(device, dtype)
+                for name in TEXT_TENSORS
             }
-            return cls(**words, **shared, **more)
+            return cls(**texts, **shared, **more)
 
-        away = [c.negative for c in many if c.negative is not None]
-        return reading(many, negative=reading(away) if away else None)
+        return branch("", negative=branch(NEGATIVE) if _guided(many[0]) else None)
+
+
+def _guided(conditioning: Conditioning) -> bool:
+    """Does a conditioning have the negative branch of classifier-free guidance?"""
+    return NEGATIVE + TEXT_TENSORS[0] in conditioning.tensors
 
 
 @contextmanager

@@ -77,13 +77,7 @@ def _zero_group(config: RunConfig) -> RolloutGroup:
     # Update 0 stands for all: see the docstring of ``effort``.
     levels = algorithm.step_noise(0, rollout.num_steps)
     tokens = _GRID[0] * _GRID[1]
-    conditioning = Conditioning(
-        prompt_embeds=torch.zeros(1, 1),
-        pooled=torch.zeros(1),
-        text_rows=torch.ones(1, dtype=torch.bool),
-        source_latents=torch.zeros(tokens, 1),
-        grid=_GRID,
-    )
+    conditioning = Conditioning(source_latents=torch.zeros(tokens, 1), grid=_GRID)
     return blank_group(
         conditioning,
         (tokens, 1),
