@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rl_edit.cli.find_masks import _automask as _mask_finder
 from rl_edit.config import load_config, modern, renamed
 from rl_edit.errors import InputError
 from runs import command, read_json
@@ -127,6 +128,20 @@ def test_an_old_and_a_present_name_together_are_refused(tmp_path: Path) -> None:
         load_config(path)
     with pytest.raises(InputError, match=both):
         load_config(preset="tiny-rc-grpo", overrides=["train.rows=4", "train.states_per_forward=4"])
+
+
+def test_settings_of_find_masks_are_read_under_their_old_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finder = _mask_finder(["mask.most=3", "mask.smallest=0.01", "mask.largest=0.5"], None)
+    assert (finder.max_regions, finder.min_area, finder.max_area) == (3, 0.01, 0.5)
+    assert hints_of(capsys.readouterr().err.splitlines()) == [
+        "mask.most is now mask.max_regions",
+        "mask.smallest is now mask.min_area",
+        "mask.largest is now mask.max_area",
+    ]
+    with pytest.raises(InputError, match="both are given: keep mask.max_regions"):
+        _mask_finder(["mask.most=3", "mask.max_regions=4"], None)
 
 
 def test_the_keys_of_a_plugin_are_its_own() -> None:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from rl_edit.config import RunConfig, load_config
+from rl_edit.config import RunConfig, load_config, modern, modern_name
 from rl_edit.data import open_requests
 from rl_edit.data.canvas import fit
 from rl_edit.data.compbench import new_dataset
@@ -295,13 +295,16 @@ def _automask(changes: Sequence[str], attention_weight: float | None) -> MaskFin
     values: dict[str, Any] = (
         {} if attention_weight is None else {"attention_weight": attention_weight}
     )
+    written: dict[str, Any] = {}
     for change in changes:
         key, separator, value = change.removeprefix(PREFIX).partition("=")
-        if not separator or key not in MaskFinder.model_fields:
+        name = modern_name(f"{PREFIX}{key}").removeprefix(PREFIX)
+        if not separator or name not in MaskFinder.model_fields:
             raise InputError(
                 f"override {change!r} is not {PREFIX}KEY=VALUE with a key of {', '.join(MaskFinder.model_fields)}"
             )
-        values[key] = yaml.safe_load(value)
+        written[key] = yaml.safe_load(value)
+    values |= modern({"mask": written})["mask"]
     try:
         return MaskFinder.model_validate(values)
     except ValidationError as error:

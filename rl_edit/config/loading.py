@@ -120,7 +120,7 @@ class _Loader(yaml.SafeLoader):
                     "keep one of them"
                 )
             seen[key.value] = line
-        return super().construct_mapping(node, deep=deep)
+        return dict(super().construct_mapping(node, deep=deep))
 
 
 def _mapping(text: str, origin: str) -> dict[str, Any]:

@@ -79,6 +79,10 @@ RENAMED: tuple[RenamedKey | RenamedKind, ...] = (
     RenamedKey(section=_NOISE, old="least", new="min_spread"),
     RenamedKey(section=_NOISE, old="most", new="max_spread"),
     RenamedKey(section=("algorithm", "acting"), old="most", new="max_decay"),
+    # Settings of rl-edit find-masks, which are no section of a run.
+    RenamedKey(section=("mask",), old="most", new="max_regions"),
+    RenamedKey(section=("mask",), old="smallest", new="min_area"),
+    RenamedKey(section=("mask",), old="largest", new="max_area"),
     RenamedKind(section=_OBJECTIVE, old="background_anchored", new="background_regularised"),
     RenamedKind(
         section=(*_OBJECTIVE, "inner"), old="background_anchored", new="background_regularised"

@@ -293,7 +293,8 @@ class RunConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML. Reading it gives an equal value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        settings = self.model_dump(mode="json")
+        return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _without(section: Mapping[str, Any], keys: Set[str]) -> dict[str, Any]:
