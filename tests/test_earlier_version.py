@@ -140,7 +140,7 @@ def test_settings_of_find_masks_are_read_under_their_old_names(
         "mask.smallest is now mask.min_area",
         "mask.largest is now mask.max_area",
     ]
-    with pytest.raises(InputError, match="both are given: keep mask.max_regions"):
+    with pytest.raises(InputError, match=r"both are given: keep mask\.max_regions"):
         _mask_finder(["mask.most=3", "mask.max_regions=4"], None)
 
 
