@@ -33,6 +33,7 @@ def tag_of(model: type[BaseModel]) -> str | None:
 
 def child_of(annotation: Any, part: str) -> Any:
     """The annotation one step down. None when no model has such a field."""
+    # The first member decides. Others that share a key hold some of the same models below it.
     for model in models_of(annotation):
         if part in model.model_fields:
             return model.model_fields[part].annotation

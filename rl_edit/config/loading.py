@@ -28,6 +28,7 @@ Override = tuple[tuple[str, ...], Any]
 def presets() -> dict[str, str]:
     """Shipped presets by name, each with its first comment line."""
     summaries = {}
+    # Through importlib, because an installed package may lie in an archive.
     for entry in sorted(resources.files("rl_edit.presets").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):
             first = entry.read_text().splitlines()[0]
@@ -113,7 +114,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            line = key.start_mark.line + 1
+            line = key.start_mark.line + 1  # YAML counts lines from 0, editors from 1
             if key.value in seen:
                 raise yaml.YAMLError(
                     f"{key.value!r} stands in line {seen[key.value]} and again in line {line}: "
@@ -138,6 +139,7 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
 
 def _overridden(raw: dict[str, Any], changes: Sequence[Override]) -> dict[str, Any]:
     """The mapping with all overrides applied, each under its present name."""
+    # Before the other overrides, which adjust the new method.
     raw = _of_method(raw, changes)
     # Only the complete settings show that a section is a plugin, whose keys are not renamed.
     context = copy.deepcopy(raw)
@@ -165,6 +167,7 @@ def _overridden(raw: dict[str, Any], changes: Sequence[Override]) -> dict[str, A
 def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     node = raw
     for parent in path[:-1]:
+        # Sections that the file leaves out, or sets to null, are created on the way.
         if not isinstance(node.get(parent), dict):
             node[parent] = {}
         node = node[parent]

@@ -62,6 +62,7 @@ def reference() -> str:
 def meanings(model: type[BaseModel]) -> dict[str, str]:
     """Text of each attribute, from the docstrings of a model and its bases."""
     texts: dict[str, str] = {}
+    # From the most general class down, so that a subclass may word an attribute anew.
     for base in reversed(model.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:
             texts |= _attributes(inspect.cleandoc(base.__doc__ or ""))
@@ -128,6 +129,7 @@ def _below(
     annotation, common = field.annotation, frozenset[str]()
     if get_origin(annotation) is dict:
         # Rewards, under names that the user chooses.
+        # Keys that every reward has are described once, in a section before the kinds.
         annotation, path = get_args(annotation)[1], f"{path}.NAME"
         common = frozenset(RewardTerm.model_fields)
         yield from _section(path, path, RewardTerm, level, written)
@@ -143,6 +145,7 @@ def _type(field: FieldInfo, written: dict[type[BaseModel], str]) -> str:
     annotation = field.annotation
     if get_origin(annotation) is dict:
         annotation = get_args(annotation)[1]
+    # A part is described elsewhere on the page, so its type is a link.
     if members := models_of(annotation):
         links = [f"[{tag_of(m) or 'section'}](#{_slug(written[m])})" for m in members]
         return ", ".join(links)

@@ -63,7 +63,7 @@ class RenamedKind:
         section = _section(settings, self.section)
         if section is None or section.get("kind") != self.old:
             return False
-        section["kind"] = self.new
+        section["kind"] = self.new  # the keys of the section are the same under both names
         return True
 
 
@@ -95,6 +95,7 @@ def silent(hint: str) -> None:
     """Says nothing: for settings that the user cannot edit, such as those of a checkpoint."""
 
 
+# One process reads a configuration several times: its own, and those of run directories.
 _printed: set[str] = set()
 
 
@@ -122,6 +123,7 @@ def modern(
     Raises:
         InputError: an old and a new name of one setting are both given.
     """
+    # A copy, because settings of a checkpoint are compared and shown as they were stored.
     result = copy.deepcopy(dict(settings))
     for renamed in RENAMED:
         if renamed.apply(result, context or {}):
@@ -133,6 +135,7 @@ def modern_override(
     path: tuple[str, ...], value: Any, *, context: Mapping[str, Any], note: Callable[[str], None]
 ) -> tuple[tuple[str, ...], Any]:
     """The path and value of an override under present names."""
+    # "train.rows=4" becomes {train: {rows: 4}}, which the table can be applied to.
     nested = value
     for part in reversed(path):
         nested = {part: nested}
@@ -162,6 +165,7 @@ def _is_plugin(
     section: Mapping[str, Any], context: Mapping[str, Any], path: tuple[str, ...]
 ) -> bool:
     """Is the section a class of the user's, named ``module:Class``? Its keys are its own."""
+    # An override of one key does not repeat the kind, which then stands in the complete settings.
     kind = section.get("kind", (_section(context, path) or {}).get("kind"))
     return isinstance(kind, str) and ":" in kind
 

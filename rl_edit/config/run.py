@@ -59,7 +59,7 @@ class RunConfig(BaseModel):
     data: DataConfig = DataConfig()
     algorithm: Algorithm = Algorithm()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: dict[str, Reward]
+    rewards: dict[str, Reward]  # no default: a run has to say what it rewards
     train: TrainConfig = TrainConfig()
     actors: ActorsConfig = ActorsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -90,6 +90,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _name_terms(cls, value: Any) -> Any:
         """Gives every term its key as its name. A term set to null is removed."""
+        # Null removes a term, so that an override can take one from a preset.
         if isinstance(value, Mapping):
             return {
                 key: {**term, "name": key} if isinstance(term, Mapping) else term
@@ -115,7 +116,7 @@ class RunConfig(BaseModel):
             group_size=self.rollout.group_size,
             num_steps=self.rollout.num_steps,
             multistep=self.rollout.solver != "euler",
-            guided=self.editor.true_cfg > 1,
+            guided=self.editor.true_cfg > 1,  # 1 leaves the negative forward out
         )
         # Each check names the setting to change. The first that fails is reported.
         self._require_regional_scores()
@@ -140,6 +141,7 @@ class RunConfig(BaseModel):
         """Refuses credit by region without a reward that scores regions."""
         credit = self.algorithm.credit
         for name in credit.needed_components():
+            # A term of weight 0 is scored too, but credit leaves it out of the sum.
             term = self.rewards.get(name)
             if term is not None and term.gives_regions and term.weight > 0:
                 continue
@@ -195,6 +197,7 @@ class RunConfig(BaseModel):
 
     def _require_even_batches(self) -> None:
         """Refuses chunks, minibatches and ranks that do not divide the work evenly."""
+        # Batches of equal size give equal bits, so no chunk may end within a batch.
         chunk, batch = self.rollout.chunk, self.editor.micro_batch
         if chunk is not None and chunk % batch:
             raise ValueError(
@@ -202,6 +205,7 @@ class RunConfig(BaseModel):
                 "candidate's bits would depend on its chunk. "
                 f"Use {max(batch, chunk // batch * batch)}."
             )
+        # An uneven last part would weigh its groups more than the others.
         groups, minibatches = self.train.groups_per_update, self.train.minibatches
         if groups % minibatches:
             raise ValueError(
@@ -277,6 +281,7 @@ class RunConfig(BaseModel):
         Left out are names, places of processes, budgets, and paths: the content of a path is hashed
         elsewhere.
         """
+        # As JSON, in which a checkpoint stores it: a tuple read back is a list.
         content: dict[str, Any] = self.model_dump(
             mode="json", exclude={"name", "actors", "evaluation"}
         )
@@ -303,6 +308,7 @@ def _without(section: Mapping[str, Any], keys: Set[str]) -> dict[str, Any]:
 
 def _merge(base: Any, change: Any) -> Any:
     """Nested mappings, merged. A changed ``kind`` replaces its mapping completely."""
+    # Keys of one kind mean nothing to another, so they must not be carried over.
     if (
         isinstance(base, dict)
         and isinstance(change, Mapping)

@@ -55,11 +55,13 @@ class DataConfig(BaseModel):
 
     path: str = BUILTIN_SHAPES
     seed: int = 0
+    # Tasks of the built-in world are drawn on demand, so their number costs nothing.
     num_train: int = Field(default=4096, ge=1)
     num_heldout: int = Field(default=256, ge=1)
     task_types: tuple[str, ...] | None = None
     mask_polarity: MaskPolarity = "edit_white"
     empty_mask: EmptyMask = "error"
+    # Where nothing else divides the two splits.
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
     heldout_path: str | None = None
 
@@ -158,6 +160,7 @@ class RowsDataset:
 
     @property
     def fields(self) -> frozenset[str]:
+        # A reward must be able to score every task, so one row without a field decides.
         return frozenset.intersection(*(row.fields for row in self.rows))
 
     @property
@@ -176,6 +179,7 @@ class RowsDataset:
             ]
             for row in self.rows
         ]
+        # The polarity belongs to it: the same files then hold other masks.
         return hashlib.sha256(json.dumps([self.mask_polarity, content]).encode()).hexdigest()
 
     def on_canvas(self, *, resolution: int, multiple: int, empty_mask: EmptyMask) -> RowsDataset:
@@ -184,6 +188,7 @@ class RowsDataset:
         A mask that leaves a margin in a photograph may touch every token of a small canvas. Such
         rows are an error, or skipped and counted.
         """
+        # Only the mask is read again; a large dataset keeps no image in memory.
         full = [
             row
             for row in self.rows
@@ -285,6 +290,7 @@ def open_requests(config: DataConfig) -> tuple[Request, ...]:
             f"{root} holds two datasets, train and heldout: name one of them, "
             f"{root / 'train'} or {root / 'heldout'}."
         )
+    # Rows of both splits: a mask is needed by either.
     requests = request_compbench(root) if is_compbench(root) else request_folder(root)
     return check_requests(
         _ordered(_of_types(requests, config.task_types, root)),
@@ -343,12 +349,15 @@ def _rows_of_split(
             stacklevel=3,
         )
         return rows
+    # A hash is uniform below 2**64, so this share of the names lies below the fraction. At least
+    # one image stays in each split.
     num_heldout = sum(_hash(name) < heldout_fraction * 2**64 for name in names)
     heldout = set(names[: min(max(num_heldout, 1), len(names) - 1)])
     return tuple(row for row in rows if (row.group in heldout) == (split == "heldout"))
 
 
 def _hash(text: str) -> int:
+    # Not hash(), which differs from process to process.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

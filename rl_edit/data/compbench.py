@@ -94,6 +94,7 @@ def request_compbench(directory: Path, *, masked: bool = False) -> list[Request]
                 problems.append(f"{where}: {problem}")
             else:
                 rows.append(_row(metadata.parent, entry, where, masked=masked))
+    # All problems at once: a dataset is mended in one go.
     refuse(problems, num_rows=num_entries, source=str(directory))
     if not rows:
         raise InputError(
@@ -189,7 +190,7 @@ def _label_map(task: PairedRegionsTask) -> NDArray[np.uint8]:
             f"Task {task.task_id!r} has regions that overlap or are too many: a label map holds up "
             "to 255 that do not."
         )
-    labels = np.arange(1, len(regions) + 1, dtype=np.uint8)
+    labels = np.arange(1, len(regions) + 1, dtype=np.uint8)  # 0 is background
     return np.asarray((regions * labels[:, None, None]).sum(axis=0, dtype=np.uint8))
 
 
@@ -201,6 +202,7 @@ def _save(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 def _entries(metadata: Path) -> list[Any]:
     try:
+        # "utf-8-sig" also reads files that begin with a byte order mark.
         entries = json.loads(metadata.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(

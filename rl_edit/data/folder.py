@@ -287,6 +287,7 @@ def _read_pairs(root: Path, masked: bool) -> list[Request]:
 
 def _sources(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
     """The images to edit by stem, and a problem for each mask or target without its image."""
+    # A folder of sources hides the images beside it, which are then something else.
     folders = [root / name for name in _SOURCE_FOLDERS if (root / name).is_dir()] or [root]
     sources: dict[str, list[Path]] = {}
     problems: list[str] = []
@@ -390,7 +391,7 @@ def _instruction(source: Path, instructions: Mapping[str, str]) -> str:
             text = text_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{text_file.name} cannot be read as UTF-8 text ({error})") from error
-    text = " ".join(text.split())
+    text = " ".join(text.split())  # line breaks of a text file are no part of the instruction
     if not text:
         raise InputError(
             f"has no instruction (looked for {text_file.name}, instructions.json and "

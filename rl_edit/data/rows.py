@@ -175,6 +175,7 @@ def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
     """
     source = images.read_rgb(row.source, where=row.where)
     mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
+    # Files may have changed since the check when the dataset was opened.
     _same_size(row, row.mask, mask.edit.shape, source.shape[:2])
     if not mask.usable:
         raise InputError(_unusable(row))
@@ -226,6 +227,7 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
         missing = [str(path) for path in row.files if not path.is_file()]
         if missing:
             return _Finding(problem=f"{row.where}: {' and '.join(missing)} not found")
+        # Sizes first, because most mistakes are about them.
         size = images.upright_size(row.source, where=row.where)
         if row.target is not None:
             _same_size(row, row.target, images.upright_size(row.target, where=row.where), size)
@@ -244,6 +246,7 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
 def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The regions of a row as ``[region, height, width]``, checked against its mask."""
     assert row.regions is not None
+    # One 8-bit channel holds up to 255 regions, numbered from 1.
     labels = images.read_labels(row.regions, where=row.where)
     _same_size(row, row.regions, labels.shape, edit.shape)
     regions = labels[None] == np.arange(1, int(labels.max()) + 1, dtype=np.uint8)[:, None, None]
@@ -262,6 +265,7 @@ def _same_size(
     if size == source_size:
         return
     (height, width), (source_height, source_width) = size, source_size
+    # An exchanged height and width with an EXIF turn has one cause, which the message names.
     turned = ""
     if size == source_size[::-1] and images.has_turn(row.source):
         turned = (

@@ -97,6 +97,7 @@ def batch(split: str, start: int, count: int, seed: int = 0) -> ShapesBatch:
         raise InputError(
             f"shapes.batch got count({count}): a batch holds at least one task. Pass count >= 1."
         )
+    # Filled in place: stacking the tasks would hold every image twice.
     source = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
     target = np.empty_like(source)
     mask = np.empty((count, SIZE, SIZE), dtype=np.bool_)
@@ -104,7 +105,7 @@ def batch(split: str, start: int, count: int, seed: int = 0) -> ShapesBatch:
     for row in range(count):
         drawn = _draw(split, start + row, seed=seed, task_type=None)
         source[row], target[row] = drawn.source, drawn.target
-        np.any(drawn.regions, axis=0, out=mask[row])
+        np.any(drawn.regions, axis=0, out=mask[row])  # the mask is the union of the regions
         instructions.append(drawn.instruction)
         task_types.append(drawn.task_type)
     return ShapesBatch(
@@ -121,6 +122,7 @@ def vocabulary() -> tuple[str, ...]:
 
     Instructions are lower-case words between single spaces.
     """
+    # Words in braces stand for a shape, a colour or a place, which are listed apart.
     words = {"a", "an", "the", "and", *SHAPES, *COLOURS, *SIZE_WORDS}
     for phrase in PHRASES:
         words.update(word for word in phrase.split() if not word.startswith("{"))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rl_edit.data.shapes.grounds import SIZE
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "ring")
+# Far from each other and from the muted grounds, so that a colour word has one meaning.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 28, 36),
     "orange": (255, 138, 0),
@@ -62,6 +63,7 @@ def paint(image: NDArray[np.float32], thing: Thing) -> None:
     coverage = sprite[
         rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
     ]
+    # Near a border the sprite hangs over it, and the parts outside are cut off.
     window = image[rows, columns]
     window += coverage * (_RGB[thing.colour] - window)
 
@@ -74,6 +76,7 @@ def mark_change(
     around: Thing,
 ) -> None:
     """Sets the bounding box of the pixels that differ around an object, widened by the margin."""
+    # The anti-aliased border reaches a pixel beyond the radius.
     reach = around.radius + 2
     top, left = max(int(around.y - reach), 0), max(int(around.x - reach), 0)
     window = slice(top, int(around.y + reach) + 1), slice(left, int(around.x + reach) + 1)
@@ -122,6 +125,7 @@ def _sprite(shape: str, radius: float, fraction_x: float, fraction_y: float) -> 
     side = 2 * half + 1
     samples = (np.arange(side * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING - half
     u, v = (samples[None, :] - fraction_x) / radius, (samples[:, None] - fraction_y) / radius
+    # Coverage is the mean over samples, which anti-aliases the border.
     inside = _INSIDE[shape](u, v).astype(np.float32)
     coverage = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING).mean(
         axis=(1, 3), dtype=np.float32
