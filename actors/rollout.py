@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +31,7 @@ from rl_edit.types import (
     RolloutGroup,
     WorkItem,
     areas_of,
+    moved,
 )
 
 SPARE_ADAPTERS = 3
@@ -45,12 +45,7 @@ class UnknownAdapter(RuntimeError):
 
 
 def roll_out(
-    editor: Editor,
-    config: RunConfig,
-    item: WorkItem,
-    *,
-    adapter: AdapterId,
-    exploration: Mapping[str, float],
+    editor: Editor, config: RunConfig, item: WorkItem, weights: AdapterWeights
 ) -> tuple[RolloutGroup, dict[str, float]]:
     """Samples a work item's candidates under the weights that are loaded and active.
 
@@ -58,21 +53,21 @@ def roll_out(
     depend on its chunk.
 
     Args:
-        adapter: name of the loaded weights.
-        exploration: noise spread by task type, where the learner steers it.
+        weights: the loaded weights. The group carries their name, and candidates are explored
+            with the noise spread that travels with them.
 
     Returns:
-        the group, or chunk of one, and seconds by phase.
+        the group, or chunk of one, on the CPU; and seconds by phase.
     """
     began = time.perf_counter()
     conditioning = editor.encode(item.task)
     mask = regions.token_mask(item.task.edit_mask, conditioning.grid)
     encoded = time.perf_counter()
-    trajectory, attention = _integrate(editor, config, item, conditioning, mask, exploration)
+    trajectory, attention = _integrate(editor, config, item, conditioning, mask, weights)
     integrated = time.perf_counter()
     group = RolloutGroup(
         group_id=item.group_id,
-        adapter=adapter,
+        adapter=weights.id,
         candidates=Candidates(
             task=item.task,
             images=editor.decode(trajectory.final, conditioning),
@@ -90,7 +85,7 @@ def roll_out(
         schedule=editor.sigmas(config.rollout.num_steps, conditioning),
         areas=regions.token_areas(areas_of(item.task), conditioning.grid),
     )
-    return group, {
+    return moved(group, "cpu"), {
         "encode": encoded - began,
         "denoise": integrated - encoded,
         "decode": time.perf_counter() - integrated,
@@ -103,12 +98,12 @@ def _integrate(
     item: WorkItem,
     conditioning: Conditioning,
     mask: Tensor,
-    exploration: Mapping[str, float],
+    weights: AdapterWeights,
 ) -> tuple[Trajectory, Tensor]:
     """Denoises the item's candidates together; returns their trajectory and attention."""
     algorithm, num_steps = config.algorithm, config.rollout.num_steps
     source = NoiseSource(item.run_seed, item.task.task_id, item.epoch)
-    noise = algorithm.initial_noise.at(exploration, item.task.task_type)
+    noise = algorithm.initial_noise.at(weights.exploration, item.task.task_type)
     shape = editor.latent_shape(conditioning)
     initial = noise(item.num_candidates, shape, mask, source)
     levels, trained = _steps(config, item, source)
@@ -219,13 +214,9 @@ class RolloutActor:
     def rollout(self, item: WorkItem) -> tuple[RolloutGroup, dict[str, float]]:
         """Samples the item's candidates under its adapter; see :func:`roll_out`."""
         weights = self._use(item.adapter)
-        return roll_out(
-            self.editor,
-            self.config,
-            item,
-            adapter=self._export(item.adapter.step).id,
-            exploration=weights.exploration,
-        )
+        # The name of what the module really holds, whatever was asked for.
+        loaded = replace(weights, id=self._export(item.adapter.step).id)
+        return roll_out(self.editor, self.config, item, loaded)
 
     @torch.no_grad()
     def canary(self) -> str:

@@ -25,14 +25,13 @@ from actors.reward import RewardActor
 from actors.roles import Roles, worker_roles
 from actors.rollout import RolloutActor
 from learner.controller.executor import Executor
-from learner.controller.work import TaskCursor, group_item
+from learner.controller.work import WorkPlan
 from learner.learner import Learner
 from rl_edit import wire
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.editors import inspect_editor
 from rl_edit.messages import LearnOrder, LearnSlot
-from rl_edit.types import WorkItem
 from scaling import RESULTS, Stopwatch, control, report
 from sleepers import Naps, sleeping_roles
 
@@ -84,10 +83,8 @@ class Bare:
         self.rollout = RolloutActor(config, threads)
         self.reward = RewardActor(config, dataset.fields, threads)
         self.learner = Learner(config, threads)
-        self.cursor = TaskCursor(
-            dataset, seed=config.seed, groups_per_update=config.train.groups_per_update
-        )
         self.multiple = inspect_editor(config.editor).pixels_per_token
+        self.plan = WorkPlan(config, dataset, pixels_per_token=self.multiple)
         report, blob, _, _ = self.learner.export()
         self.adapter = report.adapter
         self.rollout.load(blob)
@@ -99,7 +96,7 @@ class Bare:
         """Applies an update. Returns the seconds of its tensor work: packing what the learner takes packed is not in it."""
         slots, blobs, seconds = [], [], 0.0
         for slot in range(self.config.train.groups_per_update):
-            item = self._item(update, slot)
+            item = self.plan.item(update, slot, self.adapter)
             began = time.perf_counter()
             group, _ = self.rollout.rollout(item)
             table = self.reward.table(group.candidates, group_id=group.group_id)
@@ -117,16 +114,6 @@ class Bare:
         self.rollout.load(blob)
         self.adapter = answer.adapter
         return seconds + time.perf_counter() - began
-
-    def _item(self, update: int, slot: int) -> WorkItem:
-        return group_item(
-            self.config,
-            self.cursor,
-            update=update,
-            slot=slot,
-            adapter=self.adapter,
-            pixels_per_token=self.multiple,
-        )
 
 
 @dataclass

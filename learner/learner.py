@@ -33,7 +33,7 @@ from rl_edit.method.update import (
     averaged,
     learning_step,
 )
-from rl_edit.types import Advantages, RolloutGroup, moved
+from rl_edit.types import Advantages, RewardTable, RolloutGroup, moved
 
 Credited = Mapping[int, tuple[RolloutGroup, Advantages]]
 """Groups with their credit, by slot of the update."""
@@ -59,6 +59,15 @@ def learning_config(train: TrainConfig) -> LearningConfig:
         states_per_forward=train.states_per_forward,
         reduction=train.reduction,
     )
+
+
+def _scored(order: LearnOrder) -> list[tuple[str, RewardTable]]:
+    """Unpacks the task type and the reward table of each group of an update."""
+    return [
+        (slot.task_type, joined([wire.unpack(table) for table in slot.tables]))
+        for slot in order.slots
+        if not slot.lost
+    ]
 
 
 class Learner:
@@ -154,10 +163,10 @@ class Learner:
         if credits:
             result = self._optimise(self._groups(order, credits, blobs), sorted(credits))
             self._count_skipped(order.update, result)
-            if not result.skipped:
-                policy.move_averages()
-        result = replace(result, metrics={**result.metrics, **self._steer(order)})
-        policy.updates_done += 1
+        explored = policy.finish_update(
+            trained=bool(credits) and not result.skipped, scored=_scored(order)
+        )
+        result = replace(result, metrics={**result.metrics, **explored})
         answer = self._answer(plan=order.plan, result=result, declined=declined, used=len(credits))
         self._require_equal_ranks(order.update, answer.report)
         seconds = time.perf_counter() - start
@@ -285,17 +294,6 @@ class Learner:
                 "train.learning_rate, or look at RUN/diagnostics"
             )
         policy.skipped_in_a_row += 1
-
-    def _steer(self, order: LearnOrder) -> dict[str, float]:
-        """Steers the exploration by the update's scores; returns metrics of how they explored."""
-        scored = [
-            (slot.task_type, joined([wire.unpack(table) for table in slot.tables]))
-            for slot in order.slots
-            if not slot.lost
-        ]
-        law, before = self.config.algorithm.initial_noise, self.policy.exploration
-        self.policy.exploration = law.steered(before, scored)
-        return law.measured(before, scored)
 
     def _require_equal_ranks(self, update: int, report: LearnReport) -> None:
         """Raises when some rank ends an update with other weights."""

@@ -5,6 +5,7 @@ Everything that a learner continues from is here, and so is its form in a checkp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from rl_edit.messages import LearnerState
 from rl_edit.method.algorithms import Latest
 from rl_edit.method.objectives import Policy
 from rl_edit.method.update import ConditionedVelocity
-from rl_edit.types import AdapterId, AdapterWeights, Conditioning
+from rl_edit.types import AdapterId, AdapterWeights, Conditioning, RewardTable
 
 
 class TrainedPolicy:
@@ -78,9 +79,28 @@ class TrainedPolicy:
             exploration=dict(self.exploration),
         )
 
+    def finish_update(
+        self, *, trained: bool, scored: Sequence[tuple[str, RewardTable]]
+    ) -> dict[str, float]:
+        """Moves the averages, steers the exploration, and counts the update.
+
+        Args:
+            trained: whether the update moved the policy.
+            scored: task type and reward table of each group.
+
+        Returns:
+            metrics of how the groups were explored.
+        """
+        if trained:
+            self._move_averages()
+        law, before = self.config.algorithm.initial_noise, self.exploration
+        self.exploration = law.steered(before, scored)
+        self.updates_done += 1
+        return law.measured(before, scored)
+
     @torch.no_grad()
-    def move_averages(self) -> None:
-        """Moves each average towards the policy, after an update."""
+    def _move_averages(self) -> None:
+        """Moves each average towards the policy."""
         n, ema = self.updates_done, self.config.train.ema_decay
         decay = {
             "acting": self.config.algorithm.acting.decay(n),

@@ -42,7 +42,7 @@ from learner.controller.lease import Lease
 from learner.controller.ledger import Ledger, Verdict
 from learner.controller.run_log import Events
 from learner.controller.supervisor import GivenUp, Supervisor
-from learner.controller.work import TaskCursor, group_item
+from learner.controller.work import WorkPlan
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset
@@ -164,11 +164,7 @@ class TrainingLoop:
         self.supervisor.open("rollout", actors.num_rollout, prepare=self._hand_over)
         self.supervisor.open("reward", actors.num_reward)
         self.ledger = Ledger()
-        self.cursor = TaskCursor(
-            run.dataset,
-            seed=self.config.seed,
-            groups_per_update=self.config.train.groups_per_update,
-        )
+        self.plan = WorkPlan(self.config, run.dataset, pixels_per_token=run.pixels_per_token)
         self.metrics = JsonLines(run.directory / METRICS)
         self.gold = heldout.Watch(
             run.probes,
@@ -477,14 +473,7 @@ class TrainingLoop:
 
     def _items(self, update: int, slot: int, adapter: AdapterId) -> list[WorkItem]:
         """The work of one slot: a group, in chunks."""
-        group = group_item(
-            self.config,
-            self.cursor,
-            update=update,
-            slot=slot,
-            adapter=adapter,
-            pixels_per_token=self.of.pixels_per_token,
-        )
+        group = self.plan.item(update, slot, adapter)
         return [replace(group, chunk=chunk) for chunk in self.config.rollout.chunks]
 
     async def _group(self, items: Sequence[WorkItem], *, kind: str = "") -> Group:

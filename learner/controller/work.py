@@ -35,32 +35,33 @@ class TaskCursor:
         return self._dataset[self._order[1][position]], epoch
 
 
-def group_item(
-    config: RunConfig,
-    cursor: TaskCursor,
-    *,
-    update: int,
-    slot: int,
-    adapter: AdapterId,
-    pixels_per_token: int,
-) -> WorkItem:
-    """Returns the work item of a complete group, with its task fitted to the editor's canvas.
+class WorkPlan:
+    """Makes the work item of every group of a run, with its task fitted to the editor's canvas.
 
     Args:
-        adapter: the weights to roll out with.
-        pixels_per_token: edge of an image token.
+        pixels_per_token: edge of an image token; the canvas is a multiple of it.
     """
-    task, epoch = cursor.at(update, slot)
-    task = fit(task, resolution=config.editor.resolution, multiple=pixels_per_token)
-    # The name is a keyed hash: without a clock or a process in it, an item can be made again.
-    name = keyed_seed(config.seed, "work", update, slot, task.task_id, epoch)
-    return WorkItem(
-        group_id=f"{name:016x}",
-        chunk=(0, config.rollout.group_size),
-        task=task,
-        epoch=epoch,
-        update=update,
-        num_candidates=config.rollout.group_size,
-        run_seed=config.seed,
-        adapter=adapter,
-    )
+
+    def __init__(self, config: RunConfig, dataset: Dataset, *, pixels_per_token: int) -> None:
+        self._config, self._pixels_per_token = config, pixels_per_token
+        self._cursor = TaskCursor(
+            dataset, seed=config.seed, groups_per_update=config.train.groups_per_update
+        )
+
+    def item(self, update: int, slot: int, adapter: AdapterId) -> WorkItem:
+        """Returns the item of a complete group, to be rolled out with an adapter."""
+        config = self._config
+        task, epoch = self._cursor.at(update, slot)
+        task = fit(task, resolution=config.editor.resolution, multiple=self._pixels_per_token)
+        # The name is a keyed hash: without a clock or a process in it, an item can be made again.
+        name = keyed_seed(config.seed, "work", update, slot, task.task_id, epoch)
+        return WorkItem(
+            group_id=f"{name:016x}",
+            chunk=(0, config.rollout.group_size),
+            task=task,
+            epoch=epoch,
+            update=update,
+            num_candidates=config.rollout.group_size,
+            run_seed=config.seed,
+            adapter=adapter,
+        )
