@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -26,13 +27,16 @@ Override = tuple[tuple[str, ...], Any]
 
 
 def presets() -> dict[str, str]:
-    """Shipped presets by name, each with its first comment line."""
+    """Shipped presets by name, each with the comment that it begins with."""
     summaries = {}
     # Through importlib, because an installed package may lie in an archive.
     for entry in sorted(resources.files("rl_edit.presets").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):
-            first = entry.read_text().splitlines()[0]
-            summaries[entry.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
+            lines = itertools.takewhile(
+                lambda line: line.startswith("#"), entry.read_text().splitlines()
+            )
+            summary = " ".join(line.removeprefix("#").strip() for line in lines)
+            summaries[entry.name.removesuffix(".yaml")] = summary
     return summaries
 
 
