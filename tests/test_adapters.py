@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rl_edit.data import shapes
-from rl_edit.editors import EditorConfig, lora
+from rl_edit.editors import FluxKontextConfig, lora
 from rl_edit.editors.flux_kontext import FluxKontextEditor
 from rl_edit.editors.lora import WEIGHTS_FILE, LoraConfig
 from rl_edit.editors.tiny.pretraining import new_editor
@@ -50,12 +50,12 @@ def trained(editor: FluxKontextEditor, seed: int = 1) -> AdapterWeights:
 
 @pytest.fixture(scope="module")
 def base() -> FluxKontextEditor:
-    return FluxKontextEditor(random_pipeline(), EditorConfig(path="random", device="cpu"))
+    return FluxKontextEditor(random_pipeline(), FluxKontextConfig(path="random", device="cpu"))
 
 
 @pytest.fixture(scope="module")
 def attached() -> FluxKontextEditor:
-    fresh = FluxKontextEditor(random_pipeline(), EditorConfig(path="random", device="cpu"))
+    fresh = FluxKontextEditor(random_pipeline(), FluxKontextConfig(path="random", device="cpu"))
     lora.attach(fresh.transformer, LORA, seed=0)
     return fresh
 
@@ -215,22 +215,22 @@ def test_the_digest_changes_with_names_shapes_and_types_and_not_with_order() -> 
 
 
 @pytest.mark.parametrize(
-    "lora",
+    "adapter",
     [LORA, LoraConfig(rank=4, alpha=4), LoraConfig(rank=2, alpha=3)],
     ids=["r4a10", "r4a4", "r2a3"],
 )
 def test_stock_diffusers_with_the_saved_adapter_makes_our_image_bitwise(
-    lora: LoraConfig, tmp_path: Path, conditioning: Conditioning
+    adapter: LoraConfig, tmp_path: Path, conditioning: Conditioning
 ) -> None:
     editor = FluxKontextEditor(
-        random_pipeline(), EditorConfig(path="random", device="cpu", micro_batch=1)
+        random_pipeline(), FluxKontextConfig(path="random", device="cpu", micro_batch=1)
     )
-    lora.attach(editor.transformer, lora, seed=0)
+    lora.attach(editor.transformer, adapter, seed=0)
     start = noise(conditioning, 1)
     plain = denoise(
         lambda x, s: editor.velocity(x, s, conditioning), start, editor.sigmas(3, conditioning)
     ).final
-    lora.save(tmp_path, trained(editor), lora)
+    lora.save(tmp_path, trained(editor), adapter)
     final = denoise(
         lambda x, s: editor.velocity(x, s, conditioning), start, editor.sigmas(3, conditioning)
     ).final
@@ -239,7 +239,7 @@ def test_stock_diffusers_with_the_saved_adapter_makes_our_image_bitwise(
     stock = random_pipeline()
     stock.load_lora_weights(tmp_path, weight_name=WEIGHTS_FILE)
     (config,) = stock.transformer.peft_config.values()
-    assert (config.r, config.lora_alpha) == (lora.rank, lora.alpha)
+    assert (config.r, config.lora_alpha) == (adapter.rank, adapter.alpha)
     theirs = stock(
         image=Image.fromarray(TASK.source.numpy()),
         prompt=TASK.instruction,

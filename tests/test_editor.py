@@ -25,11 +25,11 @@ from rl_edit.data import open_dataset
 from rl_edit.editors import (
     BUILTIN,
     BUILTIN_WEIGHTS,
-    EditorConfig,
+    FluxKontextConfig,
     editor_identity,
-    flux_kontext,
     inspect_editor,
     load_editor,
+    location,
     lora,
 )
 from rl_edit.editors.flux_kontext import FluxKontextEditor
@@ -65,7 +65,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def editor(home: Path) -> FluxKontextEditor:
     loaded = load_editor(
-        EditorConfig(path=str(home), micro_batch=4, attention_layers=2, device="cpu")
+        FluxKontextConfig(path=str(home), micro_batch=4, attention_layers=2, device="cpu")
     )
     assert isinstance(loaded, FluxKontextEditor)
     return loaded
@@ -239,9 +239,9 @@ def test_a_negative_prompt_that_nothing_reads_is_refused() -> None:
     for idle in ({"negative_prompt": "blurry"}, {"detach_negative": True}):
         with pytest.raises(
             ValidationError,
-            match="speak of a negative forward, which true_cfg 1 leaves out: raise true_cfg above 1",
+            match="are settings of a negative forward, which true_cfg 1 leaves out: raise true_cfg above 1",
         ):
-            EditorConfig.model_validate(idle)
+            FluxKontextConfig.model_validate(idle)
 
 
 def test_attention_under_guidance_is_that_of_the_forward_that_reads_the_instruction(
@@ -277,7 +277,7 @@ def test_both_branches_have_their_gradient_unless_the_negative_one_is_detached()
     """Detached, what is left is the positive branch's gradient times the scale; the velocity keeps its bits either way."""
     pipeline = random_pipeline()
     settings = {"device": "cpu", "true_cfg": 2.0, "negative_prompt": "recolour it"}
-    both = FluxKontextEditor(pipeline, EditorConfig.model_validate(settings))
+    both = FluxKontextEditor(pipeline, FluxKontextConfig.model_validate(settings))
     detached = with_settings(both, detach_negative=True)
     plain = with_settings(both, true_cfg=1.0, negative_prompt="")
     lora.attach(both.transformer, lora.LoraConfig(rank=4, alpha=8), seed=0)
@@ -392,7 +392,7 @@ def test_grad_mode_and_checkpointing_change_no_bit_and_gradients_arrive(
     """With an adapter that really changes the function, as in training."""
     pipeline = random_pipeline()
     learner = FluxKontextEditor(
-        pipeline, EditorConfig(device="cpu", gradient_checkpointing=checkpointing)
+        pipeline, FluxKontextConfig(device="cpu", gradient_checkpointing=checkpointing)
     )
     lora.attach(learner.transformer, lora.LoraConfig(rank=4, alpha=8), seed=0)
     parameters = lora.parameters(learner.transformer)
@@ -577,11 +577,11 @@ def test_inspection_agrees_with_the_loaded_editor(editor: FluxKontextEditor) -> 
 def test_a_missing_built_in_editor_says_how_to_make_it(
     find, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(flux_kontext, "BUILTIN_WEIGHTS", tmp_path / "gone")
+    monkeypatch.setattr(location, "BUILTIN_WEIGHTS", tmp_path / "gone")
     with pytest.raises(
         InputError, match=r"built-in editor is missing at .*gone: .*rl-edit pretrain"
     ):
-        find(EditorConfig(path=BUILTIN))
+        find(FluxKontextConfig(path=BUILTIN))
 
 
 @pytest.mark.parametrize("find", [load_editor, inspect_editor])
@@ -591,7 +591,7 @@ def test_a_path_that_is_nothing_says_what_an_editor_can_be(find, path: str) -> N
         InputError,
         match=rf"no editor at {path}: give a directory written by save_pretrained, a Hugging Face id",
     ):
-        find(EditorConfig(path=path))
+        find(FluxKontextConfig(path=path))
 
 
 @pytest.mark.parametrize("find", [load_editor, inspect_editor])
@@ -601,7 +601,7 @@ def test_a_directory_that_is_no_editor_names_the_remedy(find, tmp_path: Path) ->
         InputError,
         match=r"(?s)cannot load the editor .*Is it a directory written by .*save_pretrained\?",
     ):
-        find(EditorConfig(path=str(tmp_path)))
+        find(FluxKontextConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("find", [load_editor, inspect_editor])
@@ -610,7 +610,7 @@ def test_an_editor_on_the_hub_that_cannot_be_reached_names_the_remedy(find) -> N
         InputError,
         match=r"cannot load the editor nobody/no-such-editor from the .*hub: .*Check the id and the network",
     ):
-        find(EditorConfig(path="nobody/no-such-editor"))
+        find(FluxKontextConfig(path="nobody/no-such-editor"))
 
 
 def test_another_kind_of_pipeline_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
@@ -626,24 +626,25 @@ def test_another_kind_of_pipeline_is_refused_before_its_weights_are_read(tmp_pat
     with pytest.raises(
         InputError, match="is a StableDiffusionPipeline, this version trains FluxKontextPipeline"
     ):
-        inspect_editor(EditorConfig(path=str(tmp_path)))
+        inspect_editor(FluxKontextConfig(path=str(tmp_path)))
 
 
 def test_an_editor_on_disk_is_what_its_files_hold_wherever_they_lie(
     home: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(home, tmp_path / "copy"))
-    same = editor_identity(EditorConfig(path=str(home)))
-    assert editor_identity(EditorConfig(path=str(copy))) == same
+    same = editor_identity(FluxKontextConfig(path=str(home)))
+    assert editor_identity(FluxKontextConfig(path=str(copy))) == same
     (weights,) = (copy / "transformer").glob("*.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert editor_identity(EditorConfig(path=str(copy))) != same
+    assert editor_identity(FluxKontextConfig(path=str(copy))) != same
 
 
 def test_an_editor_on_the_hub_is_its_repository_and_revision() -> None:
-    assert editor_identity(EditorConfig(path="someone/editor")) == "someone/editor@main"
+    assert editor_identity(FluxKontextConfig(path="someone/editor")) == "someone/editor@main"
     assert (
-        editor_identity(EditorConfig(path="someone/editor", revision="abc")) == "someone/editor@abc"
+        editor_identity(FluxKontextConfig(path="someone/editor", revision="abc"))
+        == "someone/editor@abc"
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from rl_edit.data import shapes
-from rl_edit.editors import EditorConfig
+from rl_edit.editors import FluxKontextConfig
 from rl_edit.editors.flux_kontext import FluxKontextEditor
 from rl_edit.editors.tiny.pretraining import new_editor
 from rl_edit.method import flow
@@ -174,7 +174,7 @@ def editor() -> FluxKontextEditor:
         if not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     return FluxKontextEditor(
-        pipeline, EditorConfig(path="random", device="cpu", micro_batch=4, attention_layers=4)
+        pipeline, FluxKontextConfig(path="random", device="cpu", micro_batch=4, attention_layers=4)
     )
 
 

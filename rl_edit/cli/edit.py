@@ -1,18 +1,19 @@
-"""``rl-edit edit``: one picture, one instruction, with or without an adapter."""
+"""``rl-edit edit``: edits one image by one instruction, with or without an adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from rl_edit.data.canvas import fit
 from rl_edit.data.images import read_rgb
-from rl_edit.editors import BUILTIN, EditorConfig, load_editor, lora
+from rl_edit.editors import BUILTIN, Editor, EditorFamily, editor_config, load_editor, lora
 from rl_edit.errors import InputError
 from rl_edit.method.exploration import NoiseSource
 from rl_edit.method.rollout import denoise
@@ -21,7 +22,7 @@ from rl_edit.types import EditTask
 
 def edit_command(
     image: Annotated[
-        Path, typer.Argument(help="Any picture; it is fitted to the editor's canvas, aspect kept.")
+        Path, typer.Argument(help="Any image; it is fitted to the editor's canvas, aspect kept.")
     ],
     instruction: Annotated[str, typer.Option(help="What to change.")],
     adapter: Annotated[
@@ -38,39 +39,27 @@ def edit_command(
     steps: Annotated[int, typer.Option(help="Solver steps.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
 ) -> None:
-    """Edit one picture."""
+    """Edit one image."""
     if not instruction.strip():
         raise InputError("--instruction is empty: say what to change, e.g. 'remove the red circle'")
     if not image.is_file():
-        raise InputError(f"no picture at {image}: give an existing image file")
+        raise InputError(f"no image at {image}: give an existing image file")
     source = torch.from_numpy(read_rgb(image, where=str(image)).copy())
     config = _editor_config(editor, adapter, resolution)
-    weights = lora.read(adapter) if adapter is not None else None
     target = output or Path(f"{image.stem}_edited.png")
-    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"cannot write {target}: use a .png, .jpg or .webp name")
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write {target}: {target.parent} is not a directory")
+    # Everything that can be refused is refused before the editor is loaded.
+    _require_writable(target)
+    weights = lora.read(adapter) if adapter is not None else None
     loaded = load_editor(config)
     if weights is not None:
         lora.attach(loaded.transformer, weights[1], seed=0)
         lora.load(loaded.transformer, weights[0])
-    mask = torch.zeros(source.shape[:2], dtype=torch.bool)
-    mask[0, 0] = True
-    task = EditTask(
-        task_id=image.name, task_type="edit", source=source, instruction=instruction, edit_mask=mask
+    task = fit(
+        _task(image.name, source, instruction),
+        resolution=config.resolution,
+        multiple=loaded.pixels_per_token,
     )
-    task = fit(task, resolution=config.resolution, multiple=loaded.pixels_per_token)
-    conditioning = loaded.encode(task)
-    initial = NoiseSource(seed, "edit", 0).normal("edit", 0, loaded.latent_shape(conditioning))[
-        None
-    ]
-    final = denoise(
-        lambda x, s: loaded.velocity(x, s, conditioning),
-        initial,
-        loaded.sigmas(steps, conditioning),
-    ).final
-    Image.fromarray(loaded.decode(final, conditioning)[0].numpy()).save(target)
+    Image.fromarray(_edited(loaded, task, steps=steps, seed=seed).numpy()).save(target)
     height, width = task.source.shape[:2]
     Console().print(
         f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})",
@@ -80,17 +69,46 @@ def edit_command(
     )
 
 
-def _editor_config(editor: str, adapter: Path | None, resolution: int | None) -> EditorConfig:
-    """The run's editor when the adapter lies in a run directory and no other is named."""
+def _require_writable(target: Path) -> None:
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"cannot write {target}: use a .png, .jpg or .webp name")
+    if not target.parent.is_dir():
+        raise InputError(f"cannot write {target}: {target.parent} is not a directory")
+
+
+def _task(name: str, source: Tensor, instruction: str) -> EditTask:
+    """Makes a task of an image that came without a mask."""
+    # A task needs a mask that is neither empty nor full. Without a reward nothing reads it.
+    mask = torch.zeros(source.shape[:2], dtype=torch.bool)
+    mask[0, 0] = True
+    return EditTask(
+        task_id=name, task_type="edit", source=source, instruction=instruction, edit_mask=mask
+    )
+
+
+def _edited(editor: Editor, task: EditTask, *, steps: int, seed: int) -> Tensor:
+    """Returns the edit of a task on its canvas, from the noise of ``seed``."""
+    conditioning = editor.encode(task)
+    noise = NoiseSource(seed, "edit", 0).normal("edit", 0, editor.latent_shape(conditioning))
+    final = denoise(
+        lambda latents, sigma: editor.velocity(latents, sigma, conditioning),
+        noise[None],
+        editor.sigmas(steps, conditioning),
+    ).final
+    return editor.decode(final, conditioning)[0]
+
+
+def _editor_config(editor: str, adapter: Path | None, resolution: int | None) -> EditorFamily:
+    """Returns the named editor, else the run's when the adapter lies in a run directory."""
     from rl_edit.config import load_config
 
-    config = EditorConfig(path=editor or BUILTIN)
+    config = editor_config({"path": editor or BUILTIN})
     if adapter is not None and not editor:
         run = (adapter if adapter.is_dir() else adapter.parent).parent
         if (run / "config.yaml").is_file():
             config = load_config(run / "config.yaml").editor
-    changes: dict[str, object] = {
-        "attention_layers": 0,
-        **({"resolution": resolution} if resolution else {}),
-    }
-    return EditorConfig.model_validate({**config.model_dump(), **changes})
+    # Nothing reads attention here, so none is recorded.
+    changes: dict[str, Any] = {"attention_layers": 0}
+    if resolution:
+        changes["resolution"] = resolution
+    return editor_config({**config.model_dump(), **changes})

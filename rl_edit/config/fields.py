@@ -85,7 +85,7 @@ def is_default(name: str, settings: Mapping[str, Any]) -> bool:
     fields = [
         model.model_fields[last]
         for model in models_of(annotation)
-        if last in model.model_fields and tag_of(model) in (None, node.get("kind"))
+        if last in model.model_fields and tag_of(model) in (None, node.get("kind", tag_of(model)))
     ]
     defaults = [field.get_default(call_default_factory=True) for field in fields]
     return any(

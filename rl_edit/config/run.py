@@ -25,7 +25,7 @@ from rl_edit.config.sections import (
     automatic_ranks,
 )
 from rl_edit.data import DataConfig
-from rl_edit.editors import EditorConfig
+from rl_edit.editors import EditorConfig, FluxKontextConfig
 from rl_edit.editors.lora import LoraConfig
 from rl_edit.errors import InputError
 from rl_edit.method.advantages import RegionCredit, SplitCredit
@@ -54,7 +54,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str = "run"
     seed: int = 0
-    editor: EditorConfig = EditorConfig()
+    editor: EditorConfig = FluxKontextConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     algorithm: Algorithm = Algorithm()
@@ -116,7 +116,7 @@ class RunConfig(BaseModel):
             group_size=self.rollout.group_size,
             num_steps=self.rollout.num_steps,
             multistep=self.rollout.solver != "euler",
-            guided=self.editor.true_cfg > 1,  # 1 leaves the negative forward out
+            guided=self.editor.guided,
         )
         # Each check names the setting to change. The first that fails is reported.
         self._require_regional_scores()
@@ -289,6 +289,9 @@ class RunConfig(BaseModel):
         content["rollout"] = _without(content["rollout"], OPERATIONAL_ROLLOUT)
         content["data"] = _without(content["data"], {"path", "heldout_path"})
         content["editor"] = _without(content["editor"], {"path", "revision", "device"})
+        # The files of a built-in family's editor name the family; runs of before had no kind.
+        if ":" not in self.editor.kind:
+            del content["editor"]["kind"]
         # A term names what it is by its fingerprint, which hashes files that its settings name.
         content["rewards"] = {
             name: {**term.fingerprint(), "weight": term.weight, "when": term.when}

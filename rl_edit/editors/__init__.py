@@ -1,159 +1,106 @@
-"""Editors: the only home of diffusers. An editor encodes a task, gives velocities, decodes latents, and shows attention."""
+"""Editors: an editor encodes a task, predicts velocities, decodes latents, and shows attention.
+
+This package is the only home of diffusers. :mod:`rl_edit.editors.family` is the seam, and each
+family is one file beside it. A family of yours is named by ``kind: module:Class`` and needs no edit
+here; a built-in one is a file and its place in ``EditorConfig`` and ``FAMILIES``.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from pydantic import BeforeValidator, TypeAdapter
 
-from rl_edit.method.attention import MassTally
-from rl_edit.types import Conditioning, EditTask
+from rl_edit.editors.family import Editor, EditorFacts, EditorFamily, EditorSettings
+from rl_edit.editors.flux_kontext import FluxKontextConfig
+from rl_edit.editors.location import BUILTIN, BUILTIN_WEIGHTS, INDEX, local_pipeline, locate
+from rl_edit.errors import InputError
+from rl_edit.method.plugins import Plugin
 
-BUILTIN = "builtin:tiny-kontext"
-BUILTIN_WEIGHTS = Path(__file__).parent / "tiny" / "weights"
+__all__ = [
+    "BUILTIN",
+    "BUILTIN_WEIGHTS",
+    "Editor",
+    "EditorConfig",
+    "EditorFacts",
+    "EditorFamily",
+    "EditorSettings",
+    "FluxKontextConfig",
+    "editor_config",
+    "editor_identity",
+    "inspect_editor",
+    "load_editor",
+]
+
+FAMILIES = (FluxKontextConfig,)
+"""Built-in families. Without a ``kind`` and an editor on this machine, the first is meant."""
 
 
-class EditorConfig(BaseModel):
-    """Which editor, and how it is run. Every field changes numbers, so all of them are part of a run's identity.
+def _with_kind(value: Any) -> Any:
+    """Names the family that ``model_index.json`` names, where the settings name none."""
+    if not isinstance(value, Mapping) or "kind" in value:
+        return value
+    path = value.get("path", BUILTIN)
+    pipeline = local_pipeline(path) if isinstance(path, str) else None
+    family = next((f for f in FAMILIES if f.pipeline == pipeline), FAMILIES[0])
+    return {"kind": family.model_fields["kind"].default, **value}
 
-    Attributes:
-        path: ``builtin:tiny-kontext``, a directory written by ``save_pretrained``, or a Hugging Face repository id.
-        revision: commit of a repository id; pin it for runs you want to repeat.
-        resolution: canvas side in pixels; a task is fitted to about ``resolution ** 2`` pixels, aspect kept.
-        guidance: embedded guidance scale, the same in rollout, training and evaluation (FLUX.1-Kontext: 2.5).
-        true_cfg: scale of true classifier-free guidance, ``velocity = negative + true_cfg * (positive - negative)``; two forwards a
-            velocity. 1 is off: the positive forward alone.
-        negative_prompt: what the negative forward reads instead of the instruction.
-        detach_negative: whether the negative forward is without gradient, as in flow_grpo's training of SD3. By default both
-            branches have theirs (our choice): the gradient is then that of the velocity which is rolled out.
-        max_text_tokens: T5 length; FLUX applies no text mask, so it is part of the function.
-        micro_batch: rows per transformer call, in rollout and in training alike; shorter batches are padded. The
-            same row then has the same bits in both, which makes the policy ratio exactly 1. Multiples of 4 are exact on CPU.
-        attention_layers: the last so many joint layers are read for attention concentration (the paper's L).
-        dtype: of the frozen base; the adapter is always fp32.
-        device: where actors and learner run it; "auto" takes a GPU when there is one.
-        gradient_checkpointing: trade compute for memory in training.
+
+EditorConfig = Annotated[
+    FluxKontextConfig,
+    Plugin(where="editor", law=EditorFamily),
+    BeforeValidator(_with_kind),
+]
+"""Settings of an editor: a union over families, told apart by ``kind``."""
+
+_EDITOR_CONFIG: TypeAdapter[FluxKontextConfig] = TypeAdapter(EditorConfig)
+
+
+def editor_config(settings: Mapping[str, Any]) -> FluxKontextConfig:
+    """Reads the settings of an editor, as they stand under ``editor:`` in a configuration.
+
+    Raises:
+        ValueError: they are of no family, or refused by theirs.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    path: str = BUILTIN
-    revision: str | None = None
-    resolution: int = Field(default=64, ge=16)
-    guidance: float = Field(default=2.5, ge=0)
-    true_cfg: float = Field(default=1.0, ge=1)
-    negative_prompt: str = ""
-    detach_negative: bool = False
-    max_text_tokens: int = Field(default=32, ge=4)
-    micro_batch: int = Field(default=4, ge=1)
-    attention_layers: int = Field(default=2, ge=0)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    gradient_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _possible(self) -> EditorConfig:
-        if self.true_cfg == 1 and (self.negative_prompt or self.detach_negative):
-            raise ValueError(
-                f"negative_prompt {self.negative_prompt!r} and detach_negative {self.detach_negative} speak of a negative forward, which "
-                "true_cfg 1 leaves out: raise true_cfg above 1, or leave them out."
-            )
-        return self
+    return _EDITOR_CONFIG.validate_python(settings)
 
 
-class Editor(Protocol):
-    """What the system asks of an image editor."""
-
-    config: EditorConfig
-    transformer: nn.Module
-    pixels_per_token: int
-
-    def encode(self, task: EditTask) -> Conditioning:
-        """Text and source encodings of a task that already lies on the canvas."""
-        ...
-
-    def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
-        """(token, channel) of the packed target latents."""
-        ...
-
-    def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
-        """The scheduler's grid from 1 to 0 for this canvas."""
-        ...
-
-    def velocity(
-        self,
-        latents: Float[Tensor, "batch token channel"],
-        sigma: Float[Tensor, " batch"],
-        conditioning: Conditioning | Sequence[Conditioning],
-        tally: MassTally | None = None,
-    ) -> Float[Tensor, "batch token channel"]:
-        """Guided velocity under the loaded weights; one conditioning for the whole batch, or one per row on one canvas.
-
-        The tally records attention of the forward that reads the instruction.
-        """
-        ...
-
-    def decode(
-        self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning
-    ) -> UInt8[Tensor, "batch height width 3"]:
-        """Images of clean packed latents."""
-        ...
-
-
-@dataclass(frozen=True)
-class EditorFacts:
-    """What can be known of an editor without loading its weights.
-
-    Attributes:
-        pixels_per_token: side of the square of pixels that one packed token covers; canvases are multiples of it.
-    """
-
-    pixels_per_token: int
-
-
-def inspect_editor(config: EditorConfig) -> EditorFacts:
+def inspect_editor(config: EditorFamily) -> EditorFacts:
     """Finds an editor and reads its configuration only (on the hub: three small files).
 
     Raises:
-        InputError: when it cannot be found or reached, with what to do.
+        InputError: it cannot be found or reached, or no family here trains it.
     """
-    from rl_edit.editors.flux_kontext import inspect
-
-    return inspect(config)
-
-
-def editor_identity(config: EditorConfig) -> str:
-    """What names the frozen base: a hash of its directory's files, or repository id and revision.
-
-    Files above 64 MiB enter with their size and first MiB, which holds a safetensors file's table of tensors.
-    """
-    where = BUILTIN_WEIGHTS if config.path == BUILTIN else Path(config.path)
-    if not where.is_dir():
-        return f"{config.path}@{config.revision or 'main'}"
-    sha = hashlib.sha256()
-    for file in sorted(
-        path
-        for path in where.rglob("*")
-        if path.suffix in (".safetensors", ".json", ".txt", ".model")
-    ):
-        size = file.stat().st_size
-        sha.update(f"{file.relative_to(where)}:{size};".encode())
-        with file.open("rb") as stream:
-            sha.update(stream.read() if size <= 64 << 20 else stream.read(1 << 20))
-    return sha.hexdigest()
+    _require_trainable(config)
+    return config.inspect()
 
 
-def load_editor(config: EditorConfig) -> Editor:
-    """The editor of a config, on its device, frozen.
+def load_editor(config: EditorFamily) -> Editor:
+    """Loads the editor of a config, frozen, on its device.
 
     Raises:
-        InputError: when it cannot be found, with what to do.
+        InputError: it cannot be found or reached, or no family here trains it.
     """
-    from rl_edit.editors.flux_kontext import FluxKontextEditor
+    _require_trainable(config)
+    return config.load()
 
-    return FluxKontextEditor.load(config)
+
+def editor_identity(config: EditorFamily) -> str:
+    """Names the frozen base; see :func:`rl_edit.editors.location.identity_of`."""
+    return config.identity()
+
+
+def _require_trainable(config: EditorFamily) -> None:
+    """Refuses a pipeline of another class than the family's, before any weight is read."""
+    if not isinstance(config, FAMILIES):
+        return  # a plugin knows by itself which editors are its own
+    place = locate(config.path, config.revision)
+    index = place.read_json(INDEX)
+    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    if pipeline != config.pipeline:
+        trainable = ", ".join(family.pipeline for family in FAMILIES)
+        raise InputError(
+            f"{place.name} is a {pipeline}, this version trains {trainable}: give such an editor, "
+            "or name a family of yours as editor.kind=module:Class"
+        )

@@ -1,61 +1,148 @@
 """FLUX.1-Kontext: our denoising loop's view of the real diffusers components.
 
-The stock pipeline resizes silently and draws its own noise, so we drive its parts: encode, transformer, scheduler grid,
-decode. Run with the same latents the result is bitwise the stock pipeline's (``tests/test_editor.py``).
+The stock pipeline resizes silently and draws its own noise, so its parts are driven here: encode,
+transformer, scheduler grid, decode. From the same latents the result is bitwise the stock
+pipeline's (``tests/test_editor.py``).
+
+Model libraries take seconds to import. They are imported where an editor is loaded and used: a
+mistake in a configuration is reported without them.
 """
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from diffusers import FluxKontextPipeline
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
-from rl_edit.editors import BUILTIN, BUILTIN_WEIGHTS, EditorConfig, EditorFacts
+from rl_edit.editors.attention_capture import captured
+from rl_edit.editors.family import EditorFacts, EditorSettings
+from rl_edit.editors.location import Location, locate
 from rl_edit.errors import InputError
 from rl_edit.method import flow
-from rl_edit.method.attention import MassTally, text_to_image_mass
+from rl_edit.method.attention import MassTally
 from rl_edit.types import Conditioning, EditTask
+
+if TYPE_CHECKING:
+    from diffusers import FluxKontextPipeline
 
 TEXT_TENSORS = ("prompt_embeds", "pooled")
 """Encodings of a prompt: T5 states ``[text, text_dim]`` and CLIP's pooled vector ``[pooled_dim]``.
 
-``text_rows`` ``[text]`` stands beside them: True for instruction tokens (no padding, no end marker),
-the rows from which attention is read.
+``text_rows`` ``[text]`` stands beside them: True for instruction tokens (no padding, no end
+marker), the rows from which attention is read.
 """
 
 NEGATIVE = "negative_"
-"""Prefix of the same encodings of the negative prompt, present exactly where ``true_cfg`` exceeds 1."""
+"""Prefix of the negative prompt's encodings, which are there exactly where ``true_cfg`` > 1."""
+
+
+class FluxKontextConfig(EditorSettings):
+    """Settings of a FLUX.1-Kontext editor.
+
+    Attributes:
+        guidance: embedded guidance scale, the same in rollout, training and evaluation
+            (FLUX.1-Kontext: 2.5).
+        true_cfg: scale of true classifier-free guidance,
+            ``velocity = negative + true_cfg * (positive - negative)``; two forwards a velocity.
+            1 is off: the positive forward alone.
+        negative_prompt: text that the negative forward reads instead of the instruction.
+        detach_negative: run the negative forward without gradient, as in flow_grpo's training of
+            SD3. By default both branches have theirs (our choice): the gradient is then that of the
+            velocity which is rolled out.
+        max_text_tokens: T5 length. FLUX applies no text mask, so it is part of the function.
+        gradient_checkpointing: trade compute for memory in training.
+    """
+
+    pipeline: ClassVar[str] = "FluxKontextPipeline"
+    kind: Literal["flux_kontext"] = "flux_kontext"
+    guidance: float = Field(default=2.5, ge=0)
+    true_cfg: float = Field(default=1.0, ge=1)
+    negative_prompt: str = ""
+    detach_negative: bool = False
+    max_text_tokens: int = Field(default=32, ge=4)
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> FluxKontextConfig:
+        if self.true_cfg == 1 and (self.negative_prompt or self.detach_negative):
+            raise ValueError(
+                f"negative_prompt {self.negative_prompt!r} and detach_negative "
+                f"{self.detach_negative} are settings of a negative forward, which true_cfg 1 "
+                "leaves out: raise true_cfg above 1, or leave them out."
+            )
+        return self
+
+    @property
+    def guided(self) -> bool:
+        """True guidance is the second forward; the embedded guidance takes none."""
+        return self.true_cfg > 1
+
+    def inspect(self) -> EditorFacts:
+        """Reads the VAE's and the transformer's configuration, from the directory or the hub."""
+        place = locate(self.path, self.revision)
+        vae, transformer = (
+            place.read_json(f"{part}/config.json") for part in ("vae", "transformer")
+        )
+        _require_layers(self, transformer["num_layers"] + transformer["num_single_layers"])
+        # The VAE halves the sides between its blocks; packing halves them once more.
+        return EditorFacts(pixels_per_token=2 * 2 ** (len(vae["block_out_channels"]) - 1))
+
+    def load(self) -> FluxKontextEditor:
+        """Loads the stock pipeline and freezes it."""
+        pipeline = _stock_pipeline(self, locate(self.path, self.revision))
+        cuda = self.device == "auto" and torch.cuda.is_available()
+        device = self.device if self.device != "auto" else "cuda" if cuda else "cpu"
+        return FluxKontextEditor(pipeline.to(device), self)
+
+
+def _stock_pipeline(config: FluxKontextConfig, place: Location) -> FluxKontextPipeline:
+    """Loads the pipeline without a word on the terminal, which belongs to the run's own display."""
+    from diffusers import FluxKontextPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        pipeline = FluxKontextPipeline.from_pretrained(
+            place.name,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            local_files_only=place.local,
+        )
+    except Exception as error:
+        raise place.unreachable(error) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _require_layers(config: FluxKontextConfig, joint: int) -> None:
+    if config.attention_layers > joint:
+        raise InputError(
+            f"editor.attention_layers is {config.attention_layers}, but {config.path} has {joint} "
+            "joint layers: use at most that"
+        )
 
 
 class FluxKontextEditor:
-    """A frozen FluxKontextPipeline behind the Editor protocol. Shapes follow the legend of ``rl_edit.types``."""
+    """A frozen FluxKontextPipeline as an :class:`~rl_edit.editors.family.Editor`."""
 
-    def __init__(self, pipeline: FluxKontextPipeline, config: EditorConfig) -> None:
+    def __init__(self, pipeline: FluxKontextPipeline, config: FluxKontextConfig) -> None:
         self.config = config
         self.pipeline = pipeline
         self.transformer: nn.Module = pipeline.transformer
-        self.pixels_per_token = pipeline.vae_scale_factor * 2
-        for module in (
-            pipeline.transformer,
-            pipeline.vae,
-            pipeline.text_encoder,
-            pipeline.text_encoder_2,
-        ):
+        # Packing joins 2 x 2 latent pixels into a token.
+        self.pixels_per_token: int = pipeline.vae_scale_factor * 2
+        encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+        for module in (pipeline.transformer, *encoders):
             module.requires_grad_(False).eval()
         if config.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
@@ -63,61 +150,45 @@ class FluxKontextEditor:
             *pipeline.transformer.transformer_blocks,
             *pipeline.transformer.single_transformer_blocks,
         ]
-        _check_layers(config, len(joint))
-        self._attention_modules = [
-            block.attn for block in joint[len(joint) - config.attention_layers :]
-        ]
-
-    @classmethod
-    def load(cls, config: EditorConfig) -> FluxKontextEditor:
-        where, local = _locate(config)
-        device = (
-            config.device
-            if config.device != "auto"
-            else ("cuda" if torch.cuda.is_available() else "cpu")
-        )
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        try:
-            pipeline = FluxKontextPipeline.from_pretrained(
-                where,
-                revision=config.revision,
-                dtype=getattr(torch, config.dtype),
-                local_files_only=local,
-            )
-        except Exception as error:
-            raise _unreachable(where, local, error) from error
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), config)
+        _require_layers(config, len(joint))
+        first = len(joint) - config.attention_layers
+        self._attention_modules = [block.attn for block in joint[first:]]
 
     @property
     def device(self) -> torch.device:
+        """Device of the transformer."""
         return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, self.config.dtype)
+        """Number format of the frozen base."""
+        dtype: torch.dtype = getattr(torch, self.config.dtype)
+        return dtype
 
     @torch.no_grad()
     def encode(self, task: EditTask) -> Conditioning:
+        """Encodes text and source as the stock pipeline does.
+
+        Raises:
+            ValueError: the source does not lie on the canvas.
+        """
         height, width, _ = task.source.shape
         unit = self.pixels_per_token
         if height % unit or width % unit:
             raise ValueError(
-                f"task {task.task_id} is {height}x{width} px, not a multiple of {unit}: fit it to the canvas first"
+                f"task {task.task_id} is {height}x{width} px, not a multiple of {unit}: "
+                "fit it to the canvas first"
             )
-        # As a picture, not as a tensor: the processor then lays memory out as in the stock pipeline, and convolutions round by layout.
+        # As a PIL image, not as a tensor: the processor then lays memory out as in the stock
+        # pipeline, and convolutions round by layout.
         image = self.pipeline.image_processor.preprocess(Image.fromarray(task.source.cpu().numpy()))
         clean = self.pipeline._encode_vae_image(image.to(self.device, self.dtype), generator=None)
-        packed = self.pipeline._pack_latents(
-            clean, 1, clean.shape[1], clean.shape[2], clean.shape[3]
-        )
+        packed = self.pipeline._pack_latents(clean, 1, *clean.shape[1:])
         encodings = {
             **self._text(task.instruction),
             "text_rows": self._instruction_rows(task.instruction),
         }
-        if self.config.true_cfg > 1:
+        if self.config.guided:
             negative = self._text(self.config.negative_prompt)
             encodings |= {NEGATIVE + name: value for name, value in negative.items()}
         return Conditioning(
@@ -137,6 +208,7 @@ class FluxKontextEditor:
         return dict(zip(TEXT_TENSORS, (embeds[0].cpu(), pooled[0].cpu()), strict=True))
 
     def _instruction_rows(self, instruction: str) -> Bool[Tensor, " text"]:
+        """Marks the tokens of the instruction; all of them where it has none."""
         tokenizer = self.pipeline.tokenizer_2
         length = self.config.max_text_tokens
         tokens = tokenizer(
@@ -146,20 +218,23 @@ class FluxKontextEditor:
             truncation=True,
             return_tensors="pt",
         )
-        rows = (
-            tokens.attention_mask[0].bool()
-            & (tokens.input_ids[0] != tokenizer.eos_token_id)
-            & (tokens.input_ids[0] != tokenizer.pad_token_id)
-        )
+        ids = tokens.input_ids[0]
+        special = (ids == tokenizer.eos_token_id) | (ids == tokenizer.pad_token_id)
+        rows: Tensor = tokens.attention_mask[0].bool() & ~special
         return rows if bool(rows.any()) else torch.ones(length, dtype=torch.bool)
 
     def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
+        """Returns (token, channel); target and source have the same grid."""
         tokens, channels = conditioning.source_latents.shape
         return tokens, channels
 
     def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
+        """Returns the stock pipeline's grid, shifted by the number of tokens."""
+        from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+
         scheduler = self.pipeline.scheduler
         settings = scheduler.config
+        # The defaults are those of the stock pipeline.
         mu = calculate_shift(
             conditioning.grid[0] * conditioning.grid[1],
             settings.get("base_image_seq_len", 256),
@@ -167,10 +242,11 @@ class FluxKontextEditor:
             settings.get("base_shift", 0.5),
             settings.get("max_shift", 1.15),
         )
-        scheduler.set_timesteps(
-            sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu"
-        )
-        return scheduler.sigmas.clone()
+        uniform = np.linspace(1.0, 1 / num_steps, num_steps)
+        scheduler.set_timesteps(sigmas=uniform, mu=mu, device="cpu")
+        # A copy: the scheduler keeps and changes its own.
+        grid: Tensor = scheduler.sigmas.clone()
+        return grid
 
     def velocity(
         self,
@@ -179,52 +255,56 @@ class FluxKontextEditor:
         conditioning: Conditioning | Sequence[Conditioning],
         tally: MassTally | None = None,
     ) -> Float[Tensor, "batch token channel"]:
-        """In chunks of ``micro_batch`` rows, the last padded with copies, so that a row's bits do not depend on its batch.
+        """Predicts the guided velocity in chunks of ``micro_batch`` rows.
 
-        With ``true_cfg`` w above 1 each chunk has a second forward, of the negative prompt and of the same shape, and the velocity is
-        ``negative + w * (positive - negative)``, as in the stock pipeline. Attention is that of the positive forward.
+        The last chunk is padded with copies, so that a row's bits do not depend on its batch. With
+        ``true_cfg`` w above 1 each chunk has a second forward, of the negative prompt and of the
+        same shape, and the velocity is ``negative + w * (positive - negative)``, as in the stock
+        pipeline. Attention is that of the positive forward.
 
         Raises:
-            ValueError: for a conditioning whose negative branch the guidance needs or leaves unread.
+            ValueError: a conditioning whose negative branch the guidance needs or leaves unread.
         """
-        rows = len(latents)
-        size = self.config.micro_batch
+        rows, size = len(latents), self.config.micro_batch
         shared = isinstance(conditioning, Conditioning)
-        many = (
-            [conditioning] * rows if isinstance(conditioning, Conditioning) else list(conditioning)
-        )
-        outputs, masses = [], []
-        if any(_guided(c) != (self.config.true_cfg > 1) for c in many):
+        many = [conditioning] * rows if isinstance(conditioning, Conditioning) else conditioning
+        if any(_guided(c) != self.config.guided for c in many):
             raise ValueError(
-                f"a conditioning was encoded for other guidance than true_cfg {self.config.true_cfg:g}: encode the task anew"
+                f"a conditioning was encoded for other guidance than true_cfg "
+                f"{self.config.true_cfg:g}: encode the task anew"
             )
+        outputs: list[Tensor] = []
+        masses: list[Tensor] = []
         packed: _Packed | None = None
         for start in range(0, rows, size):
+            # Past the last row, copies of it: every forward has the same shape.
             index = [min(start + i, rows - 1) for i in range(size)]
             if packed is None or not shared:
-                packed = _Packed.of(
-                    [many[i] for i in index], self.device, self.dtype, self.pipeline
-                )
-            out, mass = self._forward(
+                packed = self._packed([many[i] for i in index])
+            out, mass = self._guided_forward(
                 latents[index], sigma[index], packed, record=tally is not None
             )
-            if packed.negative is not None:
-                with torch.set_grad_enabled(
-                    torch.is_grad_enabled() and not self.config.detach_negative
-                ):
-                    away, _ = self._forward(
-                        latents[index], sigma[index], packed.negative, record=False
-                    )
-                out = away + self.config.true_cfg * (out - away)
-            kept = min(size, rows - start)
-            outputs.append(out[:kept])
+            count = min(size, rows - start)
+            outputs.append(out[:count])
             if mass is not None:
-                masses.append(mass[:kept])
+                masses.append(mass[:count])
         if tally is not None:
-            tally.add(
-                torch.cat(masses) if masses else latents.new_full(latents.shape[:2], float("nan"))
-            )
+            unmeasured = latents.new_full(latents.shape[:2], float("nan"))
+            tally.add(torch.cat(masses) if masses else unmeasured)
         return torch.cat(outputs)
+
+    def _guided_forward(
+        self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs one chunk: velocity, and attention mass where it is recorded."""
+        out, mass = self._forward(latents, sigma, packed, record=record)
+        if packed.negative is not None:
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and not self.config.detach_negative
+            ):
+                away, _ = self._forward(latents, sigma, packed.negative, record=False)
+            out = away + self.config.true_cfg * (out - away)
+        return out, mass
 
     def _forward(
         self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool
@@ -236,10 +316,10 @@ class FluxKontextEditor:
             guidance = torch.full(
                 (len(latents),), self.config.guidance, dtype=torch.float32, device=self.device
             )
+        # Kontext reads the source as further tokens behind the target's.
         hidden = torch.cat([latents.to(self.device, self.dtype), packed.source], dim=1)
-        with _attention(
-            self._attention_modules if record else [], packed.text_rows, tokens
-        ) as masses:
+        modules = self._attention_modules if record else []
+        with captured(modules, packed.text_rows, tokens) as masses:
             out = self.transformer(
                 hidden_states=hidden,
                 timestep=flow.model_time(sigma.to(self.device), self.dtype),
@@ -250,189 +330,78 @@ class FluxKontextEditor:
                 img_ids=packed.image_ids,
                 return_dict=False,
             )[0][:, :tokens]
-        return out.to(latents.device, torch.float32), torch.stack(masses).mean(
-            dim=0
-        ) if masses else None
+        mass = torch.stack(masses).mean(dim=0) if masses else None
+        return out.to(latents.device, torch.float32), mass
+
+    def _packed(self, many: Sequence[Conditioning]) -> _Packed:
+        """Batches conditionings on the device, with token ids as the stock pipeline builds them.
+
+        Raises:
+            ValueError: they do not share one canvas.
+        """
+        grids = {c.grid for c in many}
+        if len(grids) != 1:
+            raise ValueError(f"one batch must share one canvas, got token grids {sorted(grids)}")
+        rows, columns = next(iter(grids))
+        device, dtype = self.device, self.dtype
+        target = self.pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
+        # The first id tells source tokens from target tokens; the others are row and column.
+        source = target.clone()
+        source[..., 0] = 1
+        text_rows = torch.stack([c.tensors["text_rows"] for c in many]).to(device)
+
+        def batched(prefix: str, negative: _Packed | None = None) -> _Packed:
+            texts = [
+                torch.stack([c.tensors[prefix + name] for c in many]).to(device, dtype)
+                for name in TEXT_TENSORS
+            ]
+            return _Packed(
+                prompt_embeds=texts[0],
+                pooled=texts[1],
+                text_rows=text_rows,
+                source=torch.stack([c.source_latents for c in many]).to(device, dtype),
+                text_ids=torch.zeros(text_rows.shape[1], 3, device=device, dtype=dtype),
+                image_ids=torch.cat([target, source]),
+                negative=negative,
+            )
+
+        return batched("", batched(NEGATIVE) if _guided(many[0]) else None)
 
     @torch.no_grad()
     def decode(
         self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning
     ) -> UInt8[Tensor, "batch height width 3"]:
+        """Decodes in chunks of ``micro_batch``, with the stock pipeline's rounding."""
         height, width = (side * self.pixels_per_token for side in conditioning.grid)
+        vae, factor = self.pipeline.vae, self.pipeline.vae_scale_factor
         images = []
         for part in latents.split(self.config.micro_batch):
-            spatial = self.pipeline._unpack_latents(
-                part.to(self.device, self.dtype), height, width, self.pipeline.vae_scale_factor
-            )
-            spatial = (
-                spatial / self.pipeline.vae.config.scaling_factor
-            ) + self.pipeline.vae.config.shift_factor
-            decoded = self.pipeline.vae.decode(spatial, return_dict=False)[0]
+            part = part.to(self.device, self.dtype)
+            spatial = self.pipeline._unpack_latents(part, height, width, factor)
+            spatial = (spatial / vae.config.scaling_factor) + vae.config.shift_factor
+            decoded = vae.decode(spatial, return_dict=False)[0]
             pixels = self.pipeline.image_processor.postprocess(decoded, output_type="np")
             images.append(torch.from_numpy((pixels * 255).round().astype(np.uint8)))
         return torch.cat(images)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Packed:
-    """Batched conditioning of one micro-batch, on the device, ids as the stock pipeline builds them."""
+    """Batched conditioning of one micro-batch, on the device.
 
-    def __init__(self, **tensors: Any) -> None:
-        self.prompt_embeds: Tensor = tensors["prompt_embeds"]
-        self.pooled: Tensor = tensors["pooled"]
-        self.text_rows: Tensor = tensors["text_rows"]
-        self.source: Tensor = tensors["source"]
-        self.text_ids: Tensor = tensors["text_ids"]
-        self.image_ids: Tensor = tensors["image_ids"]
-        self.negative: _Packed | None = tensors.get("negative")
+    Attributes:
+        negative: the same for the negative forward; None without guidance.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        many: list[Conditioning],
-        device: torch.device,
-        dtype: torch.dtype,
-        pipeline: FluxKontextPipeline,
-    ) -> _Packed:
-        grids = {c.grid for c in many}
-        if len(grids) != 1:
-            raise ValueError(f"one batch must share one canvas, got token grids {sorted(grids)}")
-        rows, columns = next(iter(grids))
-        target = pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
-        source = target.clone()
-        source[..., 0] = 1
-        shared: dict[str, Any] = {
-            "text_rows": torch.stack([c.tensors["text_rows"] for c in many]).to(device),
-            "source": torch.stack([c.source_latents for c in many]).to(device, dtype),
-            "text_ids": torch.zeros(
-                len(many[0].tensors["text_rows"]), 3, device=device, dtype=dtype
-            ),
-            "image_ids": torch.cat([target, source]),
-        }
-
-        def branch(prefix: str, **more: Any) -> _Packed:
-            texts = {
-                name: torch.stack([c.tensors[prefix + name] for c in many]).to(device, dtype)
-                for name in TEXT_TENSORS
-            }
-            return cls(**texts, **shared, **more)
-
-        return branch("", negative=branch(NEGATIVE) if _guided(many[0]) else None)
+    prompt_embeds: Float[Tensor, "batch text text_dim"]
+    pooled: Float[Tensor, "batch pooled_dim"]
+    text_rows: Bool[Tensor, "batch text"]
+    source: Float[Tensor, "batch token channel"]
+    text_ids: Float[Tensor, "text 3"]
+    image_ids: Float[Tensor, "token_both 3"]
+    negative: _Packed | None = None
 
 
 def _guided(conditioning: Conditioning) -> bool:
     """Does a conditioning have the negative branch of classifier-free guidance?"""
     return NEGATIVE + TEXT_TENSORS[0] in conditioning.tensors
-
-
-@contextmanager
-def _attention(modules: list[nn.Module], text_rows: Tensor, tokens: int) -> Iterator[list[Tensor]]:
-    """Collects each module's text-to-target attention mass while the forward runs unchanged.
-
-    Hooks read normalised queries and keys and never return a value, so the fused attention's output keeps its bits.
-    In double blocks text has its own query norm and image keys come alone; in single blocks both come as [text, target, source].
-    """
-    masses: list[Tensor] = []
-    handles = []
-    num_text = text_rows.shape[1]
-    for module in modules:
-        seen = threading.local()
-
-        def remember(
-            name: str, seen: threading.local = seen
-        ) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda _module, _inputs, output: setattr(seen, name, output)
-
-        def measure(
-            attn: nn.Module,
-            _args: Any,
-            kwargs: dict[str, Any],
-            _output: Any,
-            seen: threading.local = seen,
-        ) -> None:
-            double = hasattr(seen, "text_query")
-            query = seen.text_query if double else seen.query[:, :num_text]
-            key = seen.key[:, :tokens] if double else seen.key[:, num_text : num_text + tokens]
-            rotary = kwargs.get("image_rotary_emb")
-            if rotary is not None:
-                query = apply_rotary_emb(
-                    query, tuple(part[:num_text] for part in rotary), sequence_dim=1
-                )
-                key = apply_rotary_emb(
-                    key,
-                    tuple(part[num_text : num_text + tokens] for part in rotary),
-                    sequence_dim=1,
-                )
-            masses.append(text_to_image_mass(query.detach(), key.detach(), text_rows))
-            for name in ("text_query", "query", "key"):
-                if hasattr(seen, name):
-                    delattr(seen, name)
-
-        for norm, name in (("norm_q", "query"), ("norm_k", "key")):
-            handles.append(module.get_submodule(norm).register_forward_hook(remember(name)))
-        if getattr(module, "added_kv_proj_dim", None) is not None:
-            handles.append(
-                module.get_submodule("norm_added_q").register_forward_hook(remember("text_query"))
-            )
-        handles.append(module.register_forward_hook(measure, with_kwargs=True))
-    try:
-        yield masses
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def inspect(config: EditorConfig) -> EditorFacts:
-    """Reads the pipeline's, the VAE's and the transformer's configuration, from the directory or the hub."""
-    where, local = _locate(config)
-    try:
-        files = [
-            Path(where) / name
-            if local
-            else Path(hf_hub_download(where, name, revision=config.revision))
-            for name in ("model_index.json", "vae/config.json", "transformer/config.json")
-        ]
-        index, vae, transformer = (json.loads(file.read_text()) for file in files)
-    except Exception as error:
-        raise _unreachable(where, local, error) from error
-    if index.get("_class_name") != FluxKontextPipeline.__name__:
-        raise InputError(
-            f"{where} is a {index.get('_class_name')}, this version trains {FluxKontextPipeline.__name__}: give such an editor"
-        )
-    _check_layers(config, transformer["num_layers"] + transformer["num_single_layers"])
-    return EditorFacts(pixels_per_token=2 * 2 ** (len(vae["block_out_channels"]) - 1))
-
-
-def _check_layers(config: EditorConfig, joint: int) -> None:
-    if config.attention_layers > joint:
-        raise InputError(
-            f"editor.attention_layers is {config.attention_layers}, but {config.path} has {joint} joint layers: use at most that"
-        )
-
-
-def _locate(config: EditorConfig) -> tuple[str, bool]:
-    """(directory or hub id, whether it is local)."""
-    where = str(BUILTIN_WEIGHTS if config.path == BUILTIN else config.path)
-    local = Path(where).is_dir()
-    if config.path == BUILTIN and not local:
-        raise InputError(
-            f"the built-in editor is missing at {where}: reinstall, or make it with: rl-edit pretrain {where}"
-        )
-    if not local and (where.startswith((".", "/")) or where.count("/") != 1):
-        raise InputError(
-            f"no editor at {where}: give a directory written by save_pretrained, a Hugging Face id such as ORG/NAME, or {BUILTIN}"
-        )
-    return where, local
-
-
-def _unreachable(where: str, local: bool, error: Exception) -> InputError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0].rstrip(".") if lines else type(error).__name__
-    remedy = (
-        "Is it a directory written by FluxKontextPipeline.save_pretrained?"
-        if local
-        else "Check the id and the network, and that you may read it "
-        "(gated weights: accept the licence, then hf auth login); or give a local directory."
-    )
-    return InputError(
-        f"cannot load the editor {where}{'' if local else ' from the Hugging Face hub'}: {reason}. {remedy}"
-    )

@@ -1,8 +1,9 @@
-"""LoRA adapters: attach, export, load, name by content, and save so that stock diffusers loads them with their alpha.
+"""LoRA adapters: attach, export, load, name by content, and save for stock diffusers.
 
-One process may hold several adapters on one frozen base, each under its own ``adapter_name`` (PEFT's term). A forward uses
-the adapter that was switched on last. PEFT and diffusers take seconds to import and are imported where they are used: a config error must
-not wait for them.
+One process may hold several adapters on one frozen base, each under its own ``adapter_name`` (the
+term of PEFT). A forward uses the adapter that was switched on last. Any module with linear layers
+takes adapters: PEFT puts them in, and nothing here asks for a family's class. PEFT takes seconds to
+import and is imported where it is used: a mistake in a configuration must not wait for it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rl_edit.errors import InputError
+from rl_edit.files import replace_file, replace_json
 from rl_edit.types import AdapterId, AdapterWeights
 
 if TYPE_CHECKING:
@@ -30,12 +33,24 @@ POLICY = "policy"
 """Name of the adapter that is trained, evaluated or used for editing."""
 
 BEHAVIOUR = "behaviour"
-"""Name of the adapter that rollouts use beside a learner on the same transformer. Its weights may be older than the policy's."""
+"""Name of the adapter that rollouts use beside a learner on the same transformer.
+
+Its weights may be older than the policy's.
+"""
 
 ACTING = "acting"
-"""Name of the adapter in which a learner keeps the acting weights, for objectives that read their velocity."""
+"""Name of the adapter in which a learner keeps the acting weights.
+
+Objectives that read the acting weights' velocity need it.
+"""
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+NOTE_FILE = "adapter.json"
+
+PREFIX = "transformer."
+METADATA = "lora_adapter_metadata"
+"""Prefix of tensors, and key of PEFT's settings, in a LoRA file of diffusers."""
+
 ATTENTION_PROJECTIONS = (
     "to_q",
     "to_k",
@@ -46,15 +61,19 @@ ATTENTION_PROJECTIONS = (
     "add_v_proj",
     "to_add_out",
 )
-"""LoRA targets of RC-GRPO-Editing ("attention projections"), by FLUX module suffix; single blocks have only q, k and v."""
+"""LoRA targets of RC-GRPO-Editing ("attention projections"), by their module names in diffusers.
+
+Single blocks have q, k and v alone.
+"""
 
 
 class LoraConfig(BaseModel):
     """The trained adapter.
 
     Attributes:
-        rank, alpha: r32 alpha64 on attention projections is CoCoEdit's and DiffusionNFT's; the scale is alpha / rank.
-        targets: module-name suffixes inside the transformer.
+        rank, alpha: r32 alpha64 on attention projections is CoCoEdit's and DiffusionNFT's; the
+            scale is alpha / rank.
+        targets: module-name suffixes inside the editor's transformer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -63,8 +82,10 @@ class LoraConfig(BaseModel):
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS
 
     def peft(self) -> PeftLoraConfig:
+        """Returns the settings as PEFT's own record."""
         from peft import LoraConfig as PeftLoraConfig
 
+        # PEFT writes a whole alpha as an integer, and so do files of stock diffusers.
         alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
         return PeftLoraConfig(
             r=self.rank,
@@ -77,13 +98,29 @@ class LoraConfig(BaseModel):
 def attach(
     transformer: nn.Module, config: LoraConfig, *, seed: int, adapter_name: str = POLICY
 ) -> None:
-    """Adds an adapter: A Gaussian from ``seed``, B zero, so that the edited model starts as the base, in fp32. It is switched on."""
+    """Adds an adapter in fp32 and switches it on.
+
+    A is Gaussian from ``seed`` and B zero, so that the edited model starts as the base.
+
+    Raises:
+        InputError: the transformer has no module of a target's name.
+    """
+    from peft import inject_adapter_in_model
+
+    # A fork: attaching must not move the process's own random stream.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Already found a `peft_config`"
-        )  # a second adapter beside the first is meant
+        # A second adapter beside the first is meant.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
-        transformer.add_adapter(config.peft(), adapter_name=adapter_name)  # type: ignore[operator]  # diffusers mixes it in
+        try:
+            inject_adapter_in_model(config.peft(), transformer, adapter_name)
+        except ValueError as error:
+            linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+            raise InputError(
+                f"lora.targets {', '.join(config.targets)} fit no module of this editor: name "
+                f"suffixes of its linear layers ({', '.join(linear[:8])}, ...)"
+            ) from error
+    set_active(transformer, True, adapter_name=adapter_name)
     for parameter in parameters(transformer, adapter_name=adapter_name):
         parameter.data = parameter.data.float()
 
@@ -91,27 +128,27 @@ def attach(
 def named_parameters(
     transformer: nn.Module, *, adapter_name: str = POLICY
 ) -> dict[str, nn.Parameter]:
-    """An adapter's parameters by their name in the transformer, in a fixed order."""
+    """Returns an adapter's parameters by their name in the transformer, in a fixed order."""
     return {
         name: p for name, p in sorted(transformer.named_parameters()) if f".{adapter_name}." in name
     }
 
 
 def parameters(transformer: nn.Module, *, adapter_name: str = POLICY) -> list[nn.Parameter]:
-    """An adapter's parameters, in a fixed order."""
+    """Returns an adapter's parameters, in a fixed order."""
     return list(named_parameters(transformer, adapter_name=adapter_name).values())
 
 
 def export(transformer: nn.Module, *, step: int, adapter_name: str = POLICY) -> AdapterWeights:
-    """A copy of the adapter as it is loaded now, under its content name."""
-    tensors = exported(
-        named_parameters(transformer, adapter_name=adapter_name), adapter_name=adapter_name
-    )
+    """Copies the adapter as it is loaded now, under its content name."""
+    named = named_parameters(transformer, adapter_name=adapter_name)
+    tensors = exported(named, adapter_name=adapter_name)
     return AdapterWeights(id=AdapterId(step, digest(tensors)), tensors=tensors)
 
 
 def exported(named: Mapping[str, Tensor], *, adapter_name: str = POLICY) -> dict[str, Tensor]:
-    """Copies of tensors named as an adapter's parameters, fp32 on the CPU, under the names that PEFT saves them by."""
+    """Copies an adapter's tensors to fp32 on the CPU, under the names that PEFT saves them by."""
+    # PEFT's names lack the adapter's own, so that a file fits any adapter name.
     free = {name.replace(f".{adapter_name}.", "."): value for name, value in named.items()}
     return {
         name: free[name].detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -120,7 +157,7 @@ def exported(named: Mapping[str, Tensor], *, adapter_name: str = POLICY) -> dict
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes and bytes, in name order."""
+    """Hashes names, types, shapes and bytes, in name order (sha256)."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -130,132 +167,138 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def load(transformer: nn.Module, weights: AdapterWeights, *, adapter_name: str = POLICY) -> None:
-    """Copies tensors into the attached adapter, exactly."""
+    """Copies tensors into the attached adapter, exactly.
+
+    Raises:
+        InputError: they are of another LoRA than the attached one.
+    """
     from peft import set_peft_model_state_dict
 
+    misfit = f"adapter {weights.id} does not fit this editor's LoRA:"
+    remedy = "Use the run's own editor and lora settings."
     try:
         result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=adapter_name)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{misfit} {reason} {remedy}") from error
+    if result is None:
+        return
+    # The base's own parameters are always missing from an adapter; only its own count.
+    missing = [key for key in result.missing_keys if f".{adapter_name}." in key]
+    if result.unexpected_keys or missing:
         raise InputError(
-            f"adapter {weights.id} does not fit this editor's LoRA: {reason} Use the run's own editor and lora settings."
-        ) from error
-    if result is not None and (
-        result.unexpected_keys or any(f".{adapter_name}." in key for key in result.missing_keys)
-    ):
-        raise InputError(
-            f"adapter {weights.id} does not fit this editor's LoRA: unexpected {result.unexpected_keys[:3]}, missing "
-            f"{[k for k in result.missing_keys if adapter_name in k][:3]}. Use the run's own editor and lora settings."
+            f"{misfit} unexpected {result.unexpected_keys[:3]}, missing {missing[:3]}. {remedy}"
         )
 
 
 def set_active(transformer: nn.Module, active: bool, *, adapter_name: str = POLICY) -> None:
-    """On, a forward adds this adapter and no other; off, it is exactly the base's.
+    """Switches an adapter on alone, or all of them off: a forward is then exactly the base's.
 
-    PEFT ties gradients to it: the adapter switched on takes gradients, every other parameter of an adapter takes none.
+    PEFT ties gradients to it: the adapter switched on takes gradients, every other parameter of an
+    adapter takes none.
     """
-    if active:
-        transformer.set_adapter(adapter_name)  # type: ignore[operator]  # diffusers mixes these in
-        transformer.enable_adapters()  # type: ignore[operator]
-    else:
-        transformer.disable_adapters()  # type: ignore[operator]
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            if active:
+                layer.set_adapter([adapter_name])
+            layer.enable_adapters(enabled=active)
 
 
 def save(directory: Path, weights: AdapterWeights, config: LoraConfig) -> None:
-    """Writes ``directory`` so that ``pipeline.load_lora_weights(directory)`` restores tensors and alpha.
+    """Writes a directory from which ``pipeline.load_lora_weights`` restores tensors and alpha.
 
     diffusers resets alpha to the rank when the file carries no adapter metadata; ours always does.
     """
-    from diffusers import FluxKontextPipeline
-
     directory.mkdir(parents=True, exist_ok=True)
-    peft = config.peft().to_dict()
-    metadata = {
-        key: (sorted(value) if isinstance(value, set) else value) for key, value in peft.items()
+    settings = {
+        PREFIX + key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.peft().to_dict().items()
     }
-    FluxKontextPipeline.save_lora_weights(
-        directory,
-        transformer_lora_layers=dict(weights.tensors),
-        transformer_lora_adapter_metadata=metadata,
-        safe_serialization=True,
-    )
-    _sort_header(directory / WEIGHTS_FILE)
-    (directory / "adapter.json").write_text(
-        json.dumps(
-            {
-                "step": weights.id.step,
-                "sha256": weights.id.sha256,
-                "lora": config.model_dump(mode="json"),
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    tensors = {PREFIX + name: value for name, value in weights.tensors.items()}
+    replace_file(directory / WEIGHTS_FILE, _sorted_header(save_tensors(tensors, metadata)))
+    note: dict[str, Any] = {
+        "step": weights.id.step,
+        "sha256": weights.id.sha256,
+        "lora": config.model_dump(mode="json"),
+    }
+    replace_json(directory / NOTE_FILE, note)
 
 
-def _sort_header(path: Path) -> None:
-    """Gives equal adapters equal files: safetensors writes several metadata keys in random order."""
-    raw = path.read_bytes()
+def _sorted_header(raw: bytes) -> bytes:
+    """Gives equal adapters equal files: safetensors writes metadata keys in random order."""
     size = int.from_bytes(raw[:8], "little")
-    header = json.dumps(
-        json.loads(raw[8 : 8 + size]), sort_keys=True, separators=(",", ":")
-    ).encode()
+    content = json.loads(raw[8 : 8 + size])
+    header = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    # safetensors aligns the tensors behind the header to 8 bytes.
     header += b" " * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    return len(header).to_bytes(8, "little") + header + raw[8 + size :]
 
 
 def read(directory: Path) -> tuple[AdapterWeights, LoraConfig]:
     """Reads what :func:`save` wrote, or any diffusers LoRA file of a transformer with its metadata.
 
     Raises:
-        InputError: when the file is missing, is no transformer LoRA, or its bytes are not those its name says.
+        InputError: the file is missing, is no transformer LoRA, or its bytes are not those its note
+            names.
     """
     path = directory / WEIGHTS_FILE if directory.is_dir() else directory
     if not path.is_file() or path.suffix != ".safetensors":
         raise InputError(
-            f"no adapter at {directory}: expected {WEIGHTS_FILE} (a diffusers LoRA). Point --adapter at RUN/adapter."
+            f"no adapter at {directory}: expected {WEIGHTS_FILE} (a diffusers LoRA). "
+            "Point --adapter at RUN/adapter."
         )
     try:
         raw = load_file(path)
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
     except Exception as error:
         raise InputError(
             f"{path} is not a readable safetensors file ({error}): copy the adapter again"
         ) from error
     tensors = {
-        name.removeprefix("transformer."): value
-        for name, value in raw.items()
-        if name.startswith("transformer.")
+        name.removeprefix(PREFIX): value for name, value in raw.items() if name.startswith(PREFIX)
     }
-    rank = next(
-        (value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight")), None
-    )
-    if rank is None:
+    ranks = [value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight")]
+    if not ranks:
         raise InputError(
-            f"{path} holds no transformer LoRA (keys start with {next(iter(raw), '')!r}): train one with rl-edit train"
+            f"{path} holds no transformer LoRA (keys start with {next(iter(raw), '')!r}): "
+            "train one with rl-edit train"
         )
+    sha = digest(tensors)
+    step = _noted_step(path.parent / NOTE_FILE, path, sha)
+    return AdapterWeights(id=AdapterId(step, sha), tensors=tensors), _config(metadata, ranks[0])
+
+
+def _config(metadata: Mapping[str, str], rank: int) -> LoraConfig:
+    """Reads the settings of a LoRA file; without them, alpha is the rank as in diffusers."""
     stored = {
-        k.removeprefix("transformer."): v
-        for k, v in json.loads(header.get("lora_adapter_metadata", "{}")).items()
+        key.removeprefix(PREFIX): value
+        for key, value in json.loads(metadata.get(METADATA, "{}")).items()
     }
-    config = LoraConfig(
+    return LoraConfig(
         rank=stored.get("r", rank),
         alpha=stored.get("lora_alpha", rank),
         targets=tuple(sorted(stored.get("target_modules", ATTENTION_PROJECTIONS))),
     )
-    sha, step = digest(tensors), 0
-    sidecar = path.parent / "adapter.json"
-    if sidecar.is_file():
-        try:
-            record = json.loads(sidecar.read_text())
-            step, named = int(record["step"]), str(record["sha256"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{sidecar} is not readable ({type(error).__name__}: {error}): copy the adapter again"
-            ) from error
-        if named != sha:
-            raise InputError(
-                f"{path} has content {sha[:12]}, but {sidecar.name} names {named[:12]}: the adapter was altered or half-copied"
-            )
-    return AdapterWeights(id=AdapterId(step, sha), tensors=tensors), config
+
+
+def _noted_step(note: Path, path: Path, sha: str) -> int:
+    """Reads the update that an adapter came from; 0 for a file of another program."""
+    if not note.is_file():
+        return 0
+    try:
+        record = json.loads(note.read_text())
+        step, noted = int(record["step"]), str(record["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{note} is not readable ({type(error).__name__}: {error}): copy the adapter again"
+        ) from error
+    if noted != sha:
+        raise InputError(
+            f"{path} has content {sha[:12]}, but {note.name} names {noted[:12]}: the adapter was "
+            "altered or half-copied"
+        )
+    return step

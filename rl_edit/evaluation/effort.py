@@ -60,8 +60,8 @@ def effort(config: RunConfig) -> Effort:
         states_per_forward=train.states_per_forward,
     )
     states = sum(len(point.latents) for point in points)
-    # Above 1, true guidance adds a forward of the negative prompt for each state.
-    forwards = 2 if config.editor.true_cfg > 1 else 1
+    # Guidance adds a forward of the negative prompt for each state.
+    forwards = 2 if config.editor.guided else 1
     # The trained policy, and those that the objective compares with (acting, base, reference).
     policies = 1 + len(algorithm.objective.policies)
     # rollout: groups * G * T; learning: groups * states * policies * epochs.

@@ -152,11 +152,7 @@ def _settings(editor: Editor, config: EvaluationConfig) -> dict[str, Any]:
     return {
         "num_noises": config.num_noises,
         "seed": config.seed,
-        "guidance": editor.config.guidance,
-        "true_cfg": editor.config.true_cfg,
-        "negative_prompt": editor.config.negative_prompt,
-        "dtype": editor.config.dtype,
-        "max_text_tokens": editor.config.max_text_tokens,
+        **editor.config.evaluation_settings(),
         "editor": editor_identity(editor.config),
         "conventions": CONVENTIONS,
     }

@@ -78,6 +78,8 @@ class EvaluationMeta(_File):
         num_tasks: held-out tasks; ``num_noises`` of noises for each.
         seed: root of the noises.
         num_steps: solver steps.
+        guidance, true_cfg, negative_prompt, max_text_tokens: None where the editor's family has
+            none.
         tasks: sha256 over the tasks as they lie on the canvas.
         editor: identity of the base editor's weights.
         conventions: the definition of each measure, in words.
@@ -92,11 +94,11 @@ class EvaluationMeta(_File):
     num_noises: int
     seed: int
     num_steps: int
-    guidance: float
-    true_cfg: float
-    negative_prompt: str
+    guidance: float | None
+    true_cfg: float | None
+    negative_prompt: str | None
     dtype: str
-    max_text_tokens: int
+    max_text_tokens: int | None
     tasks: str
     editor: str
     conventions: Mapping[str, str] = {}

@@ -1,0 +1,88 @@
+"""Attention mass of diffusers' joint-attention blocks, recorded while a forward runs unchanged.
+
+Double blocks give text its own query norm (``norm_added_q``), and image keys come alone. In single
+blocks queries and keys both come as [text, target, source]. Families whose transformers have such
+blocks share this file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rl_edit.method.attention import text_to_image_mass
+
+_NORMS = {"norm_q": "query", "norm_k": "key", "norm_added_q": "text_query"}
+"""Submodules whose outputs are read, and the names that they are read under."""
+
+
+@contextmanager
+def captured(
+    modules: Sequence[nn.Module], text_rows: Tensor, num_tokens: int
+) -> Iterator[list[Tensor]]:
+    """Yields a list to which each module's forward adds its text-to-target mass ``[batch, token]``.
+
+    Hooks read normalised queries and keys and never return a value, so the output of the fused
+    attention keeps its bits.
+
+    Args:
+        modules: attention modules.
+        text_rows: True for the text tokens whose queries count, ``[batch, text]``.
+        num_tokens: target tokens L; they follow the text in joint keys.
+    """
+    masses: list[Tensor] = []
+    handles: list[RemovableHandle] = []
+    try:
+        for module in modules:
+            handles += _hooks(module, text_rows, num_tokens, masses.append)
+        yield masses
+    finally:
+        # A forward that failed must leave no hook behind.
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(
+    module: nn.Module, text_rows: Tensor, num_tokens: int, add: Callable[[Tensor], None]
+) -> Iterator[RemovableHandle]:
+    # Of this thread: autograd recomputes checkpointed blocks in threads of its own.
+    parts = threading.local()
+
+    def remember(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _inputs, output: setattr(parts, name, output)
+
+    def measure(_module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        num_text = text_rows.shape[1]
+        double = hasattr(parts, "text_query")
+        start = 0 if double else num_text
+        query = parts.text_query if double else parts.query[:, :num_text]
+        key = parts.key[:, start : start + num_tokens]
+        rotary = kwargs.get("image_rotary_emb")
+        if rotary is not None:
+            # Positions are those of the joint sequence, in double blocks too.
+            query = _rotated(query, rotary, slice(num_text))
+            key = _rotated(key, rotary, slice(num_text, num_text + num_tokens))
+        add(text_to_image_mass(query.detach(), key.detach(), text_rows))
+        # Queries and keys are large: they are let go before the next block.
+        vars(parts).clear()
+
+    for norm, name in _NORMS.items():
+        # Single blocks have no projections of their own for text.
+        if norm == "norm_added_q" and getattr(module, "added_kv_proj_dim", None) is None:
+            continue
+        yield module.get_submodule(norm).register_forward_hook(remember(name))
+    yield module.register_forward_hook(measure, with_kwargs=True)
+
+
+def _rotated(values: Tensor, rotary: Sequence[Tensor], positions: slice) -> Tensor:
+    """Applies the rotary embedding of these positions."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    part = tuple(table[positions] for table in rotary)
+    rotated: Tensor = apply_rotary_emb(values, part, sequence_dim=1)
+    return rotated

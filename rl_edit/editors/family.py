@@ -1,0 +1,198 @@
+"""The seam of editors: what a family of editors offers, and what one of its editors does.
+
+A family is one file with two classes. Its settings (a frozen :class:`EditorSettings`) are the value
+of ``editor:`` in a run's configuration; they inspect, name and load an :class:`Editor`. Everything
+outside this package sees the members below and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Float, UInt8
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from rl_edit.editors.location import BUILTIN, identity_of
+from rl_edit.method.attention import MassTally
+from rl_edit.types import Conditioning, EditTask
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class EditorSettings(BaseModel):
+    """Settings that every family of editors has, and what follows from them.
+
+    Every field changes numbers, so all of them are part of a run's identity. A family adds a
+    ``kind``, settings of its own, :meth:`inspect` and :meth:`load`.
+
+    Attributes:
+        path: ``builtin:tiny-kontext``, a directory written by ``save_pretrained``, or a Hugging
+            Face repository id.
+        revision: commit of a repository id. Pin it for runs that you want to repeat.
+        resolution: canvas side in pixels. A task is fitted to about ``resolution ** 2`` pixels; its
+            aspect is preserved.
+        micro_batch: rows per forward, in rollout and in training alike; shorter batches are padded.
+            The same row then has the same bits in both, which makes the policy ratio exactly 1.
+            Multiples of 4 are exact on CPU.
+        attention_layers: the last so many layers are read for attention concentration (the L of
+            RC-GRPO-Editing). 0 reads none.
+        dtype: of the frozen base. The adapter is always fp32.
+        device: where actors and learner run it. "auto" takes a GPU when there is one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    path: str = BUILTIN
+    revision: str | None = None
+    resolution: int = Field(default=64, ge=16)
+    micro_batch: int = Field(default=4, ge=1)
+    attention_layers: int = Field(default=2, ge=0)
+    dtype: Dtype = "float32"
+    device: str = "auto"
+
+    @property
+    def guided(self) -> bool:
+        """Does a velocity take a second forward, of a negative prompt?"""
+        return False
+
+    def identity(self) -> str:
+        """Names the frozen base: a hash of its directory's files, or repository id and revision."""
+        return identity_of(self.path, self.revision)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """Settings that an evaluation records and compares; None where the family has none."""
+        names = ("guidance", "true_cfg", "negative_prompt", "dtype", "max_text_tokens")
+        return {name: getattr(self, name, None) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorFacts:
+    """Facts of an editor that are known without its weights.
+
+    Attributes:
+        pixels_per_token: side of the square of pixels that one packed token covers. Canvases are
+            multiples of it.
+    """
+
+    pixels_per_token: int
+
+
+class Editor(Protocol):
+    """An image editor on its device, frozen.
+
+    Attributes:
+        config: the settings it was loaded with.
+        transformer: the module that makes the velocity. Adapters are attached to its linear layers,
+            so its parameters take no gradient of their own.
+        pixels_per_token: as in :class:`EditorFacts`.
+    """
+
+    @property
+    def config(self) -> EditorFamily: ...
+
+    @property
+    def transformer(self) -> nn.Module: ...
+
+    @property
+    def pixels_per_token(self) -> int: ...
+
+    def encode(self, task: EditTask) -> Conditioning:
+        """Encodes text and source of a task that already lies on the canvas.
+
+        Everything that :meth:`velocity` and :meth:`decode` need goes into the record, on the CPU:
+        it travels to other processes, and only an editor of the same settings reads it again.
+        """
+        ...
+
+    def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
+        """Returns (token, channel) of the packed target latents."""
+        ...
+
+    def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
+        """Returns the scheduler's noise levels for this canvas, from 1 to 0."""
+        ...
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigma: Float[Tensor, " batch"],
+        conditioning: Conditioning | Sequence[Conditioning],
+        tally: MassTally | None = None,
+    ) -> Float[Tensor, "batch token channel"]:
+        """Predicts the velocity ``noise - clean`` under the adapter that is switched on.
+
+        A row's bits must not depend on the batch it is in. Gradients flow to the adapter where
+        they are enabled.
+
+        Args:
+            conditioning: one for the complete batch, or one per row on one canvas.
+            tally: takes the attention mass of the forward that reads the instruction, NaN where
+                none is measured.
+        """
+        ...
+
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"], conditioning: Conditioning
+    ) -> UInt8[Tensor, "batch height width 3"]:
+        """Decodes clean packed latents to images on the canvas."""
+        ...
+
+
+@runtime_checkable
+class EditorFamily(Protocol):
+    """Settings of an editor family, as the rest of the program sees them.
+
+    :class:`EditorSettings` has all of them but :meth:`inspect` and :meth:`load`.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def resolution(self) -> int: ...
+
+    @property
+    def micro_batch(self) -> int: ...
+
+    @property
+    def attention_layers(self) -> int: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def guided(self) -> bool:
+        """Does a velocity take a second forward, of a negative prompt?"""
+        ...
+
+    def identity(self) -> str:
+        """Names the frozen base; equal names promise equal weights."""
+        ...
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """Settings that an evaluation records and compares; None where the family has none."""
+        ...
+
+    def inspect(self) -> EditorFacts:
+        """Reads the editor's configuration and no weights.
+
+        Raises:
+            InputError: it cannot be found or reached, or a setting does not fit it.
+        """
+        ...
+
+    def load(self) -> Editor:
+        """Loads the editor, frozen, on its device. Model libraries are imported here, not before.
+
+        Raises:
+            InputError: it cannot be found or reached, with what to do.
+        """
+        ...

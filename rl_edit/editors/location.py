@@ -1,0 +1,121 @@
+"""Places of editors: the built-in directory, a directory of yours, or the Hugging Face hub.
+
+Shared by the families whose editors are diffusers pipelines, each a directory with a
+``model_index.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl_edit.errors import InputError
+
+BUILTIN = "builtin:tiny-kontext"
+BUILTIN_WEIGHTS = Path(__file__).parent / "tiny" / "weights"
+INDEX = "model_index.json"
+
+_LARGE = 64 << 20
+_HEAD = 1 << 20
+"""Of a file larger than ``_LARGE`` bytes only the first ``_HEAD`` are hashed, beside its size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """One place of an editor.
+
+    Attributes:
+        name: a directory, or a repository id on the hub.
+        local: whether it is a directory.
+        revision: commit of a repository id; None is the newest.
+    """
+
+    name: str
+    local: bool
+    revision: str | None = None
+
+    def read_json(self, file: str) -> Any:
+        """Reads a small file of the editor; on the hub it is downloaded once.
+
+        Raises:
+            InputError: it cannot be read, with what to do.
+        """
+        try:
+            return json.loads(self._path(file).read_text())
+        except Exception as error:
+            raise self.unreachable(error) from error
+
+    def _path(self, file: str) -> Path:
+        if self.local:
+            return Path(self.name) / file
+        # Imported here: a local editor needs no hub, and the import takes a second.
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.name, file, revision=self.revision))
+
+    def unreachable(self, error: Exception) -> InputError:
+        """Turns an error of loading into one line with what to do."""
+        lines = str(error).strip().splitlines()
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        remedy = (
+            "Is it a directory written by a diffusers pipeline's save_pretrained?"
+            if self.local
+            else "Check the id and the network, and that you may read it "
+            "(gated weights: accept the licence, then hf auth login); or give a local directory."
+        )
+        origin = "" if self.local else " from the Hugging Face hub"
+        return InputError(f"cannot load the editor {self.name}{origin}: {reason}. {remedy}")
+
+
+def locate(path: str, revision: str | None = None) -> Location:
+    """Finds the place that a configured path names.
+
+    Raises:
+        InputError: there is nothing at the path, and it is no repository id.
+    """
+    name = str(BUILTIN_WEIGHTS if path == BUILTIN else path)
+    local = Path(name).is_dir()
+    if path == BUILTIN and not local:
+        raise InputError(
+            f"the built-in editor is missing at {name}: reinstall, or make it with: "
+            f"rl-edit pretrain {name}"
+        )
+    if not local and (name.startswith((".", "/")) or name.count("/") != 1):
+        raise InputError(
+            f"no editor at {name}: give a directory written by save_pretrained, a Hugging Face id "
+            f"such as ORG/NAME, or {BUILTIN}"
+        )
+    return Location(name=name, local=local, revision=revision)
+
+
+def local_pipeline(path: str) -> str | None:
+    """Reads the pipeline class of an editor on this machine; None where it cannot be known."""
+    index = (BUILTIN_WEIGHTS if path == BUILTIN else Path(path)) / INDEX
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, ValueError):
+        return None
+    return content.get("_class_name") if isinstance(content, dict) else None
+
+
+def identity_of(path: str, revision: str | None = None) -> str:
+    """Names an editor's weights: a hash of its directory's files, or repository id and revision.
+
+    Files above 64 MiB enter with their size and first MiB, which holds a safetensors file's table
+    of tensors.
+    """
+    directory = BUILTIN_WEIGHTS if path == BUILTIN else Path(path)
+    if not directory.is_dir():
+        return f"{path}@{revision or 'main'}"
+    sha = hashlib.sha256()
+    endings = (".safetensors", ".json", ".txt", ".model")
+    for file in sorted(entry for entry in directory.rglob("*") if entry.suffix in endings):
+        size = file.stat().st_size
+        # Names relative to the directory: a copy elsewhere is the same editor.
+        sha.update(f"{file.relative_to(directory)}:{size};".encode())
+        with file.open("rb") as stream:
+            sha.update(stream.read() if size <= _LARGE else stream.read(_HEAD))
+    return sha.hexdigest()
