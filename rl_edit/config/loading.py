@@ -110,7 +110,7 @@ def _file(path: Path) -> tuple[str, str]:
         ) from error
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations
     """Refuses a key given twice. Plain YAML would silently use the second."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
