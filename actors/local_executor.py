@@ -35,12 +35,16 @@ class LocalProcess:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=name) if threaded else None
         self.alive = True
 
-    def run(self, role: str, method: str, args: tuple[Any, ...]) -> Any:
-        """Runs a method of a role's object. The first call makes the objects."""
+    def worker(self, role: str) -> Any:
+        """Returns a role's object. The first call makes the objects of the process."""
         if self._workers is None:
             with _CONSTRUCTION:
                 self._workers = make_workers(self._roles)
-        return getattr(self._workers[role], method)(*args)
+        return self._workers[role]
+
+    def run(self, role: str, method: str, args: tuple[Any, ...]) -> Any:
+        """Runs a method of a role's object."""
+        return getattr(self.worker(role), method)(*args)
 
     def kill(self) -> None:
         self.alive = False
@@ -83,6 +87,7 @@ class LocalExecutor:
     """Runs workers as objects of this process. Refs are the arrays themselves."""
 
     def __init__(self, roles: Roles, *, threaded: bool = False) -> None:
+        self._threaded = threaded
         self._processes = ProcessTable(
             roles,
             lambda kind, served, worker_slot: LocalProcess(
@@ -92,6 +97,12 @@ class LocalExecutor:
 
     def spawn(self, role: str, worker_slot: int) -> LocalWorker:
         return LocalWorker(self._processes.spawn(role, worker_slot), role)
+
+    def direct(self, role: str) -> Any | None:
+        """Returns the object of a role itself, unless workers have threads."""
+        if self._threaded:
+            return None
+        return self._processes.spawn(role, 0).worker(role)
 
     def put(self, blob: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return blob

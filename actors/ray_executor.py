@@ -169,6 +169,9 @@ class RayExecutor:
     def spawn(self, role: str, worker_slot: int) -> RayWorker:
         return RayWorker(self._processes.spawn(role, worker_slot), role)
 
+    def direct(self, role: str) -> None:
+        """Returns None: every worker is a process of its own."""
+
     def put(self, blob: NDArray[np.uint8]) -> Any:
         return ray.put(blob)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rl_edit.config import RunConfig
 from rl_edit.editors import editor_identity
-from rl_edit.errors import InputError
+from rl_edit.errors import InputError, Interrupted
 from rl_edit.evaluation.arms import Arm
 from rl_edit.evaluation.effort import effort
 from rl_edit.evaluation.evaluated_run import read_runs, require_alike
@@ -112,11 +112,10 @@ class Job:
     def run(self) -> None:
         """Trains, or resumes, and evaluates. Ends the process with an exit code of ``rl-edit`` where that goes wrong."""
         import torch
-        import typer
         from rich.console import Console
 
         from rl_edit.cli.evaluate import evaluate_run
-        from rl_edit.cli.train import train
+        from rl_edit.training import train
 
         torch.set_num_threads(1)
         self.stamp_file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +132,8 @@ class Job:
             evaluate_run(
                 self.config, self.directory / "adapter", self.directory, console=Console(quiet=True)
             )
-        except typer.Exit as stopped:
-            sys.exit(stopped.exit_code)
+        except Interrupted as stopped:
+            sys.exit(128 + stopped.number)
         except KeyboardInterrupt:
             sys.exit(130)
         except (InputError, TrainingFailed) as error:

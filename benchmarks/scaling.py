@@ -30,7 +30,7 @@ import torch
 from actors.local_executor import LocalExecutor
 from learner.controller.executor import Executor
 from learner.controller.lease import Lease
-from learner.controller.loop import Run, TrainingLoop
+from learner.controller.loop import TrainingLoop
 from learner.controller.placement import (
     GroupCost,
     WorkerCounts,
@@ -38,6 +38,7 @@ from learner.controller.placement import (
     iteration_seconds,
     recommend,
 )
+from learner.controller.run import Run
 from learner.controller.run_log import Events
 from profiles import CANDIDATES, PROFILES, tokens
 from rl_edit.config import RunConfig, load_config

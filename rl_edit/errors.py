@@ -19,6 +19,14 @@ class Fenced(RuntimeError):
     """A newer attempt holds the run directory: this process must not write there any more. Exit code 75."""
 
 
+class Interrupted(RuntimeError):
+    """A signal stopped the run, and everything is saved. Exit code 128 plus the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
+
+
 class WorkerLost(RuntimeError):
     """A process or machine is gone, or did not answer in time. The same call on another worker may well succeed."""
 

@@ -216,7 +216,7 @@ def inject(fault: Fault) -> None:
     class CrashingSupervisor(Supervisor):
         def announce(self, role: str, what: str, method: str, *args: Any) -> None:
             fault.strike("pre-publish", int(what.removeprefix("publishing ").partition(":")[0]) - 1)
-            super().announce(role, what, method, *args)
+            super().broadcast_when_idle(role, what, method, *args)
 
     checkpoint.write_new, checkpoint.write = half_written, renamed
     learner.controller.loop.Supervisor = CrashingSupervisor  # type: ignore[misc]
@@ -300,11 +300,11 @@ class Launched:
         """Command line of every process of this run, the driver's among them, but for Ray's agents."""
         return {pid: words for pid, words in _tagged(self.tag) if words not in AGENTS}
 
-    def ended(self, timeout_s: float = 300, patience_s: float = 30) -> Ended:
+    def ended(self, timeout_s: float = 300, judge_timeout_s: float = 30) -> Ended:
         """Waits for the end of the driver, and then a while for that of every other process."""
         code = self.process.wait(timeout_s)
         seconds = time.monotonic() - self.began
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + judge_timeout_s
         while (left := self.living()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return Ended(

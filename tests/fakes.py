@@ -204,6 +204,9 @@ class FaultyExecutor:
     calls: dict[tuple[str, str, int | None], int] = field(default_factory=dict)
     spawned: list[tuple[str, int]] = field(default_factory=list)
 
+    def direct(self, role: str) -> None:
+        return None
+
     def spawn(self, role: str, seat: int) -> Any:
         self.spawned.append((role, seat))
         return _FaultyWorker(self, role, seat, self.inside.spawn(role, seat))

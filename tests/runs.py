@@ -16,8 +16,10 @@ from actors.local_executor import LocalExecutor
 from actors.roles import Roles, make_workers, roles_of, worker_roles
 from actors.rollout import RolloutActor
 from learner.controller.lease import Lease
-from learner.controller.loop import Outcome, Run, Stop, TrainingLoop
+from learner.controller.loop import TrainingLoop
+from learner.controller.run import Outcome, Run
 from learner.controller.run_log import Events
+from learner.controller.stop import Stop
 from learner.learner import Learner
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset

@@ -712,6 +712,6 @@ def test_a_disk_without_room_for_two_checkpoints_is_told_before_one_is_written(
         return type("Usage", (), {"free": 3_000_000_000})
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    assert checkpoint.room_for(directory, 1_500_000_000) == ""
-    assert "3.00 GB are free" in checkpoint.room_for(directory, 1_500_000_001)
+    assert checkpoint.disk_space_problem(directory, 1_500_000_000) == ""
+    assert "3.00 GB are free" in checkpoint.disk_space_problem(directory, 1_500_000_001)
     assert asked == [directory.parent, directory.parent]

@@ -19,10 +19,10 @@ from PIL import Image
 
 from learner.learner import Learner
 from rl_edit import wire
-from rl_edit.cli.train import train
 from rl_edit.data import shapes
 from rl_edit.data.compbench import write_compbench
 from rl_edit.editors import lora
+from rl_edit.training import train
 from rl_edit.types import Candidates
 from runs import PRESERVATION, command, events_of, metrics_of, read_json, small_config
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from evaluated_runs import BASE, META, evaluated, rows
-from rl_edit.cli.train import train
 from rl_edit.config import load_config
 from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import compare
 from rl_edit.measures.intervals import Interval
 from rl_edit.report.compare import comparison_page
+from rl_edit.training import train
 from runs import command, read_json, small_config
 
 Command = Callable[..., tuple[int, str, Sequence[str]]]

@@ -35,7 +35,6 @@ from judge_server import (
 )
 from learner.controller.placement import GroupCost
 from learner.controller.supervisor import Supervisor
-from rl_edit.cli.train import _capacity, _require_patience
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.rewards import Composite, EditScore, score_candidates
@@ -50,6 +49,7 @@ from rl_edit.rewards.vlm.prompts import (
     scores_in,
 )
 from rl_edit.rewards.vlm.region_judge import RegionJudge, box_of
+from rl_edit.training import _capacity, _require_judge_deadline
 from rl_edit.types import Candidates, EditTask
 from runs import metrics_of, run_inline, small_config
 
@@ -285,9 +285,9 @@ def test_a_judge_that_never_answers_about_one_group_costs_that_group_and_neither
     patience: list[float] = []
 
     class Watched(Supervisor):
-        def __init__(self, *arguments: Any, patience_s: float, **more: Any) -> None:
-            patience.append(patience_s)
-            super().__init__(*arguments, patience_s=patience_s, **more)
+        def __init__(self, *arguments: Any, judge_timeout_s: float, **more: Any) -> None:
+            patience.append(judge_timeout_s)
+            super().__init__(*arguments, judge_timeout_s=judge_timeout_s, **more)
 
     monkeypatch.setattr("learner.controller.loop.Supervisor", Watched)
     release, hung, waiting = threading.Event(), list[bytes](), list[int]()
@@ -335,18 +335,18 @@ ELSEWHERE = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "timeout_s":
 
 def test_patience_counts_waves_passes_attempts_pauses_and_repeats() -> None:
     term = EditScore(transport=ELSEWHERE, retries=2, backoff_s=0.5)
-    assert term.patience_s(8) == 3 * 100 + 1.5
-    assert term.patience_s(17) == 3 * 2 * 100 + 1.5, "34 questions, 32 at a time"
-    assert EditScore(transport=ELSEWHERE, num_pass=3).patience_s(8) == 3 * 2 * 100 + 1.5
-    assert EditScore(transport=ELSEWHERE, repeat_every=5).patience_s(8) == 2 * (3 * 100 + 1.5)
-    assert RegionJudge(transport=ELSEWHERE, retries=0).patience_s(33) == 200
+    assert term.judge_timeout_s(8) == 3 * 100 + 1.5
+    assert term.judge_timeout_s(17) == 3 * 2 * 100 + 1.5, "34 questions, 32 at a time"
+    assert EditScore(transport=ELSEWHERE, num_pass=3).judge_timeout_s(8) == 3 * 2 * 100 + 1.5
+    assert EditScore(transport=ELSEWHERE, repeat_every=5).judge_timeout_s(8) == 2 * (3 * 100 + 1.5)
+    assert RegionJudge(transport=ELSEWHERE, retries=0).judge_timeout_s(33) == 200
     task, image = small_group(1).task, small_group(1).images[0]
     for kind in (EditScore, RegionJudge):
         assert len(kind(transport=ELSEWHERE).questions(task, image)) == kind.num_questions
     wrapped = Composite(of=term)
-    assert (wrapped.patience_s(8), wrapped.remote) == (term.patience_s(8), True)
+    assert (wrapped.judge_timeout_s(8), wrapped.remote) == (term.judge_timeout_s(8), True)
     local = EditScore(transport={"kind": "transformers", "path": "somewhere"})
-    assert (local.patience_s(8), local.remote) == (0.0, False)
+    assert (local.judge_timeout_s(8), local.remote) == (0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -359,14 +359,14 @@ def test_judges_may_not_be_waited_for_longer_than_their_actor_is_trusted(
     rewards = {"mine": {"kind": "editscore", "transport": {**ELSEWHERE, "timeout_s": timeout_s}}}
     config = small_config(small_editor, f"actors.runtime={runtime}", rewards=rewards)
     if fits:
-        _require_patience(config)
-        assert config.patience_s() == 3 * timeout_s + 1.5
+        _require_judge_deadline(config)
+        assert config.judge_timeout_s() == 3 * timeout_s + 1.5
         return
     with pytest.raises(
         InputError,
         match=r"deadline_s 600 is not above the 601\.5 s that scoring may wait.*Raise deadline_s",
     ):
-        _require_patience(config)
+        _require_judge_deadline(config)
 
 
 def test_waiting_for_a_judge_elsewhere_occupies_no_device(small_editor: str) -> None:

@@ -29,7 +29,7 @@ from actors import ray_cluster
 from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_roles, faulty
 from learner.controller import checkpoint
 from learner.controller.lease import Lease
-from learner.controller.loop import Outcome
+from learner.controller.run import Outcome
 from rl_edit import wire
 from rl_edit.errors import Fenced
 from rl_edit.files import JsonLines, read_json_lines
@@ -534,7 +534,7 @@ def test_a_driver_that_crashes_anywhere_continues_to_the_same_story(
         if point == "during commit":
             patched.setattr(
                 checkpoint,
-                "put",
+                "write_new",
                 crashing(checkpoint.write_new, lambda path, content: "step_000002" in str(path)),
             )
         if point == "after rename":

@@ -25,7 +25,8 @@ from actors.roles import Roles, worker_roles
 from crashing import DeafRollout, Fault, Launched, crashing
 from learner.controller import checkpoint
 from learner.controller.lease import Lease
-from learner.controller.loop import Outcome, TrainingLoop
+from learner.controller.loop import TrainingLoop
+from learner.controller.run import Outcome
 from learner.controller.run_log import Events
 from learner.learner import Learner
 from rl_edit.config import RunConfig, load_config

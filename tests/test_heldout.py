@@ -23,7 +23,7 @@ from actors.local_executor import LocalExecutor
 from fakes import Crash, FakeReward, FakeRollout, Fault, as_array, as_content, fake_roles, faulty
 from learner.controller import checkpoint, heldout
 from learner.controller.heldout import BEST, HELDOUT, Evaluation, alarm, read_best
-from learner.controller.loop import Outcome
+from learner.controller.run import Outcome
 from learner.controller.supervisor import Supervisor
 from rl_edit import wire
 from rl_edit.config import ActorsConfig, RunConfig

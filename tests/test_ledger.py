@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learner.controller.ledger import Ledger, State, Verdict
+from learner.controller.ledger import Ledger, Verdict
 from rl_edit.messages import RolloutResult
 from rl_edit.types import AdapterId, WorkItem
 from test_rewards import small_group
@@ -44,7 +44,6 @@ def result(work_id: str = "g.0-4", sha256: str = "1" * 64) -> RolloutResult:
 def ledger() -> Ledger:
     made = Ledger()
     made.plan(item())
-    made.dispatched("g.0-4")
     return made
 
 
@@ -53,7 +52,6 @@ def test_the_first_valid_result_is_taken_and_a_repetition_is_a_duplicate_that_is
 ) -> None:
     assert ledger.offer("g.0-4", result(), "first") is Verdict.TAKEN
     assert ledger.offer("g.0-4", result(), "second") is Verdict.DUPLICATE
-    ledger.scored("g.0-4")
     assert ledger.offer("g.0-4", result(), "third") is Verdict.DUPLICATE
     assert ledger.open["g.0-4"].result[1] == "first"
     assert (ledger.counts[Verdict.TAKEN], ledger.counts[Verdict.DUPLICATE]) == (1, 2)
@@ -88,18 +86,6 @@ def test_a_result_after_its_update_was_applied_is_foreign(ledger: Ledger) -> Non
     ledger.consume(3, ["g"])
     assert ledger.offer("g.0-4", result()) is Verdict.FOREIGN
     assert ledger.consumed == 1
-
-
-def test_a_failed_attempt_waits_for_the_next_but_not_when_another_was_taken_meanwhile(
-    ledger: Ledger,
-) -> None:
-    ledger.failed("g.0-4")
-    assert ledger.open["g.0-4"].state is State.PLANNED
-    assert ledger.dispatched("g.0-4") == 2
-    ledger.offer("g.0-4", result())
-    ledger.failed("g.0-4")
-    assert ledger.open["g.0-4"].state is State.ROLLED
-    ledger.failed("never planned")
 
 
 def test_an_item_whose_result_is_gone_takes_the_next_one_from_any_attempt(ledger: Ledger) -> None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from evaluated_runs import rows, written
-from rl_edit.cli.train import _Watch
 from rl_edit.config import load_config
 from rl_edit.data import open_dataset
 from rl_edit.evaluation.comparison import compare
 from rl_edit.evaluation.effort import effort
 from rl_edit.measures.intervals import Interval
 from rl_edit.method.algorithms import METHODS
+from rl_edit.training import Silent
 from runs import read_json, small_config
 
 ROOT = Path(__file__).parent.parent
@@ -241,19 +241,19 @@ def test_a_stopped_run_is_trained_to_its_end_before_it_is_evaluated(
         directory=tmp_path / "seed_0",
         config=small_config(small_editor, "train.updates=2"),
     )
-    update_done = _Watch.update_done
+    update_done = Silent.update_done
 
     def stop(self: Any, metrics: dict[str, Any]) -> None:
         update_done(self, metrics)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(_Watch, "update_done", stop)
+    monkeypatch.setattr(Silent, "update_done", stop)
     with pytest.raises(SystemExit) as stopped:
         job.run()
     assert stopped.value.code == 130
     assert (job.directory / "adapter").is_dir() and not job.trained() and not job.finished()
     assert job.done() == job.evaluations / 2
-    monkeypatch.setattr(_Watch, "update_done", update_done)
+    monkeypatch.setattr(Silent, "update_done", update_done)
     job.run()
     assert job.finished() and compare([job.directory]).arms[0].updates == 2
 

@@ -18,7 +18,8 @@ import pytest
 
 from actors.roles import worker_roles
 from learner.controller.lease import Lease
-from learner.controller.loop import Outcome, TrainingLoop
+from learner.controller.loop import TrainingLoop
+from learner.controller.run import Outcome
 from learner.controller.run_log import Events
 from learner.learner import Learner
 from rl_edit.config import RunConfig

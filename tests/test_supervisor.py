@@ -53,6 +53,9 @@ class Puppets:
     def __init__(self, **script: list[Any]) -> None:
         self.script, self.spawned = script, 0
 
+    def direct(self, role: str) -> None:
+        return None
+
     def spawn(self, role: str, seat: int) -> Scripted:
         self.spawned += 1
         return Scripted(self, f"{role}-{seat}#{self.spawned}")
@@ -92,7 +95,7 @@ def supervised(
     *,
     seats: int = 1,
     clock: Clock | None = None,
-    patience_s: float = 0.0,
+    judge_timeout_s: float = 0.0,
     **asked: Any,
 ) -> tuple[Any, Told]:
     """What ``body`` gives with rollout seats open, and the events."""
@@ -103,7 +106,7 @@ def supervised(
             **{"runtime": "inline", "backoff_s": 0, "num_rollout": seats, **asked}
         )
         supervisor = Supervisor(
-            puppets, config, on_event=told, clock=clock or Clock(), patience_s=patience_s
+            puppets, config, on_event=told, clock=clock or Clock(), judge_timeout_s=judge_timeout_s
         )  # type: ignore[arg-type]
         supervisor.open("rollout", seats)
         return await body(supervisor)
@@ -143,9 +146,11 @@ def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_time
     assert expected[-1] == 600.0
 
 
-@pytest.mark.parametrize(("patience_s", "expected"), [(0.0, 60.0), (363.0, 423.0), (900.0, 600.0)])
+@pytest.mark.parametrize(
+    ("judge_timeout_s", "expected"), [(0.0, 60.0), (363.0, 423.0), (900.0, 600.0)]
+)
 def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(
-    patience_s: float, expected: float
+    judge_timeout_s: float, expected: float
 ) -> None:
     clock = Clock()
 
@@ -156,7 +161,7 @@ def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(
 
     script = {"score": [clock.passes(2.0)], "run": [clock.passes(2.0)]}
     seen, _ = supervised(
-        Puppets(**script), body, clock=clock, patience_s=patience_s, deadline_s=600
+        Puppets(**script), body, clock=clock, judge_timeout_s=judge_timeout_s, deadline_s=600
     )
     assert seen == (expected, 60.0)
 
@@ -284,11 +289,11 @@ def test_what_the_user_got_wrong_is_not_tried_again() -> None:
 
 def test_a_seat_lost_too_often_is_given_up_and_its_work_done_by_another() -> None:
     async def body(supervisor: Supervisor) -> Any:
-        first, *_ = supervisor.seats("rollout")
+        first, *_ = supervisor.worker_slots("rollout")
         for _ in range(2):
             await supervisor._replace("rollout", first, first.worker, "gone")
         return [await work(supervisor) for _ in range(3)], [
-            seat.index for seat in supervisor.seats("rollout")
+            seat.index for seat in supervisor.worker_slots("rollout")
         ]
 
     (answers, left), told = supervised(Puppets(), body, seats=2, quarantine_after=2)
@@ -303,7 +308,7 @@ def test_losses_longer_ago_than_the_window_do_not_count() -> None:
     clock = Clock()
 
     async def body(supervisor: Supervisor) -> int:
-        (seat,) = supervisor.seats("rollout")
+        (seat,) = supervisor.worker_slots("rollout")
         for _ in range(5):
             await supervisor._replace("rollout", seat, seat.worker, "gone")
             clock.now += QUARANTINE_WINDOW_S / 2 + 1
@@ -314,7 +319,7 @@ def test_losses_longer_ago_than_the_window_do_not_count() -> None:
 
 def test_a_worker_that_two_callers_find_lost_is_replaced_once() -> None:
     async def body(supervisor: Supervisor) -> int:
-        (seat,) = supervisor.seats("rollout")
+        (seat,) = supervisor.worker_slots("rollout")
         lost = seat.worker
         await asyncio.gather(
             *(supervisor._replace("rollout", seat, lost, "gone") for _ in range(3))
@@ -374,8 +379,8 @@ def test_a_replacement_is_prepared_before_it_works_and_replaced_when_that_fails(
 
 def test_telling_everyone_reaches_every_seat_and_replaces_those_that_are_lost() -> None:
     async def body(supervisor: Supervisor) -> Any:
-        return await supervisor.tell("rollout", "new weights", "load"), [
-            seat.incarnation for seat in supervisor.seats("rollout")
+        return await supervisor.broadcast("rollout", "new weights", "load"), [
+            seat.incarnation for seat in supervisor.worker_slots("rollout")
         ]
 
     (answers, incarnations), _ = supervised(Puppets(load=[None, WorkerLost("gone")]), body, seats=3)

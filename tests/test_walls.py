@@ -6,7 +6,6 @@ Imports inside functions and under ``TYPE_CHECKING`` count like all others, and 
 from __future__ import annotations
 
 import ast
-import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -288,21 +287,6 @@ def test_no_loop_knows_the_name_of_a_method(path: Path) -> None:
     ] == []
 
 
-PATH_TO_THE_STEP = ("rl_edit/cli/train.py", "learner/learner.py", "rl_edit/method/update.py")
-"""The verb gives the loop an executor that holds the learner: with learner/controller/loop.py, four files to read."""
-
-
-def test_four_files_lead_from_the_train_verb_to_the_optimizer_step() -> None:
-    for here, there in [
-        (PATH_TO_THE_STEP[0], "learner/controller/loop.py"),
-        *itertools.pairwise(PATH_TO_THE_STEP),
-    ]:
-        wanted = module_of(ROOT / there)
-        assert any(reaches(name, wanted) for _, name in imports_of(ROOT / here)), (
-            f"{here} does not import {wanted}"
-        )
-
-
 def test_only_the_update_steps_the_policy_optimizer() -> None:
     """Making a base from nothing is another activity, with an optimizer of its own; it is the one exception."""
     steps = {
@@ -314,7 +298,7 @@ def test_only_the_update_steps_the_policy_optimizer() -> None:
         and node.func.attr == "step"
         and "optim" in ast.unparse(node.func.value)
     }
-    assert steps - {"rl_edit/editors/tiny/pretraining.py"} == {PATH_TO_THE_STEP[-1]}
+    assert steps - {"rl_edit/editors/tiny/pretraining.py"} == {"rl_edit/method/update.py"}
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -282,7 +282,7 @@ def prune(directory: Path, keep: int, *, lease: Lease) -> None:
             shutil.rmtree(path)
 
 
-def room_for(directory: Path, nbytes: int) -> str:
+def disk_space_problem(directory: Path, nbytes: int) -> str:
     """ "" when two checkpoints of ``nbytes`` fit on the disk of ``directory``; else a sentence that says so."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free

@@ -40,10 +40,16 @@ class Worker(Protocol):
 class Executor(Protocol):
     """Where workers run."""
 
-    def spawn(self, role: str, seat: int) -> Worker:
-        """A worker for a role's seat, without waiting for its construction (call ``ready`` for that).
+    def spawn(self, role: str, worker_slot: int) -> Worker:
+        """Starts a worker for a role's worker slot, without waiting for it (``ready`` does that).
 
-        Where one process serves several roles at a seat (the colocated placement), the living process is returned.
+        Where one process serves several roles (the colocated placement), its living process is returned.
+        """
+
+    def direct(self, role: str) -> Any | None:
+        """Returns a role's object in this process, to be called without a worker.
+
+        None where workers are processes or threads, which can be lost and must be supervised.
         """
 
     def put(self, blob: np.ndarray) -> Ref:

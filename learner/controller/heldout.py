@@ -7,9 +7,11 @@ memory: the history is ``heldout.jsonl``, the best adapter by gold is ``best/``,
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ from typing import cast
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from learner.controller.executor import Executor
+from learner.controller.groups import GroupCollector
+from learner.controller.learner_ranks import LearnerSnapshot
 from learner.controller.lease import Lease
 from rl_edit import wire
 from rl_edit.config import RunConfig
@@ -157,7 +162,7 @@ def read_best(directory: Path) -> tuple[Best, AdapterWeights] | None:
     Raises:
         InputError: the adapter's bytes are not those that were written.
     """
-    best = _record(directory)
+    best = _stored_best(directory)
     if best is None:
         return None
     file = directory / best.file
@@ -169,7 +174,7 @@ def read_best(directory: Path) -> tuple[Best, AdapterWeights] | None:
     return best, wire.unpack(packed)
 
 
-class Watch:
+class HeldoutMonitor:
     """The held-out side of a run: when to look, at what, and what to make of it.
 
     Args:
@@ -207,7 +212,7 @@ class Watch:
         lines = (Evaluation.model_validate(line) for line in read_json_lines(self.file.path))
         return [line for line in lines if line.protocol == self._protocol()]
 
-    def due(self, updates_done: int) -> bool:
+    def is_due(self, updates_done: int) -> bool:
         """Whether the weights after so many updates are to be looked at, and have not been."""
         if self.probes is None or not updates_done or updates_done % self.config.evaluation.every:
             return False
@@ -236,7 +241,7 @@ class Watch:
             for index in range(self.probes.number)
         ]
 
-    def saw(
+    def record(
         self,
         adapter: AdapterId,
         packed: np.ndarray,
@@ -291,7 +296,7 @@ class Watch:
             self.event("evaluation_unwritten", update=update, reason=str(error))
             self.note(f"the evaluation after update {update + 1} could not be written ({error})")
 
-    def over(self, updates_done: int) -> str:
+    def stop_reason(self, updates_done: int) -> str:
         """Why the run should end here, with ``evaluation.stop_on_alarm``; else ""."""
         if self.probes is None or not self.config.evaluation.stop_on_alarm:
             return ""
@@ -313,7 +318,7 @@ class Watch:
 
     def _keep_if_best(self, seen: Evaluation, adapter: AdapterId, packed: np.ndarray) -> None:
         folder = self.directory / BEST
-        there = _record(folder)
+        there = _stored_best(folder)
         if there is not None and there.protocol == seen.protocol and there.gold >= seen.gold:
             return
         best = Best(
@@ -332,7 +337,7 @@ class Watch:
                 other.unlink()
 
     def _raise(self, raised: Alarm) -> None:
-        best = _record(self.directory / BEST)
+        best = _stored_best(self.directory / BEST)
         kept = (
             f"the best adapter by gold, after update {best.update + 1}, is kept in {BEST}/"
             if best is not None
@@ -349,7 +354,7 @@ class Watch:
         self.note(f"{raised}: what is trained on may no longer be what is wanted; {kept}")
 
 
-def _record(directory: Path) -> Best | None:
+def _stored_best(directory: Path) -> Best | None:
     try:
         return Best.model_validate_json((directory / RECORD).read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -364,3 +369,37 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """Of those that were measured; None when none was."""
     measured = [value for value in values if value is not None and math.isfinite(value)]
     return fmean(measured) if measured else None
+
+
+async def evaluate(
+    monitor: HeldoutMonitor,
+    collector: GroupCollector,
+    snapshot: LearnerSnapshot,
+    executor: Executor,
+) -> None:
+    """Rolls out and scores the held-out tasks under a snapshot's resulting weights, and records it.
+
+    The calls and checks are those of every group. An evaluation that lost a task is skipped, and an event
+    says so.
+    """
+    began, done = time.perf_counter(), snapshot.updates_done
+    tasks = [
+        asyncio.ensure_future(collector.collect([item], kind="probe"))
+        for item in monitor.items(done, snapshot.result_id)
+    ]
+    try:
+        for task in asyncio.as_completed(tasks):
+            await task
+            collector.progress.moved()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        collector.ledger.close(done - 1)
+    groups = [task.result() for task in tasks]
+    if lost := [group.lost for group in groups if group.lost]:
+        monitor.event("evaluation_skipped", update=done - 1, reason=lost[0])
+        return
+    packed = await executor.fetch(snapshot.result)
+    seconds = time.perf_counter() - began
+    monitor.record(snapshot.result_id, packed, [group.table() for group in groups], seconds=seconds)

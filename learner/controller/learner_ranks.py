@@ -66,8 +66,8 @@ class LearnerRanks:
     async def start(self) -> None:
         """Joins the ranks, once they are constructed."""
         if self.ranks > 1:
-            seats = self.supervisor.seats(ROLE)
-            address = await self.supervisor.timed("join", "rendezvous", seats[0], ROLE, "address")
+            slots = self.supervisor.worker_slots(ROLE)
+            address = await self.supervisor.timed("join", "rendezvous", slots[0], ROLE, "address")
             await self._everyone(
                 "join",
                 "joining the ranks",
@@ -78,9 +78,9 @@ class LearnerRanks:
         """The weights and state of a learner that has just been started or restored."""
 
         async def ask() -> LearnerSnapshot:
-            seat = self.supervisor.seats(ROLE)[0]
+            slot = self.supervisor.worker_slots(ROLE)[0]
             answer = await self.supervisor.timed(
-                "export", "export of the learner's state", seat, ROLE, "export", blobs=3
+                "export", "export of the learner's state", slot, ROLE, "export", blobs=3
             )
             return LearnerSnapshot.of(updates_done, LearnAnswer(*answer))
 
@@ -115,9 +115,9 @@ class LearnerRanks:
         return float(max(deviations))
 
     async def apply(
-        self, order: LearnOrder, shards: Sequence[Sequence[Ref]], held: LearnerSnapshot
+        self, order: LearnOrder, shards: Sequence[Sequence[Ref]], snapshot: LearnerSnapshot
     ) -> tuple[LearnReport, LearnerSnapshot]:
-        """One update, applied once whatever dies: ``held`` is the state it starts from.
+        """One update, applied once whatever dies: ``snapshot`` is the state it starts from.
 
         Raises:
             TrainingFailed: when the learner cannot be kept alive, or refuses.
@@ -127,7 +127,7 @@ class LearnerRanks:
         while True:
             try:
                 if lost or failed:
-                    await self._rebuild(held)
+                    await self._rebuild(snapshot)
                 arguments = [(order, *shard) for shard in shards]
                 answers = await self._everyone(
                     "learn", f"update {order.update}", arguments, blobs=3
@@ -160,35 +160,35 @@ class LearnerRanks:
                     ) from error
                 self.supervisor.retries["data"] += 1
 
-    async def _rebuild(self, held: LearnerSnapshot) -> None:
+    async def _rebuild(self, snapshot: LearnerSnapshot) -> None:
         await self.supervisor.respawn(ROLE)
         await self.start()
         try:
-            await self._restore(held.state)
+            await self._restore(snapshot.state)
         except BlobLost as error:
             raise TrainingFailed(
-                f"the learner and its state after update {held.updates_done} were lost together ({error}): continue with --resume from "
+                f"the learner and its state after update {snapshot.updates_done} were lost together ({error}): continue with --resume from "
                 "the newest checkpoint"
             ) from error
         self.event(
             "learner_rebuilt",
             ranks=self.ranks,
-            updates_done=held.updates_done,
-            adapter=str(held.id),
+            updates_done=snapshot.updates_done,
+            adapter=str(snapshot.id),
         )
 
     async def _everyone(
         self, method: str, what: str, arguments: Sequence[Sequence[Any]], *, blobs: int = 0
     ) -> list[Any]:
         """A call on every rank at once. The first failure ends all of them: a rank without its peers would wait for ever."""
-        seats = self.supervisor.seats(ROLE)
+        slots = self.supervisor.worker_slots(ROLE)
         calls = [
             asyncio.ensure_future(
                 self.supervisor.timed(
-                    method, f"{what}, {seat.name(ROLE)}", seat, ROLE, method, *given, blobs=blobs
+                    method, f"{what}, {slot.name(ROLE)}", slot, ROLE, method, *given, blobs=blobs
                 )
             )
-            for seat, given in zip(seats, arguments, strict=True)
+            for slot, given in zip(slots, arguments, strict=True)
         ]
         try:
             await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)

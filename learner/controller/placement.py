@@ -61,8 +61,13 @@ class WorkerCounts:
     def __post_init__(self) -> None:
         if min(self.rollout, self.reward, self.learner) < 1:
             raise InputError(
-                f"seats {self} leave a role without a worker, and no update would ever end. Give each role at least 1."
+                f"worker counts {self} leave a role without a worker, and no update would ever end. Give each role at least 1."
             )
+
+    @property
+    def total(self) -> int:
+        """Workers of all roles."""
+        return self.rollout + self.reward + self.learner
 
     def __str__(self) -> str:
         return f"{self.rollout}:{self.reward}:{self.learner}"
@@ -73,18 +78,18 @@ class Recommendation:
     """The best split of some workers over the roles.
 
     Attributes:
-        seconds: of one update with ``seats``; colocated_seconds: with each worker in all three roles by turns.
+        seconds: of one update with ``counts``; colocated_seconds: with each worker in all three roles by turns.
         words: one sentence for people.
     """
 
-    seats: WorkerCounts
+    counts: WorkerCounts
     seconds: float
     colocated_seconds: float
     words: str
 
 
 def iteration_seconds(
-    cost: GroupCost, seats: WorkerCounts, groups: int, max_lag: int, chunks: int = 1
+    cost: GroupCost, counts: WorkerCounts, groups: int, max_lag: int, chunks: int = 1
 ) -> float:
     """Steady time of one update: the loop in simulated time, each piece of work going to the first free worker in order.
 
@@ -93,12 +98,12 @@ def iteration_seconds(
     its share group by group; the next update is learnt only after this one is published.
     """
     rollout_s, reward_s = cost.rollout_s / chunks, cost.reward_s / chunks
-    learn_s = _busy(cost, seats, groups)["learner"]
-    # When each seat becomes free, soonest first. Work of one length, taken in order, ends in order: the seat taken longest ago is
+    learn_s = _busy(cost, counts, groups)["learner"]
+    # When each worker slot becomes free, soonest first. Work of one length, taken in order, ends in order: the worker slot taken longest ago is
     # the first one free, so a queue serves where unequal work would need a heap.
     rollout, reward = (
-        deque([0.0] * seats.rollout, maxlen=seats.rollout),
-        deque([0.0] * seats.reward, maxlen=seats.reward),
+        deque([0.0] * counts.rollout, maxlen=counts.rollout),
+        deque([0.0] * counts.reward, maxlen=counts.reward),
     )
     published = [0.0]
     for update in range(UPDATES):
@@ -112,7 +117,7 @@ def iteration_seconds(
     # A finite window may end a part of a round early and so flatter the split.
     return max(
         (published[-1] - published[-1 - measured]) / measured,
-        _floor(cost, seats, groups, max_lag, chunks),
+        _floor(cost, counts, groups, max_lag, chunks),
     )
 
 
@@ -126,8 +131,8 @@ def colocated_seconds(
     """
     if reward_seats == 0:
         cost = replace(cost, rollout_s=cost.rollout_s + cost.reward_s, reward_s=0.0)
-    seats = WorkerCounts(rollout=processes, reward=reward_seats or processes, learner=processes)
-    return iteration_seconds(cost, seats, groups, 0, chunks)
+    counts = WorkerCounts(rollout=processes, reward=reward_seats or processes, learner=processes)
+    return iteration_seconds(cost, counts, groups, 0, chunks)
 
 
 def ideal_seconds(cost: GroupCost, workers: int, groups: int) -> float:
@@ -167,18 +172,18 @@ def recommend(
     # Of splits with one floor, those with least work in all are seldom held up by a second role.
     floors = sorted(
         (
-            _floor(cost, seats, groups, max_lag, chunks),
-            sum(_busy(cost, seats, groups).values()),
-            seats,
+            _floor(cost, counts, groups, max_lag, chunks),
+            sum(_busy(cost, counts, groups).values()),
+            counts,
         )
-        for seats in splits
+        for counts in splits
     )
     best, seconds = splits[0], math.inf
-    for floor, _, seats in floors:
+    for floor, _, counts in floors:
         if floor > seconds * (1 - 1e-9):  # a sum of many terms may exceed its floor by a rounding
             break
-        if (simulated := iteration_seconds(cost, seats, groups, max_lag, chunks)) < seconds:
-            best, seconds = seats, simulated
+        if (simulated := iteration_seconds(cost, counts, groups, max_lag, chunks)) < seconds:
+            best, seconds = counts, simulated
     now = (
         ""
         if present is None
@@ -194,7 +199,7 @@ def recommend(
         else f"waiting limits ({role}, the busiest, works {share:.0%} of the time)"
     )
     return Recommendation(
-        seats=best,
+        counts=best,
         seconds=seconds,
         colocated_seconds=colocated_s,
         words=(
@@ -205,24 +210,24 @@ def recommend(
     )
 
 
-def _busy(cost: GroupCost, seats: WorkerCounts, groups: int) -> dict[str, float]:
+def _busy(cost: GroupCost, counts: WorkerCounts, groups: int) -> dict[str, float]:
     """Mean seconds of an update in which each role is at work. Ranks learn in step, so a part of a round costs a whole one."""
     return {
-        "rollout": groups * cost.rollout_s / seats.rollout,
-        "reward": groups * cost.reward_s / seats.reward,
-        "learner": math.ceil(groups / seats.learner) * cost.learn_s + cost.step_s + cost.publish_s,
+        "rollout": groups * cost.rollout_s / counts.rollout,
+        "reward": groups * cost.reward_s / counts.reward,
+        "learner": math.ceil(groups / counts.learner) * cost.learn_s + cost.step_s + cost.publish_s,
     }
 
 
-def _floor(cost: GroupCost, seats: WorkerCounts, groups: int, max_lag: int, chunks: int) -> float:
+def _floor(cost: GroupCost, counts: WorkerCounts, groups: int, max_lag: int, chunks: int) -> float:
     """No schedule is faster: not than the busiest role, nor than one update's way from admission to publication, of which
     ``max_lag + 1`` are under way at a time."""
-    busy, items = _busy(cost, seats, groups), groups * chunks
-    rounds = math.ceil(items / seats.rollout)
+    busy, items = _busy(cost, counts, groups), groups * chunks
+    rounds = math.ceil(items / counts.rollout)
     # When round n of the rollouts ends, all of it and all after it is still to be scored.
     scored = max(
         n * cost.rollout_s
-        + math.ceil((items - (n - 1) * seats.rollout) / seats.reward) * cost.reward_s
+        + math.ceil((items - (n - 1) * counts.rollout) / counts.reward) * cost.reward_s
         for n in range(1, rounds + 1)
     )
     return max(*busy.values(), (scored / chunks + busy["learner"]) / (max_lag + 1))

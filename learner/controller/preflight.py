@@ -7,9 +7,9 @@ functions, groups that do not fit the object store: each of these has cost someb
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from learner.controller.executor import Executor
-from learner.controller.learner_ranks import LearnerRanks
+from learner.controller.executor import Executor, Ref
 from learner.controller.supervisor import GivenUp, Supervisor
 from rl_edit import wire
 from rl_edit.config import RunConfig
@@ -20,6 +20,12 @@ from rl_edit.types import WorkItem
 
 STORE_SHARE = 0.5
 """Part of the object store that groups in flight may fill: the rest is for adapters, states and Ray's own copies."""
+
+
+class RatioCheck(Protocol):
+    """What is asked of the learner."""
+
+    async def ratio(self, group: Ref) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,7 @@ class Proof:
 async def prove(
     executor: Executor,
     supervisor: Supervisor,
-    learners: LearnerRanks,
+    learners: RatioCheck,
     item: WorkItem,
     config: RunConfig,
     *,
@@ -52,10 +58,10 @@ async def prove(
         TrainingFailed: with what was seen and what to change.
         ResourcesInfeasible: groups in flight do not fit the object store.
     """
-    for seat, wrong in await supervisor.tell("rollout", "adapter canary", "canary"):
+    for slot, wrong in await supervisor.broadcast("rollout", "adapter canary", "canary"):
         if wrong:
             raise TrainingFailed(
-                f"preflight: rollout actor {seat}: {wrong}. Check lora.targets against the editor's module names."
+                f"preflight: rollout actor {slot}: {wrong}. Check lora.targets against the editor's module names."
             )
     size = min(max(config.editor.micro_batch, 2), item.num_candidates)
     probe = replace(item, group_id=f"preflight-{item.group_id}", chunk=(0, size))

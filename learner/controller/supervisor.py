@@ -1,7 +1,7 @@
-"""Who runs what: seats, incarnations, deadlines, retries. Knows an executor, no Ray and no tensor.
+"""Who runs what: slots, incarnations, deadlines, retries. Knows an executor, no Ray and no tensor.
 
-A role has seats (rollout 0..R-1); a seat holds one incarnation of a worker at a time. A worker that dies, misses its deadline
-or answers with the wrong weights is killed and its seat gets the next incarnation; a seat that needs this too often is given up.
+A role has slots (rollout 0..R-1); a slot holds one incarnation of a worker at a time. A worker that dies, misses its deadline
+or answers with the wrong weights is killed and its slot gets the next incarnation; a slot that needs this too often is given up.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class WorkerSlot:
     incarnation: int = 1
     kills: list[float] = field(default_factory=list)
     closed: bool = False
-    announced: asyncio.Future[None] | None = None
+    pending_broadcast: asyncio.Future[None] | None = None
 
     def name(self, role: str) -> str:
         return f"{role}-{self.index}.{self.incarnation}"
@@ -59,8 +59,8 @@ class Supervisor:
     """Calls on interchangeable workers.
 
     Args:
-        on_event: told of every lost worker, replacement, retry and closed seat.
-        patience_s: how long scoring may wait for another machine by its own timeouts and retries; it is not ended before.
+        on_event: told of every lost worker, replacement, retry and closed slot.
+        judge_timeout_s: how long scoring may wait for another machine by its own timeouts and retries; it is not ended before.
         clock: monotonic seconds; tests bring their own.
     """
 
@@ -71,12 +71,12 @@ class Supervisor:
         *,
         on_event: Callable[..., None],
         clock: Callable[[], float] = time.monotonic,
-        patience_s: float = 0.0,
+        judge_timeout_s: float = 0.0,
     ) -> None:
         self.executor, self.config, self.event, self.clock = executor, config, on_event, clock
-        self._patience_s = patience_s
+        self._judge_timeout_s = judge_timeout_s
         self.retries = {"infra": 0, "data": 0}
-        self._seats: dict[str, list[WorkerSlot]] = {}
+        self._slots: dict[str, list[WorkerSlot]] = {}
         self._idle: dict[str, asyncio.Queue[WorkerSlot]] = {}
         self._prepare: dict[str, Prepare] = {}
         self._minimum = {"rollout": config.min_rollout, "reward": config.min_reward}
@@ -86,15 +86,15 @@ class Supervisor:
         self._replacing: dict[tuple[str, int], asyncio.Lock] = {}
         self._too_few: dict[str, str] = {}
 
-    def open(self, role: str, seats: int, *, prepare: Prepare | None = None) -> None:
+    def open(self, role: str, slots: int, *, prepare: Prepare | None = None) -> None:
         """Spawns a role's workers without waiting for them. ``prepare`` brings a later incarnation up to date."""
-        self._seats[role] = [
-            WorkerSlot(index, self.executor.spawn(role, index)) for index in range(seats)
+        self._slots[role] = [
+            WorkerSlot(index, self.executor.spawn(role, index)) for index in range(slots)
         ]
         self._idle[role] = asyncio.Queue()
-        for seat in self._seats[role]:
-            self._idle[role].put_nowait(seat)
-            self._replacing[role, seat.index] = asyncio.Lock()
+        for slot in self._slots[role]:
+            self._idle[role].put_nowait(slot)
+            self._replacing[role, slot.index] = asyncio.Lock()
         if prepare is not None:
             self._prepare[role] = prepare
 
@@ -104,7 +104,7 @@ class Supervisor:
         Raises:
             ResourcesInfeasible: when some worker could not be placed or did not load within ``actors.start_timeout_s``.
         """
-        seats = [seat for seats in self._seats.values() for seat in seats]
+        slots = [slot for slots in self._slots.values() for slot in slots]
         waiting = asyncio.gather(
             *(
                 self.timed("start", f"start of {role}-{s.index}", s, role, "ready")
@@ -115,7 +115,7 @@ class Supervisor:
             await asyncio.wait_for(waiting, self.config.start_timeout_s)
         except TimeoutError as error:
             raise ResourcesInfeasible(
-                f"not all of {len(seats)} actors were running after {self.config.start_timeout_s:g} s (actors.start_timeout_s): "
+                f"not all of {len(slots)} actors were running after {self.config.start_timeout_s:g} s (actors.start_timeout_s): "
                 f"free are {self.executor.free()}. Lower actors.*, wait for other jobs, or allow more time for loading."
             ) from error
         except WorkerLost as error:
@@ -125,12 +125,12 @@ class Supervisor:
 
     def _all(self) -> list[tuple[str, WorkerSlot]]:
         return [
-            (role, seat) for role, seats in self._seats.items() for seat in seats if not seat.closed
+            (role, slot) for role, slots in self._slots.items() for slot in slots if not slot.closed
         ]
 
-    def seats(self, role: str) -> list[WorkerSlot]:
-        """The seats of a role that are in use."""
-        return [seat for seat in self._seats[role] if not seat.closed]
+    def worker_slots(self, role: str) -> list[WorkerSlot]:
+        """The slots of a role that are in use."""
+        return [slot for slot in self._slots[role] if not slot.closed]
 
     def pending(self) -> list[Pending]:
         """Every call under way, oldest first."""
@@ -168,14 +168,14 @@ class Supervisor:
         """
         infra = data = 0
         while True:
-            seat = await self._next_idle(role)
-            worker = seat.worker
-            attempt(seat.name(role))
+            slot = await self._next_idle(role)
+            worker = slot.worker
+            attempt(slot.name(role))
             try:
-                if seat.announced is not None:
-                    await seat.announced
+                if slot.pending_broadcast is not None:
+                    await slot.pending_broadcast
                 answer = await self.timed(
-                    kind or method, what, seat, role, method, *given(), blobs=blobs, late=late
+                    kind or method, what, slot, role, method, *given(), blobs=blobs, late=late
                 )
                 if wrong := check(answer):
                     raise WorkerLost(wrong)
@@ -185,12 +185,12 @@ class Supervisor:
                 self.event(
                     "actor_lost",
                     role=role,
-                    worker=seat.name(role),
+                    worker=slot.name(role),
                     during=what,
                     attempt=infra,
                     reason=str(error),
                 )
-                await self._replace(role, seat, worker, str(error))
+                await self._replace(role, slot, worker, str(error))
                 if infra > self.config.infra_retries:
                     raise GivenUp(
                         f"{what} lost its worker {infra} times (actors.infra_retries {self.config.infra_retries}): {error}"
@@ -202,7 +202,7 @@ class Supervisor:
                 self.event(
                     "work_failed",
                     role=role,
-                    worker=seat.name(role),
+                    worker=slot.name(role),
                     during=what,
                     attempt=data,
                     reason=str(error),
@@ -213,29 +213,31 @@ class Supervisor:
                     ) from error
                 self.retries["data"] += 1
             finally:
-                self._idle[role].put_nowait(seat)
+                self._idle[role].put_nowait(slot)
 
-    async def tell(self, role: str, what: str, method: str, *args: Any) -> list[tuple[str, Any]]:
+    async def broadcast(
+        self, role: str, what: str, method: str, *args: Any
+    ) -> list[tuple[str, Any]]:
         """Runs a method on every worker of a role; one that is lost meanwhile is replaced, and prepared, instead.
 
         Returns:
             (worker, answer) of those that were not lost.
         """
 
-        calls = (self._tell(seat, role, what, method, *args) for seat in self.seats(role))
+        calls = (self._send(slot, role, what, method, *args) for slot in self.worker_slots(role))
         return [answer for answers in await asyncio.gather(*calls) for answer in answers]
 
-    def announce(self, role: str, what: str, method: str, *args: Any) -> None:
-        """As :meth:`tell`, without waiting: each worker hears it after what it is doing now and before anything it is called for later."""
-        for seat in self.seats(role):
-            seat.announced = asyncio.ensure_future(
-                self._after(seat.announced, seat, role, what, method, *args)
+    def broadcast_when_idle(self, role: str, what: str, method: str, *args: Any) -> None:
+        """As :meth:`broadcast`, without waiting: each worker hears it after what it is doing now and before anything it is called for later."""
+        for slot in self.worker_slots(role):
+            slot.pending_broadcast = asyncio.ensure_future(
+                self._after(slot.pending_broadcast, slot, role, what, method, *args)
             )
 
     async def _after(
         self,
         before: asyncio.Future[None] | None,
-        seat: WorkerSlot,
+        slot: WorkerSlot,
         role: str,
         what: str,
         method: str,
@@ -244,34 +246,36 @@ class Supervisor:
         if before is not None:
             await before
         try:
-            await self._tell(seat, role, what, method, *args)
+            await self._send(slot, role, what, method, *args)
         except (WorkFailed, BlobLost) as error:
             raise TrainingFailed(
-                f"{what} failed on {seat.name(role)} ({error}): see events.jsonl and the Ray logs, then continue with --resume"
+                f"{what} failed on {slot.name(role)} ({error}): see events.jsonl and the Ray logs, then continue with --resume"
             ) from error
 
-    def announcements(self) -> list[asyncio.Future[None]]:
+    def broadcasts(self) -> list[asyncio.Future[None]]:
         """Those not heard yet, and those that failed where nobody was called afterwards."""
-        return [seat.announced for _, seat in self._all() if seat.announced is not None]
+        return [
+            slot.pending_broadcast for _, slot in self._all() if slot.pending_broadcast is not None
+        ]
 
-    async def _tell(
-        self, seat: WorkerSlot, role: str, what: str, method: str, *args: Any
+    async def _send(
+        self, slot: WorkerSlot, role: str, what: str, method: str, *args: Any
     ) -> list[tuple[str, Any]]:
-        worker, name = seat.worker, seat.name(role)
+        worker, name = slot.worker, slot.name(role)
         try:
-            return [(name, await self.timed(method, what, seat, role, method, *args))]
+            return [(name, await self.timed(method, what, slot, role, method, *args))]
         except WorkerLost as error:
             self.event(
                 "actor_lost", role=role, worker=name, during=what, attempt=1, reason=str(error)
             )
-            await self._replace(role, seat, worker, str(error))
+            await self._replace(role, slot, worker, str(error))
             return []
 
     async def timed(
         self,
         kind: str,
         what: str,
-        seat: WorkerSlot,
+        slot: WorkerSlot,
         role: str,
         method: str,
         *args: Any,
@@ -285,13 +289,13 @@ class Supervisor:
         """
         self._calls += 1
         number, since, limit = self._calls, self.clock(), self.deadline_s(kind)
-        self._under_way[number] = (what, seat.name(role), since)
-        call = asyncio.ensure_future(seat.worker.call(method, *args, blobs=blobs))
+        self._under_way[number] = (what, slot.name(role), since)
+        call = asyncio.ensure_future(slot.worker.call(method, *args, blobs=blobs))
         try:
             done, _ = await asyncio.wait({call}, timeout=limit)
             if not done:
                 call.add_done_callback(lambda finished: _show(finished, late))
-                seat.worker.kill()
+                slot.worker.kill()
                 raise WorkerLost(f"no answer within {limit:g} s, killed")
             if call.cancelled():
                 # Not us: whoever ran it dropped it. Left alone, this would look like the end of the run itself.
@@ -317,7 +321,7 @@ class Supervisor:
         if queues or kind not in self._usual_s:
             return self.config.deadline_s
         # A judge that hangs now and then has a usual duration that says nothing of how long it is waited for.
-        waits = self._patience_s if kind == "score" else 0.0
+        waits = self._judge_timeout_s if kind == "score" else 0.0
         return min(
             self.config.deadline_s,
             max(SHORTEST_DEADLINE_S + waits, DEADLINE_FACTOR * self._usual_s[kind]),
@@ -332,91 +336,91 @@ class Supervisor:
 
     async def _next_idle(self, role: str) -> WorkerSlot:
         while True:
-            seat = await self._idle[role].get()
-            if not seat.closed:
-                return seat
+            slot = await self._idle[role].get()
+            if not slot.closed:
+                return slot
             if role in self._too_few:
                 # Nobody may be left who would wake the others that wait.
-                self._idle[role].put_nowait(seat)
+                self._idle[role].put_nowait(slot)
                 raise TrainingFailed(self._too_few[role])
 
-    async def _replace(self, role: str, seat: WorkerSlot, lost: Worker, reason: str) -> None:
-        """The next incarnation in a seat; nothing when somebody else has already replaced ``lost``.
+    async def _replace(self, role: str, slot: WorkerSlot, lost: Worker, reason: str) -> None:
+        """The next incarnation in a slot; nothing when somebody else has already replaced ``lost``.
 
         Raises:
-            TrainingFailed: when the seat is given up and too few are left.
+            TrainingFailed: when the slot is given up and too few are left.
         """
-        async with self._replacing[role, seat.index]:
-            if seat.worker is not lost or seat.closed:
+        async with self._replacing[role, slot.index]:
+            if slot.worker is not lost or slot.closed:
                 return
             while True:
-                seat.worker.kill()
+                slot.worker.kill()
                 now = self.clock()
-                seat.kills = [then for then in seat.kills if now - then < QUARANTINE_WINDOW_S] + [
+                slot.kills = [then for then in slot.kills if now - then < QUARANTINE_WINDOW_S] + [
                     now
                 ]
-                if len(seat.kills) >= self.config.quarantine_after and role in self._minimum:
-                    self._close(role, seat, reason)
+                if len(slot.kills) >= self.config.quarantine_after and role in self._minimum:
+                    self._close(role, slot, reason)
                     return
-                seat.worker = self.executor.spawn(role, seat.index)
-                seat.incarnation += 1
+                slot.worker = self.executor.spawn(role, slot.index)
+                slot.incarnation += 1
                 try:
-                    await self.timed("start", f"start of {seat.name(role)}", seat, role, "ready")
+                    await self.timed("start", f"start of {slot.name(role)}", slot, role, "ready")
                     if role in self._prepare:
                         await asyncio.wait_for(
-                            self._prepare[role](seat.worker), self.config.deadline_s
+                            self._prepare[role](slot.worker), self.config.deadline_s
                         )
-                    self.event("actor_replaced", role=role, worker=seat.name(role))
+                    self.event("actor_replaced", role=role, worker=slot.name(role))
                     return
                 except (WorkerLost, WorkFailed, TimeoutError) as error:
                     self.event(
                         "actor_lost",
                         role=role,
-                        worker=seat.name(role),
+                        worker=slot.name(role),
                         during="replacement",
                         attempt=1,
                         reason=str(error),
                     )
                     reason = str(error)
-                    await asyncio.sleep(self._backoff(len(seat.kills)))
+                    await asyncio.sleep(self._backoff(len(slot.kills)))
 
-    def _close(self, role: str, seat: WorkerSlot, reason: str) -> None:
-        seat.closed = True
-        left, least = len(self.seats(role)), self._minimum[role]
+    def _close(self, role: str, slot: WorkerSlot, reason: str) -> None:
+        slot.closed = True
+        left, least = len(self.worker_slots(role)), self._minimum[role]
         self.event(
-            "seat_quarantined", role=role, worker=seat.name(role), kills=len(seat.kills), left=left
+            "seat_quarantined", role=role, worker=slot.name(role), kills=len(slot.kills), left=left
         )
         if left < least:
             self._too_few[role] = (
-                f"{role} seat {seat.index} was lost {len(seat.kills)} times within {QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); {left} "
-                f"of {len(self._seats[role])} {role} actors are left, fewer than actors.min_{role} {least}: see actor_lost in events.jsonl "
+                f"{role} slot {slot.index} was lost {len(slot.kills)} times within {QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); {left} "
+                f"of {len(self._slots[role])} {role} actors are left, fewer than actors.min_{role} {least}: see actor_lost in events.jsonl "
                 "and the Ray logs; a smaller group or a longer actors.deadline_s may help. Continue with --resume."
             )
             raise TrainingFailed(self._too_few[role])
 
     async def respawn(self, role: str) -> None:
-        """The next incarnation in every seat of a role at once: for workers that only work together.
+        """The next incarnation in every slot of a role at once: for workers that only work together.
 
         Raises:
             WorkerLost: one of them did not come up.
         """
-        for seat in self.seats(role):
-            seat.worker.kill()
-        for seat in self.seats(role):
-            seat.worker = self.executor.spawn(role, seat.index)
-            seat.incarnation += 1
+        for slot in self.worker_slots(role):
+            slot.worker.kill()
+        for slot in self.worker_slots(role):
+            slot.worker = self.executor.spawn(role, slot.index)
+            slot.incarnation += 1
         await asyncio.gather(
             *(
                 self.timed("start", f"start of {s.name(role)}", s, role, "ready")
-                for s in self.seats(role)
+                for s in self.worker_slots(role)
             )
         )
 
     def kill_all(self, roles: Sequence[str] | None = None) -> None:
         """Ends every worker (of some roles) at once."""
-        for role, seat in self._all():
+        for role, slot in self._all():
             if roles is None or role in roles:
-                seat.worker.kill()
+                slot.worker.kill()
 
 
 def _show(finished: asyncio.Future[Any], late: Callable[[Any], object]) -> None:

@@ -30,7 +30,7 @@ from rl_edit.cli.report import report_command
 from rl_edit.cli.show import methods_command, presets_command, show_config_command
 from rl_edit.cli.structure import structure_command
 from rl_edit.cli.train import train_command
-from rl_edit.errors import ClusterUnreachable, Fenced, InputError, ResourcesInfeasible
+from rl_edit.errors import ClusterUnreachable, Fenced, InputError, Interrupted, ResourcesInfeasible
 from rl_edit.method.update import TrainingFailed
 
 # Documented in docs/usage.md; scripts rely on them. 75 is EX_TEMPFAIL of sysexits.h: another
@@ -69,6 +69,8 @@ def main() -> None:
         _leave(error, BAD_INPUT)
     except TrainingFailed as error:
         _leave(error, FAILED)
+    except Interrupted as stopped:
+        sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports a process that SIGINT ended
     except ResourcesInfeasible as error:

@@ -265,10 +265,10 @@ class RunConfig(BaseModel):
                     "reward that it can feed, e.g. one of kind region_judge."
                 )
 
-    def patience_s(self) -> float:
+    def judge_timeout_s(self) -> float:
         """Longest wait for remote judges that never answer, in seconds, per piece of work."""
         candidates = self.rollout.chunk or self.rollout.group_size
-        return sum(term.patience_s(candidates) for term in self.rewards.values())
+        return sum(term.judge_timeout_s(candidates) for term in self.rewards.values())
 
     def sha256(self) -> str:
         """Hash of :meth:`identity`."""

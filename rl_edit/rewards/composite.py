@@ -70,8 +70,8 @@ class Composite(RewardTerm):
     def lower_is_better(self) -> bool:
         return self.of.lower_is_better
 
-    def patience_s(self, num_candidates: int) -> float:
-        return self.of.patience_s(num_candidates)
+    def judge_timeout_s(self, num_candidates: int) -> float:
+        return self.of.judge_timeout_s(num_candidates)
 
     @property
     def remote(self) -> bool:

@@ -85,7 +85,7 @@ class RewardTerm(BaseModel, ABC):
         """Whether small values are good. The reward table then holds the negated value; the range speaks of the value itself."""
         return False
 
-    def patience_s(self, num_candidates: int) -> float:
+    def judge_timeout_s(self, num_candidates: int) -> float:
         """Longest one scoring call waits for another machine that never answers, in seconds; 0 where none is asked."""
         return 0.0
 

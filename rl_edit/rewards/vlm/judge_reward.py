@@ -101,7 +101,7 @@ class JudgeReward(RewardTerm):
             )
         return self
 
-    def patience_s(self, num_candidates: int) -> float:
+    def judge_timeout_s(self, num_candidates: int) -> float:
         if not isinstance(self.transport, OpenAI):
             return 0.0
         waves = math.ceil(
@@ -111,7 +111,9 @@ class JudgeReward(RewardTerm):
             min(self.backoff_s * 2**attempt, _LONGEST_WAIT_S) for attempt in range(self.retries)
         )
         again = (
-            self.model_copy(update={"repeat_every": 0}).patience_s(1) if self.repeat_every else 0.0
+            self.model_copy(update={"repeat_every": 0}).judge_timeout_s(1)
+            if self.repeat_every
+            else 0.0
         )
         return (self.retries + 1) * waves * self.transport.timeout_s + pauses + again
 

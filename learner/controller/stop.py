@@ -1,0 +1,57 @@
+"""Asking a run to commit and end: by a caller, or by a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from typing import Any
+
+
+class Stop:
+    """Asks a run to commit and end. Thread- and signal-safe; asked twice is asked once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event: asyncio.Event | None = None
+
+    def request(self) -> None:
+        self.requested = True
+        if self._loop is not None and self._event is not None:
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        if self.requested:
+            return
+        await self._event.wait()
+
+
+class Signals:
+    """Turns the first SIGINT or SIGTERM into a request to commit and end; a second ends at once."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.received = 0
+        self._stop = stop
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        # Python takes signals in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {
+                number: signal.signal(number, self._received)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _received(self, number: int, _frame: object) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        self._stop.request()

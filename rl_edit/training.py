@@ -1,0 +1,478 @@
+"""The life of a run directory: check, prepare, train, save, and say how it ended.
+
+:func:`train` is the whole of ``rl-edit train`` but for its options and what a terminal shows. What can be
+checked is checked before a file is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from learner.controller.capacity import Capacity
+from learner.controller.lease import Lease
+from learner.controller.loop import TrainingLoop
+from learner.controller.run import Observer, Outcome, Run
+from learner.controller.run_log import Events
+from learner.controller.stop import Signals, Stop
+from rl_edit.config import RunConfig, load_config
+from rl_edit.data import open_dataset
+from rl_edit.editors import editor_identity, inspect_editor, lora
+from rl_edit.errors import Fenced, InputError, Interrupted
+from rl_edit.files import EVENTS, METRICS, read_json_lines, replace_file, replace_json
+from rl_edit.method.update import TrainingFailed
+from rl_edit.provenance import code_sha256, versions
+from rl_edit.rewards import available
+from rl_edit.types import AdapterWeights
+
+
+class RunObserver(Observer, Protocol):
+    """Everything that whoever watches a run is shown."""
+
+    def starting(self, config: RunConfig) -> None:
+        """Workers are about to start."""
+
+    def ended(self) -> None:
+        """No progress follows."""
+
+    def say(self, text: str) -> None:
+        """Shows one line about the run: its plan, what is left out, how it ended."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def starting(self, config: RunConfig) -> None: ...
+    def ended(self) -> None: ...
+    def say(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def group_scored(self, update: int, done: int, total: int) -> None: ...
+    def update_done(self, metrics: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """One attempt to train a run in its directory.
+
+    Attributes:
+        record: content of ``run.json`` while the run goes on.
+        had_begun: True when the directory held a run before.
+        before: files that describe the run, as they were before this attempt.
+    """
+
+    run: Run
+    record: dict[str, Any]
+    observer: RunObserver
+    resume: bool
+    allow_skew: bool
+    had_begun: bool
+    before: dict[Path, bytes]
+
+
+def train(
+    config: RunConfig,
+    directory: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    observer: RunObserver | None = None,
+    allow_drift: frozenset[str] = frozenset(),
+    allow_skew: bool = False,
+) -> AdapterWeights | None:
+    """Trains ``config`` in ``directory`` and returns the final adapter; None for a dry run.
+
+    Args:
+        directory: the run directory; it must be new or empty, unless ``resume``.
+        resume: continue from the newest checkpoint that verifies, bit for bit.
+        dry_run: check configuration, data and editor, say the plan, and start nothing.
+        allow_drift: dotted settings that may differ from those of the checkpoint.
+        allow_skew: run although nodes have other package versions or sources.
+
+    Raises:
+        InputError: something about the settings, the data or the directory; nothing was changed.
+        TrainingFailed: the run cannot go on, or no update learnt anything.
+        ResourcesInfeasible, ClusterUnreachable: where the run was to take place.
+        Fenced: a newer attempt owns the directory.
+        Interrupted: a signal stopped the run; everything is saved.
+    """
+    observer = observer or Silent()
+    had_begun = _require_place(directory, resume=resume)
+    _require_judge_deadline(config)
+    if config.actors.runtime == "ray" and not dry_run:
+        from actors import ray_cluster
+
+        # Asked before data and editor are opened, which may take minutes.
+        ray_cluster.probe()
+    run, record = _prepare(config, directory, observer, resume=resume, allow_drift=allow_drift)
+    if dry_run:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    attempt = _Attempt(
+        run=run,
+        record=record,
+        observer=observer,
+        resume=resume,
+        allow_skew=allow_skew,
+        had_begun=had_begun,
+        before=_description_files(directory),
+    )
+    outcome = _run(attempt)
+    _say_end(outcome, run, observer)
+    return outcome.adapter
+
+
+def _require_place(directory: Path, *, resume: bool) -> bool:
+    """Returns True when a run has begun in ``directory``.
+
+    Raises:
+        InputError: it has and is not to be resumed, or has not and is, or ``directory`` is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--run-dir {directory} is a file: give a directory")
+    occupied = directory.is_dir() and any(directory.iterdir())
+    if occupied and not resume:
+        raise InputError(
+            f"run directory {directory} already holds a run: add --resume to continue it, or give "
+            "another --run-dir"
+        )
+    if resume and not occupied:
+        raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
+    return occupied
+
+
+def _require_judge_deadline(config: RunConfig) -> None:
+    """Refuses deadlines that a hanging judge outlasts: it must cost scores, not the actor.
+
+    Raises:
+        InputError: timeouts and retries of the judges exceed ``actors.deadline_s``.
+    """
+    judge_s, actors = config.judge_timeout_s(), config.actors
+    if actors.runtime != "inline" and judge_s >= actors.deadline_s:
+        raise InputError(
+            f"actors.deadline_s {actors.deadline_s:g} is not above the {judge_s:g} s that scoring may "
+            "wait for judges that hang (timeout_s, retries and pauses of rewards, questions beyond "
+            "transport.concurrency one after another): their actors would be killed in place of a few "
+            "scores. Raise deadline_s, or lower timeout_s or retries."
+        )
+
+
+def _prepare(
+    config: RunConfig,
+    directory: Path,
+    observer: RunObserver,
+    *,
+    resume: bool,
+    allow_drift: frozenset[str],
+) -> tuple[Run, dict[str, Any]]:
+    """Opens data, editor and rewards and says the plan, writing nothing.
+
+    Returns:
+        the run, and the content of ``run.json``.
+    """
+    from learner.controller import heldout
+
+    facts = inspect_editor(config.editor)
+    dataset = open_dataset(
+        config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token
+    )
+    terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
+    config.require_measured(left_out)
+    base = editor_identity(config.editor)
+    run = Run(
+        config=config,
+        dataset=dataset,
+        directory=directory,
+        settings={**config.identity(), "content": {"data": dataset.fingerprint, "editor": base}},
+        pixels_per_token=facts.pixels_per_token,
+        code_version=code_sha256(),
+        capacity=_capacity(config),
+        allow_drift=allow_drift,
+        probes=heldout.probes(config, terms, pixels_per_token=facts.pixels_per_token),
+    )
+    if resume:
+        _require_same_run(run)
+    observer.say(
+        f"{config.name}: {config.algorithm.name} on {config.editor.path}; {_size(run)}; "
+        f"rewards: {', '.join(term.name for term in terms)}"
+    )
+    if dataset.skipped:
+        observer.note(
+            f"skipped {dataset.skipped} rows whose mask is empty or full (data.empty_mask=skip)"
+        )
+    for name, why in left_out.items():
+        observer.note(f"left out reward {name}: {why}")
+    return run, _run_record(run, base, [f"{name}: {why}" for name, why in left_out.items()])
+
+
+def _size(run: Run) -> str:
+    """The amount of work in words."""
+    train = run.config.train
+    return (
+        f"{train.updates} updates x {train.groups_per_update} groups x "
+        f"{run.config.rollout.group_size} candidates "
+        f"({train.updates * train.groups_per_update} groups from {len(run.dataset)} tasks)"
+    )
+
+
+def _require_same_run(run: Run) -> None:
+    """Refuses to resume with other settings, data or editor, before anything is overwritten.
+
+    Raises:
+        InputError: the newest checkpoint that verifies was made from something else.
+    """
+    from learner.controller import checkpoint
+
+    newest, config = checkpoint.peek(run.directory / "checkpoints"), run.config
+    written = run.directory / "config.yaml"
+    if newest is not None:
+        checkpoint.require_same_run(newest, run.settings, run.directory, allow=run.allow_drift)
+        if newest.updates_done > config.train.updates:
+            raise InputError(
+                f"{run.directory} has done {newest.updates_done} updates, and train.updates is "
+                f"{config.train.updates}: ask for at least as many, or start a new --run-dir."
+            )
+    elif written.is_file():
+        # Stopped before its first checkpoint: its own config.yaml says which run it is.
+        there, here = load_config(written).identity(), config.identity()
+        different = set(checkpoint.differences(there, here)) - run.allow_drift
+        if different:
+            raise InputError(
+                f"{run.directory} belongs to another run: {', '.join(sorted(different))} differ from "
+                "its config.yaml. Resume with the run's own config.yaml, or start a new --run-dir."
+            )
+
+
+def _run(attempt: _Attempt) -> Outcome:
+    """Takes the directory, trains, saves the adapter; ``run.json`` says how it ended, failures too."""
+    run, observer = attempt.run, attempt.observer
+    config, directory = run.config, run.directory
+    lease = Lease.take(directory)
+    if took := lease.taking_over():
+        observer.note(f"{took}: that attempt ends at its next write")
+    replace_file(directory / "config.yaml", config.to_yaml())
+    replace_json(directory / "run.json", attempt.record)
+    events = Events(directory / EVENTS)
+    executor: Any = None
+    loop: TrainingLoop | None = None
+    stop = Stop()
+    observer.starting(config)
+    try:
+        executor = _executor(attempt)
+        # Installed after Ray has connected, because ray.init replaces the SIGTERM handler.
+        with Signals(stop) as signals:
+            loop = TrainingLoop(
+                run, executor, lease=lease, events=events, observer=observer, stop=stop
+            )
+            outcome = asyncio.run(loop.run(resume=attempt.resume))
+        status = _status(outcome, config)
+        if status != "stopped":
+            _require_learnt(directory)
+        observer.ended()
+        _save(attempt, outcome, status, events)
+    except Fenced:
+        raise  # the directory is another attempt's now: not a byte more
+    except BaseException as error:
+        _record_failure(attempt, error, events, started=executor is not None, loop=loop)
+        raise
+    finally:
+        observer.ended()
+        _close(config, executor)
+        if directory.is_dir():
+            lease.release()
+    if status == "stopped":
+        observer.say(
+            f"stopped after update {outcome.updates_done}; everything is saved. Continue with: "
+            f"rl-edit train --run-dir {directory} --resume"
+        )
+        raise Interrupted(signals.received)
+    return outcome
+
+
+def _save(attempt: _Attempt, outcome: Outcome, status: str, events: Events) -> None:
+    """Writes the adapters, the last event and the final ``run.json``."""
+    run, name, ended = attempt.run, None, time.time()
+    if outcome.adapter is not None:
+        name = str(outcome.adapter.id)
+        lora.save(run.directory / "adapter", outcome.adapter, run.config.lora)
+        _save_best(run, outcome.adapter, attempt.observer)
+    events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
+    record = {**attempt.record, "status": status, "adapter": name, "finished": ended}
+    record["seconds"] = ended - attempt.record["started"]
+    replace_json(run.directory / "run.json", record)
+
+
+def _record_failure(
+    attempt: _Attempt,
+    error: BaseException,
+    events: Events,
+    *,
+    started: bool,
+    loop: TrainingLoop | None,
+) -> None:
+    """Writes why the run failed. An attempt that added nothing leaves the run as it was.
+
+    Args:
+        started: True when the workers had been started.
+    """
+    directory = attempt.run.directory
+    cause = getattr(error, "cause", None) or error
+    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+    events("failed", reason=reason)
+    record = {**attempt.record, "status": "failed", "reason": reason, "finished": time.time()}
+    replace_json(directory / "run.json", record)
+    if loop is None or not loop.log.updates_reported:
+        for path, content in attempt.before.items():
+            replace_file(path, content)
+    unused = not attempt.had_begun and not (directory / "checkpoints").exists()
+    if unused and (isinstance(error, InputError) or not started):
+        shutil.rmtree(directory)
+
+
+def _description_files(directory: Path) -> dict[Path, bytes]:
+    """The files that describe a run, by path.
+
+    A record that says "running" is left out: a killed attempt leaves it, and it is no longer true.
+    """
+    paths = (directory / "config.yaml", directory / "run.json")
+    contents = {path: path.read_bytes() for path in paths if path.is_file()}
+    return {
+        path: content
+        for path, content in contents.items()
+        if path.name != "run.json" or b'"status": "running"' not in content
+    }
+
+
+def _require_learnt(directory: Path) -> None:
+    """Refuses an adapter that no update has moved.
+
+    Raises:
+        TrainingFailed: every update of the run was without a group to learn from, or skipped.
+    """
+    lines = read_json_lines(directory / METRICS)
+    if not lines or any(line["groups/used"] and not line["step/skipped"] for line in lines):
+        return
+    reasons: Counter[str] = Counter()
+    for line in lines:
+        if line["step/skipped"]:
+            reasons["the step was skipped: a loss or gradient was not finite"] += 1
+        for kind, counts in line["groups/dropped_reasons"].items():
+            reasons.update({f"{kind}: {reason}": count for reason, count in counts.items()})
+    raise TrainingFailed(
+        f"nothing was learnt in {len(lines)} updates, so the adapter is as it began "
+        f"({'; '.join(f'{n} times {why}' for why, n in reasons.most_common(3))}). Look at the rewards "
+        "(rl-edit audit-reward), at algorithm.initial_noise and algorithm.credit"
+    )
+
+
+def _status(outcome: Outcome, config: RunConfig) -> str:
+    if outcome.updates_done == config.train.updates:
+        return "done"
+    return "done early" if outcome.early else "stopped"
+
+
+def _say_end(outcome: Outcome, run: Run, observer: RunObserver) -> None:
+    directory = run.directory
+    assert outcome.adapter is not None
+    if outcome.updates_done < run.config.train.updates:
+        observer.say(
+            f"ended after update {outcome.updates_done} of {run.config.train.updates} "
+            f"(evaluation.stop_on_alarm): {outcome.early}. Go on nevertheless with: "
+            f"rl-edit train --run-dir {directory} --resume evaluation.stop_on_alarm=false"
+        )
+    observer.say(
+        f"adapter {outcome.adapter.id} in {directory / 'adapter'}; "
+        f"next: rl-edit evaluate {directory}; rl-edit report {directory}"
+    )
+
+
+def _save_best(run: Run, last: AdapterWeights, observer: RunObserver) -> None:
+    """Saves ``adapter_best/`` when the best adapter on held-out tasks is not the last one."""
+    from learner.controller import heldout
+
+    directory = run.directory
+    shutil.rmtree(directory / "adapter_best", ignore_errors=True)
+    try:
+        stored = heldout.read_best(directory / heldout.BEST)
+    except ValueError as error:  # damaged, or of another version: the last adapter is saved already
+        observer.note(str(error))
+        return
+    if stored is None or stored[1].id.sha256 == last.id.sha256:
+        return
+    best, weights = stored
+    lora.save(directory / "adapter_best", weights, run.config.lora)
+    observer.say(
+        f"the best adapter by held-out {best.protocol} is {weights.id} with {best.gold:.4g}: "
+        f"{directory / 'adapter_best'}"
+    )
+
+
+def _executor(attempt: _Attempt) -> Any:
+    """Starts the executor of the run's runtime."""
+    from actors.roles import worker_roles
+    from learner.learner import Learner
+
+    config, note = attempt.run.config, attempt.observer.note
+    roles = worker_roles(config, attempt.run.dataset.fields, Learner)
+    if config.actors.runtime != "ray":
+        from actors.local_executor import LocalExecutor
+
+        return LocalExecutor(roles, threaded=config.actors.runtime == "thread")
+    from actors import ray_cluster, ray_executor
+
+    ray_cluster.connect(config)
+    ray_cluster.check_stop_wait(config.train.grace_s, note=note)
+    places = ray_cluster.reserve(config, roles, note=note)
+    ray_cluster.check_nodes(allow_skew=attempt.allow_skew, note=note)
+    return ray_executor.RayExecutor(roles, places)
+
+
+def _capacity(config: RunConfig) -> Capacity:
+    from actors.roles import available_cores, threads_per_actor
+
+    return Capacity.of(config, threads_per_actor(config), available_cores())
+
+
+def _close(config: RunConfig, executor: Any) -> None:
+    if executor is not None:
+        asyncio.run(executor.close())
+    if config.actors.runtime == "ray":
+        from actors import ray_cluster
+
+        ray_cluster.disconnect()
+
+
+def _run_record(run: Run, base: str, left_out: list[str]) -> dict[str, Any]:
+    """Content of ``run.json`` at the start of an attempt."""
+    config = run.config
+    return {
+        "name": config.name,
+        "method": config.algorithm.name,
+        "editor": config.editor.path,
+        "seed": config.seed,
+        "status": "running",
+        "updates": config.train.updates,
+        "config_sha256": config.sha256(),
+        "data_fingerprint": run.dataset.fingerprint,
+        "editor_identity": base,
+        "left_out_rewards": left_out,
+        "versions": versions(),
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
+        "command": " ".join(["rl-edit", *sys.argv[1:]]),
+        "started": time.time(),
+    }
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

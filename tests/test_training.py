@@ -1,0 +1,89 @@
+"""``rl_edit.training``: a run from the library, and the path from the command to the optimizer's step."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rl_edit.cli import main
+from rl_edit.training import Silent, train
+from runs import metrics_of, small_config
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("rl_edit", "actors", "learner")
+
+
+def project_files(frames: traceback.StackSummary) -> list[str]:
+    """The project's own frames as ``file function``, outermost first."""
+    own = []
+    for frame in frames:
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ROOMS:
+            own.append(f"{path.relative_to(ROOT).as_posix()} {frame.name}")
+    return own
+
+
+def test_six_files_lead_from_the_command_to_the_optimizer_step(
+    small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts the frames of a real run. Awaited coroutines stand on the same stack as the command."""
+    seen: list[list[str]] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        seen.append(project_files(traceback.extract_stack()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    config = small_config(small_editor, "train.updates=1", "actors.runtime=inline")
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    arguments = ["train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["rl-edit", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    (frames,) = seen
+    files = {frame.split()[0] for frame in frames}
+    assert {"rl_edit/cli/train.py", "rl_edit/training.py", "rl_edit/method/update.py"} <= files
+    assert len(files) <= 6, "\n".join(frames)
+    assert len(frames) <= 15, "\n".join(frames)
+
+
+def test_a_run_is_trained_from_the_library_and_its_observer_sees_every_update(
+    small_editor: str, tmp_path: Path
+) -> None:
+    class Watcher(Silent):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+            self.updates: list[int] = []
+            self.calls: list[str] = []
+
+        def starting(self, config: Any) -> None:
+            self.calls.append("starting")
+
+        def ended(self) -> None:
+            self.calls.append("ended")
+
+        def say(self, text: str) -> None:
+            self.lines.append(text)
+
+        def update_done(self, metrics: dict[str, Any]) -> None:
+            self.updates.append(metrics["update"])
+
+    watcher = Watcher()
+    config = small_config(small_editor, "train.updates=2")
+    weights = train(config, tmp_path / "run", observer=watcher)
+    assert weights is not None and weights.id.step == 2
+    assert watcher.updates == [0, 1] == [line["update"] for line in metrics_of(tmp_path / "run")]
+    assert watcher.calls[0] == "starting" and watcher.calls[-1] == "ended"
+    assert "2 updates x" in watcher.lines[0] and str(weights.id) in watcher.lines[-1]
+
+
+def test_a_dry_run_returns_nothing_and_writes_nothing(small_editor: str, tmp_path: Path) -> None:
+    assert train(small_config(small_editor), tmp_path / "run", dry_run=True) is None
+    assert not (tmp_path / "run").exists()
