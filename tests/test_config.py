@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rl_edit.config import RunConfig, load_config, presets, validated
+from rl_edit.config import RunConfig, is_default, load_config, presets, validated
 from rl_edit.config.reference import reference
 from rl_edit.errors import InputError
 from rl_edit.method.algorithms import METHODS
@@ -374,6 +374,16 @@ def test_show_config_prints_everything_that_can_be_set(
     shown = yaml.safe_load(out)
     assert shown["train"]["updates"] == 7
     assert set(shown) == set(RunConfig.model_fields)
+
+
+def test_a_setting_is_at_its_default_under_the_kind_that_is_chosen() -> None:
+    identity = load_config(preset=TINY, overrides=["train.inner_epochs=3"]).identity()
+    at_default = ["train.minibatches", "algorithm.credit.min_spread", "editor.true_cfg"]
+    at_default += ["rewards.judge.coarse", "algorithm.objective.inner.num_anchors"]
+    changed = ["train.inner_epochs", "algorithm.credit.normalise", "algorithm.objective.kind"]
+    no_setting = ["train.nothing", "rewards.judge", "content.data", "algorithm.credit.edit_share"]
+    assert [name for name in at_default if not is_default(name, identity)] == []
+    assert [name for name in [*changed, *no_setting] if is_default(name, identity)] == []
 
 
 def test_the_reference_of_all_settings_is_what_the_models_say(

@@ -73,22 +73,32 @@ def is_default(name: str, settings: Mapping[str, Any]) -> bool:
     Args:
         settings: the identity, in which ``kind`` selects the members of unions.
     """
-    annotation: Any = RunConfig
-    node: Any = settings
     # Walk models and values side by side; the values say which member of a union is meant.
     *parents, last = name.split(".")
+    annotation: Any = RunConfig
+    node: Any = settings
+    default_section: Any = None
     for part in parents:
-        node = node.get(part) if isinstance(node, Mapping) else None
+        default_section = _default(annotation, part, node)
         annotation = child_of(annotation, part)
+        node = node.get(part) if isinstance(node, Mapping) else None
     if not isinstance(node, Mapping) or last not in node:
         return False
-    fields = [
-        model.model_fields[last]
-        for model in models_of(annotation)
-        if last in model.model_fields and tag_of(model) in (None, node.get("kind", tag_of(model)))
-    ]
-    defaults = [field.get_default(call_default_factory=True) for field in fields]
-    return any(
-        default is not PydanticUndefined and to_jsonable_python(default) == node[last]
-        for default in defaults
-    )
+    if last == "kind":
+        # Every member has its own kind as default. Which of them is the default, the section says.
+        return isinstance(default_section, Mapping) and default_section.get(last) == node[last]
+    default = _default(annotation, last, node)
+    return default is not PydanticUndefined and bool(default == node[last])
+
+
+def _default(annotation: Any, key: str, node: Any) -> Any:
+    """The default of a key as JSON, in the member of a union that a mapping selects.
+
+    A mapping without a kind selects the first member that has the key.
+    """
+    kind = node.get("kind") if isinstance(node, Mapping) else None
+    for model in models_of(annotation):
+        if key in model.model_fields and (kind is None or tag_of(model) in (None, kind)):
+            default = model.model_fields[key].get_default(call_default_factory=True)
+            return default if default is PydanticUndefined else to_jsonable_python(default)
+    return PydanticUndefined

@@ -39,6 +39,9 @@ values of a run.
 A part with a `kind` has the keys of that kind only. A named method (`algorithm.name`, see
 [method.md](method.md)) brings its values for every part of `algorithm`. The defaults below are
 those of a part that is given by its `kind`.
+
+A setting that was renamed in this version is read under its old name too, in files, on the command
+line and in run directories. A hint on stderr names the present one.
 """
 
 _NAMES = {int: "int", float: "float", bool: "bool", str: "text", Path: "path", type(None): "null"}
