@@ -25,7 +25,7 @@ from rl_edit.config.sections import (
     automatic_ranks,
 )
 from rl_edit.data import DataConfig
-from rl_edit.editors import EditorConfig, FluxKontextConfig
+from rl_edit.editors import EditorConfig, editor_config
 from rl_edit.editors.lora import LoraConfig
 from rl_edit.errors import InputError
 from rl_edit.method.advantages import RegionCredit, SplitCredit
@@ -54,7 +54,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str = "run"
     seed: int = 0
-    editor: EditorConfig = FluxKontextConfig()
+    editor: EditorConfig = editor_config({})
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     algorithm: Algorithm = Algorithm()

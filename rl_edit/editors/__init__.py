@@ -52,7 +52,7 @@ EditorConfig = Annotated[
     Plugin(where="editor", law=EditorFamily),
     BeforeValidator(_with_kind),
 ]
-"""Settings of an editor: a union over families, told apart by ``kind``."""
+"""Settings of an editor: a union over families, by ``kind``."""
 
 _EDITOR_CONFIG: TypeAdapter[FluxKontextConfig] = TypeAdapter(EditorConfig)
 

@@ -345,7 +345,7 @@ class FluxKontextEditor:
         rows, columns = next(iter(grids))
         device, dtype = self.device, self.dtype
         target = self.pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
-        # The first id tells source tokens from target tokens; the others are row and column.
+        # The first id separates source from target tokens; the others are row and column.
         source = target.clone()
         source[..., 0] = 1
         text_rows = torch.stack([c.tensors["text_rows"] for c in many]).to(device)
