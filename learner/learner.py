@@ -155,7 +155,8 @@ class Learner:
             raise RuntimeError(
                 f"asked for update {order.update} with plan {order.plan[:12]}, but this learner "
                 f"has done {policy.updates_done}, the last with plan "
-                f"{last.report.plan[:12] if last else 'unknown'}: it would be applied twice or out of "
+                f"{last.report.plan[:12] if last else 'unknown'}: it would be applied twice or out "
+                "of "
                 "order"
             )
         credits, declined = self._credit(order)

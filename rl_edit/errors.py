@@ -12,11 +12,13 @@ class ResourcesInfeasible(RuntimeError):
 
 
 class InputError(ValueError):
-    """Bad input, exit code 2: the message names the value, why it matters, and what to do instead."""
+    """Bad input, exit code 2: the message names the value, why it matters, and what to do
+    instead."""
 
 
 class Fenced(RuntimeError):
-    """A newer attempt holds the run directory: this process must not write there any more. Exit code 75."""
+    """A newer attempt holds the run directory: this process must not write there any more. Exit
+    code 75."""
 
 
 class Interrupted(RuntimeError):
@@ -28,12 +30,15 @@ class Interrupted(RuntimeError):
 
 
 class WorkerLost(RuntimeError):
-    """A process or machine is gone, or did not answer in time. The same call on another worker may well succeed."""
+    """A process or machine is gone, or did not answer in time. The same call on another worker may
+    well succeed."""
 
 
 class WorkFailed(RuntimeError):
-    """The work itself raised inside a sound worker. The same work will most likely fail elsewhere too."""
+    """The work itself raised inside a sound worker. The same work will most likely fail elsewhere
+    too."""
 
 
 class BlobLost(RuntimeError):
-    """An array is gone with the machine that held it. Whoever made it can make it again: work is repeatable."""
+    """An array is gone with the machine that held it. Whoever made it can make it again: work is
+    repeatable."""

@@ -1,7 +1,7 @@
 """Files and directories that appear complete or not at all, and append-only JSON lines.
 
-Every writer of the project uses these functions. A reader, or a process killed at any point, sees the
-old content or the new one. This file knows no record and no tensor.
+Every writer of the project uses these functions. A reader, or a process killed at any point, sees
+the old content or the new one. This file knows no record and no tensor.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def replace_file(path: Path, content: str | bytes | memoryview, *, durable: bool
 
 
 def replace_json(path: Path, value: object, *, durable: bool = False) -> None:
-    """Replaces a file with indented JSON. NaN and infinity are refused: no other reader takes them."""
+    """Replaces a file with indented JSON. NaN and infinity are refused: no other reader takes
+    them."""
     replace_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
 
 
@@ -112,8 +113,8 @@ def new_directory(path: Path) -> Iterator[Path]:
 def replace_directory(path: Path, partial: Path, fill: Callable[[Path], None]) -> None:
     """Replaces a directory with one that ``fill`` writes into ``partial``; everything is synced.
 
-    Killed between the two renames, the old copy is left as ``.old-NAME``: a name cannot be exchanged
-    portably. What ``fill`` raises leaves ``path`` as it was.
+    Killed between the two renames, the old copy is left as ``.old-NAME``: a name cannot be
+    exchanged portably. What ``fill`` raises leaves ``path`` as it was.
 
     Args:
         partial: a sibling of ``path``; what an earlier attempt left there is removed.
@@ -136,7 +137,8 @@ def replace_directory(path: Path, partial: Path, fill: Callable[[Path], None]) -
 
 
 class JsonLines:
-    """An append-only file of JSON objects, flushed line by line. A crash costs at most the last line."""
+    """An append-only file of JSON objects, flushed line by line. A crash costs at most the last
+    line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,6 +1,7 @@
 """The messages between the controller and its workers.
 
-Large arrays travel beside a message as blobs of their own, so that the controller moves references only::
+Large arrays travel beside a message as blobs of their own, so that the controller moves references
+only::
 
     WorkItem -> RolloutResult + group blob -> LearnOrder + group blobs -> LearnAnswer
 
@@ -63,7 +64,8 @@ class LearnSlot:
     Attributes:
         task_type: the kind of edit, by which exploration may be steered.
         areas: the separate edit areas on the token grid; None when the group was lost.
-        tables: packed reward tables, one per chunk in candidate order; empty when the group was lost.
+        tables: packed reward tables, one per chunk in candidate order; empty when the group was
+            lost.
         lost: why there is no group ("" when there is one): it failed beyond its retry budget.
     """
 
@@ -79,7 +81,8 @@ class LearnOrder:
 
     Attributes:
         update: its number; updates are applied in order.
-        plan: hash of everything that goes into it, in canonical order. The same plan is applied once.
+        plan: hash of everything that goes into it, in canonical order. The same plan is applied
+            once.
         slots: one per group, in slot order.
     """
 
@@ -94,8 +97,8 @@ class LearnReport:
 
     Attributes:
         adapter: name of the new acting weights, which the actors run.
-        result: name of the new weights that are evaluated and saved: the same, unless the method acts
-            on a decayed average or the run saves one.
+        result: name of the new weights that are evaluated and saved: the same, unless the method
+            acts on a decayed average or the run saves one.
         plan: hash of what was applied (update, work items, reward tables).
         metrics: loss, ratio, clip and gradient statistics; empty when no group was trained.
         declined: why groups were not trained, by kind ("lost", "invalid", "spread").
@@ -125,8 +128,8 @@ class LearnReport:
 class LearnAnswer(NamedTuple):
     """Answer of one rank: a report, then three blobs as separate return values.
 
-    A named tuple, because an executor returns each blob by itself: as an array in this process, as a
-    reference elsewhere. ``report`` says which are there; the others are :data:`ABSENT`.
+    A named tuple, because an executor returns each blob by itself: as an array in this process, as
+    a reference elsewhere. ``report`` says which are there; the others are :data:`ABSENT`.
 
     Attributes:
         adapter: packed acting weights, on rank 0.

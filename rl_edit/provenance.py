@@ -1,4 +1,5 @@
-"""What code ran: package versions and the hash of our own sources, to compare machines and to sign checkpoints."""
+"""What code ran: package versions and the hash of our own sources, to compare machines and to sign
+checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The life of a run directory: check, prepare, train, save, and say how it ended.
 
-:func:`train` is the whole of ``rl-edit train`` but for its options and what a terminal shows. What can be
-checked is checked before a file is written.
+:func:`train` is the whole of ``rl-edit train`` but for its options and what a terminal shows. What
+can be checked is checked before a file is written.
 """
 
 from __future__ import annotations
@@ -159,9 +159,11 @@ def _require_judge_deadline(config: RunConfig) -> None:
     judge_s, actors = config.judge_timeout_s(), config.actors
     if actors.runtime != "inline" and judge_s >= actors.deadline_s:
         raise InputError(
-            f"actors.deadline_s {actors.deadline_s:g} is not above the {judge_s:g} s that scoring may "
+            f"actors.deadline_s {actors.deadline_s:g} is not above the {judge_s:g} s that scoring "
+            "may "
             "wait for judges that hang (timeout_s, retries and pauses of rewards, questions beyond "
-            "transport.concurrency one after another): their actors would be killed in place of a few "
+            "transport.concurrency one after another): their actors would be killed in place of a "
+            "few "
             "scores. Raise deadline_s, or lower timeout_s or retries."
         )
 
@@ -247,13 +249,15 @@ def _require_same_run(run: Run) -> None:
         different = set(checkpoint.differences(there, here)) - run.allow_drift
         if different:
             raise InputError(
-                f"{run.directory} belongs to another run: {', '.join(sorted(different))} differ from "
+                f"{run.directory} belongs to another run: {', '.join(sorted(different))} differ "
+                "from "
                 "its config.yaml. Resume with the run's own config.yaml, or start a new --run-dir."
             )
 
 
 def _run(attempt: _Attempt) -> Outcome:
-    """Takes the directory, trains, saves the adapter; ``run.json`` says how it ended, failures too."""
+    """Takes the directory, trains, saves the adapter; ``run.json`` says how it ended, failures
+    too."""
     run, observer = attempt.run, attempt.observer
     config, directory = run.config, run.directory
     lease = Lease.take(directory)
@@ -369,7 +373,8 @@ def _require_learnt(directory: Path) -> None:
             reasons.update({f"{kind}: {reason}": count for reason, count in counts.items()})
     raise TrainingFailed(
         f"nothing was learnt in {len(lines)} updates, so the adapter is as it began "
-        f"({'; '.join(f'{n} times {why}' for why, n in reasons.most_common(3))}). Look at the rewards "
+        f"({'; '.join(f'{n} times {why}' for why, n in reasons.most_common(3))}). Look at the "
+        "rewards "
         "(rl-edit audit-reward), at algorithm.initial_noise and algorithm.credit"
     )
 

@@ -74,7 +74,7 @@ NAMES = {
     "most": "max_...",
     "over": "stop_reason",
     "own": "the noun",
-    "judge_timeout_s": "judge_timeout_s",
+    "patience_s": "judge_timeout_s",
     "plain": "the noun",
     "post": "worker_spec",
     "said": "returned, declared",

@@ -1,4 +1,5 @@
-"""What the workers of a run occupy, so that their time can be compared with what the hardware could have done."""
+"""What the workers of a run occupy, so that their time can be compared with what the hardware could
+have done."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ class Capacity:
     Attributes:
         rollout, reward, learner: devices that one worker of the role keeps busy while it works.
         total: devices that the run has.
-        divisible: whether workers of the roles could be exchanged one for one, so that advice on the split makes sense.
+        divisible: whether workers of the roles could be exchanged one for one, so that advice on
+            the split makes sense.
     """
 
     rollout: float = 1

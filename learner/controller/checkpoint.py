@@ -1,7 +1,9 @@
-"""Checkpoints: written whole or not at all, verified when read. safetensors and JSON only, and no tensor is unpacked here.
+"""Checkpoints: written whole or not at all, verified when read. safetensors and JSON only, and no
+tensor is unpacked here.
 
-A directory ``step_NNNNNN`` holds the packed learner, the packed adapters that actors may still be asked for, ``state.json``
-and ``MANIFEST.json``, which names every file that counts with its size and hash. Other files beside them are never opened.
+A directory ``step_NNNNNN`` holds the packed learner, the packed adapters that actors may still be
+asked for, ``state.json`` and ``MANIFEST.json``, which names every file that counts with its size
+and hash. Other files beside them are never opened.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ class Unsound(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Everything a run continues from. There is no random state: seeds are keyed, and ``updates_done`` is the data cursor.
+    """Everything a run continues from. There is no random state: seeds are keyed, and
+    ``updates_done`` is the data cursor.
 
     Attributes:
-        settings: everything that decides results, as JSON: settings, and the hashes of data and editor under ``content``.
+        settings: everything that decides results, as JSON: settings, and the hashes of data and
+            editor under ``content``.
         code_version: of the package that wrote it.
         ledger: what the controller counts across attempts, as JSON.
         learner: packed ``LearnerState``.
@@ -93,7 +97,8 @@ class _File(_Record):
 
 
 class _Manifest(_Record):
-    """Its own bytes have no hash, so what it says besides hashes stands in ``state.json`` too, and both must agree."""
+    """Its own bytes have no hash, so what it says besides hashes stands in ``state.json`` too, and
+    both must agree."""
 
     parent: str | None
     lease_epoch: int
@@ -101,7 +106,8 @@ class _Manifest(_Record):
 
 
 def write(directory: Path, checkpoint: Checkpoint, *, lease: Lease) -> Path:
-    """Writes ``directory/step_NNNNNN``: temporary folder, every file synced, manifest last, lease asked again, rename.
+    """Writes ``directory/step_NNNNNN``: temporary folder, every file synced, manifest last, lease
+    asked again, rename.
 
     Raises:
         Fenced: another attempt holds the run directory; nothing was renamed.
@@ -162,7 +168,8 @@ def write(directory: Path, checkpoint: Checkpoint, *, lease: Lease) -> Path:
 
 
 def newest(directory: Path, on_corrupt: Callable[..., object]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; a bad one is renamed ``.corrupt-...`` and reported through ``on_corrupt``."""
+    """The newest checkpoint that verifies; a bad one is renamed ``.corrupt-...`` and reported
+    through ``on_corrupt``."""
     for path in reversed(_steps(directory)):
         try:
             return read(path)
@@ -173,7 +180,8 @@ def newest(directory: Path, on_corrupt: Callable[..., object]) -> Checkpoint | N
 
 
 def peek(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; unlike ``newest`` this leaves a bad one where it lies."""
+    """The newest checkpoint that verifies; unlike ``newest`` this leaves a bad one where it
+    lies."""
     for path in reversed(_steps(directory)):
         with contextlib.suppress(Unsound):
             return read(path)
@@ -184,7 +192,8 @@ def read(path: Path) -> Checkpoint:
     """A checkpoint whose every byte is as its manifest says.
 
     Raises:
-        Unsound: it is damaged, incomplete, or not a checkpoint of this package. Nothing but safetensors and JSON was opened.
+        Unsound: it is damaged, incomplete, or not a checkpoint of this package. Nothing but
+            safetensors and JSON was opened.
         OSError: the disk cannot be read, which says nothing about the checkpoint.
     """
     if not (path / MANIFEST).is_file():
@@ -199,7 +208,8 @@ def read(path: Path) -> Checkpoint:
             raise Unsound(f"{MANIFEST} names {name!r}, which is not a plain file name")
         if Path(name).suffix not in (".safetensors", ".json"):
             raise Unsound(
-                f"{MANIFEST} names {name!r}: only .safetensors and .json are opened, for a pickle may run code"
+                f"{MANIFEST} names {name!r}: only .safetensors and .json are opened, for a pickle "
+                "may run code"
             )
     if missing := {LEARNER, STATE} - manifest.files.keys():
         raise Unsound(f"{MANIFEST} does not name {', '.join(sorted(missing))}")
@@ -244,13 +254,16 @@ def require_same_run(
             for name, (there, here) in refused.items()
         )
         raise InputError(
-            f"{where} belongs to another run ({listed}): one run would mix the results of both. Resume with the run's own config.yaml, "
-            f"accept changes with {' '.join(f'--allow-config-drift {name}' for name in refused)}, or start a new --run-dir."
+            f"{where} belongs to another run ({listed}): one run would mix the results of both. "
+            "Resume with the run's own config.yaml, "
+            f"accept changes with {' '.join(f'--allow-config-drift {name}' for name in refused)}, "
+            "or start a new --run-dir."
         )
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value there, value here) of every setting that differs; ``ABSENT`` where one side has none."""
+    """Dotted name -> (value there, value here) of every setting that differs; ``ABSENT`` where one
+    side has none."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*there, *here}):
         one, other = there.get(key, ABSENT), here.get(key, ABSENT)
@@ -262,7 +275,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, 
 
 
 def prune(directory: Path, keep: int, *, lease: Lease) -> None:
-    """Removes all but the newest ``keep`` checkpoints, and what killed attempts of earlier epochs were writing.
+    """Removes all but the newest ``keep`` checkpoints, and what killed attempts of earlier epochs
+    were writing.
 
     Raises:
         Fenced: what lies there belongs to another attempt now.
@@ -283,19 +297,22 @@ def prune(directory: Path, keep: int, *, lease: Lease) -> None:
 
 
 def disk_space_problem(directory: Path, nbytes: int) -> str:
-    """ "" when two checkpoints of ``nbytes`` fit on the disk of ``directory``; else a sentence that says so."""
+    """ "" when two checkpoints of ``nbytes`` fit on the disk of ``directory``; else a sentence that
+    says so."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free >= 2 * nbytes:
         return ""
     return (
-        f"{free / 1e9:.2f} GB are free for {directory}, but a checkpoint takes {nbytes / 1e9:.2f} GB and a new one is written before an "
+        f"{free / 1e9:.2f} GB are free for {directory}, but a checkpoint takes {nbytes / 1e9:.2f} "
+        "GB and a new one is written before an "
         "old one is removed."
     )
 
 
 def _steps(directory: Path) -> list[Path]:
-    """Checkpoints by number; the replaced copy of a step, which a killed write may leave, comes before the step itself."""
+    """Checkpoints by number; the replaced copy of a step, which a killed write may leave, comes
+    before the step itself."""
     found = [path for path in directory.glob("*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (_number(path), path.name.startswith("step_")))
 
@@ -323,9 +340,11 @@ def _verified(file: Path, expected: _File) -> np.ndarray:
 
 
 def _instead_of_safetensors(content: np.ndarray) -> str:
-    """ "" for safetensors, which begin with the length of a JSON header and the header; else what the bytes seem to be.
+    """ "" for safetensors, which begin with the length of a JSON header and the header; else what
+    the bytes seem to be.
 
-    Asked in this order because the length of a sound header may well spell the first bytes of a pickle.
+    Asked in this order because the length of a sound header may well spell the first bytes of a
+    pickle.
     """
     head = content[:9].tobytes()
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= content.nbytes - 8:
@@ -357,7 +376,8 @@ def _shown(value: Any) -> str:
 
 
 def _free_name(path: Path) -> Path:
-    """``path``, or the first ``path-N`` that does not exist: a step may be found corrupt more than once."""
+    """``path``, or the first ``path-N`` that does not exist: a step may be found corrupt more than
+    once."""
     candidate, number = path, 1
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1

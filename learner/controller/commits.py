@@ -24,7 +24,8 @@ class Commits:
     """Writes checkpoints of one run and remembers how far it is committed.
 
     Args:
-        identity: the settings that decide results, and the hash of the sources; both go into checkpoints.
+        identity: the settings that decide results, and the hash of the sources; both go into
+            checkpoints.
         note: called with what a person should know.
     """
 
@@ -52,7 +53,8 @@ class Commits:
         return updates_done % train.checkpoint_every == 0 or updates_done == train.updates
 
     async def require_space(self, snapshot: LearnerSnapshot) -> None:
-        """Refuses a disk that cannot take a checkpoint, before hours go into what could not be stored.
+        """Refuses a disk that cannot take a checkpoint, before hours go into what could not be
+        stored.
 
         Raises:
             InputError: with the sizes.
@@ -129,7 +131,9 @@ class Commits:
         )
         if self.failed_in_a_row >= train.max_failed_commits or updates_done == train.updates:
             raise TrainingFailed(
-                f"{self.failed_in_a_row} checkpoints in a row could not be written to {self.directory} "
-                f"({error}): free space or give another --run-dir, then continue with --resume from "
+                f"{self.failed_in_a_row} checkpoints in a row could not be written to "
+                f"{self.directory} "
+                f"({error}): free space or give another --run-dir, then continue with --resume "
+                "from "
                 f"update {self.updates_done}"
             ) from error

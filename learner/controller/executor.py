@@ -1,7 +1,8 @@
-"""What the controller asks of whoever runs processes. Implementations: inline, thread (``actors/local_executor.py``) and Ray (``actors/ray_executor.py``).
+"""What the controller asks of whoever runs processes. Implementations: inline, thread
+(``actors/local_executor.py``) and Ray (``actors/ray_executor.py``).
 
-The controller's promises (deadlines, retries, incarnations, first-valid-wins) rest on these few calls only, so they are
-tested without Ray and hold with it.
+The controller's promises (deadlines, retries, incarnations, first-valid-wins) rest on these few
+calls only, so they are tested without Ray and hold with it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 Ref = Any
-"""A blob wherever the executor keeps it: an array in this process, an object reference under Ray. Owned by the driver."""
+"""A blob wherever the executor keeps it: an array in this process, an object reference under Ray.
+Owned by the driver."""
 
 
 class Worker(Protocol):
@@ -22,7 +24,8 @@ class Worker(Protocol):
 
         Args:
             args: small values, or refs, which the worker receives as arrays.
-            blobs: how many arrays the method returns after its first value; they stay where they are, as refs.
+            blobs: how many arrays the method returns after its first value; they stay where they
+                are, as refs.
 
         Returns:
             the value; with ``blobs``, a tuple of the value and that many refs.
@@ -30,7 +33,8 @@ class Worker(Protocol):
         Raises:
             WorkerLost: the process is gone (also when it was killed meanwhile).
             BlobLost: an array among the arguments is gone.
-            WorkFailed: the method raised. ``InputError`` and ``TrainingFailed`` come through as themselves.
+            WorkFailed: the method raised. ``InputError`` and ``TrainingFailed`` come through as
+                themselves.
         """
 
     def kill(self) -> None:
@@ -43,7 +47,8 @@ class Executor(Protocol):
     def spawn(self, role: str, worker_slot: int) -> Worker:
         """Starts a worker for a role's worker slot, without waiting for it (``ready`` does that).
 
-        Where one process serves several roles (the colocated placement), its living process is returned.
+        Where one process serves several roles (the colocated placement), its living process is
+        returned.
         """
 
     def direct(self, role: str) -> Any | None:

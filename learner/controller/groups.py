@@ -1,7 +1,7 @@
 """Groups on their way to the learner: planned, dispatched, rolled out, scored, gathered.
 
-Each group is a slot of an update. It is rolled out in chunks of its candidates, side by side, and each
-chunk is scored as soon as it is there. A group is complete or lost, never partial.
+Each group is a slot of an update. It is rolled out in chunks of its candidates, side by side, and
+each chunk is scored as soon as it is there. A group is complete or lost, never partial.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class ScoredGroup:
 class GroupCollector:
     """Makes the groups of updates.
 
-    At most ``(max_lag + 1) * groups_per_update`` groups are in flight, so whatever is admitted can be
-    trained on, and nothing is ever evicted.
+    At most ``(max_lag + 1) * groups_per_update`` groups are in flight, so whatever is admitted can
+    be trained on, and nothing is ever evicted.
 
     Args:
         plan: the work of each slot.
@@ -153,7 +153,8 @@ class GroupCollector:
                 chunk.cancel()
 
     async def _chunk(self, item: WorkItem, kind: str) -> ScoredChunk:
-        """Rolls out and scores one item; rolls it out again when its blob is lost before it is scored."""
+        """Rolls out and scores one item; rolls it out again when its blob is lost before it is
+        scored."""
         lost = 0
         while True:
             result, blob = await self._rollout(item, kind)

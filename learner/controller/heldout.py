@@ -1,8 +1,11 @@
-"""LearnerSnapshot-out tasks during training: does the reward that is trusted (gold) still rise with the one that is trained on?
+"""LearnerSnapshot-out tasks during training: does the reward that is trusted (gold) still rise with
+the one that is trained on?
 
-A reward that is optimised for long is earned by what it overlooks. Every ``evaluation.every`` updates one candidate of each probe
-is rolled out and scored like any group; here is what is looked at, what was seen, and when to raise the alarm. Nothing is kept in
-memory: the history is ``heldout.jsonl``, the best adapter by gold is ``best/``, and a resumed run reads both.
+A reward that is optimised for long is earned by what it overlooks. Every ``evaluation.every``
+updates one candidate of each probe is rolled out and scored like any group; here is what is looked
+at, what was seen, and when to raise the alarm. Nothing is kept in
+memory: the history is ``heldout.jsonl``, the best adapter by gold is ``best/``, and a resumed run
+    reads both.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ BEST, RECORD = "best", "best.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Probes:
-    """The held-out tasks that are looked at, and the name of the reward term that is trusted there."""
+    """The held-out tasks that are looked at, and the name of the reward term that is trusted
+    there."""
 
     dataset: Dataset
     number: int
@@ -55,10 +59,12 @@ class Evaluation(BaseModel):
     Attributes:
         update: the last one applied.
         gold, total: means of the gold term and of the weighted sum of all terms.
-        training: mean total reward of the training groups since the evaluation before; None when none was scored.
+        training: mean total reward of the training groups since the evaluation before; None when
+            none was scored.
         n: tasks with a valid score of every term that weighs and of gold, the only ones that count.
         background_psnr: dB, masked convention; None where it was not measured.
-        protocol: what decides gold besides the adapter. Evaluations under different ones are not compared.
+        protocol: what decides gold besides the adapter. Evaluations under different ones are not
+            compared.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -73,7 +79,8 @@ class Evaluation(BaseModel):
 
 
 class Best(BaseModel):
-    """``best/best.json``: the evaluation that had the most gold, and the packed adapter's file, named by the hash of its bytes."""
+    """``best/best.json``: the evaluation that had the most gold, and the packed adapter's file,
+    named by the hash of its bytes."""
 
     model_config = ConfigDict(frozen=True)
     update: int
@@ -85,7 +92,8 @@ class Best(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """Training reward rose and gold fell, ``in_a_row`` evaluations long; ``before`` is the evaluation that they started from."""
+    """Training reward rose and gold fell, ``in_a_row`` evaluations long; ``before`` is the
+    evaluation that they started from."""
 
     before: Evaluation
     last: Evaluation
@@ -96,7 +104,8 @@ class Alarm:
         first, last = cast("float", self.before.training), cast("float", self.last.training)
         return (
             f"training reward rose from {_apart(first, last)} while held-out gold fell from "
-            f"{_apart(self.before.gold, self.last.gold)}, {self.in_a_row} evaluations in a row (updates {self.before.update + 1} to "
+            f"{_apart(self.before.gold, self.last.gold)}, {self.in_a_row} evaluations in a row "
+            f"(updates {self.before.update + 1} to "
             f"{self.last.update + 1})"
         )
 
@@ -110,7 +119,8 @@ def _apart(before: float, after: float) -> str:
 
 
 def alarm(history: Sequence[Evaluation], patience: int) -> Alarm | None:
-    """The alarm that stands after the last evaluation, if any: ``patience`` or more in a row, each compared with the one before."""
+    """The alarm that stands after the last evaluation, if any: ``patience`` or more in a row, each
+    compared with the one before."""
     in_a_row = 0
     for after, before in itertools.pairwise(reversed(history)):
         if (
@@ -130,7 +140,8 @@ def probes(config: RunConfig, terms: Sequence[Reward], *, pixels_per_token: int)
     """What a run with these usable terms looks at; None when ``evaluation.every`` is 0.
 
     Raises:
-        InputError: ``evaluation.gold`` is no term of the run, or the held-out tasks cannot feed every term.
+        InputError: ``evaluation.gold`` is no term of the run, or the held-out tasks cannot feed
+            every term.
     """
     wanted = config.evaluation
     if not wanted.every:
@@ -141,7 +152,8 @@ def probes(config: RunConfig, terms: Sequence[Reward], *, pixels_per_token: int)
     )
     if gold not in names:
         raise InputError(
-            f"evaluation.gold {gold!r} is no reward of this run, so held-out tasks could not be judged by it. Name one of "
+            f"evaluation.gold {gold!r} is no reward of this run, so held-out tasks could not be "
+            "judged by it. Name one of "
             f"{', '.join(names)}, or add it to rewards with weight 0."
         )
     dataset = open_dataset(
@@ -150,8 +162,10 @@ def probes(config: RunConfig, terms: Sequence[Reward], *, pixels_per_token: int)
     for term in terms:
         if missing := sorted(term.requires - dataset.fields):
             raise InputError(
-                f"reward {term.name!r} needs the field {' and '.join(missing)} of every held-out task and the data does not have it, so "
-                f"evaluation.every({wanted.every}) could compare nothing. Add it, change data.heldout_path, or set evaluation.every=0."
+                f"reward {term.name!r} needs the field {' and '.join(missing)} of every held-out "
+                "task and the data does not have it, so "
+                f"evaluation.every({wanted.every}) could compare nothing. Add it, change "
+                "data.heldout_path, or set evaluation.every=0."
             )
     return Probes(dataset=dataset, number=min(wanted.probe_tasks, len(dataset)), gold=gold)
 
@@ -169,7 +183,8 @@ def read_best(directory: Path) -> tuple[Best, AdapterWeights] | None:
     packed = np.fromfile(file, dtype=np.uint8) if file.is_file() else np.empty(0, np.uint8)
     if best.file != _name(packed):
         raise InputError(
-            f"{file} is not the adapter that {RECORD} names, so it is not used. Remove {directory}; the next evaluation makes it."
+            f"{file} is not the adapter that {RECORD} names, so it is not used. Remove "
+            f"{directory}; the next evaluation makes it."
         )
     return best, wire.unpack(packed)
 
@@ -219,7 +234,8 @@ class HeldoutMonitor:
         return all(seen.update != updates_done - 1 for seen in self.history())
 
     def items(self, updates_done: int, adapter: AdapterId) -> list[WorkItem]:
-        """Candidate 0 of every probe, from the same noise and by the same ODE at every evaluation."""
+        """Candidate 0 of every probe, from the same noise and by the same ODE at every
+        evaluation."""
         assert self.probes is not None
         seed, resolution = self.config.evaluation.seed, self.config.editor.resolution
         return [
@@ -249,7 +265,8 @@ class HeldoutMonitor:
         *,
         seconds: float,
     ) -> None:
-        """Takes an evaluation of the adapter, packed as published, down; keeps the best; raises the alarm."""
+        """Takes an evaluation of the adapter, packed as published, down; keeps the best; raises the
+        alarm."""
         assert self.probes is not None
         update = adapter.step - 1
         gold = self.probes.gold
@@ -286,7 +303,8 @@ class HeldoutMonitor:
         )
         self.lease.check()
         try:
-            # The line comes last: an evaluation without it is done again, and then finds the rest as it would write it.
+            # The line comes last: an evaluation without it is done again, and then finds the rest
+            # as it would write it.
             self._keep_if_best(seen, adapter, packed)
             raised = alarm([*before, seen], self.config.evaluation.patience)
             if raised is not None and raised.in_a_row == self.config.evaluation.patience:
@@ -379,8 +397,8 @@ async def evaluate(
 ) -> None:
     """Rolls out and scores the held-out tasks under a snapshot's resulting weights, and records it.
 
-    The calls and checks are those of every group. An evaluation that lost a task is skipped, and an event
-    says so.
+    The calls and checks are those of every group. An evaluation that lost a task is skipped, and an
+    event says so.
     """
     began, done = time.perf_counter(), snapshot.updates_done
     tasks = [

@@ -1,7 +1,9 @@
-"""The learner as the controller sees it: one to N ranks that apply an update together, exactly once.
+"""The learner as the controller sees it: one to N ranks that apply an update together, exactly
+once.
 
-A dead rank makes the others wait in a collective, so the group stands and falls as one: it is killed, rebuilt from the state
-before the update, and the update is replayed. Nobody saw the new weights meanwhile, for they are published afterwards.
+A dead rank makes the others wait in a collective, so the group stands and falls as one: it is
+killed, rebuilt from the state before the update, and the update is replayed. Nobody saw the new
+weights meanwhile, for they are published afterwards.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ ROLE = "learner"
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerSnapshot:
-    """What the driver holds of the learner after an update, so that losing the learner loses nothing.
+    """What the driver holds of the learner after an update, so that losing the learner loses
+    nothing.
 
     Attributes:
         id, adapter: the acting weights, named and packed, for actors.
         state: packed adapter and optimizer, for a rebuilt learner and checkpoints.
-        result_id, result: the weights that are evaluated and saved, named and packed; the acting ones where they are the same.
+        result_id, result: the weights that are evaluated and saved, named and packed; the acting
+            ones where they are the same.
     """
 
     updates_done: int
@@ -94,7 +98,8 @@ class LearnerRanks:
         await self._everyone("restore", "restoring the learner", [(state,)] * self.ranks)
 
     async def _anew(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
-        """A call before the first update, when a lost learner has nothing to lose: it is started again."""
+        """A call before the first update, when a lost learner has nothing to lose: it is started
+        again."""
         lost = 0
         while True:
             try:
@@ -110,7 +115,8 @@ class LearnerRanks:
                 self.supervisor.retries["infra"] += 1
 
     async def ratio(self, group: Ref) -> float:
-        """Largest |ratio - 1| at the present weights on a group: the preflight's question. Every rank answers, for a sharded base."""
+        """Largest |ratio - 1| at the present weights on a group: the preflight's question. Every
+        rank answers, for a sharded base."""
         deviations = await self._everyone("ratio", "the ratio check", [(group,)] * self.ranks)
         return float(max(deviations))
 
@@ -141,12 +147,15 @@ class LearnerRanks:
                 )
                 if lost > self.supervisor.config.infra_retries:
                     raise TrainingFailed(
-                        f"the learner was lost {lost} times in update {order.update} (actors.infra_retries): {error}. See the Ray logs; "
-                        "if it was slow rather than dead, raise actors.deadline_s. Continue with --resume."
+                        f"the learner was lost {lost} times in update {order.update} "
+                        f"(actors.infra_retries): {error}. See the Ray logs; "
+                        "if it was slow rather than dead, raise actors.deadline_s. Continue with "
+                        "--resume."
                     ) from error
                 self.supervisor.retries["infra"] += 1
             except WorkFailed as error:
-                # Beside a dead rank the survivors fail too, maybe first: with several ranks a failure is worth a replay.
+                # Beside a dead rank the survivors fail too, maybe first: with several ranks a
+                # failure is worth a replay.
                 failed += 1
                 self.event(
                     "learner_failed",
@@ -167,7 +176,8 @@ class LearnerRanks:
             await self._restore(snapshot.state)
         except BlobLost as error:
             raise TrainingFailed(
-                f"the learner and its state after update {snapshot.updates_done} were lost together ({error}): continue with --resume from "
+                f"the learner and its state after update {snapshot.updates_done} were lost "
+                f"together ({error}): continue with --resume from "
                 "the newest checkpoint"
             ) from error
         self.event(
@@ -180,7 +190,8 @@ class LearnerRanks:
     async def _everyone(
         self, method: str, what: str, arguments: Sequence[Sequence[Any]], *, blobs: int = 0
     ) -> list[Any]:
-        """A call on every rank at once. The first failure ends all of them: a rank without its peers would wait for ever."""
+        """A call on every rank at once. The first failure ends all of them: a rank without its
+        peers would wait for ever."""
         slots = self.supervisor.worker_slots(ROLE)
         calls = [
             asyncio.ensure_future(

@@ -1,14 +1,16 @@
 """Who may write in a run directory: one attempt at a time, and a later one fences the earlier.
 
-A retried job may start while the attempt before it still runs. Each attempt therefore takes the next epoch, and every commit
-asks whether that epoch is still the newest.
+A retried job may start while the attempt before it still runs. Each attempt therefore takes the
+next epoch, and every commit asks whether that epoch is still the newest.
 
-Two kinds of file, for two questions. ``.lease-N`` is created with O_EXCL and says that epoch N is taken: of two attempts that
-start at the same moment only one can create it, on a local disk as on NFS, where ``fcntl`` locks depend on the server and end
-with the process that the lease is to outlive. ``LEASE.json`` is replaced whole and says who holds the newest epoch. Claims
-are never removed (a slow taker could otherwise claim an old number again).
+Two kinds of file, for two questions. ``.lease-N`` is created with O_EXCL and says that epoch N is
+taken: of two attempts that start at the same moment only one can create it, on a local disk as on
+NFS, where ``fcntl`` locks depend on the server and end with the process that the lease is to
+outlive. ``LEASE.json`` is replaced whole and says who holds the newest epoch. Claims are never
+removed (a slow taker could otherwise claim an old number again).
 
-What this cannot do: between a check and the rename that follows it another attempt may take over. Both then write the same
+What this cannot do: between a check and the rename that follows it another attempt may take over.
+    Both then write the same
 step from the same seeds, and whoever is last is whole.
 """
 
@@ -33,7 +35,8 @@ CLAIM = re.compile(r"\.lease-(\d+)")
 
 
 class Holder(BaseModel):
-    """What ``LEASE.json`` says. Times are seconds since 1970; ``ended`` is None while the attempt runs or when it was killed."""
+    """What ``LEASE.json`` says. Times are seconds since 1970; ``ended`` is None while the attempt
+    runs or when it was killed."""
 
     model_config = ConfigDict(frozen=True)
     epoch: int
@@ -65,7 +68,8 @@ class Lease:
 
     @classmethod
     def take(cls, run_dir: Path, clock: Callable[[], float] = time.time) -> Lease:
-        """Takes the next epoch. Of racing takers each gets an epoch of its own, and all but the highest are fenced at their first check."""
+        """Takes the next epoch. Of racing takers each gets an epoch of its own, and all but the
+        highest are fenced at their first check."""
         previous = _read(run_dir)
         epoch = max(_newest_claim(run_dir), previous.epoch if previous else 0) + 1
         while not _claimed(run_dir, epoch):
@@ -92,12 +96,14 @@ class Lease:
         """Returns when this attempt may write.
 
         Raises:
-            Fenced: another attempt took the run directory, or the lease (or the whole directory) was removed.
+            Fenced: another attempt took the run directory, or the lease (or the whole directory)
+                was removed.
         """
         there, newest = _read(self.run_dir), _newest_claim(self.run_dir)
         if there is None or newest < self.epoch:
             found = f"{self.run_dir / LEASE} or its claim {_claim(self.run_dir, self.epoch).name} is missing or unreadable"
-        # A claim may be seen before its record, and a record (opened afresh on NFS) before its claim (a cached listing).
+        # A claim may be seen before its record, and a record (opened afresh on NFS) before its
+        # claim (a cached listing).
         elif there.epoch > self.epoch or (
             there.epoch == self.epoch and there.attempt != self.holder.attempt
         ):
@@ -107,7 +113,8 @@ class Lease:
         else:
             return
         raise Fenced(
-            f"{found}: {self.holder} writes nothing more there and ends with exit code 75, for two writers would mix their runs. "
+            f"{found}: {self.holder} writes nothing more there and ends with exit code 75, for two "
+            "writers would mix their runs. "
             "Leave the run to the newer attempt, or resume it when no other attempt runs."
         )
 
@@ -122,7 +129,8 @@ class Lease:
         self._publish()
 
     def release(self) -> None:
-        """Says that this attempt has ended, so that the next one takes over without a warning. Does nothing when fenced."""
+        """Says that this attempt has ended, so that the next one takes over without a warning. Does
+        nothing when fenced."""
         try:
             self.check()
         except Fenced:

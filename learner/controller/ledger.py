@@ -1,8 +1,8 @@
 """The book of work: open items, the result taken of each, and the chain of what was trained on.
 
-Execution is at-least-once, and the first valid result wins: an item may run twice (a lost actor, a missed
-deadline), its result is taken once. Work ids contain no clock and no actor, so a repeated item is the same
-item. The ledger only keeps books; it never waits.
+Execution is at-least-once, and the first valid result wins: an item may run twice (a lost actor, a
+missed deadline), its result is taken once. Work ids contain no clock and no actor, so a repeated
+item is the same item. The ledger only keeps books; it never waits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Entry:
 class Ledger:
     """Keeps open items by work id, counts of verdicts, and the chain of what was trained on.
 
-    ``chain`` hashes every consumed group id in order: two runs trained on the same groups in the same order
+    ``chain`` hashes every consumed group id in order: two runs trained on the same groups in the
+        same order
     exactly when their chains are equal. A checkpoint needs nothing else of the past.
     """
 
@@ -100,7 +101,8 @@ class Ledger:
                 del self.open[work_id]
 
     def consume(self, update: int, group_ids: Sequence[str]) -> None:
-        """Closes the items of an applied update and adds its groups, in slot order, to the chain."""
+        """Closes the items of an applied update and adds its groups, in slot order, to the
+        chain."""
         self.close(update)
         for group_id in group_ids:
             self.chain = hashlib.sha256(f"{self.chain} {group_id}".encode()).hexdigest()

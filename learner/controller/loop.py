@@ -2,21 +2,23 @@
 
 ::
 
-    stage      consumes                     produces                waits for              unblocked by
-    ---------  ---------------------------  ----------------------  ---------------------  -------------
-    plan       task cursor (update, slot)   WorkItems of a group    adapter of its version broadcast
-    rollout    WorkItem                     chunk blob, its hash    idle rollout actor     a free actor
-    score      chunk blob                   RewardTable             idle reward actor      a free actor
-    learn      groups of an update, in      LearnerSnapshot: packed every group            last score
-               slot order                   adapter and state
+    stage      consumes                     produces                waits for              unblocked
+    by ---------  ---------------------------  ----------------------  ---------------------
+    ------------- plan       task cursor (update, slot)   WorkItems of a group    adapter of its
+    version broadcast rollout    WorkItem                     chunk blob, its hash    idle rollout
+    actor     a free actor score      chunk blob                   RewardTable             idle
+    reward actor      a free actor
+    learn      groups of an update, in      LearnerSnapshot: packed every group            last
+        score slot order                   adapter and state
     commit     LearnerSnapshot              checkpoint directory    the disk               -
     broadcast  packed adapter               -                       -                      next item
-    evaluate   adapter, held-out tasks      line of heldout.jsonl   every task, if due     last score
+    evaluate   adapter, held-out tasks      line of heldout.jsonl   every task, if due     last
+    score
 
-Groups belong to updates, slots and adapter versions by number: arrival order and the number of actors
-never change a result. A snapshot is taken (or committed) before its weights are broadcast, so weights
-that any actor has seen can always be made again. The controller moves references and small records. It
-knows no Ray, no editor and no large tensor.
+Groups belong to updates, slots and adapter versions by number: arrival order and the number of
+actors never change a result. A snapshot is taken (or committed) before its weights are broadcast,
+so weights that any actor has seen can always be made again. The controller moves references and
+small records. It knows no Ray, no editor and no large tensor.
 """
 
 from __future__ import annotations
@@ -170,8 +172,8 @@ class TrainingLoop:
 
         Raises:
             InputError: a checkpoint of other settings, or a reward that breaks its contract.
-            TrainingFailed: too many groups were dropped, a ratio was not 1 on-policy, losses were not
-                finite, or workers cannot be kept alive.
+            TrainingFailed: too many groups were dropped, a ratio was not 1 on-policy, losses were
+                not finite, or workers cannot be kept alive.
             Fenced: a newer attempt owns the run directory.
         """
         work = asyncio.create_task(self._run(resume))
@@ -207,7 +209,8 @@ class TrainingLoop:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _outcome(self, work: asyncio.Task[None]) -> Outcome:
-        """Waits for the work and commits what is not committed yet, also when the workers are gone."""
+        """Waits for the work and commits what is not committed yet, also when the workers are
+        gone."""
         try:
             await work
         except asyncio.CancelledError:
@@ -223,7 +226,8 @@ class TrainingLoop:
             if isinstance(error, TrainingFailed):
                 raise
             raise TrainingFailed(
-                f"the workers cannot go on ({error}): see events.jsonl and the Ray logs, then continue "
+                f"the workers cannot go on ({error}): see events.jsonl and the Ray logs, then "
+                "continue "
                 f"with --resume from update {self.commits.updates_done}"
             ) from error
         await self._commit_newest()
@@ -290,7 +294,8 @@ class TrainingLoop:
         else:
             if resume and (corrupt := [path.name for path in directory.glob(".corrupt-*")]):
                 raise InputError(
-                    f"no sound checkpoint is left in {directory} ({', '.join(sorted(corrupt))} did not "
+                    f"no sound checkpoint is left in {directory} ({', '.join(sorted(corrupt))} did "
+                    "not "
                     "verify): starting over here would erase the run's curves. Restore a copy, or "
                     "start a new --run-dir."
                 )
@@ -327,7 +332,8 @@ class TrainingLoop:
             wait=gathered - began, learn=time.perf_counter() - gathered, commit=self._commit_s
         )
         self.lease.check()  # a newer attempt may have reported this update already
-        # The line precedes the commit: a resumed run rewinds lines of updates that it does again, but
+        # The line precedes the commit: a resumed run rewinds lines of updates that it does again,
+        # but
         # could never write one that was left out.
         spent = {kind: n - retries[kind] for kind, n in self.supervisor.retries.items()}
         await self.log.write(update, groups, report, times, spent)
@@ -374,8 +380,10 @@ class TrainingLoop:
                 self.events("blob_lost", work_id=work_ids, update=update, reason=str(error))
                 if lost > actors.infra_retries:
                     raise TrainingFailed(
-                        f"groups of update {update} were lost {lost} times before they were learnt from "
-                        f"(actors.infra_retries): {error}. The object store or a node does not hold "
+                        f"groups of update {update} were lost {lost} times before they were learnt "
+                        "from "
+                        f"(actors.infra_retries): {error}. The object store or a node does not "
+                        "hold "
                         "them; see ray memory. Continue with --resume."
                     ) from error
                 self.ledger.close(update)

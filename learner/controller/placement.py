@@ -1,7 +1,8 @@
-"""How long an update takes for a number of workers, and how best to split them: the arithmetic behind "use 5:1:2 actors".
+"""How long an update takes for a number of workers, and how best to split them: the arithmetic
+behind "use 5:1:2 actors".
 
-The training loop in simulated time, with equal workers and fixed durations, which fits solvers of a fixed number of steps.
-Measured seconds come in; nothing here knows a process, a tensor or a file.
+The training loop in simulated time, with equal workers and fixed durations, which fits solvers of a
+fixed number of steps. Measured seconds come in; nothing here knows a process, a tensor or a file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import dataclass, fields, replace
 from rl_edit.errors import InputError
 
 UPDATES = 32
-"""Updates simulated; the second half is measured, after the pipeline has filled. Even, as a lag of one repeats in pairs."""
+"""Updates simulated; the second half is measured, after the pipeline has filled. Even, as a lag of
+one repeats in pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class GroupCost:
 
     Attributes:
         rollout_s, reward_s, learn_s: for one group, on one worker of the role.
-        step_s, publish_s: overhead of every update whatever its size: the optimizer step with its export and commit, and giving
-            the new adapter to every actor.
+        step_s, publish_s: overhead of every update whatever its size: the optimizer step with its
+            export and commit, and giving the new adapter to every actor.
     """
 
     rollout_s: float
@@ -37,11 +39,13 @@ class GroupCost:
             seconds = getattr(self, field.name)
             if not 0 <= seconds < math.inf:
                 raise InputError(
-                    f"{field.name} is {seconds}: no plan can be made from it. Give measured seconds, 0 or more."
+                    f"{field.name} is {seconds}: no plan can be made from it. Give measured "
+                    "seconds, 0 or more."
                 )
         if self.per_group_s == 0:
             raise InputError(
-                "a group costs 0 s in every role: any split is as good as another. Give measured seconds."
+                "a group costs 0 s in every role: any split is as good as another. Give measured "
+                "seconds."
             )
 
     @property
@@ -61,7 +65,8 @@ class WorkerCounts:
     def __post_init__(self) -> None:
         if min(self.rollout, self.reward, self.learner) < 1:
             raise InputError(
-                f"worker counts {self} leave a role without a worker, and no update would ever end. Give each role at least 1."
+                f"worker counts {self} leave a role without a worker, and no update would ever "
+                "end. Give each role at least 1."
             )
 
     @property
@@ -78,7 +83,8 @@ class Recommendation:
     """The best split of some workers over the roles.
 
     Attributes:
-        seconds: of one update with ``counts``; colocated_seconds: with each worker in all three roles by turns.
+        seconds: of one update with ``counts``; colocated_seconds: with each worker in all three
+            roles by turns.
         words: one sentence for people.
     """
 
@@ -91,15 +97,18 @@ class Recommendation:
 def iteration_seconds(
     cost: GroupCost, counts: WorkerCounts, groups: int, max_lag: int, chunks: int = 1
 ) -> float:
-    """Steady time of one update: the loop in simulated time, each piece of work going to the first free worker in order.
+    """Steady time of one update: the loop in simulated time, each piece of work going to the first
+    free worker in order.
 
-    Groups of update u are rolled out with the weights of u - max_lag, and are admitted when those are published. A chunk (an
-    equal part of a group) is scored as it arrives. The learner starts when all groups of the update are scored; each rank takes
-    its share group by group; the next update is learnt only after this one is published.
+    Groups of update u are rolled out with the weights of u - max_lag, and are admitted when those
+    are published. A chunk (an equal part of a group) is scored as it arrives. The learner starts
+    when all groups of the update are scored; each rank takes its share group by group; the next
+    update is learnt only after this one is published.
     """
     rollout_s, reward_s = cost.rollout_s / chunks, cost.reward_s / chunks
     learn_s = _busy(cost, counts, groups)["learner"]
-    # When each worker slot becomes free, soonest first. Work of one length, taken in order, ends in order: the worker slot taken longest ago is
+    # When each worker slot becomes free, soonest first. Work of one length, taken in order, ends in
+    # order: the worker slot taken longest ago is
     # the first one free, so a queue serves where unequal work would need a heap.
     rollout, reward = (
         deque([0.0] * counts.rollout, maxlen=counts.rollout),
@@ -124,10 +133,12 @@ def iteration_seconds(
 def colocated_seconds(
     cost: GroupCost, processes: int, groups: int, reward_seats: int, chunks: int = 1
 ) -> float:
-    """Time of one update when each process rolls out, then learns. It does one thing at a time, so a lag gains next to nothing.
+    """Time of one update when each process rolls out, then learns. It does one thing at a time, so
+    a lag gains next to nothing.
 
     Args:
-        reward_seats: workers that only score. 0: judges share the workers of the processes, and take turns with the rollouts.
+        reward_seats: workers that only score. 0: judges share the workers of the processes, and
+            take turns with the rollouts.
     """
     if reward_seats == 0:
         cost = replace(cost, rollout_s=cost.rollout_s + cost.reward_s, reward_s=0.0)
@@ -136,7 +147,8 @@ def colocated_seconds(
 
 
 def ideal_seconds(cost: GroupCost, workers: int, groups: int) -> float:
-    """Time of one update if no worker ever waited and only groups cost time: no placement on equal workers is faster."""
+    """Time of one update if no worker ever waited and only groups cost time: no placement on equal
+    workers is faster."""
     return groups * cost.per_group_s / workers
 
 
@@ -154,15 +166,16 @@ def recommend(
     *,
     present: WorkerCounts | None = None,
 ) -> Recommendation:
-    """The fastest split of ``total`` equal workers. Splits are simulated in the order of a time none of them can beat; when that
-    reaches the best simulated one, the rest cannot win.
+    """The fastest split of ``total`` equal workers. Splits are simulated in the order of a time
+    none of them can beat; when that reaches the best simulated one, the rest cannot win.
 
     Args:
         present: the split in use, which the sentence then starts from.
     """
     if total < 3:
         raise InputError(
-            f"{total} workers cannot be split: rollout, reward and learner need one each. Use 3 or more, or colocate them."
+            f"{total} workers cannot be split: rollout, reward and learner need one each. Use 3 or "
+            "more, or colocate them."
         )
     splits = [
         WorkerCounts(rollout=total - reward - learner, reward=reward, learner=learner)
@@ -203,7 +216,8 @@ def recommend(
         seconds=seconds,
         colocated_seconds=colocated_s,
         words=(
-            f"{now}the best rollout:reward:learner split of {total} workers is {best} with {seconds:.2f} s, "
+            f"{now}the best rollout:reward:learner split of {total} workers is {best} with "
+            f"{seconds:.2f} s, "
             f"{efficiency(cost, total, groups, seconds):.0%} of ideal, where {limit}; "
             f"colocated, with judges sharing the workers, {colocated_s:.2f} s"
         ),
@@ -211,7 +225,8 @@ def recommend(
 
 
 def _busy(cost: GroupCost, counts: WorkerCounts, groups: int) -> dict[str, float]:
-    """Mean seconds of an update in which each role is at work. Ranks learn in step, so a part of a round costs a whole one."""
+    """Mean seconds of an update in which each role is at work. Ranks learn in step, so a part of a
+    round costs a whole one."""
     return {
         "rollout": groups * cost.rollout_s / counts.rollout,
         "reward": groups * cost.reward_s / counts.reward,
@@ -220,8 +235,8 @@ def _busy(cost: GroupCost, counts: WorkerCounts, groups: int) -> dict[str, float
 
 
 def _floor(cost: GroupCost, counts: WorkerCounts, groups: int, max_lag: int, chunks: int) -> float:
-    """No schedule is faster: not than the busiest role, nor than one update's way from admission to publication, of which
-    ``max_lag + 1`` are under way at a time."""
+    """No schedule is faster: not than the busiest role, nor than one update's way from admission to
+    publication, of which ``max_lag + 1`` are under way at a time."""
     busy, items = _busy(cost, counts, groups), groups * chunks
     rounds = math.ceil(items / counts.rollout)
     # When round n of the rollouts ends, all of it and all after it is still to be scored.

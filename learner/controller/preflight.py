@@ -1,7 +1,10 @@
-"""What is proven on the real actors before the first update: seconds now instead of a run that learns nothing.
+"""What is proven on the real actors before the first update: seconds now instead of a run that
+learns nothing.
 
-An adapter that is attached but never applied, weights that do not arrive, an actor and a learner that compute different
-functions, groups that do not fit the object store: each of these has cost somebody weeks, and each shows in one small group.
+An adapter that is attached but never applied, weights that do not arrive, an actor and a learner
+that compute different
+functions, groups that do not fit the object store: each of these has cost somebody weeks, and each
+    shows in one small group.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from rl_edit.method.update import TrainingFailed
 from rl_edit.types import WorkItem
 
 STORE_SHARE = 0.5
-"""Part of the object store that groups in flight may fill: the rest is for adapters, states and Ray's own copies."""
+"""Part of the object store that groups in flight may fill: the rest is for adapters, states and
+Ray's own copies."""
 
 
 class RatioCheck(Protocol):
@@ -33,8 +37,10 @@ class Proof:
     """What was seen.
 
     Attributes:
-        ratio_deviation: largest |ratio - 1| with equal weights; None when the probe was not on-policy.
-        bytes_in_flight: of all groups that may be in flight at once; ``store_bytes``: what the object store holds.
+        ratio_deviation: largest |ratio - 1| with equal weights; None when the probe was not
+            on-policy.
+        bytes_in_flight: of all groups that may be in flight at once; ``store_bytes``: what the
+            object store holds.
     """
 
     adapter: str
@@ -61,7 +67,8 @@ async def prove(
     for slot, wrong in await supervisor.broadcast("rollout", "adapter canary", "canary"):
         if wrong:
             raise TrainingFailed(
-                f"preflight: rollout actor {slot}: {wrong}. Check lora.targets against the editor's module names."
+                f"preflight: rollout actor {slot}: {wrong}. Check lora.targets against the "
+                "editor's module names."
             )
     size = min(max(config.editor.micro_batch, 2), item.num_candidates)
     probe = replace(item, group_id=f"preflight-{item.group_id}", chunk=(0, size))
@@ -76,14 +83,17 @@ async def prove(
         )
     except GivenUp as error:
         raise TrainingFailed(
-            f"preflight: {error}. The published adapter or the editor does not work on the actors; see their logs."
+            f"preflight: {error}. The published adapter or the editor does not work on the actors; "
+            "see their logs."
         ) from error
     rolled, blob = answer
     deviation = await learners.ratio(blob) if on_policy else None
     if deviation is not None and not deviation <= config.train.ratio_tolerance:
         raise TrainingFailed(
-            f"preflight: policy ratio deviates from 1 by {deviation:.3g} with equal weights (train.ratio_tolerance "
-            f"{config.train.ratio_tolerance:g}): actor and learner do not compute the same velocity. Use the same editor.dtype, device "
+            f"preflight: policy ratio deviates from 1 by {deviation:.3g} with equal weights "
+            "(train.ratio_tolerance "
+            f"{config.train.ratio_tolerance:g}): actor and learner do not compute the same "
+            "velocity. Use the same editor.dtype, device "
             "kind and editor.micro_batch in both, or raise the tolerance."
         )
     per_group = rolled.nbytes / size * item.num_candidates
@@ -91,8 +101,10 @@ async def prove(
     store = executor.store_bytes()
     if in_flight > STORE_SHARE * store:
         raise ResourcesInfeasible(
-            f"preflight: {config.train.groups_per_update} groups x {config.train.max_lag + 1} updates x {per_group / 2**20:.0f} MiB = "
-            f"{in_flight / 2**20:.0f} MiB in flight exceed half of the object store ({store / 2**20:.0f} MiB): lower groups_per_update, "
+            f"preflight: {config.train.groups_per_update} groups x {config.train.max_lag + 1} "
+            f"updates x {per_group / 2**20:.0f} MiB = "
+            f"{in_flight / 2**20:.0f} MiB in flight exceed half of the object store "
+            f"({store / 2**20:.0f} MiB): lower groups_per_update, "
             "group_size, trained steps or max_lag, or give Ray a larger --object-store-memory."
         )
     return Proof(

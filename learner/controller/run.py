@@ -23,7 +23,8 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The end of a run: updates done, and the adapter; None when it was stopped before there was one.
+    """The end of a run: updates done, and the adapter; None when it was stopped before there was
+    one.
 
     Attributes:
         early: why the run itself ended before its last update; "" when it did not.

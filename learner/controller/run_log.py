@@ -46,8 +46,8 @@ class UpdateTimes:
     Attributes:
         wait: until all groups were scored.
         learn: until the learner had answered.
-        commit: from the line of the update before to this one's start. The commit follows its line, so
-            its seconds stand in the next line.
+        commit: from the line of the update before to this one's start. The commit follows its line,
+            so its seconds stand in the next line.
     """
 
     wait: float
@@ -207,7 +207,8 @@ async def write_evidence(
     report: LearnReport,
     executor: Executor,
 ) -> None:
-    """Writes what led to a skipped step, for later diagnosis: the groups as on the wire, and facts."""
+    """Writes what led to a skipped step, for later diagnosis: the groups as on the wire, and
+    facts."""
     folder = directory / "diagnostics" / f"update_{update:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:

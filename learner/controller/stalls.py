@@ -30,7 +30,8 @@ async def report_stalls(
     events: Callable[..., None],
     note: Callable[[str], None],
 ) -> None:
-    """Reports pending calls whenever nothing has moved for ``limit_s``; runs until it is cancelled."""
+    """Reports pending calls whenever nothing has moved for ``limit_s``; runs until it is
+    cancelled."""
     reported_at = time.monotonic()
     while True:
         await asyncio.sleep(min(POLL_S, limit_s / 4))

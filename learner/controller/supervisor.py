@@ -1,7 +1,8 @@
 """Who runs what: slots, incarnations, deadlines, retries. Knows an executor, no Ray and no tensor.
 
-A role has slots (rollout 0..R-1); a slot holds one incarnation of a worker at a time. A worker that dies, misses its deadline
-or answers with the wrong weights is killed and its slot gets the next incarnation; a slot that needs this too often is given up.
+A role has slots (rollout 0..R-1); a slot holds one incarnation of a worker at a time. A worker that
+dies, misses its deadline or answers with the wrong weights is killed and its slot gets the next
+incarnation; a slot that needs this too often is given up.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Supervisor:
 
     Args:
         on_event: told of every lost worker, replacement, retry and closed slot.
-        judge_timeout_s: how long scoring may wait for another machine by its own timeouts and retries; it is not ended before.
+        judge_timeout_s: how long scoring may wait for another machine by its own timeouts and
+            retries; it is not ended before.
         clock: monotonic seconds; tests bring their own.
     """
 
@@ -87,7 +89,8 @@ class Supervisor:
         self._too_few: dict[str, str] = {}
 
     def open(self, role: str, slots: int, *, prepare: Prepare | None = None) -> None:
-        """Spawns a role's workers without waiting for them. ``prepare`` brings a later incarnation up to date."""
+        """Spawns a role's workers without waiting for them. ``prepare`` brings a later incarnation
+        up to date."""
         self._slots[role] = [
             WorkerSlot(index, self.executor.spawn(role, index)) for index in range(slots)
         ]
@@ -99,10 +102,12 @@ class Supervisor:
             self._prepare[role] = prepare
 
     async def ready(self) -> None:
-        """Waits until every worker has been constructed, so that deadlines of work start when work starts.
+        """Waits until every worker has been constructed, so that deadlines of work start when work
+        starts.
 
         Raises:
-            ResourcesInfeasible: when some worker could not be placed or did not load within ``actors.start_timeout_s``.
+            ResourcesInfeasible: when some worker could not be placed or did not load within
+                ``actors.start_timeout_s``.
         """
         slots = [slot for slots in self._slots.values() for slot in slots]
         waiting = asyncio.gather(
@@ -115,12 +120,15 @@ class Supervisor:
             await asyncio.wait_for(waiting, self.config.start_timeout_s)
         except TimeoutError as error:
             raise ResourcesInfeasible(
-                f"not all of {len(slots)} actors were running after {self.config.start_timeout_s:g} s (actors.start_timeout_s): "
-                f"free are {self.executor.free()}. Lower actors.*, wait for other jobs, or allow more time for loading."
+                f"not all of {len(slots)} actors were running after "
+                f"{self.config.start_timeout_s:g} s (actors.start_timeout_s): "
+                f"free are {self.executor.free()}. Lower actors.*, wait for other jobs, or allow "
+                "more time for loading."
             ) from error
         except WorkerLost as error:
             raise TrainingFailed(
-                f"an actor died while it was starting ({error}): see the Ray logs; it may lack memory"
+                f"an actor died while it was starting ({error}): see the Ray logs; it may lack "
+                "memory"
             ) from error
 
     def _all(self) -> list[tuple[str, WorkerSlot]]:
@@ -156,9 +164,12 @@ class Supervisor:
         """Runs a method on the next idle worker, again on another one when that fails.
 
         Args:
-            given: makes the arguments, once a worker is idle: a packed item holds a picture, and hundreds may be waiting.
-            kind: of what usual duration it is; the method's unless given. A small piece of work says nothing about a large one.
-            check: says what is wrong with an answer ("" when nothing is). A worker that answers wrongly counts as lost.
+            given: makes the arguments, once a worker is idle: a packed item holds a picture, and
+                hundreds may be waiting.
+            kind: of what usual duration it is; the method's unless given. A small piece of work
+                says nothing about a large one.
+            check: says what is wrong with an answer ("" when nothing is). A worker that answers
+                wrongly counts as lost.
             late: is shown an answer that arrives after its deadline.
             attempt: is told of every try.
 
@@ -193,7 +204,8 @@ class Supervisor:
                 await self._replace(role, slot, worker, str(error))
                 if infra > self.config.infra_retries:
                     raise GivenUp(
-                        f"{what} lost its worker {infra} times (actors.infra_retries {self.config.infra_retries}): {error}"
+                        f"{what} lost its worker {infra} times (actors.infra_retries "
+                        f"{self.config.infra_retries}): {error}"
                     ) from error
                 self.retries["infra"] += 1
                 await asyncio.sleep(self._backoff(infra))
@@ -209,7 +221,8 @@ class Supervisor:
                 )
                 if data > self.config.data_retries:
                     raise GivenUp(
-                        f"{what} failed {data} times (actors.data_retries {self.config.data_retries}): {error}"
+                        f"{what} failed {data} times (actors.data_retries "
+                        f"{self.config.data_retries}): {error}"
                     ) from error
                 self.retries["data"] += 1
             finally:
@@ -218,7 +231,8 @@ class Supervisor:
     async def broadcast(
         self, role: str, what: str, method: str, *args: Any
     ) -> list[tuple[str, Any]]:
-        """Runs a method on every worker of a role; one that is lost meanwhile is replaced, and prepared, instead.
+        """Runs a method on every worker of a role; one that is lost meanwhile is replaced, and
+        prepared, instead.
 
         Returns:
             (worker, answer) of those that were not lost.
@@ -228,7 +242,8 @@ class Supervisor:
         return [answer for answers in await asyncio.gather(*calls) for answer in answers]
 
     def broadcast_when_idle(self, role: str, what: str, method: str, *args: Any) -> None:
-        """As :meth:`broadcast`, without waiting: each worker hears it after what it is doing now and before anything it is called for later."""
+        """As :meth:`broadcast`, without waiting: each worker hears it after what it is doing now
+        and before anything it is called for later."""
         for slot in self.worker_slots(role):
             slot.pending_broadcast = asyncio.ensure_future(
                 self._after(slot.pending_broadcast, slot, role, what, method, *args)
@@ -249,7 +264,8 @@ class Supervisor:
             await self._send(slot, role, what, method, *args)
         except (WorkFailed, BlobLost) as error:
             raise TrainingFailed(
-                f"{what} failed on {slot.name(role)} ({error}): see events.jsonl and the Ray logs, then continue with --resume"
+                f"{what} failed on {slot.name(role)} ({error}): see events.jsonl and the Ray logs, "
+                "then continue with --resume"
             ) from error
 
     def broadcasts(self) -> list[asyncio.Future[None]]:
@@ -282,7 +298,8 @@ class Supervisor:
         blobs: int = 0,
         late: Callable[[Any], object] = lambda answer: None,
     ) -> Any:
-        """One call on one worker within its deadline. Past it the worker is killed: a hung CUDA call cannot be cancelled.
+        """One call on one worker within its deadline. Past it the worker is killed: a hung CUDA
+        call cannot be cancelled.
 
         Raises:
             WorkerLost: also for a missed deadline.
@@ -298,7 +315,8 @@ class Supervisor:
                 slot.worker.kill()
                 raise WorkerLost(f"no answer within {limit:g} s, killed")
             if call.cancelled():
-                # Not us: whoever ran it dropped it. Left alone, this would look like the end of the run itself.
+                # Not us: whoever ran it dropped it. Left alone, this would look like the end of the
+                # run itself.
                 raise WorkerLost("the call was dropped before it began")
             answer = call.result()
         except asyncio.CancelledError:
@@ -313,14 +331,16 @@ class Supervisor:
         return answer
 
     def deadline_s(self, kind: str) -> float:
-        """Longest wait for a call of this kind: what was configured until some have been timed, then five times the usual."""
+        """Longest wait for a call of this kind: what was configured until some have been timed,
+        then five times the usual."""
         if kind == "start":
             return self.config.start_timeout_s
         # What may queue behind another call on the same worker has no usual duration.
         queues = kind not in ("run", "score", "learn") or self.config.placement == "colocated"
         if queues or kind not in self._usual_s:
             return self.config.deadline_s
-        # A judge that hangs now and then has a usual duration that says nothing of how long it is waited for.
+        # A judge that hangs now and then has a usual duration that says nothing of how long it is
+        # waited for.
         waits = self._judge_timeout_s if kind == "score" else 0.0
         return min(
             self.config.deadline_s,
@@ -392,14 +412,18 @@ class Supervisor:
         )
         if left < least:
             self._too_few[role] = (
-                f"{role} slot {slot.index} was lost {len(slot.kills)} times within {QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); {left} "
-                f"of {len(self._slots[role])} {role} actors are left, fewer than actors.min_{role} {least}: see actor_lost in events.jsonl "
-                "and the Ray logs; a smaller group or a longer actors.deadline_s may help. Continue with --resume."
+                f"{role} slot {slot.index} was lost {len(slot.kills)} times within "
+                f"{QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); {left} "
+                f"of {len(self._slots[role])} {role} actors are left, fewer than actors.min_{role} "
+                f"{least}: see actor_lost in events.jsonl "
+                "and the Ray logs; a smaller group or a longer actors.deadline_s may help. "
+                "Continue with --resume."
             )
             raise TrainingFailed(self._too_few[role])
 
     async def respawn(self, role: str) -> None:
-        """The next incarnation in every slot of a role at once: for workers that only work together.
+        """The next incarnation in every slot of a role at once: for workers that only work
+        together.
 
         Raises:
             WorkerLost: one of them did not come up.

@@ -63,7 +63,8 @@ def train_command(
 ) -> None:
     """Train an adapter.
 
-    Exit codes: 0 done, 2 bad input, 3 training failed, 4 resources infeasible, 5 cluster unreachable, 75 a newer attempt holds the run
+    Exit codes: 0 done, 2 bad input, 3 training failed, 4 resources infeasible, 5 cluster
+        unreachable, 75 a newer attempt holds the run
     directory, 130/143 stopped by a signal (everything is saved).
     """
     changes = list(overrides or [])
