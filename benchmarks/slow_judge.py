@@ -1,9 +1,10 @@
-"""Whether a slow judge starves the rollouts: the demo rewarded by a judge behind HTTP that takes its time, and by one that answers at once.
+"""Times the demo with a judge behind HTTP, slow and fast, to see whether rollouts wait for it.
 
-Each case is ``rl-edit train`` on a Ray cluster of its own. The judge is a server on loopback that speaks OpenAI's protocol and sleeps
-before each answer, however many requests are in flight. Finished cases are kept under ``--work`` and never repeated::
+Each case is ``rl-edit train`` on a Ray cluster of its own. The judge is a server on loopback that
+uses OpenAI's protocol and sleeps before each response, however many requests are in flight.
+Finished cases are stored under ``--work`` and never repeated::
 
-    python benchmarks/slow_judge.py            # writes benchmarks/results/slow_judge.md; some ten minutes
+    python benchmarks/slow_judge.py    # writes benchmarks/results/slow_judge.md; some ten minutes
 
 The numbers are the run's own, from ``metrics.jsonl`` and ``events.jsonl``.
 """
@@ -27,21 +28,37 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from judge_server import Answer, JudgeServer, completion, images_of, question_of, serving  # noqa: E402 - the tests are no package
+# The tests are no package: found by the path above.
+from judge_server import (  # noqa: E402
+    Answer,
+    JudgeServer,
+    completion,
+    images_of,
+    question_of,
+    serving,
+)
 from rl_edit.config import RunConfig, load_config  # noqa: E402
 from rl_edit.files import EVENTS, METRICS, read_json_lines  # noqa: E402
 from scaling import RESULTS, report  # noqa: E402
 
-# Of connections that come at once all but five would wait a second for their second try; servers of judges take thousands.
+# Of connections that come at once all but five would wait a second for their second try. Servers of
+# judges take thousands.
 ThreadingHTTPServer.request_queue_size = 1024
 
 WARM, COOL = 1, 1
-"""Updates at the start, while processes and pipeline warm up, and at the end, when nothing is left to roll out, that are not counted."""
+"""Updates that are not counted: at the start, while processes and pipeline warm up, and at the end,
+when nothing is left to roll out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run: seconds that the judge takes for an answer, staleness, and reward actors, each of which judges one group at a time."""
+    """One run of the benchmark.
+
+    Attributes:
+        latency_s: seconds that the judge takes for a response.
+        max_lag: updates that rollouts may lag behind.
+        num_reward: reward actors, each of which scores one group at a time.
+    """
 
     latency_s: float
     max_lag: int
@@ -57,10 +74,14 @@ class Timing:
     """Means over the counted updates.
 
     Attributes:
-        update_s: from one update to the next, by the clock of the events.
-        rollout_s, learn_s: of work in an update, summed over actors. judged_s: of one group.
-        busy: share of the rollout actors' time that they spent rolling out. efficiency: as the run reports it.
-        in_flight: most requests that the judge had at once; requests: in the whole run.
+        update_s: seconds from one update to the next, by the clock of the events.
+        rollout_s: seconds of rollout work in an update, summed over actors.
+        learn_s: seconds of learning in an update.
+        scoring_s: seconds of scoring one group.
+        busy: share of the rollout actors' time that they spent rolling out.
+        efficiency: as the run reports it.
+        in_flight: largest number of requests that the judge had at once.
+        requests: in the complete run.
     """
 
     case: Case
@@ -68,7 +89,7 @@ class Timing:
     update_s: float
     rollout_s: float
     learn_s: float
-    judged_s: float
+    scoring_s: float
     busy: float
     efficiency: float
     in_flight: int
@@ -76,7 +97,7 @@ class Timing:
 
 
 def wait_until_idle(seconds: float, share: float = 0.15) -> None:
-    """Returns once the cores of this machine have been busy for less than ``share`` of so many seconds; at once for 0."""
+    """Waits until the cores were busy for less than a share of some seconds; not at all for 0."""
     while seconds:
         before = _cpu_ticks()
         time.sleep(seconds)
@@ -86,29 +107,36 @@ def wait_until_idle(seconds: float, share: float = 0.15) -> None:
 
 
 def _cpu_ticks() -> tuple[int, int]:
-    """Ticks in which a core was busy, and all ticks, since the machine started."""
+    """Returns the ticks in which a core was busy, and all ticks, since the machine started."""
     ticks = [int(part) for part in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    # The fourth and fifth number are idle time and waiting for disks.
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def cases(latency_s: float, num_reward: int) -> list[Case]:
-    """Without and with the latency, the latter with one reward actor and with several, on-policy and one step off."""
-    seats = ((0.0, 1), (latency_s, 1), (latency_s, num_reward))
+    """Lists the cases, each on-policy and one update off.
+
+    Without latency; with latency and one reward actor; with latency and several.
+    """
+    judges = ((0.0, 1), (latency_s, 1), (latency_s, num_reward))
     return [
         Case(latency_s=latency, max_lag=lag, num_reward=number)
         for lag in (0, 1)
-        for latency, number in seats
+        for latency, number in judges
     ]
 
 
-def judged(body: dict[str, Any], number: int) -> Answer:
-    """Scores that follow from the edited picture alone."""
+def response(body: dict[str, Any], number: int) -> Answer:
+    """Returns scores that follow from the edited image only."""
     score = [int(images_of(body)[-1].sum()) % 20 + 5, 20] if question_of(body) == "SC" else [20, 20]
     return 200, completion(json.dumps({"reasoning": "", "score": score}))
 
 
 def settings(case: Case, url: str, updates: int) -> tuple[str, ...]:
-    """The demo, with EditScore in place of its built-in judge. Its only checkpoint is written after the last update."""
+    """Returns the demo's overrides: EditScore in place of its built-in judge.
+
+    The only checkpoint is written after the last update.
+    """
     return (
         f"train.updates={updates}",
         f"train.checkpoint_every={updates}",
@@ -120,38 +148,26 @@ def settings(case: Case, url: str, updates: int) -> tuple[str, ...]:
     )
 
 
-def kept(work: Path, case: Case, *, updates: int, idle_s: float) -> Timing:
-    """The case as it was timed before, or now, once the machine was idle for so many seconds."""
+def stored(work: Path, case: Case, *, updates: int, idle_s: float) -> Timing:
+    """Returns the case as it was timed before; times it on an idle machine otherwise."""
     file = work / f"{case.name}-{updates}-updates.json"
     if not file.is_file():
         wait_until_idle(idle_s)
         file.write_text(json.dumps(asdict(timed(case, updates=updates)), indent=2) + "\n")
-    found = json.loads(file.read_text())
-    return Timing(**{**found, "case": Case(**found["case"])})
+    record = json.loads(file.read_text())
+    return Timing(**{**record, "case": Case(**record["case"])})
 
 
 def timed(case: Case, *, updates: int) -> Timing:
+    """Runs a case on a judge and a cluster of its own."""
     with (
-        serving(judged, delay_s=case.latency_s) as judge,
+        serving(response, delay_s=case.latency_s) as judge,
         tempfile.TemporaryDirectory() as temporary,
     ):
         run, overrides = Path(temporary) / "run", settings(case, judge.url, updates)
-        command = [
-            sys.executable,
-            "-m",
-            "rl_edit",
-            "train",
-            "--preset",
-            "tiny-rc-grpo",
-            "--run-dir",
-            str(run),
-            *overrides,
-        ]
-        quiet = {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_worker_niceness": "0",
-        }
+        command = [sys.executable, "-m", "rl_edit", "train", "--preset", "tiny-rc-grpo"]
+        command += ["--run-dir", str(run), *overrides]
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
         ended = subprocess.run(
             command,
             cwd=ROOT,
@@ -162,13 +178,14 @@ def timed(case: Case, *, updates: int) -> Timing:
         )
         if ended.returncode:
             raise SystemExit(
-                f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+                f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stdout[-2000:]}\n"
+                f"{ended.stderr[-2000:]}"
             )
         return timing(case, load_config(preset="tiny-rc-grpo", overrides=overrides), run, judge)
 
 
 def timing(case: Case, config: RunConfig, run: Path, judge: JudgeServer) -> Timing:
-    """What a finished run says of itself."""
+    """Reads the timing of a finished run from its own files."""
     lines = read_json_lines(run / METRICS)[WARM:-COOL]
     applied = [
         event["time"]
@@ -183,7 +200,7 @@ def timing(case: Case, config: RunConfig, run: Path, judge: JudgeServer) -> Timi
         update_s=update_s,
         rollout_s=rollout_s,
         learn_s=fmean(line["seconds/learn"] for line in lines),
-        judged_s=fmean(line["seconds/reward"] for line in lines) / config.train.groups_per_update,
+        scoring_s=fmean(line["seconds/reward"] for line in lines) / config.train.groups_per_update,
         busy=rollout_s / config.actors.num_rollout / update_s,
         efficiency=fmean(line["efficiency"] for line in lines),
         in_flight=judge.busiest,
@@ -192,90 +209,96 @@ def timing(case: Case, config: RunConfig, run: Path, judge: JudgeServer) -> Timi
 
 
 HEADER = [
-    "| judge, s | max_lag | reward actors | s an update | of the speed without latency | rollout actors busy | rollouts, s of work "
-    "| learning, s | judging a group, s | most requests at once | `efficiency` |",
+    "| judge, s | max_lag | reward actors | s an update | of the speed without latency "
+    "| rollout actors busy | rollouts, s of work | learning, s | scoring a group, s "
+    "| most requests at once | `efficiency` |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 ]
 
 
-def row(found: Timing, without: Timing) -> str:
-    case = found.case
+def row(timing: Timing, without: Timing) -> str:
+    case = timing.case
     cells = [
         f"{case.latency_s:g}",
         str(case.max_lag),
         str(case.num_reward),
-        f"{found.update_s:.2f}",
-        f"{without.update_s / found.update_s:.0%}",
-        f"{found.busy:.0%}",
-        f"{found.rollout_s:.2f}",
-        f"{found.learn_s:.2f}",
-        f"{found.judged_s:.2f}",
-        str(found.in_flight),
-        f"{found.efficiency:.2f}",
+        f"{timing.update_s:.2f}",
+        f"{without.update_s / timing.update_s:.0%}",
+        f"{timing.busy:.0%}",
+        f"{timing.rollout_s:.2f}",
+        f"{timing.learn_s:.2f}",
+        f"{timing.scoring_s:.2f}",
+        str(timing.in_flight),
+        f"{timing.efficiency:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def table(timings: Sequence[Timing]) -> list[str]:
-    without = {found.case.max_lag: found for found in timings if not found.case.latency_s}
-    return [*HEADER, *(row(found, without[found.case.max_lag]) for found in timings)]
+    without = {timing.case.max_lag: timing for timing in timings if not timing.case.latency_s}
+    return [*HEADER, *(row(timing, without[timing.case.max_lag]) for timing in timings)]
+
+
+def page(timings: Sequence[Timing], config: RunConfig) -> list[str]:
+    """Returns the lines of the results file."""
+    questions = config.rollout.group_size * 2
+    return [
+        "",
+        f"`rl-edit train --preset tiny-rc-grpo` ({config.train.groups_per_update} groups of "
+        f"{config.rollout.group_size} an update, {config.actors.num_rollout} rollout actors and "
+        f"{config.actors.num_learner} learner ranks on-policy, one thread each)",
+        f"with EditScore over HTTP ({questions} requests a group) in place of the built-in judge. "
+        f"Means of {timings[0].updates} updates of one run each; start-up, the first and the last "
+        "update are not in them.",
+        "",
+        *table(timings),
+        "",
+        "A reward actor scores one group at a time, so groups are scored as fast as "
+        "`actors.num_reward / seconds of a group`. Rollouts do not wait for it",
+        "when that is at least `groups_per_update / seconds of an update`, and `max_lag: 1` lets "
+        "them go on while the last groups are scored and learnt from.",
+        "`efficiency` counts rollouts and learner only: a reward actor that waits for a judge "
+        "elsewhere occupies no device.",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--latency", type=float, default=3.0, help="seconds of the slow judge before each answer"
-    )
-    parser.add_argument(
-        "--num-reward", type=int, default=4, help="reward actors where there are several"
-    )
-    parser.add_argument(
-        "--updates", type=int, default=6, help=f"of each run; {WARM + COOL + 1} or more"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--latency", type=float, default=3.0, help="seconds of the slow judge for a response")
+    add("--num-reward", type=int, default=4, help="reward actors where there are several")
+    add("--updates", type=int, default=6, help=f"of each run; {WARM + COOL + 1} or more")
+    add(
         "--idle",
         type=float,
         default=0.0,
         help="before each run, wait until the machine was idle for so many seconds",
     )
-    parser.add_argument(
+    add(
         "--work",
         type=Path,
         default=ROOT / "runs" / "slow_judge",
-        help="where cases are kept; delete it to start over",
+        help="where cases are stored; delete it to start over",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "slow_judge.md")
-    given = parser.parse_args()
-    if given.updates <= WARM + COOL or given.latency <= 0 or given.num_reward < 2:
+    add("--out", type=Path, default=RESULTS / "slow_judge.md")
+    arguments = parser.parse_args()
+    if arguments.updates <= WARM + COOL or arguments.latency <= 0 or arguments.num_reward < 2:
         parser.error(
-            f"--updates {given.updates} --latency {given.latency} --num-reward {given.num_reward} leave nothing to compare: "
-            f"give {WARM + COOL + 1}, above 0, and 2, or more"
+            f"--updates {arguments.updates} --latency {arguments.latency} --num-reward "
+            f"{arguments.num_reward} leave nothing to compare: give {WARM + COOL + 1}, above 0, "
+            "and 2, or more"
         )
-    given.work.mkdir(parents=True, exist_ok=True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
     timings = []
-    for case in cases(given.latency, given.num_reward):
-        timings.append(kept(given.work, case, updates=given.updates, idle_s=given.idle))
+    for case in cases(arguments.latency, arguments.num_reward):
+        timings.append(
+            stored(arguments.work, case, updates=arguments.updates, idle_s=arguments.idle)
+        )
         print(timings[-1], flush=True)
-    config = load_config(preset="tiny-rc-grpo")
-    questions = config.rollout.group_size * 2
-    lines = [
-        "",
-        f"`rl-edit train --preset tiny-rc-grpo` ({config.train.groups_per_update} groups of {config.rollout.group_size} an update, "
-        f"{config.actors.num_rollout} rollout actors, one thread each)",
-        f"with EditScore over HTTP ({questions} requests a group) in place of the built-in judge. "
-        f"Means of {timings[0].updates} updates of one run each; start-up, the first and the last update are not in them.",
-        "",
-        *table(timings),
-        "",
-        "A reward actor judges one group at a time, so groups are judged as fast as `actors.num_reward / seconds of a group`. Rollouts do "
-        "not wait for it",
-        "when that is at least `groups_per_update / seconds of an update`, and `max_lag: 1` lets them go on while the last groups are "
-        "judged and learnt from.",
-        "`efficiency` counts rollouts and learner only: a reward actor that waits for a judge elsewhere occupies no device.",
-    ]
-    report(given.out, "A slow judge", lines)
+    lines = page(timings, load_config(preset="tiny-rc-grpo"))
+    report(arguments.out, "A slow judge", lines)
 
 
 if __name__ == "__main__":
