@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,7 @@ def _step_noise(algorithm: Algorithm) -> str:
 
 def _credit(algorithm: Algorithm) -> str:
     settings = algorithm.credit.model_dump()
-    rows = {
+    rows: dict[str, Callable[[], str]] = {
         "group": lambda: f"{settings['rows']['kind']} row",
         "split": lambda: "edit row + keep row",
         "region": lambda: "a row a region",
@@ -91,7 +92,8 @@ def _credit(algorithm: Algorithm) -> str:
 def _objective(algorithm: Algorithm) -> str:
     settings = algorithm.objective.model_dump()
     inner = settings.get("inner")
-    shown = settings["kind"] + (f" ({settings['variant']})" if "variant" in settings else "")
+    shown = str(settings["kind"])
+    shown += f" ({settings['variant']})" if "variant" in settings else ""
     return shown + (f" around {inner['kind']}" if inner else "")
 
 

@@ -84,7 +84,8 @@ def entropy(images: Images, source: Source, keep: Keep) -> PerCandidate:
     level = (both * ENTROPY_LEVELS).long().clamp_max(ENTROPY_LEVELS - 1)
     counts = torch.zeros(len(both), ENTROPY_LEVELS).scatter_add_(1, level, torch.ones_like(both))
     bits = torch.special.entr(counts / both.shape[1]).sum(dim=1) / math.log(2)
-    return bits[1:] - bits[0]
+    difference: Tensor = bits[1:] - bits[0]
+    return difference
 
 
 def spectrum(images: Images, source: Source, keep: Keep) -> PerCandidate:
@@ -96,7 +97,8 @@ def spectrum(images: Images, source: Source, keep: Keep) -> PerCandidate:
     change = luma(images) - luma(source)
     change = torch.where(keep, change - change[:, keep].mean(dim=1)[:, None, None], 0.0)
     waves = 2 * torch.fft.rfft2(change).abs().flatten(1) / keep.sum()
-    return waves[:, 1:].amax(dim=1)
+    largest: Tensor = waves[:, 1:].amax(dim=1)
+    return largest
 
 
 def luma(picture: UInt8[Tensor, "*batch height width 3"]) -> Float[Tensor, "*batch height width"]:

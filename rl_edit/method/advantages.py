@@ -59,7 +59,8 @@ def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor,
     """
     centred = values - values.mean(dim=-1, keepdim=True)
     norm = centred.abs().pow(p).sum(dim=-1, keepdim=True).pow(1 / p)
-    return centred / norm.clamp(min=1e-12) * values.shape[-1] ** 0.5
+    standardised: Tensor = centred / norm.clamp(min=1e-12) * values.shape[-1] ** 0.5
+    return standardised
 
 
 def bounded(
@@ -273,6 +274,7 @@ class RegionCredit(BaseModel):
         background_terms: terms that judge what should stay.
         area_power: gamma of the objective's weights ``|M_r|^gamma``. 1 weighs by area, which at the old weights is the gradient
             of whole-image credit when all regions agree; 0 weighs all regions alike.
+        normalise: the other weighted terms are normalised in the group.
         advantage_clip: largest absolute advantage, as in :class:`GroupCredit`.
     """
 

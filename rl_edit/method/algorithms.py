@@ -63,6 +63,11 @@ class Decayed(BaseModel):
 
     Published schedules: copying every update (rate 0), ``rate=0.001, max_decay=0.5`` (its default), and
     ``start=75, rate=0.0075, max_decay=0.999``.
+
+    Attributes:
+        rate: growth of the decay per update. 0.001 is DiffusionNFT's default; 0 copies every update.
+        max_decay: bound of the decay. 0.5 is DiffusionNFT's default.
+        start: updates before the decay begins to grow.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -84,6 +89,7 @@ class Algorithm(BaseModel):
     """Five values: noise of the start and of the steps, credit, objective, acting weights. The validated value is the object that runs.
 
     Attributes:
+        name: of a bundled method, or "custom".
         initial_noise: the law of a group's initial noises.
         step_noise: SDE level of each rollout step; zero is the ODE.
         credit: from reward tables to advantages.

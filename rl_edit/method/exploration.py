@@ -345,6 +345,10 @@ class NoiseWindow(BaseModel):
         schedule: how its first step moves. "progressive": by ``stride`` every ``every`` updates; "exponential": it stays
             ``every * exp(-decay * max(position - threshold, 0))`` updates (rounded up) at each position, so that later steps get less;
             "random": anew for each update; "fixed": never.
+        every: updates at a position, of the progressive and the exponential schedule.
+        stride: steps between two positions.
+        decay: of the exponential schedule.
+        threshold: position from which the exponential schedule shortens its stays.
         first, stop: window starts lie in ``[first, stop - size]``; ``stop`` None ends two steps before the end, as released.
             Past the last start, which a long stride does not leap over, the window rolls back to ``first``. It never shrinks and is
             never empty.
@@ -391,7 +395,7 @@ class NoiseWindow(BaseModel):
         left = update % sum(stays)
         for position, stay in zip(positions, stays, strict=True):
             if left < stay:
-                return position
+                return int(position)
             left -= stay
         raise AssertionError("the remainder of a sum is below it")
 

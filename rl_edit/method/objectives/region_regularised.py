@@ -43,6 +43,8 @@ class RegionRegularised(Wrapper):
     its purpose; "fixed" puts it where it acts as meant.
 
     Attributes:
+        inner: the forward process that is regularised.
+        variant: a row of the table above.
         keep_weight, edit_weight: 0.02 and 0.02 for FLUX.1-Kontext, 0.8 and 0.5 for Qwen-Image-Edit-2509.
         keep_tolerance, edit_tolerance: 1e-3 and 3e-2.
         erosion: in tokens; 1 token is the release's radius of 2 latent pixels.

@@ -73,7 +73,8 @@ class Setting:
 
 def parts(indices: Tensor, states_per_forward: int | None) -> tuple[Tensor, ...]:
     """Indices of states in batches of at most ``states_per_forward``; None is one batch."""
-    return indices.split(states_per_forward or len(indices))
+    batches: tuple[Tensor, ...] = indices.split(states_per_forward or len(indices))
+    return batches
 
 
 def draw(indices: range, number: int | None, generator: torch.Generator) -> tuple[int, ...]:
