@@ -27,10 +27,15 @@ at its first call is not covered."""
 
 
 class LocalProcess:
-    """Plain objects in the place of a process, with a thread of their own if ``threaded``."""
+    """Holds plain objects in the place of a process.
+
+    Args:
+        threaded: gives them a thread of their own. Otherwise calls block the caller.
+    """
 
     def __init__(self, roles: Roles, name: str, *, threaded: bool) -> None:
         self.name, self._roles = name, roles
+        # Made by the first call, in the thread that will use them.
         self._workers: dict[str, Any] | None = None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=name) if threaded else None
         self.alive = True
@@ -49,11 +54,12 @@ class LocalProcess:
     def kill(self) -> None:
         self.alive = False
         if self.thread is not None:
+            # A call that has begun cannot be ended; those that wait for the thread are dropped.
             self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalWorker:
-    """One role of a local process, as the executor's ``Worker``."""
+    """Calls one role of a local process."""
 
     def __init__(self, process: LocalProcess, role: str) -> None:
         self._process, self._role = process, role
@@ -64,11 +70,13 @@ class LocalWorker:
             raise WorkerLost(f"{process.name} is gone")
         try:
             if process.thread is None:
+                # No await between here and the result: inline calls run one after the other.
                 return process.run(self._role, method, args)
             return await asyncio.get_running_loop().run_in_executor(
                 process.thread, process.run, self._role, method, args
             )
         except (InputError, TrainingFailed, WorkerLost):
+            # These mean the same on either side of a call.
             raise
         except asyncio.CancelledError as error:
             if process.alive:
@@ -77,6 +85,7 @@ class LocalWorker:
             # would end the complete run.
             raise WorkerLost(f"{process.name} is gone") from error
         except Exception as error:
+            # Whatever the work raised costs its item, as it would from another process.
             raise WorkFailed(f"{type(error).__name__}: {error}") from error
 
     def kill(self) -> None:
@@ -99,7 +108,7 @@ class LocalExecutor:
         return LocalWorker(self._processes.spawn(role, worker_slot), role)
 
     def direct(self, role: str) -> Any | None:
-        """Returns the object of a role itself, unless workers have threads."""
+        """Returns a role's object, unless workers have threads."""
         if self._threaded:
             return None
         return self._processes.spawn(role, 0).worker(role)

@@ -44,9 +44,10 @@ Places = dict[tuple[str, int], tuple[PlacementGroup, int]]
 
 
 def connect(config: RunConfig) -> None:
-    """Joins the cluster of ``RAY_ADDRESS``, else starts one on loopback.
+    """Joins the cluster of ``RAY_ADDRESS``, or starts one.
 
-    The variable is set by hand or by ``ray job submit``. ``ray.init`` blocks for minutes on a dead
+    The variable is set by hand or by ``ray job submit``. Without it a cluster of this machine
+    listens on loopback only and ends with this process. ``ray.init`` blocks for minutes on a dead
     address, so the address is probed first.
 
     Raises:
@@ -57,9 +58,9 @@ def connect(config: RunConfig) -> None:
 
 
 def probe() -> None:
-    """Checks that something listens at ``RAY_ADDRESS``, if one is set.
+    """Checks that something listens at ``RAY_ADDRESS``.
 
-    Called before minutes or even seconds go into anything else.
+    Does nothing where it is unset. Called before minutes or even seconds go into anything else.
 
     Raises:
         ClusterUnreachable: naming the address.
@@ -70,9 +71,10 @@ def probe() -> None:
 
 
 def join_or_start(config: RunConfig) -> None:
-    """Connects as :func:`connect` does, without asking whether this process is connected."""
+    """Connects a process that is not connected yet."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
+    # "local" is Ray's word for a new cluster.
     if address and address != "local":
         _probe(address)
         try:
@@ -88,8 +90,10 @@ def join_or_start(config: RunConfig) -> None:
         num_cpus=available_cores(),
         include_dashboard=config.actors.dashboard,
         dashboard_host="127.0.0.1",
+        # Workers log to files of the session; the driver's terminal shows progress only.
         log_to_driver=False,
         logging_level=logging.ERROR,
+        # By default Ray takes 30 % of the memory. Groups of the built-in editor are small.
         object_store_memory=CPU_OBJECT_STORE_BYTES if config.actors.rollout_gpus == 0 else None,
     )
     # Ray writes the token of a local cluster readable by everyone.
@@ -118,6 +122,7 @@ def reserve(config: RunConfig, roles: Roles, *, note: Callable[[str], None]) -> 
         "reward": config.actors.num_reward,
         "learner": config.actors.num_learner,
     }
+    # Colocated roles are one kind of process, so its GPUs are counted once.
     kinds = {spec.process: (spec, counts[role]) for role, spec in roles.items()}
     bundles = [
         (kind, worker_slot, spec.gpus)
@@ -128,6 +133,7 @@ def reserve(config: RunConfig, roles: Roles, *, note: Callable[[str], None]) -> 
     if not bundles:
         return {}
     request = ", ".join(f"{count} {kind} x {spec.gpus:g}" for kind, (spec, count) in kinds.items())
+    # One bundle per process. PACK fills a node before the next: adapters and groups move less.
     group = placement_group([{"GPU": gpus} for *_, gpus in bundles], strategy="PACK")
     _wait_for(group, sum(gpus for *_, gpus in bundles), request, config, note=note)
     return {
@@ -171,12 +177,13 @@ def _wait_for(
 
 
 def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
-    """Compares Python, packages and our sources on every node with those here.
+    """Compares packages and sources of every node with ours.
 
     Raises:
         InputError: naming each difference, unless ``allow_skew``.
         ResourcesInfeasible: a node started no worker in time.
     """
+    # A task pinned to each node, without a CPU: it runs where all CPUs are taken.
     remote_versions = ray.remote(versions)
     requests = {
         node["NodeManagerAddress"]: remote_versions.options(
@@ -204,9 +211,9 @@ def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
 
 
 def check_stop_wait(grace_s: float, *, note: Callable[[str], None]) -> None:
-    """Warns when ``ray job stop`` would kill the driver before its grace has passed."""
+    """Warns when ``ray job stop`` kills before ``train.grace_s``."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        return
+        return  # not a submitted job
     wait_s = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", RAY_JOB_STOP_DEFAULT_S))
     if wait_s < grace_s:
         note(
@@ -217,11 +224,11 @@ def check_stop_wait(grace_s: float, *, note: Callable[[str], None]) -> None:
 
 
 def _probe(address: str) -> None:
-    """Fails in seconds when nothing listens at a ``host:port`` address."""
+    """Fails in seconds when nothing listens at ``host:port``."""
     parsed = urlparse(address if "//" in address else f"//{address}")
     try:
         port = parsed.port
-    except ValueError:
+    except ValueError:  # not a number
         port = None
     no_port = parsed.hostname is None or port is None
     if parsed.scheme in ("http", "https") or (address != "auto" and no_port):
@@ -231,7 +238,7 @@ def _probe(address: str) -> None:
             "jobs",
         )
     if parsed.hostname is None or port is None:
-        return
+        return  # "auto": Ray finds a cluster of this machine
     try:
         socket.create_connection((parsed.hostname, port), timeout=5).close()
     except OSError as error:

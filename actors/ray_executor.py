@@ -1,4 +1,4 @@
-"""The executor that runs workers as actors of a Ray cluster.
+"""Runs workers as actors of a Ray cluster.
 
 Blobs are task returns owned by the driver, so they outlive the actor that made them. Ray restarts
 and retries nothing: its own retries are silent. A dead actor is known in milliseconds and the
@@ -76,10 +76,15 @@ def actor_class(kind: str) -> type:
 
 
 def environment(gpus: float) -> dict[str, str]:
-    """Returns environment variables of an actor process, set before it imports torch."""
+    """Returns environment variables of an actor process.
+
+    Ray sets them before the process starts Python, hence before torch reads them.
+    """
     # A thread that waits for others sleeps instead of spinning. Spinning threads of one process
     # hold the cores that the others need: twenty times slower beside one busy program.
+    # A user's own policy is kept.
     variables = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    # Without this a CPU actor would take memory of a GPU that is not its own.
     return variables if gpus else {**variables, "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -118,7 +123,7 @@ class RayProcess:
 
 
 class RayWorker:
-    """One role of an actor process, as the executor's ``Worker``."""
+    """Calls one role of an actor process."""
 
     def __init__(self, process: RayProcess, role: str) -> None:
         self._process, self._role = process, role
@@ -127,6 +132,7 @@ class RayWorker:
         if not self._process.alive:
             raise WorkerLost("the process was killed")
         try:
+            # Ray shows the name as the process's title while it runs, and in its task list.
             call = self._process.actor.run.options(
                 name=f"{self._role}.{method}", num_returns=1 + blobs
             )
@@ -140,6 +146,7 @@ class RayWorker:
         except RayTaskError as error:
             raise _of_method(error) from error
         except RayActorError as error:
+            # All roles of the process learn it from the flag, and move on together.
             self._process.alive = False
             raise _of_actor(error) from error
         except LOST as error:
@@ -194,7 +201,10 @@ class RayExecutor:
         return ", ".join(f"{name} {amount:g}" for name, amount in amounts.items()) or "nothing"
 
     def mirror(self, metrics: dict[str, Any]) -> None:
-        """Shows numbers as gauges ``rl_edit_...`` of Ray's metrics agent."""
+        """Shows numbers as gauges of Ray's metrics agent.
+
+        Names begin with ``rl_edit_``.
+        """
         with contextlib.suppress(Exception):  # monitoring must never stop the run
             for name, value in metrics.items():
                 # A NaN differs from itself; a gauge of it would hide the last number.
@@ -216,7 +226,7 @@ class RayExecutor:
 
 
 def _of_method(error: RayTaskError) -> Exception:
-    """Translates what a method raised into the controller's errors."""
+    """Translates a method's error into the controller's."""
     cause = error.cause
     if isinstance(cause, InputError | TrainingFailed | WorkerLost):
         return cause

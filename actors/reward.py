@@ -20,7 +20,7 @@ from rl_edit.types import Candidates, RewardTable, RolloutGroup
 
 
 class RewardActor:
-    """Applies every term of the config that the data can feed.
+    """Applies every reward term that the data can feed.
 
     Scores are a pure function of the group: any reward actor gives the same table.
 
@@ -31,6 +31,7 @@ class RewardActor:
     def __init__(self, config: RunConfig, fields: frozenset[str], threads: int) -> None:
         torch.set_num_threads(threads)
         self._group_size = config.rollout.group_size
+        # What is left out, and why, was reported when the run was planned.
         self.terms, _ = available(tuple(config.rewards.values()), fields)
 
     def ready(self) -> int:
@@ -38,15 +39,16 @@ class RewardActor:
         return os.getpid()
 
     def score(self, blob: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns the packed reward table of a packed group."""
+        """Scores a packed group; returns the packed reward table."""
         group: RolloutGroup = wire.unpack(blob)
         return wire.pack(self.table(group.candidates, group_id=group.group_id))
 
     def table(self, candidates: Candidates, *, group_id: str) -> RewardTable:
-        """Scores candidates and adds the diagnostics that every run reports.
+        """Scores candidates and adds every run's diagnostics.
 
         These are background PSNR, SSIM and drift, change inside the mask, and concentration.
         """
+        # The time of diagnostics is part of a group's cost, so it counts as scoring.
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, group_id=group_id)
         measured = {**diagnostics(candidates), **drift(candidates)}

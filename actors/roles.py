@@ -55,6 +55,7 @@ def worker_roles(
     """
     actors = config.actors
     rollout_threads, learner_threads = threads_per_actor(config)
+    # Scoring is mostly waiting for a judge, or cheap: one thread.
     reward = WorkerSpec(
         process="reward", make=RewardActor, arguments=(config, fields, 1), gpus=actors.reward_gpus
     )
@@ -85,16 +86,17 @@ def worker_roles(
 
 
 def roles_of(roles: Roles, process: str) -> Roles:
-    """Returns the roles that one kind of process serves."""
+    """Selects the roles of one kind of process."""
     return {role: spec for role, spec in roles.items() if spec.process == process}
 
 
 def make_workers(roles: Roles) -> dict[str, Any]:
-    """Makes the object of each role that a process serves.
+    """Makes the objects of a process, one per role.
 
     Called inside that process. An editor that several roles share is loaded once. Each role then
     switches its own adapter on before a forward, so the results are those of separate processes.
     """
+    # By settings: equal settings are one editor.
     shared = {spec.shared_editor for spec in roles.values()} - {None}
     editors = {config: load_editor(config) for config in shared if config is not None}
     return {
@@ -116,7 +118,7 @@ P = TypeVar("P", bound=Process)
 
 
 class ProcessTable(Generic[P]):
-    """Keeps the newest process of each kind in each worker slot.
+    """Keeps the newest process of each worker slot.
 
     Args:
         start: starts a process of a kind (with its roles) in a worker slot.
@@ -127,13 +129,14 @@ class ProcessTable(Generic[P]):
         self._newest: dict[tuple[str, int], tuple[P, set[str]]] = {}
 
     def spawn(self, role: str, worker_slot: int) -> P:
-        """Returns a process that is new to the role.
+        """Returns a process that this role has not had.
 
         Colocated roles ask one after the other. The second gets the process that the first
         started, and both move on together once that process is dead.
         """
         kind = self._roles[role].process
         process, served = self._newest.get((kind, worker_slot), (None, set[str]()))
+        # A role that asks again has lost its process, even if that still looks alive.
         if process is None or not process.alive or role in served:
             process, served = self._start(kind, roles_of(self._roles, kind), worker_slot), set()
         self._newest[kind, worker_slot] = process, served | {role}
@@ -145,21 +148,26 @@ class ProcessTable(Generic[P]):
 
 
 def threads_per_actor(config: RunConfig) -> tuple[int, int]:
-    """Returns the CPU threads of (a rollout actor, a learner rank).
+    """Splits the cores over rollout actors and learner ranks.
 
     Processes that are busy at once never get more threads than there are cores. On-policy,
     rollouts and learner take turns and each may have every core; one update off, they share them.
     Two busy processes with two threads each on two cores run several times slower than with one
     (benchmarks/threads.py).
+
+    Returns:
+        CPU threads of (a rollout actor, a learner rank).
     """
     actors = config.actors
     if actors.threads is not None:
         return actors.threads, actors.threads
     cores = available_cores()
     if actors.runtime != "ray":
+        # In one process the roles take turns.
         return cores, cores
     if config.train.max_lag == 0 or actors.placement == "colocated":
         return max(1, cores // actors.num_rollout), max(1, cores // actors.num_learner)
+    # One update off: half of the cores for either side, at least one thread for each process.
     rollout_cores = cores // 2
     return (
         max(1, rollout_cores // actors.num_rollout),

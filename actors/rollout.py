@@ -41,16 +41,16 @@ One is being published, one is evaluated on held-out tasks, and one is in use.""
 
 
 class UnknownAdapter(RuntimeError):
-    """The work names weights that this actor was never given."""
+    """The work names weights that never arrived here."""
 
 
 def roll_out(
     editor: Editor, config: RunConfig, item: WorkItem, weights: AdapterWeights
 ) -> tuple[RolloutGroup, dict[str, float]]:
-    """Samples a work item's candidates under the weights that are loaded and active.
+    """Samples the candidates of a work item.
 
-    Every random number is keyed by the candidate's place in its group, so a candidate does not
-    depend on its chunk.
+    The weights must be loaded and active. Every random number is keyed by the candidate's
+    place in its group, so a candidate does not depend on its chunk.
 
     Args:
         weights: the loaded weights. The group carries their name, and candidates are explored
@@ -59,6 +59,7 @@ def roll_out(
     Returns:
         the group, or chunk of one, on the CPU; and seconds by phase.
     """
+    # Seconds by phase show where a slow rollout spends them: text encoder, transformer, or VAE.
     began = time.perf_counter()
     conditioning = editor.encode(item.task)
     mask = regions.token_mask(item.task.edit_mask, conditioning.grid)
@@ -75,6 +76,7 @@ def roll_out(
             token_mask=mask,
         ),
         conditioning=conditioning,
+        # States, velocities and noise levels of the trained steps only; learning replays these.
         latents=trajectory.latents,
         next_latents=trajectory.next_latents,
         velocities=trajectory.velocities,
@@ -85,6 +87,7 @@ def roll_out(
         schedule=editor.sigmas(config.rollout.num_steps, conditioning),
         areas=regions.token_areas(areas_of(item.task), conditioning.grid),
     )
+    # On the CPU from here on: rewards and credit compute there, and the GPU's memory is freed.
     return moved(group, "cpu"), {
         "encode": encoded - began,
         "denoise": integrated - encoded,
@@ -100,11 +103,12 @@ def _integrate(
     mask: Tensor,
     weights: AdapterWeights,
 ) -> tuple[Trajectory, Tensor]:
-    """Denoises the item's candidates together; returns their trajectory and attention."""
+    """Denoises an item's candidates in one batch."""
     algorithm, num_steps = config.algorithm, config.rollout.num_steps
     source = NoiseSource(item.run_seed, item.task.task_id, item.epoch)
     noise = algorithm.initial_noise.at(weights.exploration, item.task.task_type)
     shape = editor.latent_shape(conditioning)
+    # All candidates of the group, of which a chunk takes its rows.
     initial = noise(item.num_candidates, shape, mask, source)
     levels, trained = _steps(config, item, source)
     # A background that is pulled to the reference candidate needs it in every chunk. A chunk
@@ -121,6 +125,7 @@ def _integrate(
         solver=config.rollout.solver,
         step_noise=levels,
         sde=algorithm.step_noise.sde,
+        # eps of the stochastic steps (Flow-GRPO, arXiv 2505.05470), keyed by step and candidate.
         normal=lambda step: torch.stack([source.normal(f"step {step}", i, shape) for i in rows]),
         project=(lambda states: pull_background(states, mask, noise.background_pull))
         if noise.background_pull > 0
@@ -135,22 +140,24 @@ def _integrate(
 def _steps(
     config: RunConfig, item: WorkItem, source: NoiseSource
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Returns the SDE level of each step, and the steps that the update trains on."""
+    """Returns SDE levels of all steps, and the trained steps."""
     num_steps = config.rollout.num_steps
     if not item.explores:
         # Held-out evaluation compares weights, so every step is deterministic.
         return torch.zeros(num_steps), (num_steps - 1,)
     levels = config.algorithm.step_noise(item.update, num_steps)
+    # Drawn once for the group, so that all its chunks train the same steps.
     generator = source.generator("trained steps")
     return levels, config.algorithm.objective.trained_steps(levels, generator)
 
 
 class RolloutActor:
-    """Rolls out groups, or chunks of them, under any adapter it was given.
+    """Rolls out groups, or chunks of them.
 
-    It has no other state, so any actor can serve any item. A result carries the hash of the
-    tensors found in the loaded module rather than the requested hash. A weight update that never
-    arrived is thus seen on the first item.
+    Any adapter that it was given can be named by an item. It has no other state, so any
+    actor can serve any item. A result carries the hash of the tensors found in the loaded module
+    rather than the requested hash. A weight update that never arrived is thus seen on the first
+    item.
 
     Args:
         editor: an editor to share with others in this process; None loads one.
@@ -179,12 +186,14 @@ class RolloutActor:
         return os.getpid()
 
     def load(self, blob: NDArray[np.uint8]) -> AdapterId:
-        """Takes a published adapter, under the name that its tensors have.
+        """Takes a published adapter; returns its name.
 
-        As many are kept as the lag allows to be in use.
+        The name is that of the tensors which arrived. As many are kept as the lag allows to be in
+        use.
         """
         weights: AdapterWeights = wire.unpack(blob)
         name = AdapterId(weights.id.step, lora.digest(weights.tensors))
+        # Popped first, so that an adapter that is published again is the newest.
         self._published.pop(name, None)
         self._published[name] = replace(weights, id=name)
         while len(self._published) > self.config.train.max_lag + SPARE_ADAPTERS:
@@ -200,6 +209,7 @@ class RolloutActor:
         result = RolloutResult(
             work_id=item.work_id,
             adapter=group.adapter,
+            # Two results of one item must agree in this hash: the controller keeps the first.
             sha256=hashlib.sha256(packed.data).hexdigest(),
             nbytes=packed.nbytes,
             finite=all(
@@ -228,6 +238,7 @@ class RolloutActor:
         """
         transformer, adapter_name = self.editor.transformer, self.adapter_name
         before = self._export(0)
+        # B is zero in a new adapter, which would change nothing, so both factors are random.
         generator = torch.Generator().manual_seed(0)
         tensors = {
             name: 0.02 * torch.randn(value.shape, generator=generator)
@@ -263,11 +274,11 @@ class RolloutActor:
         return ""
 
     def _export(self, step: int) -> AdapterWeights:
-        """Returns a copy of the weights that the transformer holds now."""
+        """Copies the weights that the transformer holds now."""
         return lora.export(self.editor.transformer, step=step, adapter_name=self.adapter_name)
 
     def _use(self, requested: AdapterId) -> AdapterWeights:
-        """Loads the requested weights and switches them on for the next forward."""
+        """Loads the requested weights and switches them on."""
         if self._loaded is None or self._loaded.id != requested:
             if requested not in self._published:
                 known = ", ".join(str(i) for i in sorted(self._published)) or "none"
@@ -277,5 +288,6 @@ class RolloutActor:
                 )
             self._loaded = self._published[requested]
             lora.load(self.editor.transformer, self._loaded, adapter_name=self.adapter_name)
+        # Always: on a shared base, a learner may have switched its own adapter on meanwhile.
         lora.set_active(self.editor.transformer, True, adapter_name=self.adapter_name)
         return self._loaded

@@ -40,10 +40,10 @@ Credited = Mapping[int, tuple[RolloutGroup, Advantages]]
 
 
 def minibatches(slots: Sequence[int], train: TrainConfig) -> list[list[int]]:
-    """Splits the trained slots of an update into the parts that take an optimizer step each.
+    """Splits slots into minibatches.
 
-    Parts are cut by slot number, so a group that is missing moves no other to another part. Parts
-    without a group are left out.
+    Each takes an optimizer step. Parts are cut by slot number, so a group that is missing
+    moves no other to another part. Parts without a group are left out.
     """
     parts: list[list[int]] = [[] for _ in range(train.minibatches)]
     for slot in slots:
@@ -62,7 +62,7 @@ def learning_config(train: TrainConfig) -> LearningConfig:
 
 
 def _scored(order: LearnOrder) -> list[tuple[str, RewardTable]]:
-    """Unpacks the task type and the reward table of each group of an update."""
+    """Unpacks each group's task type and reward table."""
     return [
         (slot.task_type, joined([wire.unpack(table) for table in slot.tables]))
         for slot in order.slots
@@ -90,7 +90,10 @@ class Learner:
         return os.getpid()
 
     def address(self) -> str:
-        """Returns a free "host:port" of this machine, where the ranks meet if this is rank 0."""
+        """Returns a free "host:port", where the ranks can meet.
+
+        It is this machine's, so it is asked of rank 0.
+        """
         return free_address()
 
     def join(self, rank: int, world: int, address: str) -> None:
@@ -105,14 +108,15 @@ class Learner:
             device=self.policy.device,
             timeout_s=self.config.actors.deadline_s,
         )
+        # Sharding is a collective too: it waits until every rank has joined.
         if self.config.actors.shard_base:
             ranks.shard(self.editor.transformer, unsharded=self.policy.parameters)
         self.ranks = ranks
 
     def export(self) -> LearnAnswer:
-        """Returns the present weights, with all that a resumed learner needs.
+        """Returns the present weights and state.
 
-        The report is of no update.
+        That is all that a resumed learner needs. The report is of no update.
         """
         return self._answer(plan="", result=StepResult(metrics={}))
 
@@ -123,12 +127,13 @@ class Learner:
             InputError: when it is the state of another adapter.
         """
         self.policy.restore(wire.unpack(state))
+        # The last answer belonged to other weights.
         self._last = None
 
     def ratio(self, blob: NDArray[np.uint8]) -> float:
-        """Measures the largest ``|ratio - 1|`` on a packed group, or a chunk of one.
+        """Measures the largest ``|ratio - 1|`` on a packed group.
 
-        Nothing is changed.
+        It may be a chunk of one. Nothing is changed.
         """
         lora.set_active(self.editor.transformer, True)
         return ratio_deviation(self.policy, moved(wire.unpack(blob), self.policy.device))
@@ -146,21 +151,21 @@ class Learner:
         """
         start = time.perf_counter()
         policy, last = self.policy, self._last
-        if last is not None and (order.update, order.plan) == (
-            policy.updates_done - 1,
-            last.report.plan,
-        ):
-            return last
+        if last is not None:
+            done = (policy.updates_done - 1, last.report.plan)
+            if (order.update, order.plan) == done:
+                # The controller lost the answer and asks again: nothing is applied twice.
+                return last
         if order.update != policy.updates_done:
             raise RuntimeError(
                 f"asked for update {order.update} with plan {order.plan[:12]}, but this learner "
                 f"has done {policy.updates_done}, the last with plan "
-                f"{last.report.plan[:12] if last else 'unknown'}: it would be applied twice or out "
-                "of "
-                "order"
+                f"{last.report.plan[:12] if last else 'unknown'}: it would be applied twice or "
+                "out of order"
             )
         credits, declined = self._credit(order)
         result = StepResult(metrics={})
+        # Without a group to train, the update counts but no weight or average moves.
         if credits:
             result = self._optimise(self._groups(order, credits, blobs), sorted(credits))
             self._count_skipped(order.update, result)
@@ -169,6 +174,7 @@ class Learner:
         )
         result = replace(result, metrics={**result.metrics, **explored})
         answer = self._answer(plan=order.plan, result=result, declined=declined, used=len(credits))
+        # A collective, so every rank gets here or none; a rank that differs is found at once.
         self._require_equal_ranks(order.update, answer.report)
         seconds = time.perf_counter() - start
         self._last = answer._replace(report=replace(answer.report, seconds=seconds))
@@ -177,7 +183,7 @@ class Learner:
     def _credit(
         self, order: LearnOrder
     ) -> tuple[dict[int, Advantages], dict[str, tuple[str, ...]]]:
-        """Computes the credit of every slot, and why some have none.
+        """Computes credit, and why some slots have none.
 
         Every rank computes it for all slots: credit may compare groups, and tables are small.
         """
@@ -187,6 +193,7 @@ class Learner:
         ]
         areas = [slot.areas for slot in present.values() if slot.areas is not None]
         results = dict(zip(present, self.config.algorithm.credit(tables, areas), strict=True))
+        # Every slot ends in one of the two: the run's metrics account for all groups.
         credits: dict[int, Advantages] = {}
         declined: dict[str, tuple[str, ...]] = {}
         for index, slot in enumerate(order.slots):
@@ -196,6 +203,7 @@ class Learner:
                 continue
             kind, reason = ("lost", slot.lost) if result is None else (result.kind, result.reason)
             declined[kind] = (*declined.get(kind, ()), reason)
+        # Equal scores ("spread") are no failure, so they do not count against the budget.
         dropped = (*declined.get("lost", ()), *declined.get("invalid", ()))
         budget = self.config.train.max_dropped_groups
         if "invalid" in declined and len(dropped) > budget:
@@ -220,6 +228,8 @@ class Learner:
                 f"rank {self.ranks.rank} of {self.ranks.world} got {len(blobs)} chunks of its "
                 f"slots, expected {expected}"
             )
+        # Blobs come in slot order, as many for a slot as it has tables, also where it has no
+        # credit.
         rest, groups = list(blobs), {}
         for index in slots:
             number = len(order.slots[index].tables)
@@ -231,12 +241,14 @@ class Learner:
         return groups
 
     def _optimise(self, groups: Credited, trained: Sequence[int]) -> StepResult:
-        """Makes all passes over the groups, an optimizer step per minibatch.
+        """Makes all passes over the groups.
 
-        A step that is skipped undoes those before it and ends the update.
+        Each minibatch takes an optimizer step. A step that is skipped undoes those before it and
+        ends the update.
         """
         train, policy = self.config.train, self.policy
-        begun = None  # a single step that is skipped has changed nothing
+        # A copy to go back to. A single step that is skipped has changed nothing and needs none.
+        begun = None
         if train.inner_epochs * train.minibatches > 1:
             weights = [parameter.detach().clone() for parameter in policy.parameters]
             begun = weights, copy.deepcopy(policy.optimizer.state_dict())
@@ -246,12 +258,14 @@ class Learner:
         on_policy = policy.weights("policy").id.sha256
         results: list[StepResult] = []
         for index in range(train.inner_epochs):
-            results = []  # metrics are those of the last pass
+            # Metrics are those of the last pass, the furthest from the rollout's policy.
+            results = []
             for part in minibatches(trained, train):
                 results.append(self._step(groups, part, pass_index=index, on_policy=on_policy))
                 on_policy = ""
                 if not results[-1].skipped:
                     continue
+                # A half-applied update would leave the policy where no metric describes it.
                 if begun is not None:
                     for parameter, value in zip(policy.parameters, begun[0], strict=True):
                         parameter.data.copy_(value)
@@ -262,7 +276,7 @@ class Learner:
     def _step(
         self, groups: Credited, trained: Sequence[int], *, pass_index: int, on_policy: str
     ) -> StepResult:
-        """Makes one optimizer step from the groups of some slots."""
+        """Makes one optimizer step from some slots."""
         policy, algorithm = self.policy, self.config.algorithm
         return learning_step(
             self.editor.velocity,
@@ -273,6 +287,7 @@ class Learner:
             {slot: groups[slot] for slot in trained if slot in groups},
             trained=trained,
             ranks=self.ranks,
+            # Only a sharded base makes the other ranks wait for one without a group.
             idle=(lambda: idle(policy)) if self.config.actors.shard_base else lambda: None,
             config=learning_config(self.config.train),
             num_references=algorithm.initial_noise.num_references,
@@ -283,7 +298,11 @@ class Learner:
         )
 
     def _count_skipped(self, update: int, result: StepResult) -> None:
-        """Counts updates in a row that moved nothing, up to ``train.max_skipped``."""
+        """Counts skipped updates in a row.
+
+        Raises:
+            TrainingFailed: at ``train.max_skipped`` of them.
+        """
         policy, limit = self.policy, self.config.train.max_skipped
         if not result.skipped:
             policy.skipped_in_a_row = 0
@@ -297,7 +316,7 @@ class Learner:
         policy.skipped_in_a_row += 1
 
     def _require_equal_ranks(self, update: int, report: LearnReport) -> None:
-        """Raises when some rank ends an update with other weights."""
+        """Raises when ranks end an update with different weights."""
         names = self.ranks.exchange(f"{report.adapter} {report.result}")
         if len(set(names)) != 1:
             raise RuntimeError(
@@ -314,6 +333,7 @@ class Learner:
         used: int = 0,
     ) -> LearnAnswer:
         """Reports the present weights. Rank 0 alone sends their bytes."""
+        # Every rank computes both names, which are compared; one rank sends the bytes.
         acting, resulting = self.policy.weights("acting"), self.policy.weights("result")
         report = LearnReport(
             adapter=acting.id,

@@ -22,9 +22,9 @@ from rl_edit.types import AdapterId, AdapterWeights, Conditioning, RewardTable
 
 
 class TrainedPolicy:
-    """A trained adapter on a frozen base, with its optimizer and the averages that a run asks for.
+    """Holds a trained adapter, its optimizer and its averages.
 
-    There are three sets of weights, which are one in most runs:
+    The base under it is frozen. There are three sets of weights, which are one in most runs:
 
     - the policy, which the optimizer moves;
     - the acting weights, which the actors run: the policy, or a decayed average of it
@@ -45,6 +45,7 @@ class TrainedPolicy:
         lora.attach(editor.transformer, config.lora, seed=config.seed)
         self._named = lora.named_parameters(editor.transformer)
         self.parameters = list(self._named.values())
+        # Only the adapter: the base is frozen and has no optimizer state.
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
         )
@@ -71,18 +72,19 @@ class TrainedPolicy:
         return {name: parameter.detach().clone() for name, parameter in self._named.items()}
 
     def weights(self, which: Literal["policy", "acting", "result"]) -> AdapterWeights:
-        """Returns a copy of one set of weights as an adapter."""
+        """Copies one set of weights as an adapter."""
         tensors = lora.exported(self.averages.get(which, self._named))
         return AdapterWeights(
             id=AdapterId(self.updates_done, lora.digest(tensors)),
             tensors=tensors,
+            # It travels with the weights, so that actors explore alike, after a resume too.
             exploration=dict(self.exploration),
         )
 
     def finish_update(
         self, *, trained: bool, scored: Sequence[tuple[str, RewardTable]]
     ) -> dict[str, float]:
-        """Moves the averages, steers the exploration, and counts the update.
+        """Ends an update: averages, exploration, count.
 
         Args:
             trained: whether the update moved the policy.
@@ -113,9 +115,9 @@ class TrainedPolicy:
                 average[name].lerp_(parameter.detach(), 1 - decay[which])
 
     def others(self) -> dict[Policy, ConditionedVelocity]:
-        """Returns the velocities of the base editor and of the acting weights.
+        """Returns the velocities under other weights, without gradient.
 
-        They have no gradient. The acting weights are those at the time of this call.
+        These are the base editor and the acting weights at the time of this call.
         """
         if self._reads_acting:
             acting = self.weights("acting")
@@ -136,7 +138,7 @@ class TrainedPolicy:
 
     @torch.no_grad()
     def _reference(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the velocity of the base editor, which is the same function without adapter."""
+        """Returns the velocity of the base: no adapter."""
         lora.set_active(self.editor.transformer, False)
         try:
             return self.editor.velocity(latents, sigma, conditioning)
@@ -149,6 +151,7 @@ class TrainedPolicy:
         Names are ``parameter/NAME``, ``optimizer/KEY/NAME``, ``average/WHICH/NAME``,
         ``exploration/TASK_TYPE`` and ``skipped_in_a_row``.
         """
+        # On the CPU and cloned: the state must not change with the next update.
         tensors = {"skipped_in_a_row": torch.tensor(self.skipped_in_a_row)}
         tensors |= {
             f"exploration/{name}": torch.tensor(value, dtype=torch.float64)
@@ -170,6 +173,7 @@ class TrainedPolicy:
         Raises:
             InputError: the state of another adapter, or one without an average that is needed.
         """
+        # Before anything is written: a refused state leaves the policy as it was.
         self._require_own(state.tensors)
         for name, parameter in self._named.items():
             parameter.data.copy_(state.tensors[f"parameter/{name}"])
@@ -193,7 +197,7 @@ class TrainedPolicy:
         self.skipped_in_a_row = int(state.tensors["skipped_in_a_row"])
 
     def _require_own(self, tensors: dict[str, Tensor]) -> None:
-        """Refuses a state whose tensors are not those of this policy."""
+        """Refuses the state of another policy."""
         expected = {(f"parameter/{name}", p.shape) for name, p in self._named.items()}
         present = {
             (key, value.shape) for key, value in tensors.items() if key.startswith("parameter/")

@@ -12,12 +12,13 @@ from rl_edit.types import Advantages, RolloutGroup, moved
 
 
 def ratio_deviation(policy: TrainedPolicy, group: RolloutGroup) -> float:
-    """Measures the largest ``|ratio - 1|`` of the present weights on a group, or a chunk of one.
+    """Measures the largest ``|ratio - 1|`` on a group.
 
-    Any candidate may be an anchor, for a chunk may hold few others than the reference. The forward
-    keeps its gradient, as in learning: without one, kernels may differ.
+    The group may be a chunk of one. Any candidate may be an anchor, for a chunk may hold
+    few others than the reference. The forward keeps its gradient, as in learning: without one,
+    kernels may differ.
     """
-    # Alternating signs, so that both sides of the clip are met.
+    # Alternating signs, so that both sides of the clip are met. Uniform rows need no mask.
     signs = 1.0 - 2.0 * (torch.arange(len(group.latents)) % 2)[:, None]
     rows = UniformRows()(group.candidates.token_mask)
     advantages = Advantages(values=signs, regions=rows, weights=torch.ones(1))
@@ -30,6 +31,7 @@ def ratio_deviation(policy: TrainedPolicy, group: RolloutGroup) -> float:
         moved(advantages, policy.device),
         num_references=0,
         generator=torch.Generator().manual_seed(0),
+        # A point at a time: the numbers do not depend on it, and memory is spared.
         states_per_forward=None,
     ):
         deviations += [
@@ -42,10 +44,11 @@ def ratio_deviation(policy: TrainedPolicy, group: RolloutGroup) -> float:
 
 
 def idle(policy: TrainedPolicy) -> None:
-    """Makes the forwards and backwards of one group, on zeros, with a gradient of zero.
+    """Makes the forwards and backwards of one group, for nothing.
 
-    With a sharded base every forward is a collective: a rank without a group in some round has to
-    take part, or the others would wait for it for ever.
+    Inputs are zeros and so is the gradient. With a sharded base every forward is a
+    collective: a rank without a group in some round has to take part, or the others would wait for
+    it for ever.
     """
     config, editor = policy.config, policy.editor
     algorithm, size = config.algorithm, config.rollout.group_size
@@ -60,6 +63,7 @@ def idle(policy: TrainedPolicy) -> None:
     )
     rows = UniformRows()(group.candidates.token_mask)
     no_credit = Advantages(values=torch.zeros(size, 1), regions=rows, weights=torch.ones(1))
+    # As many forwards as a real group makes: same steps, anchors and batches.
     for batch in losses(
         editor.velocity,
         policy.others(),

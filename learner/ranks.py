@@ -35,7 +35,7 @@ class Alone:
 
 
 class Ranks:
-    """One rank of several processes in a torch.distributed group.
+    """One rank of several, in torch.distributed.
 
     Construction waits for all of them.
 
@@ -85,9 +85,10 @@ class Ranks:
         ]
 
     def shard(self, module: nn.Module, *, unsharded: Collection[nn.Parameter]) -> None:
-        """Spreads a frozen module over the ranks, block by block (FSDP2).
+        """Shards a frozen module over the ranks (FSDP2).
 
-        From then on a forward is a collective: every rank must make it, each on its own data.
+        It is sharded block by block. From then on a forward is a collective: every rank must make
+        it, each on its own data.
 
         Args:
             unsharded: parameters that every rank keeps completely.
@@ -106,7 +107,7 @@ class Ranks:
 
 
 def free_address() -> str:
-    """Returns a "host:port" of this machine where nothing listens yet.
+    """Returns a free "host:port" of this machine.
 
     The host is the machine's address on the network, or loopback where it has none.
     """
