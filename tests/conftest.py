@@ -46,7 +46,7 @@ def small_editor(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     An untrained editor starts as the identity and has no gradient; the shipped one would tie every test to its weights.
     """
-    from rl_edit.editors.tiny.pretraining import new_editor
+    from rl_edit.editors.tiny.architecture import new_editor
 
     pipeline = new_editor(seed=0)
     generator = torch.Generator().manual_seed(0)

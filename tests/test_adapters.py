@@ -20,7 +20,7 @@ from rl_edit.data import shapes
 from rl_edit.editors import FluxKontextConfig, lora
 from rl_edit.editors.flux_kontext import FluxKontextEditor
 from rl_edit.editors.lora import WEIGHTS_FILE, LoraConfig
-from rl_edit.editors.tiny.pretraining import new_editor
+from rl_edit.editors.tiny.architecture import new_editor
 from rl_edit.errors import InputError
 from rl_edit.method.rollout import denoise
 from rl_edit.types import AdapterId, AdapterWeights, Conditioning

@@ -33,7 +33,7 @@ from rl_edit.editors import (
     lora,
 )
 from rl_edit.editors.flux_kontext import FluxKontextEditor
-from rl_edit.editors.tiny.pretraining import new_editor
+from rl_edit.editors.tiny.architecture import new_editor
 from rl_edit.errors import InputError
 from rl_edit.messages import LearnOrder, LearnSlot
 from rl_edit.method.attention import MassTally

@@ -14,7 +14,7 @@ from torch import Tensor
 from rl_edit.data import shapes
 from rl_edit.editors import FluxKontextConfig
 from rl_edit.editors.flux_kontext import FluxKontextEditor
-from rl_edit.editors.tiny.pretraining import new_editor
+from rl_edit.editors.tiny.architecture import new_editor
 from rl_edit.method import flow
 from rl_edit.method.attention import MassTally, concentration_density, text_to_image_mass
 from rl_edit.method.exploration import NoiseSource, Perturbation

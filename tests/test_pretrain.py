@@ -1,4 +1,4 @@
-"""The built-in editor: it is a stock pipeline, its text side takes anything, and its making is resumable to the byte."""
+"""The built-in editor: a stock pipeline that takes any text; its making resumes to the byte."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ from typer.testing import CliRunner
 
 from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.data import shapes
-from rl_edit.editors.tiny import pretraining as room
-from rl_edit.editors.tiny.pretraining import (
+from rl_edit.editors.location import BUILTIN_WEIGHTS
+from rl_edit.editors.tiny import pretraining
+from rl_edit.editors.tiny.architecture import new_editor
+from rl_edit.editors.tiny.card import model_card
+from rl_edit.editors.tiny.latent_tasks import LatentTasks, encode_images, flawed, latent_tasks
+from rl_edit.editors.tiny.losses import flow_losses
+from rl_edit.editors.tiny.measuring import EditMetrics, edit_images, measure
+from rl_edit.editors.tiny.pretraining import Checkpoint, learning_rate, pretrain
+from rl_edit.editors.tiny.recipe import (
+    CHECKPOINT_DIR,
+    LATENT_CHANNELS,
     MAX_TEXT_TOKENS,
+    FlowStage,
     PretrainConfig,
-    edit_images,
-    learning_rate,
-    new_editor,
-    pretrain,
+    Stage,
+    flow_stages,
 )
 from rl_edit.errors import InputError
 
-SHIPPED = Path(room.__file__).parent / "tiny" / "weights"
 MICRO = PretrainConfig(
     vae_steps=3,
     vae_batch=4,
@@ -42,7 +49,7 @@ MICRO = PretrainConfig(
     sample_every=0,
     snapshot_at=(2,),
 )
-SOUND, FLAWED = room.flow_stages(MICRO)
+CLEAN, FLAWED = flow_stages(MICRO)
 ALL_MODELS = ("vae", "transformer", "text_encoder", "text_encoder_2")
 
 
@@ -69,6 +76,10 @@ def reloaded(
     folder = tmp_path_factory.mktemp("reloaded")
     untrained.save_pretrained(folder)
     return FluxKontextPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def encoded(pipeline: FluxKontextPipeline, stage: FlowStage, config: PretrainConfig) -> LatentTasks:
+    return latent_tasks(pipeline, stage, config, lambda name, done, total: None)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -112,14 +123,14 @@ def test_pretraining_changes_every_model_it_should(
 def test_saved_latents_have_mean_zero_and_spread_one(made: Path) -> None:
     vae = FluxKontextPipeline.from_pretrained(made, local_files_only=True).vae
     tasks = shapes.batch("pretrain", 0, MICRO.num_tasks, MICRO.seed)
-    latents = room.encode_images(vae, tasks.target)
+    latents = encode_images(vae, tasks.target)
     assert abs(latents.mean().item()) < 1e-3
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("killed_at", [("vae", 2), ("flow", 2), ("flawed", 2)])
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(
-    made: Path, tmp_path: Path, killed_at: tuple[room.Stage, int]
+    made: Path, tmp_path: Path, killed_at: tuple[Stage, int]
 ) -> None:
     out = tmp_path / "editor"
     assert pretrain(out, MICRO, console=quiet(), stop_after=killed_at) is None
@@ -130,11 +141,11 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(
         (made / "metrics.json").read_text()
     )
     assert resumed is not None
-    assert not (out / room.CHECKPOINT_DIR).exists()
+    assert not (out / CHECKPOINT_DIR).exists()
 
 
 def test_a_checkpoint_cut_off_while_written_is_not_used(tmp_path: Path) -> None:
-    checkpoint = room._Checkpoint(folder=tmp_path, config=MICRO)
+    checkpoint = Checkpoint(folder=tmp_path, config=MICRO)
     checkpoint.write("vae", 1, {"a": torch.ones(1)})
     (tmp_path / "vae-2.safetensors.part").write_bytes(b"half")
     assert checkpoint.read() == ("vae", 1, {"a": torch.ones(1)})
@@ -153,7 +164,7 @@ def test_a_finished_editor_is_not_overwritten(made: Path) -> None:
     assert weights(made) == before
 
 
-def test_snapshot_is_a_whole_pipeline_of_the_averaged_weights_at_that_step(made: Path) -> None:
+def test_snapshot_is_a_complete_pipeline_of_the_averaged_weights_at_that_step(made: Path) -> None:
     snapshot = made.with_name("editor-step-2")
     early = FluxKontextPipeline.from_pretrained(
         snapshot, local_files_only=True
@@ -233,11 +244,12 @@ def test_source_tokens_follow_target_tokens_and_the_loss_targets_noise_minus_cle
     untrained: FluxKontextPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = MICRO.model_copy(update={"batch": 6})
-    tasks = room.latent_tasks(untrained, SOUND, config, room._Report(quiet(), 1))
+    tasks = encoded(untrained, CLEAN, config)
     seen: dict[str, torch.Tensor] = {}
 
     def perfect(**inputs: torch.Tensor) -> tuple[torch.Tensor]:
-        # A model that knows the clean target: x = clean + sigma * (noise - clean), so the velocity is (x - clean) / sigma.
+        # A model that knows the clean target: x = clean + sigma * (noise - clean), so the velocity
+        # is (x - clean) / sigma.
         seen.update(inputs)
         noisy, source = inputs["hidden_states"].split(64, dim=1)
         rows = [
@@ -248,7 +260,7 @@ def test_source_tokens_follow_target_tokens_and_the_loss_targets_noise_minus_cle
         return (torch.cat([velocity, torch.full_like(source, math.nan)], dim=1),)
 
     monkeypatch.setattr(untrained.transformer, "forward", perfect)
-    (loss,) = room.flow_losses(untrained, tasks, SOUND, config, range(5, 6))
+    (loss,) = flow_losses(untrained, tasks, CLEAN, config, range(5, 6))
     assert loss.item() < 1e-6
     assert seen["timestep"].min() > 0
     assert seen["timestep"].max() <= 1
@@ -262,7 +274,7 @@ def test_flawed_targets_show_no_edit_or_a_cast_in_the_shares_that_are_set(
 ) -> None:
     config = PretrainConfig(failed_share=0.3, cast_share=0.2, cast_size=20)
     tasks = shapes.batch("pretrain", 0, 400, config.seed)
-    images = room.flawed(tasks, config, torch.Generator().manual_seed(3))
+    images = flawed(tasks, config, torch.Generator().manual_seed(3))
     inside = tasks.mask[..., None]
     of_target, of_source = (
         images.float() - tasks.target.float(),
@@ -278,35 +290,32 @@ def test_flawed_targets_show_no_edit_or_a_cast_in_the_shares_that_are_set(
     for row in (i for i, cast_here in enumerate(cast) if cast_here):
         outside = of_target[row][~tasks.mask[row]]
         assert (outside == outside.median(dim=0).values).float().mean() > 0.7, (
-            "a cast shifts the whole picture alike"
+            "a cast shifts the complete image alike"
         )
 
 
 def test_without_flaws_the_targets_are_untouched() -> None:
     tasks = shapes.batch("pretrain", 0, 16, 0)
     config = PretrainConfig(failed_share=0, cast_share=0)
-    assert torch.equal(room.flawed(tasks, config, torch.Generator().manual_seed(0)), tasks.target)
+    assert torch.equal(flawed(tasks, config, torch.Generator().manual_seed(0)), tasks.target)
 
 
 def test_only_the_last_stage_learns_from_flawed_pairs(untrained: FluxKontextPipeline) -> None:
     config = MICRO.model_copy(update={"failed_share": 0.999, "cast_share": 0.0})
-    sound, flawed = (
-        room.latent_tasks(untrained, stage, config, room._Report(quiet(), 1))
-        for stage in (SOUND, FLAWED)
-    )
-    assert not torch.equal(sound.targets, sound.sources)
-    assert torch.equal(flawed.targets, flawed.sources)
-    assert torch.equal(sound.sources, flawed.sources)
-    assert [
-        stage.name for stage in room.flow_stages(MICRO.model_copy(update={"flawed_steps": 0}))
-    ] == ["flow"]
+    clean, of_machines = (encoded(untrained, stage, config) for stage in (CLEAN, FLAWED))
+    assert not torch.equal(clean.targets, clean.sources)
+    assert torch.equal(of_machines.targets, of_machines.sources)
+    assert torch.equal(clean.sources, of_machines.sources)
+    assert [stage.name for stage in flow_stages(MICRO.model_copy(update={"flawed_steps": 0}))] == [
+        "flow"
+    ]
 
 
 def test_edit_masks_cover_every_latent_that_the_edit_mask_touches() -> None:
     pipeline = new_editor(seed=0)
-    tasks = room.latent_tasks(pipeline, SOUND, MICRO, room._Report(quiet(), 1))
+    tasks = encoded(pipeline, CLEAN, MICRO)
     drawn = shapes.batch("pretrain", 0, MICRO.num_tasks, MICRO.seed)
-    packed = tasks.edit_masks.view(MICRO.num_tasks, 8, 8, room.LATENT_CHANNELS, 2, 2)
+    packed = tasks.edit_masks.view(MICRO.num_tasks, 8, 8, LATENT_CHANNELS, 2, 2)
     for row in range(MICRO.num_tasks):
         for y, x in drawn.mask[row].nonzero()[::37].tolist():
             assert packed[row, y // 8, x // 8, :, y % 8 // 4, x % 8 // 4].all()
@@ -335,7 +344,7 @@ def test_the_command_on_a_card_is_one_the_command_line_takes_back_to_the_same_re
     config = PretrainConfig(
         **changes, num_tasks=9, edit_weight=2.5, ema_decay=0.5, num_eval_tasks=1
     )
-    metrics = room.EditMetrics(
+    metrics = EditMetrics(
         num_tasks=1,
         vae_psnr=1,
         vae_background_psnr=1,
@@ -343,10 +352,10 @@ def test_the_command_on_a_card_is_one_the_command_line_takes_back_to_the_same_re
         progress_by_type={"add": 0.5},
         background_psnr=1,
     )
-    card = room.model_card(untrained, config, metrics, steps=10)
+    card = model_card(untrained, config, metrics, steps=10)
     command = next(line for line in card.splitlines() if line.startswith("rl-edit pretrain OUT"))
     taken: list[PretrainConfig] = []
-    monkeypatch.setattr(room, "pretrain", lambda out, config, **_: taken.append(config))
+    monkeypatch.setattr(pretraining, "pretrain", lambda out, config, **_: taken.append(config))
     app = typer.Typer()
     app.command()(pretrain_command)
     result = CliRunner().invoke(app, command.split()[2:])
@@ -363,26 +372,28 @@ def test_learning_rate_warms_up_and_ends_near_zero() -> None:
 
 
 @pytest.mark.skipif(
-    not (SHIPPED / "model_index.json").exists(), reason="the weights are not in this checkout"
+    not (BUILTIN_WEIGHTS / "model_index.json").exists(),
+    reason="the weights are not in this checkout",
 )
 class TestShippedWeights:
     def test_they_are_at_most_ten_megabytes(self) -> None:
         assert (
-            sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 10_000_000
+            sum(path.stat().st_size for path in BUILTIN_WEIGHTS.rglob("*") if path.is_file())
+            <= 10_000_000
         )
 
     def test_stock_diffusers_runs_them_and_they_edit_better_than_leaving_the_source(self) -> None:
-        pipeline = FluxKontextPipeline.from_pretrained(SHIPPED, local_files_only=True)
+        pipeline = FluxKontextPipeline.from_pretrained(BUILTIN_WEIGHTS, local_files_only=True)
         pipeline.set_progress_bar_config(disable=True)
-        metrics = room.measure(pipeline, PretrainConfig(), num_tasks=36)
+        metrics = measure(pipeline, PretrainConfig(), num_tasks=36)
         assert metrics.progress > 0.35
         assert metrics.background_psnr > 26
         assert metrics.vae_background_psnr > metrics.background_psnr
 
     def test_their_card_states_the_metrics_in_their_metrics_file(self) -> None:
         card, metrics = (
-            (SHIPPED / "README.md").read_text(encoding="utf-8"),
-            json.loads((SHIPPED / "metrics.json").read_text()),
+            (BUILTIN_WEIGHTS / "README.md").read_text(encoding="utf-8"),
+            json.loads((BUILTIN_WEIGHTS / "metrics.json").read_text()),
         )
         assert f"| instruction progress | {metrics['progress']:.3f} |" in card
         for name, value in metrics["progress_by_type"].items():
@@ -396,4 +407,4 @@ class TestShippedWeights:
         assert "rl-edit pretrain OUT" in card
 
     def test_they_hold_no_checkpoint(self) -> None:
-        assert not (SHIPPED / room.CHECKPOINT_DIR).exists()
+        assert not (BUILTIN_WEIGHTS / CHECKPOINT_DIR).exists()
