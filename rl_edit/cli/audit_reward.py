@@ -14,7 +14,8 @@ from rich.table import Table
 
 from rl_edit.audit import Audit, TermAudit, Verdict, audit, expected_of
 from rl_edit.audit.page import render
-from rl_edit.config import RunConfig, load_config
+from rl_edit.cli.arguments import configured
+from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.errors import InputError
@@ -81,17 +82,6 @@ def audit_reward_command(
     _print(console, result, files)
     if result.verdict == "fail":
         raise typer.Exit(MISLEADS)
-
-
-def configured(
-    config: Path | None, overrides: Sequence[str] | None, preset: str | None
-) -> RunConfig:
-    """Loads the run of a file or preset. With --preset the first argument is an override."""
-    # typer fills arguments in order, so the first override lands in CONFIG.
-    changes = list(overrides or [])
-    if config is not None and "=" in str(config):
-        changes, config = [str(config), *changes], None
-    return load_config(config, preset=preset, overrides=changes)
 
 
 def chosen_terms(

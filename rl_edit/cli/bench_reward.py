@@ -17,7 +17,8 @@ from rich.table import Table
 
 from rl_edit.audit.images import Reference, reference
 from rl_edit.audit.throughput import TAIL, Throughput, measure
-from rl_edit.cli.audit_reward import chosen_terms, configured, first_tasks
+from rl_edit.cli.arguments import configured
+from rl_edit.cli.audit_reward import chosen_terms, first_tasks
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
 from rl_edit.files import write_result

@@ -31,7 +31,7 @@ def compare_command(
     ],
     against: Annotated[
         Path | None,
-        typer.Option(help="A run to subtract from each of the others, beside the base."),
+        typer.Option(help="Also subtract this run from each of the others."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write a page with charts, e.g. comparison.html.")

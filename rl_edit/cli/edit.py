@@ -22,18 +22,21 @@ from rl_edit.types import EditTask
 
 def edit_command(
     image: Annotated[
-        Path, typer.Argument(help="Any image; it is fitted to the editor's canvas, aspect kept.")
+        Path,
+        typer.Argument(
+            help="Image to edit. It is fitted to the editor's canvas, with its aspect ratio."
+        ),
     ],
     instruction: Annotated[str, typer.Option(help="What to change.")],
     adapter: Annotated[
-        Path | None, typer.Option(help="RUN/adapter; the base editor without it.")
+        Path | None, typer.Option(help="Adapter, e.g. RUN/adapter. Default: the base editor.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Where to write; NAME_edited.png in the current directory by default."),
+        typer.Option(help="File to write. Default: NAME_edited.png in this directory."),
     ] = None,
     editor: Annotated[
-        str, typer.Option(help="Editor; the run's own when the adapter lies in a run directory.")
+        str, typer.Option(help="Editor. Default: that of the adapter's run, else the built-in one.")
     ] = "",
     resolution: Annotated[int | None, typer.Option(help="Canvas side in pixels.")] = None,
     steps: Annotated[int, typer.Option(help="Solver steps.", min=1)] = 12,

@@ -41,12 +41,14 @@ def evaluate_command(
         list[str] | None,
         typer.Argument(help="Dotted overrides: evaluation.num_tasks=512 data.heldout_path=DIR"),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Another adapter than RUN/adapter.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter to evaluate. Default: RUN/adapter.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Where evaluation.json and evaluation/ go; "
-            "into RUN unless given, in place of its last ones."
+            help="Directory for evaluation.json and evaluation/. "
+            "Default: RUN, where they replace the last ones."
         ),
     ] = None,
 ) -> None:

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rl_edit.config import load_config, presets
+from rl_edit.cli.arguments import configured
+from rl_edit.config import presets
 from rl_edit.config.reference import reference as config_reference
 from rl_edit.method.algorithms import METHODS, Algorithm
 from rl_edit.method.exploration import AdaptiveSpread
@@ -99,17 +100,16 @@ def _objective(algorithm: Algorithm) -> str:
 
 def show_config_command(
     config: Annotated[Path | None, typer.Argument(help="YAML file; or use --preset.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Dotted overrides, e.g. seed=7.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Print what every setting means, as Markdown.")
+        bool, typer.Option("--reference", help="Print a reference of all settings, as Markdown.")
     ] = False,
 ) -> None:
     """Print the complete, validated configuration of a run."""
     if reference:
         print(config_reference(), end="")
         return
-    changes = list(overrides or [])
-    if config is not None and "=" in str(config):
-        changes, config = [str(config), *changes], None
-    print(load_config(config, preset=preset, overrides=changes).to_yaml(), end="")
+    print(configured(config, overrides, preset).to_yaml(), end="")

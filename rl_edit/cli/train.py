@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rl_edit.cli.arguments import config_and_overrides
 from rl_edit.config import RunConfig, load_config, modern_name
 from rl_edit.training import train
 
@@ -29,52 +30,51 @@ def train_command(
         typer.Argument(help="Dotted overrides: train.updates=50 seed=7 data.path=DIR"),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="A shipped preset (rl-edit presets).")] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run is written; runs/NAME by default.")
-    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Continue the run in --run-dir from its newest sound checkpoint."
+            "--resume", help="Continue the run in --run-dir from its newest valid checkpoint."
         ),
     ] = False,
     auto_resume: Annotated[
         bool,
         typer.Option(
             "--auto-resume",
-            help="Continue the run in --run-dir if one has begun there, else start it: safe to repeat.",
+            help="Continue the run in --run-dir if there is one, else start it. Safe to repeat.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Validate config, data and editor, print the plan, start nothing."
+            "--dry-run", help="Check config, data and editor, print the plan, and start nothing."
         ),
     ] = False,
     allow_config_drift: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --resume: a dotted setting that may differ from the checkpoint's; repeatable."
+            help="With --resume: dotted name of a setting that may differ from the checkpoint's. "
+            "May be repeated."
         ),
     ] = None,
     allow_version_skew: Annotated[
-        bool, typer.Option(help="Run although nodes have other package versions or sources.")
+        bool, typer.Option(help="Run even if nodes have other package versions or sources.")
     ] = False,
 ) -> None:
     """Train an adapter.
 
-    Exit codes: 0 done, 2 bad input, 3 training failed, 4 resources infeasible, 5 cluster
-        unreachable, 75 a newer attempt holds the run
-    directory, 130/143 stopped by a signal (everything is saved).
+    Exit codes: 0 done; 2 bad input; 3 training failed; 4 not enough resources; 5 cluster
+    unreachable; 75 a newer attempt has the run directory; 130 or 143 stopped by a signal, with
+    everything saved.
     """
-    changes = list(overrides or [])
-    if config is not None and "=" in str(config):
-        changes, config = [str(config), *changes], None
+    config, changes = config_and_overrides(config, overrides)
+    # A run that goes on needs no config on the command line: its directory has one.
     going_on = (resume or auto_resume) and config is None and preset is None
     if going_on and run_dir is not None and (run_dir / "config.yaml").is_file():
         config = run_dir / "config.yaml"
     settings = load_config(config, preset=preset, overrides=changes)
     directory = run_dir or Path("runs") / settings.name
+    # An empty directory is a place to start in, such as a volume that was just mounted.
     resume = resume or (auto_resume and directory.is_dir() and any(directory.iterdir()))
     train(
         settings,
@@ -88,7 +88,7 @@ def train_command(
 
 
 class LiveProgress:
-    """Live progress on a terminal; one plain line per update elsewhere."""
+    """Shows live progress on a terminal, one line per update elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -122,6 +122,7 @@ class LiveProgress:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def group_scored(self, update: int, done: int, total: int) -> None:
+        # From the first score on: loading the models must not count in the remaining time.
         self._began = self._began or time.time()
         self._progress.update(
             self._groups, completed=done, note="learning" if done == total else "rolling out"
@@ -137,6 +138,7 @@ class LiveProgress:
         self._progress.update(self._updates, completed=metrics["update"] + 1, note=note)
         self._progress.update(self._groups, completed=0)
         self._done += 1
+        # A log file has no progress bar, so it gets a line.
         if not self._console.is_terminal:
             elapsed = time.time() - (self._began or time.time())
             left = elapsed / self._done * (self._num_updates - metrics["update"] - 1)
@@ -148,11 +150,12 @@ class LiveProgress:
 
 
 def progress_line(metrics: dict[str, Any]) -> str:
-    """What one wants to see while waiting: inside, outside, and where the time goes."""
+    """Makes a line of scores inside and outside the mask, and of the seconds of the parts."""
 
     def shown(label: str, key: str, form: str) -> str:
         return f"{label} {metrics[key]:{form}}" if isinstance(metrics.get(key), float) else ""
 
+    # The judge's score of the instruction, or the change of pixels in a run without one.
     inside = next(
         (
             key

@@ -1,0 +1,30 @@
+"""Arguments that several commands share: CONFIG, dotted overrides and --preset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rl_edit.config import RunConfig, load_config
+
+
+def config_and_overrides(
+    config: Path | None, overrides: Sequence[str] | None
+) -> tuple[Path | None, list[str]]:
+    """Separates a file from overrides.
+
+    Arguments are filled in order. With --preset there is no file, so the first override arrives as
+    ``config``.
+    """
+    changes = list(overrides or [])
+    if config is not None and "=" in str(config):
+        return None, [str(config), *changes]
+    return config, changes
+
+
+def configured(
+    config: Path | None, overrides: Sequence[str] | None, preset: str | None
+) -> RunConfig:
+    """Loads the run of a file or a preset, with overrides."""
+    file, changes = config_and_overrides(config, overrides)
+    return load_config(file, preset=preset, overrides=changes)
