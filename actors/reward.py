@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from rl_edit import wire
 from rl_edit.config import RunConfig
-from rl_edit.measures.diagnostics import diagnostics
-from rl_edit.measures.drift import drift
-from rl_edit.measures.reward_statistics import change_variance
+from rl_edit.measures.diagnostics import measure
 from rl_edit.rewards import available, score_candidates
 from rl_edit.types import Candidates, RewardTable, RolloutGroup
 
@@ -51,10 +49,5 @@ class RewardActor:
         # The time of diagnostics is part of a group's cost, so it counts as scoring.
         start = time.perf_counter()
         table = score_candidates(self.terms, candidates, group_id=group_id)
-        measured = {**diagnostics(candidates), **drift(candidates)}
-        # The variance within a group cannot be computed from a chunk of it.
-        if len(candidates.images) == self._group_size:
-            measured |= change_variance(candidates)
-        return replace(
-            table, components={**table.components, **measured}, seconds=time.perf_counter() - start
-        )
+        measures = measure(candidates, complete=len(candidates.images) == self._group_size)
+        return replace(table, measures=measures, seconds=time.perf_counter() - start)

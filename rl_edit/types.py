@@ -226,20 +226,50 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """A reward for one candidate, or the reason why there is none. A score that is not ok has no number: never 0.
+class RegionScores:
+    """Scores one candidate by region.
 
     Attributes:
-        value: the score, in the unit and range its reward declares; None exactly when it is not ok.
+        areas: one score per edit area of the task, in their order; NaN where there is none.
+        background: the score of everything else.
+
+    Example:
+        >>> RegionScores(areas=(0.8, 0.1), background=0.97)
+    """
+
+    areas: tuple[float, ...]
+    background: float
+
+    def named(self) -> dict[str, float]:
+        """Names the scores as logs and test images do: ``region.0``, ..., ``background``."""
+        named = {f"region.{number}": score for number, score in enumerate(self.areas)}
+        return {**named, "background": self.background}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A reward for one candidate, or the reason why there is none.
+
+    A score that is not ok has no number: it is never 0.
+
+    Attributes:
+        value: in the unit and range its reward declares; None exactly when it is not ok.
         reason: why there is no value; "" when it is ok.
         components: named parts, for the log and the report.
-        status: "invalid" (an answer that is no score, or none), "timeout" (no answer in time), "refused" (the judge declined to
-            answer). "ok" exactly when there is a value; without one it is "invalid" unless said.
+        regions: the same by region; None from a term that does not score regions.
+        status: "invalid" (no answer, or one that is no score), "timeout" (no answer in time) or
+            "refused" (the judge declined to answer). "ok" exactly when there is a value. Without
+            one it is "invalid" unless declared.
+
+    Example:
+        >>> Score(value=7.5, components={"instruction": 9.0, "artefacts": 6.25})
+        >>> Score(value=None, reason="no answer within 60 s", status="timeout")
     """
 
     value: float | None
     reason: str = ""
     components: dict[str, float] = field(default_factory=dict)
+    regions: RegionScores | None = None
     status: Status = "ok"
 
     def __post_init__(self) -> None:
@@ -247,12 +277,83 @@ class Score:
             object.__setattr__(self, "status", "invalid")
         if self.value is not None and self.status != "ok":
             raise ValueError(
-                f"a score that is {self.status} has no value, got {self.value!r}: a number here would be an invented one"
+                f"a score that is {self.status} has no value, got {self.value!r}: "
+                "a number here would be an invented one"
             )
 
     @property
     def ok(self) -> bool:
+        """Whether there is a value."""
         return self.value is not None
+
+
+PerCandidate = tuple[float, ...]
+"""One number per candidate of a group, NaN where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionTable:
+    """Scores of one term by region, NaN where a candidate has none.
+
+    Attributes:
+        areas: one column per edit area of the task, in their order.
+        background: the score of everything else.
+
+    Example:
+        >>> RegionTable(areas=torch.tensor([[0.8], [0.3]]), background=torch.tensor([0.9, 1.0]))
+    """
+
+    areas: Float[Tensor, "group area"]
+    background: Float[Tensor, " group"]
+
+    def columns(self) -> dict[str, PerCandidate]:
+        """Names the columns, as :meth:`RegionScores.named` does."""
+        areas = self.areas.T.tolist()
+        named = {f"region.{number}": tuple(column) for number, column in enumerate(areas)}
+        return {**named, "background": tuple(self.background.tolist())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeVariance:
+    """Squared distances of candidates from the mean image of their group.
+
+    Their means over candidates are unbiased variances. Intensities are 0..1.
+
+    Attributes:
+        inside, outside: the share of the edit mask and that of the background; they add up.
+
+    Example:
+        >>> ChangeVariance(inside=(0.020, 0.013), outside=(0.001, 0.002))
+    """
+
+    inside: PerCandidate
+    outside: PerCandidate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Numbers that every run measures, whatever its rewards are.
+
+    Attributes:
+        background: outside the mask against the source, by measure: "psnr", "psnr_zero_filled",
+            "ssim" (``measures/diagnostics.py``) and the drift of ``measures/drift.py``.
+        change_inside: mean absolute change inside the mask, 0..1.
+        concentration: attention density inside the edit region, 1 is diffuse.
+        variance: between candidates; None for a chunk, from which it cannot be computed.
+
+    Example:
+        >>> Measures(
+        ...     background={"psnr": (31.2, 28.9)},
+        ...     change_inside=(0.21, 0.18),
+        ...     concentration=(1.7, 1.4),
+        ...     variance=None,
+        ... )
+    """
+
+    background: dict[str, PerCandidate]
+    change_inside: PerCandidate
+    concentration: PerCandidate
+    variance: ChangeVariance | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,12 +362,28 @@ class RewardTable:
 
     Attributes:
         names, weights: one per reward term; weights are those of the run's config.
-        values: higher is better (a term that is better when lower is negated); NaN exactly where ``valid`` is False.
+        values: higher is better (a term that is better when lower is negated). NaN exactly where
+            ``valid`` is False.
         reasons: why terms are invalid, in words, without repeats.
-        contract_broken: whether a term returned what it promised not to (not finite, out of its range, wrong count).
-        components: named parts per term, e.g. ``components["judge.instruction"]``, one value per candidate.
-        counts: scores by "term.status" (``counts["editscore.timeout"]``), and of terms with a cache how many were recalled
-            ("term.cached") and how many could not be written there ("term.uncached").
+        out_of_contract: whether a term returned something its declaration rules out: not finite,
+            out of range, or a wrong count.
+        components: named parts of the scores by term, then by part.
+        regions: scores by region of the terms that give them, by term.
+        repeats: a second score minus the first, by term; NaN for candidates scored once.
+        measures: what every run measures; None where only rewards were asked for.
+        counts: scores by "term.status" (``counts["editscore.timeout"]``), and of terms with a cache
+            those recalled ("term.cached") and those that could not be written ("term.uncached").
+
+    Example:
+        >>> RewardTable(
+        ...     group_id="9f2c",
+        ...     names=("judge", "preservation"),
+        ...     weights=(1.0, 0.5),
+        ...     values=torch.tensor([[7.5, 0.91], [4.0, 0.97]]),
+        ...     valid=torch.ones(2, 2, dtype=torch.bool),
+        ...     components={"judge": {"instruction": (9.0, 4.5)}},
+        ...     counts={"judge.ok": 2, "preservation.ok": 2},
+        ... )
     """
 
     group_id: str
@@ -275,18 +392,29 @@ class RewardTable:
     values: Float[Tensor, "group reward"]
     valid: Bool[Tensor, "group reward"]
     reasons: tuple[str, ...] = ()
-    contract_broken: bool = False
-    components: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    out_of_contract: bool = False
+    components: dict[str, dict[str, PerCandidate]] = field(default_factory=dict)
+    regions: dict[str, RegionTable] = field(default_factory=dict)
+    repeats: dict[str, PerCandidate] = field(default_factory=dict)
+    measures: Measures | None = None
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
 
     def complete(self, *others: str) -> bool:
-        """Whether every candidate has a score of every term that weighs, and of the others named. What is only measured may fail."""
+        """Checks that every candidate has a score of every weighted term, and of ``others``.
+
+        A term that is only measured may fail.
+        """
         decides = [
             weight > 0 or name in others
             for name, weight in zip(self.names, self.weights, strict=True)
         ]
         return bool(self.valid[:, torch.tensor(decides)].all())
+
+    def columns(self, term: str) -> dict[str, PerCandidate]:
+        """Names everything a term gave besides its value: its components and its regions."""
+        regions = self.regions[term].columns() if term in self.regions else {}
+        return {**self.components.get(term, {}), **regions}
 
 
 @dataclass(frozen=True, kw_only=True)

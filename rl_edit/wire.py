@@ -44,6 +44,9 @@ RECORDS = {
         types.WorkItem,
         types.Candidates,
         types.RolloutGroup,
+        types.RegionTable,
+        types.ChangeVariance,
+        types.Measures,
         types.RewardTable,
         messages.LearnerState,
     )

@@ -31,8 +31,14 @@ from rl_edit.cli.bench_reward import bench_reward_command
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.measures import pixels
-from rl_edit.rewards import Composite, Preservation, Psnr, PythonReward, Reward, ShapesJudge, Ssim
-from rl_edit.types import Candidates, EditTask, PairedTask, Score
+from rl_edit.rewards import Reward
+from rl_edit.rewards.composite import Composite
+from rl_edit.rewards.custom import PythonReward
+from rl_edit.rewards.pixel_terms import Psnr, Ssim
+from rl_edit.rewards.preservation import Preservation
+from rl_edit.rewards.shapes_judge import ShapesJudge
+from rl_edit.rewards.term import Sides
+from rl_edit.types import Candidates, EditTask, PairedTask, RegionScores, Score
 
 NUM_TASKS = 4
 TASKS = [shapes.task("train", index) for index in range(NUM_TASKS)]
@@ -143,22 +149,24 @@ def global_score(group: Candidates) -> list[float]:
 
 def global_score_in_every_region(group: Candidates) -> list[Score]:
     regions = len(group.task.regions)  # type: ignore[attr-defined]  # shapes tasks have them
-    names = [f"region.{number}" for number in range(regions)] + ["background"]
     return [
-        Score(value=value, components=dict.fromkeys(names, value)) for value in global_score(group)
+        Score(value=value, regions=RegionScores(areas=(value,) * regions, background=value))
+        for value in global_score(group)
     ]
 
 
 def score_of_each_region(group: Candidates) -> list[Score]:
     regions = group.task.regions  # type: ignore[attr-defined]
-    places = {f"region.{number}": region for number, region in enumerate(regions)}
-    places["background"] = ~group.task.edit_mask
-    parts = {
-        name: pixels.psnr(group.images, _target(group), place, "masked").tolist()
-        for name, place in places.items()
-    }
+    areas = [pixels.psnr(group.images, _target(group), region, "masked") for region in regions]
+    background = pixels.psnr(group.images, _target(group), ~group.task.edit_mask, "masked")
     return [
-        Score(value=value, components={name: row[number] for name, row in parts.items()})
+        Score(
+            value=value,
+            regions=RegionScores(
+                areas=tuple(float(area[number]) for area in areas),
+                background=float(background[number]),
+            ),
+        )
         for number, value in enumerate(global_score(group))
     ]
 
@@ -493,7 +501,7 @@ def test_the_response_of_a_term_must_be_declared() -> None:
 
 def test_a_class_may_declare_its_response_and_the_command_line_goes_first() -> None:
     class Framing(PythonReward):
-        expects: ClassVar[str] = "inside"
+        responds_to: ClassVar[Sides] = "inside"
         reads_instruction: ClassVar[bool] = False
 
     term = Framing(function=f"{__name__}:constant", low=0, high=1)

@@ -54,9 +54,7 @@ def panel(
 
 
 def one(picture: Tensor, **more: Tensor) -> dict[str, float]:
-    return {
-        name.removeprefix("background."): value for name, (value,) in panel(picture, **more).items()
-    }
+    return {name: value for name, (value,) in panel(picture, **more).items()}
 
 
 def changed(where: Tensor, amount: Tensor | int) -> Tensor:
@@ -148,7 +146,7 @@ def test_candidates_of_a_group_are_measured_as_if_each_were_alone() -> None:
     together = panel(*pictures)
     for row, picture in enumerate(pictures):
         for name, value in one(picture).items():
-            assert together[f"background.{name}"][row] == pytest.approx(value, abs=1e-6)
+            assert together[name][row] == pytest.approx(value, abs=1e-6)
 
 
 def test_a_picture_need_not_be_square_nor_even() -> None:
@@ -162,7 +160,7 @@ def test_the_panel_has_a_place_of_its_own_in_the_report_and_a_perceptual_distanc
     tmp_path: Path,
 ) -> None:
     keys = [
-        f"{name.replace('.', '/')}/{what}"
+        f"background/{name}/{what}"
         for name in panel(SOURCE.int())
         for what in ("mean", "spread")
     ]
@@ -205,5 +203,5 @@ def test_the_panel_is_part_of_every_reward_table() -> None:
         token_mask=torch.tensor([True, False, False, False]),
     )
     table = actor.table(candidates, group_id="w")
-    assert set(panel(SOURCE.int())) <= set(table.components)
-    assert table.components["background.edges"] == (1.0, 1.0)
+    assert set(panel(SOURCE.int())) <= set(table.measures.background)
+    assert table.measures.background["edges"] == (1.0, 1.0)

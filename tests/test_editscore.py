@@ -37,9 +37,11 @@ from learner.controller.placement import GroupCost
 from learner.controller.supervisor import Supervisor
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
-from rl_edit.rewards import Composite, EditScore, score_candidates
+from rl_edit.rewards import score_candidates
+from rl_edit.rewards.composite import Composite
 from rl_edit.rewards.vlm.backends import OpenAI, Token
 from rl_edit.rewards.vlm.composition import overall
+from rl_edit.rewards.vlm.editscore import EditScore
 from rl_edit.rewards.vlm.expected_score import expected_scores
 from rl_edit.rewards.vlm.prompts import (
     Unreadable,
@@ -122,9 +124,8 @@ def test_editscore_composes_scores_on_a_scale_of_ten(judge_server: Serve) -> Non
         "SC": 2.0,
         "PQ": 8.0,
     }
-    assert {
-        name.removeprefix("editscore."): values[0] for name, values in table.components.items()
-    } == pytest.approx(expected)
+    components = table.components["editscore"]
+    assert {name: values[0] for name, values in components.items()} == pytest.approx(expected)
 
 
 def test_editscore_sends_source_then_edit_losslessly_before_the_text(judge_server: Serve) -> None:
@@ -435,9 +436,8 @@ def test_one_candidates_fault_leaves_the_others_valid(judge_server: Serve) -> No
 
     table = score_candidates([client(judge_server(reply), retries=0)], small_group(3), group_id="w")
     assert table.valid[:, 0].tolist() == [True, False, True]
-    assert math.isnan(table.components["editscore.SC"][1]) and table.components["editscore.SC"][
-        2
-    ] == pytest.approx(2.0)
+    consistency = table.components["editscore"]["SC"]
+    assert math.isnan(consistency[1]) and consistency[2] == pytest.approx(2.0)
 
 
 @settings(max_examples=8, deadline=None)
@@ -730,9 +730,8 @@ def test_all_regions_and_the_background_are_scored_in_one_request_by_equation_3(
     (score,) = client(judge, RegionJudge).score(two_regions())
     assert len(judge.requests) == 1
     parts = [math.sqrt(phi * 10) / 25 for phi in (10, 25, 5)]
-    assert [
-        score.components[name] for name in ("region.0", "region.1", "background")
-    ] == pytest.approx(parts)
+    assert score.regions is not None
+    assert [*score.regions.areas, score.regions.background] == pytest.approx(parts)
     assert score.value == pytest.approx(sum(parts) / 3)
     assert score.components["region.0.success"] == pytest.approx(8.0) and score.components[
         "naturalness"
@@ -814,11 +813,7 @@ def test_regions_can_be_cut_out_of_both_pictures(judge_server: Serve) -> None:
 def test_a_task_without_regions_has_its_mask_as_the_one_region(judge_server: Serve) -> None:
     judge = judge_server(said({**REGIONS, "regions": [[25, 25]]}))
     table = score_candidates([client(judge, RegionJudge)], small_group(2), group_id="w")
-    assert (
-        table.valid.all()
-        and "region_judge.region.0" in table.components
-        and "region_judge.region.1" not in table.components
-    )
+    assert table.valid.all() and table.regions["region_judge"].areas.shape == (2, 1)
     assert "the 1 numbered region is" in words_of(judge.requests[0])
 
 

@@ -197,7 +197,10 @@ def test_more_than_all_fresh_noise_is_refused() -> None:
 
 def scores(*values: float, name: str = "judge", **components: Sequence[float]) -> RewardTable:
     column = torch.tensor(values)[:, None]
-    parts = {key.replace("__", "."): tuple(part) for key, part in components.items()}
+    parts: dict[str, dict[str, tuple[float, ...]]] = {}
+    for key, values_of_part in components.items():
+        term, _, part = key.partition("__")
+        parts.setdefault(term, {})[part] = tuple(values_of_part)
     return RewardTable(
         group_id="g",
         names=(name,),

@@ -147,13 +147,11 @@ def test_chunks_merged_are_the_whole_group_bitwise_and_their_tables_the_whole_ta
     ]
     assert np.array_equal(wire.pack(merged([wire.unpack(part) for part in parts])), whole)
     tables = [wire.unpack(reward.score(blob)) for blob in (whole, *parts)]
-    of_groups = {name for name in tables[0].components if name.startswith("change.variance")}
-    assert of_groups and not any(of_groups & set(table.components) for table in tables[1:])
-    timeless = {
-        name: values for name, values in tables[0].components.items() if name not in of_groups
-    }
+    assert tables[0].measures.variance is not None
+    assert all(table.measures.variance is None for table in tables[1:])
+    measures = replace(tables[0].measures, variance=None)
     alone, together = (
-        replace(tables[0], seconds=0.0, components=timeless),
+        replace(tables[0], seconds=0.0, measures=measures),
         replace(joined(tables[1:]), seconds=0.0),
     )
     assert np.array_equal(wire.pack(alone), wire.pack(together))
@@ -408,11 +406,23 @@ def test_the_sum_of_gradients_does_not_depend_on_where_the_chunks_end(
             name: getattr(group, name)[part] for name in ("latents", "next_latents", "velocities")
         }
         chunks.append(wire.pack(replace(group, candidates=candidates, **cut)))
-        components = {name: values[part] for name, values in table.components.items()}
+        components = {
+            term: {name: values[part] for name, values in columns.items()}
+            for term, columns in table.components.items()
+        }
+        regions = {
+            term: replace(scores, areas=scores.areas[part], background=scores.background[part])
+            for term, scores in table.regions.items()
+        }
         tables.append(
             wire.pack(
                 replace(
-                    table, values=table.values[part], valid=table.valid[part], components=components
+                    table,
+                    values=table.values[part],
+                    valid=table.valid[part],
+                    components=components,
+                    regions=regions,
+                    measures=None,
                 )
             )
         )

@@ -302,12 +302,7 @@ class BlindOnce(RewardActor):
         if type(self).left == 0:
             return scored
         type(self).left -= 1
-        return replace(
-            scored,
-            components={
-                name: part for name, part in scored.components.items() if ".region." not in name
-            },
-        )
+        return replace(scored, regions={})
 
 
 def test_groups_that_credit_cannot_judge_count_in_the_budget_like_any_invalid_one(

@@ -692,22 +692,24 @@ def test_chunks_of_different_groups_or_adapters_are_not_merged(change: dict) -> 
 def test_joined_tables_keep_every_candidate_and_what_a_chunk_lacks_is_nan() -> None:
     first = dataclasses.replace(
         table([[1.0], [2.0]]),
-        components={"judge.style": (0.1, 0.2)},
+        components={"judge": {"style": (0.1, 0.2)}},
         reasons=("late", "torn"),
         seconds=1.0,
     )
     second = dataclasses.replace(
         table([[3.0]]),
-        components={"judge.form": (0.3,)},
+        components={"judge": {"form": (0.3,)}},
         reasons=("torn",),
-        contract_broken=True,
+        out_of_contract=True,
         seconds=2.0,
     )
     whole = joined([first, second])
     assert whole.values[:, 0].tolist() == [1.0, 2.0, 3.0] and whole.valid.shape == (3, 1)
-    assert whole.reasons == ("late", "torn") and whole.contract_broken and whole.seconds == 3.0
-    assert whole.components["judge.style"] == pytest.approx((0.1, 0.2, math.nan), nan_ok=True)
-    assert whole.components["judge.form"] == pytest.approx((math.nan, math.nan, 0.3), nan_ok=True)
+    assert whole.reasons == ("late", "torn") and whole.out_of_contract and whole.seconds == 3.0
+    assert whole.components["judge"]["style"] == pytest.approx((0.1, 0.2, math.nan), nan_ok=True)
+    assert whole.components["judge"]["form"] == pytest.approx(
+        (math.nan, math.nan, 0.3), nan_ok=True
+    )
     with pytest.raises(ValueError, match="do not make one group"):
         joined([first, dataclasses.replace(second, weights=(2.0,))])
 

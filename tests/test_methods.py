@@ -52,7 +52,7 @@ from rl_edit.method.objectives.wrapper import WrappedContext
 from rl_edit.method.regions import MaskedRows, eroded, softened
 from rl_edit.method.rollout import denoise
 from rl_edit.method.update import LearningConfig, learning_step, losses
-from rl_edit.rewards import RegionJudge
+from rl_edit.rewards.vlm.region_judge import RegionJudge
 from rl_edit.types import (
     AdapterId,
     AdapterWeights,
@@ -60,6 +60,7 @@ from rl_edit.types import (
     Candidates,
     Conditioning,
     EditTask,
+    RegionTable,
     RewardTable,
     RolloutGroup,
     WorkItem,
@@ -251,7 +252,9 @@ def assert_same(ours: Evaluated, theirs: Evaluated, *, rtol: float = 1e-9) -> No
 
 
 def table_of(
-    values: dict[str, Tensor], weights: Sequence[float] = (1.0,), **components: Tensor
+    values: dict[str, Tensor],
+    weights: Sequence[float] = (1.0,),
+    regions: dict[str, RegionTable] | None = None,
 ) -> RewardTable:
     scores = torch.stack([column.double() for column in values.values()], dim=1)
     return RewardTable(
@@ -260,9 +263,7 @@ def table_of(
         weights=tuple(weights),
         values=scores,
         valid=torch.ones_like(scores, dtype=torch.bool),
-        components={
-            name.replace("__", "."): tuple(column.tolist()) for name, column in components.items()
-        },
+        regions=regions or {},
     )
 
 
@@ -741,7 +742,8 @@ def test_a_region_judges_score_is_the_references_equation() -> None:
             answers["background"], answers["naturalness"], answers["cleanness"], scale=10
         )
     )
-    found = [score.components[name] for name in ("region.0", "region.1", "background")]
+    assert score.regions is not None
+    found = [*score.regions.areas, score.regions.background]
     assert found == pytest.approx(expected, rel=1e-9)
     # On the published scale of 0..25 the same answers give the same reward.
     scaled = [
@@ -755,8 +757,8 @@ def test_a_region_judges_score_is_the_references_equation() -> None:
 
 def region_table(scores: Tensor) -> RewardTable:
     """Scores [candidate, area + background] as a judge by region gives them."""
-    parts = {f"judge__region__{index}": column for index, column in enumerate(scores.T[:-1])}
-    return table_of({"judge": scores.mean(dim=1)}, **parts, judge__background=scores[:, -1])
+    regions = RegionTable(areas=scores[:, :-1].double(), background=scores[:, -1].double())
+    return table_of({"judge": scores.mean(dim=1)}, regions={"judge": regions})
 
 
 def rows_of(areas: Tensor) -> Tensor:
@@ -1514,15 +1516,9 @@ def rolled_out(
 def credit_of(algorithm: Algorithm, *, num: int = 5, seed: int = 0) -> Advantages:
     """Its credit for made-up rewards: two terms, and scores by region."""
     draw = normals(seed, num, 5)
-    parts = {
-        "judge__region__0": draw[:, 2],
-        "judge__region__1": draw[:, 3],
-        "judge__background": draw[:, 4],
-    }
-    (found,) = algorithm.credit(
-        [table_of({"judge": draw[:, 0], "preservation": 30 + draw[:, 1]}, (1.0, 0.3), **parts)],
-        [AREAS],
-    )
+    regions = {"judge": RegionTable(areas=draw[:, 2:4].double(), background=draw[:, 4].double())}
+    values = {"judge": draw[:, 0], "preservation": 30 + draw[:, 1]}
+    (found,) = algorithm.credit([table_of(values, (1.0, 0.3), regions)], [AREAS])
     assert isinstance(found, Advantages)
     return found
 

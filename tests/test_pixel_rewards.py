@@ -19,21 +19,13 @@ from rl_edit.audit.checks import expected_of
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.measures import pixels
-from rl_edit.rewards import (
-    ClipSimilarity,
-    Composite,
-    Lpips,
-    Preservation,
-    Psnr,
-    Reward,
-    ShapesJudge,
-    Similarity,
-    Ssim,
-    available,
-    score_candidates,
-)
-from rl_edit.rewards.lpips import PerceptualDistance, distance, network
-from rl_edit.rewards.preservation import released_ssim
+from rl_edit.rewards import Reward, available, score_candidates
+from rl_edit.rewards.clip import ClipSimilarity
+from rl_edit.rewards.composite import Composite
+from rl_edit.rewards.lpips import Lpips, PerceptualDistance, distance, network
+from rl_edit.rewards.pixel_terms import Psnr, Ssim
+from rl_edit.rewards.preservation import Preservation, Similarity, released_ssim
+from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.vlm.backends import clip
 from rl_edit.types import Candidates, EditTask
 
@@ -95,9 +87,11 @@ def test_a_term_saturates_at_its_ceiling_and_says_so() -> None:
     )
     assert table.values[:2].tolist() == [pytest.approx([35.0, 0.9])] * 2
     assert (
-        table.components["psnr.saturated"] == table.components["ssim.saturated"] == (1.0, 1.0, 0.0)
+        table.components["psnr"]["saturated"]
+        == table.components["ssim"]["saturated"]
+        == (1.0, 1.0, 0.0)
     )
-    assert table.components["psnr.keep_fraction"][0] == pytest.approx(KEEP.float().mean().item())
+    assert table.components["psnr"]["keep_fraction"][0] == pytest.approx(KEEP.float().mean().item())
 
 
 @pytest.mark.parametrize(
@@ -371,6 +365,7 @@ def test_a_picture_too_small_for_lpips_is_invalid_not_zero(weights: str) -> None
         source=TASK.source[:16, :16],
         target=TASK.target[:16, :16],
         edit_mask=torch.arange(256).reshape(16, 16) < 9,
+        regions=(torch.arange(256).reshape(1, 16, 16) < 9),
     )
     table = score_candidates(
         [Lpips(weights=weights)], candidates([small.source], small), group_id="w"
@@ -542,8 +537,8 @@ def test_the_composites_value_and_parts_are_components_under_the_terms_name() ->
     term = Composite(of=ShapesJudge(name="judge"))
     table = score_candidates([term], candidates([outside(0.2)]), group_id="w")
     assert table.names == ("composite",)
-    assert table.components["composite.judge"] == pytest.approx(table.values[:, 0].tolist())
-    assert table.components["composite.judge.not_over_edited"] == (10.0,)
+    assert table.components["composite"]["judge"] == pytest.approx(table.values[:, 0].tolist())
+    assert table.components["composite"]["judge.not_over_edited"] == (10.0,)
 
 
 def test_a_composite_is_a_reference_without_weight_that_asks_for_what_its_term_needs() -> None:

@@ -15,16 +15,12 @@ import pytest
 import torch
 
 from rl_edit.data import shapes
-from rl_edit.measures.reward_statistics import REPEAT
-from rl_edit.rewards import (
-    Composite,
-    Concentration,
-    Preservation,
-    PythonReward,
-    Reward,
-    score_candidates,
-)
+from rl_edit.rewards import Reward, score_candidates
 from rl_edit.rewards.cache import ScoreCache
+from rl_edit.rewards.composite import Composite
+from rl_edit.rewards.concentration import Concentration
+from rl_edit.rewards.custom import PythonReward
+from rl_edit.rewards.preservation import Preservation
 from rl_edit.types import Candidates, RewardTable, Score
 
 TASK = shapes.task("validation", 0)
@@ -173,9 +169,9 @@ def test_only_ok_scores_are_kept(tmp_path: Path) -> None:
     [
         "",
         '{"value": 0.5',
-        '{"value": NaN, "components": {}}',
+        '{"value": NaN, "components": {}, "regions": null}',
         "[]",
-        '{"value": 9, "components": {}}',
+        '{"value": 9, "components": {}, "regions": null}',
     ],
 )
 def test_an_entry_that_cannot_be_trusted_never_becomes_an_accepted_score(
@@ -220,7 +216,7 @@ def test_candidates_scored_twice_are_never_recalled_and_only_one_of_a_group_is(
 ) -> None:
     table = scored(term(tmp_path, "noisy", repeat_every=1), group())
     assert ASKED == [3, 1]
-    differences = [value for value in table.components[f"python.{REPEAT}"] if not math.isnan(value)]
+    differences = [value for value in table.repeats["python"] if not math.isnan(value)]
     assert len(differences) == 1 and differences[0] != 0
     scored(term(tmp_path, "noisy", repeat_every=1), group())
     assert ASKED == [3, 1, 1]
@@ -231,7 +227,7 @@ def test_about_one_group_in_repeat_every_is_repeated_and_always_the_same_ones() 
         table = score_candidates(
             [term(None, repeat_every=4)], group((10, 20)), group_id=f"{number:016x}"
         )
-        return f"python.{REPEAT}" in table.components
+        return "python" in table.repeats
 
     first = [repeated(number) for number in range(200)]
     assert 30 <= sum(first) <= 70

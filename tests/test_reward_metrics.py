@@ -17,13 +17,15 @@ from rl_edit.measures import reward_statistics
 from rl_edit.measures.reward_metrics import count_reasons, reward_metrics
 from rl_edit.measures.reward_statistics import Normalisation
 from rl_edit.method.advantages import GroupCredit, standardise
-from rl_edit.types import Advantages, Candidates, RewardTable
+from rl_edit.types import Advantages, Candidates, ChangeVariance, Measures, RewardTable
 
 
 def table(
     values: list[list[float]],
     *,
-    components: dict[str, tuple[float, ...]] | None = None,
+    components: dict[str, dict[str, tuple[float, ...]]] | None = None,
+    repeats: dict[str, tuple[float, ...]] | None = None,
+    measures: Measures | None = None,
     counts: dict[str, int] | None = None,
 ) -> RewardTable:
     tensor = torch.tensor(values)
@@ -34,6 +36,8 @@ def table(
         values=tensor,
         valid=~tensor.isnan(),
         components=components or {},
+        repeats=repeats or {},
+        measures=measures,
         counts=counts or {},
     )
 
@@ -56,18 +60,19 @@ def test_a_group_with_an_invalid_term_is_in_no_mean() -> None:
 
 
 def test_diagnostics_have_keys_of_their_own_and_parts_of_a_term_live_under_component() -> None:
-    parts = {
-        "background.psnr": (20.0, 30.0),
-        "change.inside": (0.1, 0.3),
-        "concentration": (1.0, 3.0),
-        "judge.instruction": (0.0, 1.0),
-    }
-    metrics = reward_metrics([table([[0.0, 0.0], [1.0, 1.0]], components=parts)])
+    measures = Measures(
+        background={"psnr": (20.0, 30.0)},
+        change_inside=(0.1, 0.3),
+        concentration=(1.0, 3.0),
+        variance=None,
+    )
+    parts = {"a": {"instruction": (0.0, 1.0)}}
+    metrics = reward_metrics([table([[0.0, 0.0], [1.0, 1.0]], components=parts, measures=measures)])
     assert metrics["background/psnr/mean"] == pytest.approx(25.0)
     assert metrics["background/psnr/spread"] == pytest.approx(5.0)
     assert metrics["change/inside/mean"] == pytest.approx(0.2)
     assert metrics["concentration/spread"] == pytest.approx(1.0)
-    assert metrics["component/judge.instruction/mean"] == pytest.approx(0.5)
+    assert metrics["component/a.instruction/mean"] == pytest.approx(0.5)
 
 
 def test_shares_of_statuses_count_groups_that_are_dropped_too() -> None:
@@ -144,7 +149,7 @@ def test_a_judges_noise_is_estimated_from_candidates_scored_twice() -> None:
         tables.append(
             table(
                 first.tolist(),
-                components={"a.repeat_difference": (difference, math.nan, math.nan, math.nan)},
+                repeats={"a": (difference, math.nan, math.nan, math.nan)},
             )
         )
     metrics = reward_metrics(tables)
@@ -168,41 +173,50 @@ def pictures(num: int, inside: float, outside: float) -> Candidates:
     )
 
 
+def varying(variance: ChangeVariance | None) -> Measures:
+    unchanged = (0.0, 0.0)
+    return Measures(
+        background={}, change_inside=unchanged, concentration=unchanged, variance=variance
+    )
+
+
+def inside_variance(group: Candidates) -> tuple[float, ...]:
+    variance = reward_statistics.change_variance(group)
+    assert variance is not None
+    return variance.inside
+
+
 def test_the_share_of_pixel_variance_inside_the_mask_is_that_of_the_candidates_differences() -> (
     None
 ):
     group = pictures(64, inside=0.1, outside=0.05)
-    parts = reward_statistics.change_variance(group)
+    measures = varying(reward_statistics.change_variance(group))
     share = group.task.edit_mask.float().mean().item()
     expected = share * 0.01 / (share * 0.01 + (1 - share) * 0.0025)
-    metrics = reward_metrics([table([[0.0, 0.0]] * 64, components=parts)])
+    metrics = reward_metrics([table([[0.0, 0.0]] * 64, measures=measures)])
     assert metrics["change/variance_inside_share"] == pytest.approx(expected, rel=0.05)
     assert metrics["change/variance_outside/mean"] == pytest.approx((1 - share) * 0.0025, rel=0.05)
 
 
 def test_pixel_variance_of_a_group_in_chunks_is_that_of_the_whole() -> None:
     group = pictures(64, inside=0.1, outside=0.05)
-    whole = reward_statistics.change_variance(group)["change.variance_inside"]
+    whole = inside_variance(group)
     chunks = [
         dataclasses.replace(
             group, images=group.images[i : i + 4], attention=group.attention[i : i + 4]
         )
         for i in range(0, 64, 4)
     ]
-    pieces = [
-        value
-        for chunk in chunks
-        for value in reward_statistics.change_variance(chunk)["change.variance_inside"]
-    ]
+    pieces = [value for chunk in chunks for value in inside_variance(chunk)]
     assert sum(pieces) / 64 == pytest.approx(sum(whole) / 64, rel=0.02)
-    assert reward_statistics.change_variance(pictures(1, 0.1, 0.1)) == {}
+    assert reward_statistics.change_variance(pictures(1, 0.1, 0.1)) is None
 
 
 def test_identical_candidates_have_no_share_of_variance() -> None:
     same = reward_statistics.change_variance(pictures(3, 0.0, 0.0))
-    assert set(same["change.variance_inside"]) == {0.0}
+    assert same is not None and set(same.inside) == {0.0}
     assert "change/variance_inside_share" not in reward_metrics(
-        [table([[0.0, 0.0]] * 3, components=same)]
+        [table([[0.0, 0.0]] * 3, measures=varying(same))]
     )
 
 

@@ -25,18 +25,22 @@ from rl_edit.measures.pixels import gaussian_mean, psnr
 from rl_edit.method.advantages import CreditRule, Declined, GroupCredit, RegionCredit, SplitCredit
 from rl_edit.method.regions import labelled_regions
 from rl_edit.report import render_report
-from rl_edit.rewards import (
-    Concentration,
-    EditScore,
-    Preservation,
-    PythonReward,
-    Reward,
-    ShapesJudge,
-    available,
-    score_candidates,
-)
+from rl_edit.rewards import Reward, available, score_candidates
+from rl_edit.rewards.concentration import Concentration
+from rl_edit.rewards.custom import PythonReward
+from rl_edit.rewards.preservation import Preservation
+from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.vlm.composition import overall
-from rl_edit.types import Advantages, Candidates, EditTask, PairedTask, RewardTable, Score
+from rl_edit.rewards.vlm.editscore import EditScore
+from rl_edit.types import (
+    Advantages,
+    Candidates,
+    EditTask,
+    PairedTask,
+    RegionScores,
+    RewardTable,
+    Score,
+)
 
 TASKS = [shapes.task("validation", index) for index in range(9)]
 
@@ -147,7 +151,7 @@ def test_a_wrong_number_of_scores_is_invalid_for_every_candidate() -> None:
     table = score_candidates([python_reward()], small_group(3), group_id="w")
     assert not table.valid.any()
     assert table.reasons == ("python: returned 2 scores for 3 candidates",)
-    assert table.contract_broken and table.counts == {"python.invalid": 3}
+    assert table.out_of_contract and table.counts == {"python.invalid": 3}
 
 
 def test_a_finite_double_that_single_precision_cannot_hold_is_invalid() -> None:
@@ -164,8 +168,8 @@ def test_components_are_kept_per_candidate_under_the_terms_name() -> None:
         group_id="w7",
     )
     assert table.group_id == "w7"
-    assert table.components["judge.instruction"] == (10.0, 0.0)
-    assert table.components["preservation.psnr"] == (60.0, 60.0)
+    assert table.components["judge"]["instruction"] == (10.0, 0.0)
+    assert table.components["preservation"]["psnr"] == (60.0, 60.0)
     assert table.seconds > 0
 
 
@@ -220,7 +224,7 @@ def test_a_term_that_is_better_when_lower_is_checked_as_declared_and_negated_in_
 def test_a_function_may_name_parts_of_its_score() -> None:
     ANSWERS[:] = [Score(value=0.5, components={"sharp": 0.1}), 0.6]
     table = score_candidates([python_reward()], small_group(2), group_id="w")
-    assert table.components == {"python.sharp": pytest.approx((0.1, math.nan), nan_ok=True)}
+    assert table.components == {"python": {"sharp": pytest.approx((0.1, math.nan), nan_ok=True)}}
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
@@ -446,7 +450,7 @@ ANSWER_LISTS = st.one_of(
 def in_turn(group: Candidates) -> Any:
     """Each term says what stands first; numbers stand for their regions too."""
     return [
-        Score(value=said, components={"region.0": said, "background": 1 - said})
+        Score(value=said, regions=RegionScores(areas=(said,), background=1 - said))
         if isinstance(said, float)
         else said
         for said in ANSWERS.pop(0)
@@ -856,7 +860,7 @@ def test_concentration_is_one_when_diffuse_and_area_ratio_when_all_inside() -> N
     )
     table = score_candidates([Concentration()], group, group_id="w")
     assert table.values[:, 0].tolist() == pytest.approx([1.0, 4.0, 0.0, 2.0], abs=1e-6)
-    assert table.components["concentration.mass_inside"] == pytest.approx(
+    assert table.components["concentration"]["mass_inside"] == pytest.approx(
         (0.25, 1.0, 0.0, 0.5), abs=1e-6
     )
     unit_table = score_candidates([Concentration(normalisation="unit")], group, group_id="w")

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from judge_server import completion, images_of, parts_of, serving
 from rl_edit.errors import InputError
-from rl_edit.rewards import EditScore, score_candidates
+from rl_edit.rewards import score_candidates
 from rl_edit.rewards.vlm.backends import (
     VLLM,
     JudgeTransport,
@@ -30,6 +30,7 @@ from rl_edit.rewards.vlm.backends import (
 from rl_edit.rewards.vlm.backends.constrained_decoding import Constraint, Form, Vocabulary
 from rl_edit.rewards.vlm.backends.families import IMAGE, chat_text, family_named, family_of
 from rl_edit.rewards.vlm.backends.merge import merge_judge
+from rl_edit.rewards.vlm.editscore import EditScore
 from rl_edit.rewards.vlm.prompts import pair_schema, region_schema, scores_in
 from rl_edit.rewards.vlm.region_judge import RegionJudge
 from rl_edit.types import Candidates, EditTask

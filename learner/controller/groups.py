@@ -259,7 +259,7 @@ class GroupCollector:
             f"{len(bad)} of {len(groups)} groups of update {update} are lost or have an invalid "
             f"reward, train.max_dropped_groups is {budget}: {bad[0]}"
         )
-        if any(table.contract_broken for table in tables):
+        if any(table.out_of_contract for table in tables):
             raise InputError(f"{message}. Fix the reward function or its declared range.")
         raise TrainingFailed(
             f"{message}. Check the judge, or allow drops with train.max_dropped_groups."

@@ -35,7 +35,8 @@ from rl_edit.data.canvas import fit
 from rl_edit.errors import InputError
 from rl_edit.files import METRICS, JsonLines, read_json_lines, replace_file
 from rl_edit.method.exploration import keyed_seed
-from rl_edit.rewards import Reward, ShapesJudge
+from rl_edit.rewards import Reward
+from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.vlm.judge_reward import JudgeReward
 from rl_edit.types import AdapterId, AdapterWeights, RewardTable, WorkItem
 
@@ -296,7 +297,9 @@ class HeldoutMonitor:
             training=self._training(before[-1].update if before else -1, update),
             n=len(sound),
             background_psnr=_mean(
-                value for table in sound for value in table.components.get("background.psnr", ())
+                table.measures.background["psnr"][0]
+                for table in sound
+                if table.measures is not None
             ),
             seconds=seconds,
             protocol=self._protocol(),

@@ -6,7 +6,6 @@ It measures only; the checks give verdicts.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,17 +28,21 @@ BATCH = 8
 
 A term may fail on a call as a whole, or compare the images in it.
 """
-_REGION = re.compile(r"region\.\d+")
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A score and its named parts; NaN where there is no valid one."""
+    """A score and the same by region; NaN where there is no valid one.
+
+    Attributes:
+        regions: by the names of the test images: "region.0", ..., "background". Empty where the
+            term scores no regions.
+    """
 
     value: float
-    parts: dict[str, float]
+    regions: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +141,12 @@ class AuditSession:
                 candidates(task, torch.stack([images[key] for key in batch])),
                 group_id=task.task_id,
             )
-            self.out_of_contract += table.contract_broken
+            self.out_of_contract += table.out_of_contract
             self.reasons.update(table.reasons)
+            by_region = table.regions[term.name].columns() if table.regions else {}
             for row, key in enumerate(batch):
-                # Parts are named after their term in a table of several terms; here there is one.
-                parts = {
-                    name.removeprefix(f"{term.name}."): values[row]
-                    for name, values in table.components.items()
-                }
-                measurements[key] = Measurement(value=float(table.values[row, 0]), parts=parts)
+                regions = {name: column[row] for name, column in by_region.items()}
+                measurements[key] = Measurement(value=float(table.values[row, 0]), regions=regions)
             # A judge may refuse a blank image, so those do not count as missing scores.
             if not refusable:
                 self.scored += len(batch)
@@ -303,7 +303,7 @@ def _part_responses(
 
 
 def _moved(clean: Measurement, corrupted: Measurement, part: str) -> float:
-    return abs(clean.parts[part] - corrupted.parts.get(part, math.nan))
+    return abs(clean.regions[part] - corrupted.regions.get(part, math.nan))
 
 
 def _parts_of(place: str, clean: Measurement, *, several: bool) -> list[str]:
@@ -312,9 +312,9 @@ def _parts_of(place: str, clean: Measurement, *, several: bool) -> list[str]:
     A single region is the mask itself, so its part belongs to "inside".
     """
     if place != "inside":
-        return [place] if place in clean.parts else []
-    regions = [part for part in clean.parts if _REGION.fullmatch(part)] if not several else []
+        return [place] if place in clean.regions else []
+    regions = [name for name in clean.regions if name != "background"] if not several else []
     return [
-        *(part for part in regions if len(regions) == 1),
-        *(["background"] if "background" in clean.parts else []),
+        *(regions if len(regions) == 1 else ()),
+        *(["background"] if "background" in clean.regions else []),
     ]

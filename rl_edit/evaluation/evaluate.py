@@ -28,7 +28,11 @@ from rl_edit.evaluation.record import (
     Sides,
 )
 from rl_edit.files import replace_json
-from rl_edit.measures.diagnostics import diagnostics
+from rl_edit.measures.diagnostics import (
+    background_fidelity,
+    change_inside,
+    concentration,
+)
 from rl_edit.measures.intervals import Interval, bootstrap, paired_bootstrap
 from rl_edit.method.attention import MassTally
 from rl_edit.method.exploration import NoiseSource
@@ -48,17 +52,15 @@ CONVENTIONS = {
 }
 """Definitions of the numbers of an evaluation, written beside them."""
 
-INSTRUCTION_PARTS = (".instruction", ".prompt_following")
+INSTRUCTION_PARTS = ("instruction", "prompt_following")
 """Names that judges give to the part of their score that says the instruction was followed.
 
 The first reward term with such a part is reported as ``instruction``.
 """
-DIAGNOSTIC_NAMES = {
-    "background.psnr": "background_psnr_masked",
-    "background.psnr_zero_filled": "background_psnr_zero_filled",
-    "background.ssim": "background_ssim",
-    "change.inside": "inside_change",
-    "concentration": "concentration",
+_BACKGROUND_NAMES = {
+    "psnr": "background_psnr_masked",
+    "psnr_zero_filled": "background_psnr_zero_filled",
+    "ssim": "background_ssim",
 }
 _DEFAULT_TYPES = 4
 """Task types to spread examples over, where the data does not name its types."""
@@ -286,13 +288,18 @@ def _measure(terms: Sequence[Reward], encoded: Encoded, edit: _Edit) -> dict[str
     values["reward"] = sum(
         weight * float(table.values[0, i]) for i, weight in enumerate(table.weights) if weight > 0
     )
-    for name, parts in table.components.items():
-        values[name] = parts[0]
-        # setdefault: the first judge in the order of the config wins.
-        if name.endswith(INSTRUCTION_PARTS):
-            values.setdefault("instruction", parts[0])
-    for name, parts in diagnostics(candidates).items():
-        values[DIAGNOSTIC_NAMES[name]] = parts[0]
+    for term in table.names:
+        for part, column in table.columns(term).items():
+            values[f"{term}.{part}"] = column[0]
+            # setdefault: the first judge in the order of the config wins.
+            if part in INSTRUCTION_PARTS:
+                values.setdefault("instruction", column[0])
+        if term in table.repeats:
+            values[f"{term}.repeat_difference"] = table.repeats[term][0]
+    for name, column in background_fidelity(candidates).items():
+        values[_BACKGROUND_NAMES[name]] = column[0]
+    values["inside_change"] = change_inside(candidates)[0]
+    values["concentration"] = concentration(candidates)[0]
     return values
 
 

@@ -33,7 +33,7 @@ PerCandidate = Float[Tensor, " group"]
 
 
 def drift(candidates: Candidates) -> dict[str, tuple[float, ...]]:
-    """The panel as reward-table components, ``background.MEASURE``; NaN where a measure has nothing to look at."""
+    """Measures the whole panel, by name; NaN where a measure is undefined."""
     images, source, keep = candidates.images, candidates.task.source, ~candidates.task.edit_mask
     measures = {
         "seam": seam(images, source, keep),
@@ -42,7 +42,7 @@ def drift(candidates: Candidates) -> dict[str, tuple[float, ...]]:
         "entropy": entropy(images, source, keep),
         "spectrum": spectrum(images, source, keep),
     }
-    return {f"background.{name}": tuple(values.tolist()) for name, values in measures.items()}
+    return {name: tuple(values.tolist()) for name, values in measures.items()}
 
 
 def seam(images: Images, source: Source, keep: Keep) -> PerCandidate:

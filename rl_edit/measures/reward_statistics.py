@@ -27,10 +27,7 @@ from torch import Tensor
 
 from rl_edit.measures.pixels import unit_range
 from rl_edit.method.advantages import speaks, standardise
-from rl_edit.types import Candidates, RewardTable
-
-REPEAT = "repeat_difference"
-"""Component that holds a second score minus the first, where there is one."""
+from rl_edit.types import Candidates, ChangeVariance, RewardTable
 
 Normalisation = Literal["minibatch", "group", "none"]
 
@@ -105,10 +102,10 @@ def noise(tables: Sequence[RewardTable]) -> dict[str, float]:
     found: dict[str, float] = {}
     for index, name in enumerate(tables[0].names if tables else ()):
         differences = [
-            d
+            difference
             for table in tables
-            for d in table.components.get(f"{name}.{REPEAT}", ())
-            if math.isfinite(d)
+            for difference in table.repeats.get(name, ())
+            if math.isfinite(difference)
         ]
         if not differences:
             continue
@@ -123,34 +120,30 @@ def noise(tables: Sequence[RewardTable]) -> dict[str, float]:
     return found
 
 
-def change_variance(candidates: Candidates) -> dict[str, tuple[float, ...]]:
-    """Components ``change.variance_inside`` and ``change.variance_outside``: each candidate's squared distance from the mean picture.
+def change_variance(candidates: Candidates) -> ChangeVariance | None:
+    """Splits the variance between candidates into that inside and outside the mask.
 
-    Intensities are 0..1; the two add up to the distance over the whole picture, a mean over its pixels. Scaled so that the mean
-    over candidates is unbiased, which makes a group scored in chunks agree with a whole one; empty for a single candidate.
+    Each number is a candidate's squared distance from the mean image of its group, averaged over
+    all pixels; those of the other side count as 0. It is scaled by n / (n - 1), so that the mean
+    over candidates is unbiased. None for a single candidate.
     """
     number = len(candidates.images)
     if number < 2:
-        return {}
+        return None
     images = unit_range(candidates.images)
     squared = (images - images.mean(dim=0)).square().mean(dim=-1) * number / (number - 1)
     inside = (squared * candidates.task.edit_mask).mean(dim=(1, 2))
     outside = (squared * ~candidates.task.edit_mask).mean(dim=(1, 2))
-    return {
-        "change.variance_inside": tuple(inside.tolist()),
-        "change.variance_outside": tuple(outside.tolist()),
-    }
+    return ChangeVariance(inside=tuple(inside.tolist()), outside=tuple(outside.tolist()))
 
 
 def inside_share(tables: Sequence[RewardTable]) -> dict[str, float]:
-    """``variance_inside_share`` where the tables have the components of :func:`change_variance`."""
-    inside, outside = (
-        sum(
-            value
-            for table in tables
-            for value in table.components.get(f"change.variance_{side}", ())
-            if math.isfinite(value)
-        )
-        for side in ("inside", "outside")
-    )
+    """Computes ``variance_inside_share``; empty where no table has a variance."""
+    variances = [
+        table.measures.variance
+        for table in tables
+        if table.measures is not None and table.measures.variance is not None
+    ]
+    inside = sum(v for variance in variances for v in variance.inside if math.isfinite(v))
+    outside = sum(v for variance in variances for v in variance.outside if math.isfinite(v))
     return {"variance_inside_share": inside / (inside + outside)} if inside + outside > 0 else {}

@@ -296,16 +296,15 @@ class RegionCredit(BaseModel):
         decides = torch.tensor(table.weights) > 0
         if not bool(table.valid[:, decides].all()):
             return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
-        names = [
-            *(f"{self.term}.region.{number}" for number in range(len(areas))),
-            f"{self.term}.background",
-        ]
-        if missing := [name for name in names if name not in table.components]:
+        given = table.regions.get(self.term)
+        if given is None or given.areas.shape[1] < len(areas):
+            first = 0 if given is None else given.areas.shape[1]
             return Declined(
                 "invalid",
-                f"reward {self.term!r} gave no {missing[0]}: it does not score these regions",
+                f"reward {self.term!r} gave no {self.term}.region.{first}: "
+                "it does not score these regions",
             )
-        scores = torch.tensor([table.components[name] for name in names], dtype=torch.float64)
+        scores = torch.cat([given.areas.T[: len(areas)], given.background[None]]).double()
         if not bool(scores.isfinite().all()):
             return Declined("invalid", f"reward {self.term!r} lacks a score of a region")
         weight = table.weights[table.names.index(self.term)]

@@ -216,17 +216,14 @@ class AdaptiveSpread(BaseModel):
             if self.watched_term in table.names and table.complete(self.watched_term)
         ]
         if given and not state and not deviations:
-            parts = sorted(
-                {
-                    name
-                    for table in given
-                    for name in table.components
-                    if name.startswith(f"{self.watched_term}.")
-                }
-            )
+            scores = {
+                f"{self.watched_term}.{part}"
+                for table in given
+                for part in table.columns(self.watched_term)
+            }
             raise InputError(
                 f"algorithm.initial_noise.watch {self.watch!r} is no score of reward {self.watched_term!r}: nothing would be steered. It "
-                f"has {', '.join([self.watched_term, *parts])}."
+                f"has {', '.join([self.watched_term, *sorted(scores)])}."
             )
         for task_type, deviation in deviations.items():
             direction = (deviation < self.band[0]) - (deviation > self.band[1])
@@ -263,10 +260,13 @@ class AdaptiveSpread(BaseModel):
 
 def _watched(table: RewardTable, name: str) -> Float[Tensor, " group"] | None:
     """A term's or component's scores; None when the table lacks them or some candidate has none."""
-    if name in table.names:
-        scores = table.values[:, table.names.index(name)].double()
-    elif name in table.components:
-        scores = torch.tensor(table.components[name], dtype=torch.float64)
+    term, _, part = name.partition(".")
+    if term not in table.names:
+        return None
+    if not part:
+        scores = table.values[:, table.names.index(term)].double()
+    elif part in (columns := table.columns(term)):
+        scores = torch.tensor(columns[part], dtype=torch.float64)
     else:
         return None
     return scores if bool(scores.isfinite().all()) else None

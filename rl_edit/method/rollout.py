@@ -7,7 +7,7 @@ takes a velocity function and knows neither editor nor weights nor Ray.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +22,9 @@ from rl_edit.types import (
     Candidates,
     Conditioning,
     EditTask,
+    Measures,
+    PerCandidate,
+    RegionTable,
     RewardTable,
     RolloutGroup,
 )
@@ -193,7 +196,9 @@ def merged(chunks: Sequence[RolloutGroup]) -> RolloutGroup:
 
 
 def joined(tables: Sequence[RewardTable]) -> RewardTable:
-    """The reward table of a whole group from those of its chunks, in candidate order. A part that a chunk lacks is NaN there.
+    """Joins the reward tables of a group's chunks, in candidate order.
+
+    What a chunk lacks is NaN there.
 
     Raises:
         ValueError: for tables of several groups or of different terms.
@@ -201,27 +206,74 @@ def joined(tables: Sequence[RewardTable]) -> RewardTable:
     first = tables[0]
     _require_one("groups", [table.group_id for table in tables])
     _require_one("terms", [f"{table.names} with weights {table.weights}" for table in tables])
-    parts = dict.fromkeys(part for table in tables for part in table.components)
+    sizes = [len(table.values) for table in tables]
+    components = {
+        term: _joined_columns([table.components.get(term, {}) for table in tables], sizes)
+        for term in _keys(table.components for table in tables)
+    }
+    regions = {
+        term: _joined_regions([table.regions.get(term) for table in tables], sizes)
+        for term in _keys(table.regions for table in tables)
+    }
     return replace(
         first,
         values=torch.cat([table.values for table in tables]),
         valid=torch.cat([table.valid for table in tables]),
         reasons=tuple(dict.fromkeys(reason for table in tables for reason in table.reasons)),
-        contract_broken=any(table.contract_broken for table in tables),
-        components={
-            part: tuple(
-                value
-                for table in tables
-                for value in table.components.get(part, (math.nan,) * len(table.values))
-            )
-            for part in parts
-        },
+        out_of_contract=any(table.out_of_contract for table in tables),
+        components=components,
+        regions=regions,
+        repeats=_joined_columns([table.repeats for table in tables], sizes),
+        measures=_joined_measures([table.measures for table in tables], sizes),
         counts={
             key: sum(table.counts.get(key, 0) for table in tables)
-            for table in tables
-            for key in table.counts
+            for key in _keys(table.counts for table in tables)
         },
         seconds=sum(table.seconds for table in tables),
+    )
+
+
+def _keys(mappings: Iterable[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _joined_columns(
+    chunks: Sequence[Mapping[str, PerCandidate]], sizes: Sequence[int]
+) -> dict[str, PerCandidate]:
+    return {
+        key: tuple(
+            value
+            for chunk, size in zip(chunks, sizes, strict=True)
+            for value in chunk.get(key, (math.nan,) * size)
+        )
+        for key in _keys(chunks)
+    }
+
+
+def _joined_regions(chunks: Sequence[RegionTable | None], sizes: Sequence[int]) -> RegionTable:
+    # One task, so chunks agree in the number of areas, unless a chunk has no score at all.
+    width = max(chunk.areas.shape[1] for chunk in chunks if chunk is not None)
+    areas = torch.full((sum(sizes), width), math.nan, dtype=torch.float64)
+    background = torch.full((sum(sizes),), math.nan, dtype=torch.float64)
+    start = 0
+    for chunk, size in zip(chunks, sizes, strict=True):
+        if chunk is not None:
+            areas[start : start + size, : chunk.areas.shape[1]] = chunk.areas
+            background[start : start + size] = chunk.background
+        start += size
+    return RegionTable(areas=areas, background=background)
+
+
+def _joined_measures(chunks: Sequence[Measures | None], sizes: Sequence[int]) -> Measures | None:
+    measured = [chunk for chunk in chunks if chunk is not None]
+    if len(measured) < len(chunks):
+        return None
+    return Measures(
+        background=_joined_columns([chunk.background for chunk in measured], sizes),
+        change_inside=tuple(value for chunk in measured for value in chunk.change_inside),
+        concentration=tuple(value for chunk in measured for value in chunk.concentration),
+        # Variances of chunks say nothing about the variance of their group.
+        variance=measured[0].variance if len(measured) == 1 else None,
     )
 
 

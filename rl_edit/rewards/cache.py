@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rl_edit.files import replace_file
 from rl_edit.provenance import code_sha256
-from rl_edit.types import Candidates, Score
+from rl_edit.types import Candidates, RegionScores, Score
 
 _NAMES = frozenset({"task_id", "task_type"})
 """Fields of a task that no score follows from."""
@@ -61,20 +61,34 @@ class ScoreCache:
         """The kept score; None when there is none that can be read."""
         try:
             entry = json.loads(self._path(key).read_text())
+            regions = entry["regions"]
             return Score(
                 value=float(entry["value"]),
                 components={str(k): float(v) for k, v in entry["components"].items()},
+                regions=None
+                if regions is None
+                else RegionScores(
+                    areas=tuple(_read(area) for area in regions["areas"]),
+                    background=_read(regions["background"]),
+                ),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def put(self, key: str, score: Score) -> bool:
-        """Keeps an ok score; False when the disk does not take it, which costs nothing but asking again."""
+        """Stores an ok score. Returns False when the disk does not take it."""
         path = self._path(key)
+        regions = score.regions
         entry = {
             "value": score.value,
             "components": {
                 name: part for name, part in score.components.items() if math.isfinite(part)
+            },
+            "regions": None
+            if regions is None
+            else {
+                "areas": [_written(area) for area in regions.areas],
+                "background": _written(regions.background),
             },
         }
         try:
@@ -86,6 +100,15 @@ class ScoreCache:
 
     def _path(self, key: str) -> Path:
         return self._directory / key[:2] / f"{key}.json"
+
+
+def _written(score: float) -> float | None:
+    """Replaces what JSON has no number for."""
+    return score if math.isfinite(score) else None
+
+
+def _read(score: object) -> float:
+    return math.nan if score is None else float(score)  # type: ignore[arg-type]  # a wrong type is caught by the caller
 
 
 def _update(digest: hashlib._Hash, value: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rl_edit.errors import InputError
 from rl_edit.rewards.cache import content_sha256
-from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.rewards.vlm.backends import clip
 from rl_edit.types import Candidates, PairedTask, Score
 
@@ -38,6 +38,9 @@ class ClipSimilarity(RewardTerm):
     model: str = "openai/clip-vit-large-patch14"
     crop: Literal["exact", "compbench"] = "exact"
     device: str = "auto"
+
+    # It crops to the bounding box of the mask; pixels elsewhere do not reach the model.
+    responds_to: ClassVar[Sides] = "inside"
 
     @property
     def requires(self) -> frozenset[str]:

@@ -1,54 +1,36 @@
-"""What the same edit would earn with a perfect background: a term scored on the edit pasted onto the untouched source."""
+"""Scores the edit pasted onto the untouched source: the same edit with a perfect background."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 
-from rl_edit.rewards.clip import ClipSimilarity
-from rl_edit.rewards.concentration import Concentration
-from rl_edit.rewards.custom import PythonReward
-from rl_edit.rewards.lpips import Lpips
-from rl_edit.rewards.pixel_terms import Psnr, Ssim
-from rl_edit.rewards.preservation import Preservation, Similarity
-from rl_edit.rewards.shapes_judge import ShapesJudge
-from rl_edit.rewards.term import RewardTerm
-from rl_edit.rewards.vlm.editscore import EditScore
-from rl_edit.rewards.vlm.region_judge import RegionJudge
+from rl_edit.method.plugins import Plugin
+from rl_edit.rewards.kinds import Term
+from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, Score
-
-Measure = (
-    ShapesJudge
-    | Preservation
-    | Similarity
-    | Psnr
-    | Ssim
-    | Lpips
-    | ClipSimilarity
-    | Concentration
-    | EditScore
-    | RegionJudge
-    | PythonReward
-)
-"""Every term that looks at candidates as they are."""
 
 
 class Composite(RewardTerm):
-    """The score of ``where(mask, edit, source)``: a reference, not a goal.
+    """Scores ``where(mask, edit, source)`` with another term, as a reference and not as a goal.
 
-    The distance from the term itself to this value is what the changed background costs or earns. Trained on, it would leave
-    the background to itself, so its weight is 0 unless given.
+    The distance from that term's own score to this one is what the changed background costs or
+    earns. A run trained on it would ignore the background, so its weight is 0 unless given.
 
     Attributes:
-        of: the term to score with. Its own name only labels the parts here; its weight, cache and repeats are not read.
+        of: the term to score with. Its name labels the components here. Its weight, cache and
+            repeats are not read.
     """
 
     kind: Literal["composite"] = "composite"
     weight: float = 0.0
-    of: Annotated[Measure, Field(discriminator="kind")]
+    of: Annotated[Term, Field(discriminator="kind"), Plugin("rewards.NAME.of", RewardTerm)]
+
+    # The background is the source's own, so corrupting it cannot lower the score.
+    responds_to: ClassVar[Sides] = "inside"
 
     @property
     def requires(self) -> frozenset[str]:
@@ -84,15 +66,22 @@ class Composite(RewardTerm):
         return self.model_copy(update={"of": self.of.reseeded()})
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """Components: the value under the wrapped term's name, and its parts as ``NAME.PART``."""
+        """Scores the pasted edits.
+
+        Components: the value under the wrapped term's name, its components as ``NAME.COMPONENT``,
+        and its regions as ``NAME.region.N`` and ``NAME.background``.
+        """
         task = candidates.task
         pasted = torch.where(task.edit_mask[..., None], candidates.images, task.source)
         return tuple(
-            self._named(score) for score in self.of.score(replace(candidates, images=pasted))
+            self._relabelled(score) for score in self.of.score(replace(candidates, images=pasted))
         )
 
-    def _named(self, score: Score) -> Score:
+    def _relabelled(self, score: Score) -> Score:
         if score.value is None:
             return score
-        parts = {f"{self.of.name}.{part}": value for part, value in score.components.items()}
-        return replace(score, components={self.of.name: score.value, **parts})
+        # The background of a pasted edit is perfect, so credit by region must not read its scores.
+        regions = {} if score.regions is None else score.regions.named()
+        named = {**score.components, **regions}
+        labelled = {f"{self.of.name}.{part}": value for part, value in named.items()}
+        return replace(score, components={self.of.name: score.value, **labelled}, regions=None)

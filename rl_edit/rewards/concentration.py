@@ -6,7 +6,7 @@ import math
 from typing import ClassVar, Literal
 
 from rl_edit.method.attention import concentration_density
-from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, Score
 
 
@@ -26,6 +26,8 @@ class Concentration(RewardTerm):
     kind: Literal["concentration"] = "concentration"
     normalisation: Literal["paper", "log", "unit"] = "paper"
 
+    # It reads attention, which an audit's images do not have.
+    responds_to: ClassVar[Sides | None] = None
     requires: ClassVar[frozenset[str]] = frozenset()
     needs_attention: ClassVar[bool] = True
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
 from rl_edit.errors import InputError
-from rl_edit.rewards.cache import content_sha256
-from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.term import RewardTerm, Sides, source_sha256
 from rl_edit.types import Candidates, Score
 
 
@@ -36,6 +35,9 @@ class PythonReward(RewardTerm):
     requires: frozenset[Literal["target", "caption", "regions"]] = frozenset()
     needs_attention: bool = False
 
+    # Only its user knows; ``rl-edit audit-reward --expects`` tells.
+    responds_to: ClassVar[Sides | None] = None
+
     @field_validator("function")
     @classmethod
     def _can_be_called(cls, function: str) -> str:
@@ -56,8 +58,7 @@ class PythonReward(RewardTerm):
 
     def fingerprint(self) -> dict[str, Any]:
         """Includes the source of the function's module; what that imports is not looked at."""
-        module = importlib.import_module(self.function.partition(":")[0])
-        source = content_sha256(module.__file__) if module.__file__ else ""
+        source = source_sha256(self.function.partition(":")[0])
         return {**super().fingerprint(), "requires": sorted(self.requires), "source": source}
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:

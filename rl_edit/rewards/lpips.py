@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rl_edit.errors import InputError
 from rl_edit.measures.pixels import unit_range
 from rl_edit.rewards.cache import content_sha256
-from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, Score
 
 CONVERT = (
@@ -126,6 +126,7 @@ class Lpips(RewardTerm):
     weights: str
     convention: Literal["masked", "zero_filled"] = "masked"
 
+    responds_to: ClassVar[Sides] = "outside"
     requires: ClassVar[frozenset[str]] = frozenset()
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = float("inf")

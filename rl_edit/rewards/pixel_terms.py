@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rl_edit.measures import pixels
-from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, Score
 
 
@@ -28,6 +28,7 @@ class Psnr(RewardTerm):
     convention: pixels.PsnrConvention = "masked"
     ceiling_db: float = Field(default=pixels.MAX_PSNR, gt=0, le=pixels.MAX_PSNR)
 
+    responds_to: ClassVar[Sides] = "outside"
     requires: ClassVar[frozenset[str]] = frozenset()
     needs_attention: ClassVar[bool] = False
 
@@ -61,6 +62,7 @@ class Ssim(RewardTerm):
     convention: pixels.SsimConvention = "map_masked"
     ceiling: float = Field(default=1.0, gt=-1, le=1)
 
+    responds_to: ClassVar[Sides] = "outside"
     requires: ClassVar[frozenset[str]] = frozenset()
     needs_attention: ClassVar[bool] = False
     low: ClassVar[float] = -1.0

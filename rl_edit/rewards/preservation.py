@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rl_edit.measures import pixels
-from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, Score
 
 CEILING_DB = 40.0
@@ -37,6 +37,7 @@ class Preservation(RewardTerm):
     ceiling_db: float = Field(default=CEILING_DB, gt=0, le=pixels.MAX_PSNR)
     ssim_weight: float = Field(default=0.5, ge=0, le=1)
 
+    responds_to: ClassVar[Sides] = "outside"
     requires: ClassVar[frozenset[str]] = frozenset()
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
@@ -72,11 +73,11 @@ class Similarity(RewardTerm):
     kind: Literal["similarity"] = "similarity"
     variant: Literal["fixed", "paper", "release"] = "fixed"
 
+    responds_to: ClassVar[Sides] = "outside"
     requires: ClassVar[frozenset[str]] = frozenset()
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
     needs_attention: ClassVar[bool] = False
-    expects: ClassVar[str] = "outside"
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components: ``psnr`` in dB and ``ssim``, by the variant's arithmetic."""

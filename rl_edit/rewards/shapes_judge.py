@@ -18,9 +18,9 @@ from torch import Tensor
 from rl_edit.errors import InputError
 from rl_edit.measures.pixels import gaussian_mean, unit_range
 from rl_edit.method.regions import labelled_regions
-from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.rewards.vlm.composition import overall
-from rl_edit.types import Candidates, PairedTask, RegionsTask, Score
+from rl_edit.types import Candidates, PairedTask, RegionScores, RegionsTask, Score
 
 # Where each quality falls to half marks. In units of an RMS error with peak 1: 10^(-25/20) is 25 dB.
 _HALF_BACKGROUND = 10 ** (-25 / 20)
@@ -71,6 +71,7 @@ class ShapesJudge(RewardTerm):
     kind: Literal["shapes_judge"] = "shapes_judge"
     coarse: bool = False
 
+    responds_to: ClassVar[Sides] = "both"
     requires: ClassVar[frozenset[str]] = frozenset({"target"})
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 10.0
@@ -117,11 +118,13 @@ class ShapesJudge(RewardTerm):
 def _composed(parts: dict[str, float], by_region: list[float]) -> Score:
     sc = (parts["instruction"], parts["not_over_edited"])
     pq = (parts["clean"], parts["artefacts"])
-    regions = {f"region.{number}": progress / 10 for number, progress in enumerate(by_region)}
-    regions["background"] = parts["not_over_edited"] / 10
     return Score(
         value=min(overall(sc, pq), 10.0),
-        components={**parts, "SC": min(sc), "PQ": min(pq), **regions},
+        components={**parts, "SC": min(sc), "PQ": min(pq)},
+        regions=RegionScores(
+            areas=tuple(progress / 10 for progress in by_region),
+            background=parts["not_over_edited"] / 10,
+        ),
     )
 
 

@@ -1,17 +1,20 @@
-"""What every reward term has in common: a name, a weight, when it may be left out, where its scores are kept."""
+"""Defines the settings and the contract that all reward terms share."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rl_edit.errors import InputError
+from rl_edit.rewards.cache import content_sha256
 from rl_edit.types import Candidates, Score
 
 OPERATIONAL = frozenset(
@@ -26,34 +29,53 @@ OPERATIONAL = frozenset(
         "backoff_s",
     }
 )
-"""Settings, at any depth of a term, that say where and how it is asked, not what it answers."""
+"""Settings, at any depth of a term, of how it is reached. They do not change its scores."""
 
+# Far from every seed that the passes and retries of a judge count up to.
 _OTHER_SEED = 1_000_003
-"""Far from every seed that the passes and retries of a judge count up to."""
+
+Sides = Literal["inside", "outside", "both"]
+"""Where corruption of an image must lower a score: inside the edit mask, outside, or on both sides."""
 
 
 class RewardTerm(BaseModel, ABC):
     """One term of the reward. The validated config is the object that scores.
 
-    Besides these fields every term has four attributes, fixed by its class or settable where that makes sense:
-    ``requires``, the dataset fields it reads ("target", "caption", "regions"); ``low`` and ``high``, the range its
-    values must lie in (a value outside is refused, not clipped); ``needs_attention``, whether it reads
-    ``candidates.attention``. ``gives_regions`` says whether its components score every region (``region.0`` ..., ``background``).
+    A class declares what it responds to, or its definition is refused::
+
+        class Sharpness(RewardTerm):
+            kind: Literal["my_rewards:Sharpness"] = "my_rewards:Sharpness"
+            responds_to: ClassVar[Sides] = "inside"
+
+    ``responds_to`` is None where no audit of images can know it. ``reads_instruction`` tells whether
+    the same image must score lower under another instruction; None derives it from the rest.
+
+    Besides these, every term has four attributes, fixed by its class or settable where that makes
+    sense. ``requires`` names the dataset fields it reads ("target", "caption", "regions"). ``low``
+    and ``high`` bound its values; a value outside is refused, not clipped. ``needs_attention`` says
+    whether it reads ``candidates.attention``. ``gives_regions`` says whether its scores have
+    ``regions``.
 
     Attributes:
         kind: which term.
-        name: what the run's tables and curves call it; the kind unless given. Two terms of a run may not share one.
+        name: what the run's tables and curves call it; the kind unless given. Two terms of a run
+            may not share one.
         weight: its share in the run's reward. 0 measures a term without training on it.
-        when: "if_available" leaves the term out, with a note, of runs whose data lacks what it requires.
-        cache: a directory that keeps every score by the content it follows from, for repeated and resumed runs; processes may
-            share it. Only for terms that score a candidate without looking at the others; all built-in ones do.
-        repeat_every: in one of this many groups, drawn by its id, score one candidate again with another seed: the term's
-            noise, to compare with its differences within a group. 0 is never; costs one more score each time.
+        when: "if_available" leaves the term out, with a note, of runs whose data lacks what it
+            requires.
+        cache: a directory that stores every score by the content it follows from, for repeated and
+            resumed runs. Processes may share it. Only for terms that score a candidate without
+            looking at the others; all built-in ones do.
+        repeat_every: in one of this many groups, drawn by its id, score one candidate again with
+            another seed. This measures the term's noise, to compare with its differences within a
+            group. 0 is never; each time costs one more score.
     """
 
     # Inputs stay out of messages: a key pasted into the wrong field must not reach a log.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
+    responds_to: ClassVar[Sides | None]
+    reads_instruction: ClassVar[bool | None] = None
     gives_regions: ClassVar[bool] = False
 
     kind: str
@@ -63,11 +85,35 @@ class RewardTerm(BaseModel, ABC):
     cache: Path | None = None
     repeat_every: int = Field(default=0, ge=0)
 
+    if TYPE_CHECKING:
+        # Declared for readers only: a field of a subclass would take a property for its default.
+        @property
+        def requires(self) -> frozenset[str]: ...
+        @property
+        def low(self) -> float: ...
+        @property
+        def high(self) -> float: ...
+        @property
+        def needs_attention(self) -> bool: ...
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuses a term that does not declare what it responds to."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if not inspect.isabstract(cls) and not hasattr(cls, "responds_to"):
+            raise TypeError(
+                f"Reward {cls.__name__!r} does not declare what it responds to, so no audit could "
+                "tell a good score from a bad one. Add 'responds_to: ClassVar[Sides] = \"inside\"' "
+                '(or "outside", "both"; None if only its user knows).'
+            )
+
     @model_validator(mode="before")
     @classmethod
     def _named_after_kind(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("name"):
-            return {**data, "name": data.get("kind", cls.model_fields["kind"].default)}
+            kind = str(data.get("kind", cls.model_fields["kind"].default))
+            # A class of the user's is named module:Class; a name takes no colon.
+            return {**data, "name": kind.rpartition(":")[2]}
         return data
 
     @field_validator("weight")
@@ -75,43 +121,64 @@ class RewardTerm(BaseModel, ABC):
     def _weight_is_a_share(cls, weight: float) -> float:
         if not math.isfinite(weight) or weight < 0:
             raise InputError(
-                f"weight({weight}) of a reward must be finite and not negative: a negative weight would train towards worse edits. "
-                "Use 0 to measure the term without training on it."
+                f"weight({weight}) of a reward must be finite and not negative: a negative weight "
+                "would train towards worse edits. Use 0 to measure the term without training on it."
             )
         return weight
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether small values are good. The reward table then holds the negated value; the range speaks of the value itself."""
+        """Whether small values are good.
+
+        The reward table then holds the negated value. ``low`` and ``high`` bound the value itself.
+        """
         return False
 
     def judge_timeout_s(self, num_candidates: int) -> float:
-        """Longest one scoring call waits for another machine that never answers, in seconds; 0 where none is asked."""
+        """Computes the longest wait for a judge that never answers, in seconds.
+
+        One scoring call is meant. 0 where no other machine is asked.
+        """
         return 0.0
 
     @property
     def remote(self) -> bool:
-        """Whether scoring is waiting for another machine, and so occupies no device of this run."""
+        """Whether scoring waits for another machine, and so occupies no device of this run."""
         return False
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its scores follow from besides the candidates: settings without names, weights and places."""
-        return _without(self.model_dump(mode="json"), OPERATIONAL | {"name", "weight", "when"})
+        """Lists what scores follow from besides the candidates.
+
+        These are the settings without names, weights and places, and of a class of the user's the
+        source of its module; imports of that are not followed.
+        """
+        settings = _without(self.model_dump(mode="json"), OPERATIONAL | {"name", "weight", "when"})
+        module_name, colon, _ = self.kind.partition(":")
+        return {**settings, "source": source_sha256(module_name)} if colon else settings
 
     def sha256(self) -> str:
-        """Hash of what its share in the reward follows from: scores and weight."""
+        """Hashes what the term's share in the reward follows from: its scores and its weight."""
         return hashlib.sha256(
             json.dumps({**self.fingerprint(), "weight": self.weight}, sort_keys=True).encode()
         ).hexdigest()
 
     def reseeded(self) -> Self:
-        """The same term with other random numbers; itself where it has no seed."""
+        """Copies the term with other random numbers; itself where it has no seed."""
         seed = dict(self).get("seed")
         return self if seed is None else self.model_copy(update={"seed": seed + _OTHER_SEED})
 
     @abstractmethod
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """One score per candidate, in their order. May raise: the caller turns that into scores without a value."""
+        """Scores every candidate, in their order.
+
+        It may raise: the caller turns that into scores without a value.
+        """
+
+
+def source_sha256(module_name: str) -> str:
+    """Hashes the source of a module; "" where it has no file."""
+    module = importlib.import_module(module_name)
+    return content_sha256(module.__file__) if module.__file__ else ""
 
 
 def _without(settings: Any, left_out: frozenset[str]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from rl_edit.audit.checks.ranks import finite, mean
 from rl_edit.audit.corruptions import SIDES, Side
@@ -13,22 +13,7 @@ from rl_edit.audit.responses import AuditSession, Responses
 from rl_edit.errors import InputError
 from rl_edit.measures.intervals import bootstrap
 from rl_edit.rewards import Reward
-
-# Words of the option --expects and of the classes that declare it.
-Expects = Literal["inside", "outside", "both"]
-
-DECLARED: dict[str, Expects] = {
-    "shapes_judge": "both",
-    "editscore": "both",
-    "region_judge": "both",
-    "preservation": "outside",
-    "psnr": "outside",
-    "ssim": "outside",
-    "lpips": "outside",
-    "clip": "inside",
-    "composite": "inside",
-}
-"""What the built-in kinds respond to. A class may say it itself, in an attribute ``expects``."""
+from rl_edit.rewards.term import Sides
 
 # Enough for the two digits that the sentences show, and fast for a hundred intervals a term.
 _RESAMPLES = 500
@@ -57,15 +42,15 @@ def expected_of(
 ) -> Expectation:
     """Determines the expectation of a term.
 
-    ``declared`` goes first, then the term's own attributes ``expects`` and ``reads_instruction``,
-    then the built-in kinds. A term that responds inside the mask must know the edit that was
-    requested: from the instruction, unless it reads a target or a caption.
+    ``declared`` goes first, then what the term's class declares. A term that responds inside the
+    mask must know the edit that was requested: from the instruction, unless it reads a target or a
+    caption.
 
     Raises:
         InputError: nothing declares what the term responds to.
     """
-    expects = declared or getattr(term, "expects", None) or DECLARED.get(term.kind)
-    if expects not in get_args(Expects):
+    expects = declared or term.responds_to
+    if expects not in get_args(Sides):
         what = f"declares {expects!r}" if expects else "declares nothing"
         raise InputError(
             f"Reward {term.name!r} {what} as what it responds to, so the audit cannot know which "
@@ -77,7 +62,7 @@ def expected_of(
         # A target or a caption already determines the edit; the instruction adds nothing.
         names_edit = term.requires & {"target", "caption"}
         default = "inside" in sides and not names_edit
-        reads_instruction = bool(getattr(term, "reads_instruction", default))
+        reads_instruction = default if term.reads_instruction is None else term.reads_instruction
     return Expectation(sides=sides, reads_instruction=reads_instruction)
 
 

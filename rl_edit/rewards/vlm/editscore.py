@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from jaxtyping import UInt8
 from torch import Tensor
 
+from rl_edit.rewards.term import Sides
 from rl_edit.rewards.vlm.backends.editscore_package import upstream_prompts
 from rl_edit.rewards.vlm.composition import overall
 from rl_edit.rewards.vlm.judge_reward import Asked, JudgeReward, mean_of
@@ -28,6 +29,7 @@ class EditScore(JudgeReward):
     prompt: Literal["ours", "upstream"] = "ours"
     pq_images: Literal["edited_only", "both"] = "edited_only"
 
+    responds_to: ClassVar[Sides] = "both"
     high: ClassVar[float] = 10.0
     num_questions: ClassVar[int] = 2
 

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
@@ -168,13 +168,8 @@ class JudgeReward(RewardTerm):
                     tuple(score * 10 / self.score_range for score in answer.scores)
                 )
         score = self.combined(scaled)
-        return Score(
-            value=score.value,
-            components={
-                **score.components,
-                **({"mass": min(masses)} if self.readout == "expected" else {}),
-            },
-        )
+        mass = {"mass": min(masses)} if self.readout == "expected" else {}
+        return replace(score, components={**score.components, **mass})
 
     async def _answers(self, asked: Sequence[tuple[Asked, int]]) -> list[Answer | Failure]:
         """One answer a question and pass: all are asked, then those without an answer again, together, with new seeds."""

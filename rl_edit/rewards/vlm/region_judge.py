@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import ClassVar, Literal
 
@@ -18,9 +19,10 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from rl_edit.rewards.term import Sides
 from rl_edit.rewards.vlm.judge_reward import Asked, JudgeReward, mean_of
 from rl_edit.rewards.vlm.prompts import region_question, region_schema
-from rl_edit.types import EditTask, Score, areas_of
+from rl_edit.types import EditTask, RegionScores, Score, areas_of
 
 _COLOURS = ("#ff0000", "#00c8ff", "#ffd000", "#ff00ff", "#00ff40", "#ff8000")
 _CROP_MARGIN = 0.25
@@ -43,6 +45,7 @@ class RegionJudge(JudgeReward):
     kind: Literal["region_judge"] = "region_judge"
     show: Literal["outlined", "boxed", "cropped"] = "outlined"
 
+    responds_to: ClassVar[Sides] = "both"
     high: ClassVar[float] = 1.0
     gives_regions: ClassVar[bool] = True
 
@@ -82,41 +85,76 @@ class RegionJudge(JudgeReward):
         )
 
     def combined(self, passes: Sequence[Sequence[tuple[float, ...]]]) -> Score:
-        """Components, means over passes: ``region.N`` (Eq. 3) with ``.success`` and ``.preservation``, ``background``, and the whole
-        picture's ``naturalness`` and ``cleanness``. Eq. 3 values are 0..1, what the judge said 0..10."""
-        parts = [_parts(numbers) for (numbers,) in passes]
-        regions = [
-            name
-            for name in parts[0]
-            if name == "background" or name.removeprefix("region.").isdigit()
-        ]
+        """Averages the passes.
+
+        Regions hold Eq. 3 values, 0..1. Components, 0..10 as the judge answered:
+        ``region.N.success``, ``region.N.preservation`` and ``background.preservation``, and of the
+        whole image ``naturalness`` and ``cleanness``.
+        """
+        answers = [_Answer.of(numbers) for (numbers,) in passes]
+        by_pass = [answer.regions() for answer in answers]
+        # The mean over all numbers at once, not of means: their rounding would differ.
+        scores = [score for regions in by_pass for score in (*regions.areas, regions.background)]
         return Score(
-            value=min(fmean(part[name] for part in parts for name in regions), self.high),
-            components=mean_of(parts),
+            value=min(fmean(scores), self.high),
+            components=mean_of([answer.components() for answer in answers]),
+            regions=RegionScores(
+                areas=tuple(map(fmean, zip(*(r.areas for r in by_pass), strict=True))),
+                background=fmean(regions.background for regions in by_pass),
+            ),
         )
 
 
-def _parts(numbers: Sequence[float]) -> dict[str, float]:
-    """An answer's numbers under their names, with Eq. 3 for each region and the background."""
-    *pairs, background, naturalness, cleanness = numbers
-    whole = min(naturalness, cleanness)
-    parts = {}
-    for number, (success, preservation) in enumerate(zip(pairs[0::2], pairs[1::2], strict=True)):
-        parts[f"region.{number}"] = _eq3(min(success, preservation), whole)
-        parts[f"region.{number}.success"] = success
-        parts[f"region.{number}.preservation"] = preservation
-    return {
-        **parts,
-        "background": _eq3(background, whole),
-        "background.preservation": background,
-        "naturalness": naturalness,
-        "cleanness": cleanness,
-    }
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """The numbers of one answer, 0..10.
+
+    Attributes:
+        pairs: (success, preservation) of each region.
+    """
+
+    pairs: tuple[tuple[float, float], ...]
+    background: float
+    naturalness: float
+    cleanness: float
+
+    @staticmethod
+    def of(numbers: Sequence[float]) -> _Answer:
+        """Reads the numbers in the order of ``region_schema``."""
+        *pairs, background, naturalness, cleanness = numbers
+        return _Answer(
+            pairs=tuple(zip(pairs[0::2], pairs[1::2], strict=True)),
+            background=background,
+            naturalness=naturalness,
+            cleanness=cleanness,
+        )
+
+    def regions(self) -> RegionScores:
+        """Computes Eq. 3 of every region and of the background."""
+        overall = min(self.naturalness, self.cleanness)
+        return RegionScores(
+            areas=tuple(_eq3(min(pair), overall) for pair in self.pairs),
+            background=_eq3(self.background, overall),
+        )
+
+    def components(self) -> dict[str, float]:
+        """Names the answer's own numbers."""
+        by_region = {
+            f"region.{number}.{name}": score
+            for number, pair in enumerate(self.pairs)
+            for name, score in zip(("success", "preservation"), pair, strict=True)
+        }
+        return {
+            **by_region,
+            "background.preservation": self.background,
+            "naturalness": self.naturalness,
+            "cleanness": self.cleanness,
+        }
 
 
-def _eq3(phi: float, whole: float) -> float:
-    # Both are on 0..10 here, so C is 10.
-    return min(math.sqrt(phi * whole) / 10, 1.0)
+def _eq3(phi: float, overall: float) -> float:
+    # SpatialFlow-GRPO Eq. 3: sqrt(phi * overall) / C. Both are on 0..10 here, so C is 10.
+    return min(math.sqrt(phi * overall) / 10, 1.0)
 
 
 def box_of(region: Bool[Tensor, "height width"]) -> tuple[int, int, int, int]:
