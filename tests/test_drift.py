@@ -160,9 +160,7 @@ def test_the_panel_has_a_place_of_its_own_in_the_report_and_a_perceptual_distanc
     tmp_path: Path,
 ) -> None:
     keys = [
-        f"background/{name}/{what}"
-        for name in panel(SOURCE.int())
-        for what in ("mean", "spread")
+        f"background/{name}/{what}" for name in panel(SOURCE.int()) for what in ("mean", "spread")
     ]
     rows = [
         {

@@ -51,7 +51,10 @@ class RunConfig(BaseModel):
         evaluation: comparison of base and adapter, and held-out evaluation during training.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # A reward may declare an open range: infinity stays a number in YAML.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
     name: str = "run"
     seed: int = 0
     editor: EditorConfig = editor_config({})

@@ -72,7 +72,9 @@ class RewardTerm(BaseModel, ABC):
     """
 
     # Inputs stay out of messages: a key pasted into the wrong field must not reach a log.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, ser_json_inf_nan="constants"
+    )
 
     responds_to: ClassVar[Sides | None]
     reads_instruction: ClassVar[bool | None] = None
