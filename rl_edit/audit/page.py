@@ -89,6 +89,7 @@ def response_svg(curves: Sequence[Curve], *, title: str) -> Markup:
         for value in row
         if math.isfinite(value)
     ]
+    # Ticks enclose all means and intervals, so no line leaves the plot.
     axes = _Axes(ticks=tuple(nice_ticks(min(ends), max(ends))))
     # Curves come last: what is drawn later lies on top of the grid.
     body = "".join([*axes.draw(), *(part for curve in curves for part in axes.draw_curve(curve))])
@@ -164,6 +165,7 @@ def _numbers(numbers: dict[str, float]) -> str:
 
 
 def _drawings(term: TermAudit) -> Iterator[Drawing]:
+    # Both sides of a corruption share a plot; dict keys keep the order of the first task.
     for corruption in dict.fromkeys(curve.corruption for curve in term.curves):
         # A curve without values has no task with a score at every level.
         curves = [curve for curve in term.curves if curve.corruption == corruption and curve.mean]

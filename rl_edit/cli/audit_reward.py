@@ -67,6 +67,7 @@ def audit_reward_command(
     ]
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
+        # The total is known with the first call of progress: terms times tasks.
         bar = progress.add_task("auditing", total=None)
         result = audit(
             terms,
@@ -94,6 +95,7 @@ def chosen_terms(
     Returns:
         The rewards, and the reasons why others are left out.
     """
+    # A misspelt name must not lead to an audit of nothing.
     unknown = [name for name in names or () if name not in run.rewards]
     if unknown:
         raise InputError(

@@ -25,6 +25,7 @@ from rl_edit.files import write_result
 from rl_edit.rewards import Reward
 
 SCHEMA = "rl-edit/bench-reward/1"
+# Without company, and as many groups as a few reward actors score at once.
 CONCURRENCY = (1, 4)
 
 
@@ -90,6 +91,7 @@ def _measure_all(
     results: list[Throughput] = []
     for reward in terms:
         for number in concurrency:
+            # A bar counts seconds: the number of calls is not known beforehand.
             bar = progress.add_task(f"{reward.name}, {number} at a time", total=seconds)
             results.append(
                 measure(
@@ -108,6 +110,7 @@ def _measure_all(
 
 def _print(console: Console, results: Sequence[Throughput], out: Path) -> None:
     console.print(_table(results))
+    # The first reason of each result, since a failing reward is fast and its numbers mislead.
     lines = [f"no score from {result.term}: {result.reason}" for result in results if result.reason]
     for line in (*lines, str(out)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

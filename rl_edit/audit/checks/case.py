@@ -108,6 +108,7 @@ class Case:
 
         NaN without a valid score.
         """
+        # One fall per task, so that tasks with many corruptions weigh no more than others.
         falls = []
         for response in self.scored:
             scores = finite(
