@@ -10,7 +10,7 @@ import math
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ from rl_edit.measures import pixels
 from rl_edit.rewards import Reward
 from rl_edit.rewards.composite import Composite
 from rl_edit.rewards.custom import PythonReward
+from rl_edit.rewards.kinds import Term
 from rl_edit.rewards.pixel_terms import Psnr, Ssim
 from rl_edit.rewards.preservation import Preservation
 from rl_edit.rewards.shapes_judge import ShapesJudge
@@ -509,6 +510,18 @@ def test_a_class_may_declare_its_response_and_the_command_line_goes_first() -> N
     assert expected_of(term, "both", reads_instruction=True) == Expectation(
         sides=SIDES, reads_instruction=True
     )
+
+
+def test_the_docs_say_what_the_built_in_rewards_respond_to() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    rows = re.findall(r"^\| `(inside|outside|both)` \| (.*) \|$", text, flags=re.MULTILINE)
+    documented = {kind: side for side, kinds in rows for kind in re.findall(r"`(\w+)`", kinds)}
+    classes = [*get_args(Term), Composite]
+    assert documented == {
+        str(term.model_fields["kind"].default): term.responds_to
+        for term in classes
+        if term.responds_to is not None
+    }
 
 
 def test_a_reward_without_a_score_for_the_correct_edit_is_not_scored_further() -> None:
