@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from rl_edit.cli.find_masks import Observation, Outcome, observe, summarise
 from rl_edit.config import load_config
 from rl_edit.data import DataConfig, open_requests, shapes
 from rl_edit.data.compbench import write_compbench
@@ -30,6 +29,7 @@ from rl_edit.data.images import read_mask
 from rl_edit.data.mask_finding import FoundRegions, MaskFinder, agreement
 from rl_edit.data.rows import Request, Row, load
 from rl_edit.editors import BUILTIN, Editor, load_editor
+from rl_edit.evaluation.found_masks import Observation, Outcome, observe, summarise
 from rl_edit.measures.intervals import paired_bootstrap
 from rl_edit.types import PairedTask
 

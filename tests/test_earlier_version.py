@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rl_edit.cli.find_masks import _automask as _mask_finder
+from rl_edit.cli.find_masks import mask_finder as _mask_finder
 from rl_edit.config import load_config, modern, renamed
 from rl_edit.errors import InputError
 from runs import command, read_json

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rl_edit import wire
 from rl_edit.cli import find_masks
-from rl_edit.cli.find_masks import Observation
 from rl_edit.config import load_config
 from rl_edit.data import DataConfig, open_dataset, open_requests, shapes
 from rl_edit.data.canvas import fit
@@ -25,6 +24,7 @@ from rl_edit.data.mask_finding import FoundRegions, MaskFinder, NotFound, agreem
 from rl_edit.data.rows import Row
 from rl_edit.editors import Editor, load_editor
 from rl_edit.errors import InputError
+from rl_edit.evaluation.found_masks import Observation, observe
 from rl_edit.types import EditTask, PairedRegionsTask, RegionsTask
 from runs import command, metrics_of, read_json, run_inline, small_config
 
@@ -458,11 +458,11 @@ def test_observing_follows_from_the_seed_and_averages_over_edits(small_editor: s
     editor = load_editor(config.editor)
     task = fit(shapes.task("train", 0), resolution=32, multiple=editor.pixels_per_token)
     first, again, other = (
-        find_masks.observe(editor, task, samples=2, num_steps=2, seed=seed) for seed in (0, 0, 1)
+        observe(editor, task, samples=2, num_steps=2, seed=seed) for seed in (0, 0, 1)
     )
     assert torch.equal(first.change, again.change) and torch.equal(first.attention, again.attention)
     assert not torch.equal(first.change, other.change)
-    one = find_masks.observe(editor, task, samples=1, num_steps=2, seed=0)
+    one = observe(editor, task, samples=1, num_steps=2, seed=0)
     alone = (one.edit.float() - task.source.float()).abs().mean(dim=2) / 255
     assert torch.allclose(one.change, alone) and torch.equal(one.edit, first.edit)
     assert float(first.attention.sum()) == pytest.approx(1.0, abs=1e-5) and first.change.shape == (

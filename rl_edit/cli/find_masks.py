@@ -1,20 +1,23 @@
-"""``rl-edit find-masks``: the edit regions of rows that have no mask, from what the base editor does; a dataset to train on."""
+"""``rl-edit find-masks``: finds edit regions of rows without a mask and writes a dataset.
+
+The regions follow from the edits that the base editor makes
+(:mod:`rl_edit.evaluation.found_masks`).
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 import yaml
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,180 +26,166 @@ from torch import Tensor
 
 from rl_edit.config import RunConfig, load_config, modern, modern_name
 from rl_edit.data import open_requests
-from rl_edit.data.canvas import fit
 from rl_edit.data.compbench import new_dataset
 from rl_edit.data.folder import FoundMasks
 from rl_edit.data.images import read_mask, read_rgb
-from rl_edit.data.mask_finding import Agreement, FoundRegions, MaskFinder, NotFound, agreement
+from rl_edit.data.mask_finding import MaskFinder, NotFound, agreement
 from rl_edit.data.rows import Request, Row
 from rl_edit.editors import Editor, editor_identity, load_editor
 from rl_edit.errors import InputError
-from rl_edit.evaluation.record import interval_json
-from rl_edit.measures.intervals import bootstrap
-from rl_edit.method.attention import MassTally
-from rl_edit.method.exploration import NoiseSource
-from rl_edit.method.rollout import denoise
+from rl_edit.evaluation.found_masks import (
+    MEASURES,
+    Observation,
+    Outcome,
+    observe,
+    regions_at_size,
+    summarise,
+    task_on_canvas,
+)
 from rl_edit.report.contact_sheet import FOUND, TRUE, Example, Panel, contact_sheet
-from rl_edit.types import EditTask
 
 SCHEMA = "rl-edit/find-masks/1"
+
 EXAMPLES = 24
 """Rows on the contact sheet, spread over task types."""
+
 PREFIX = "mask."
 """Of overrides that are MaskFinder's; the others are the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observation:
-    """What the base editor did with one request, on the canvas.
+class Sampling:
+    """Edits made of each row: their number, solver steps, and the seed of their noises."""
 
-    Attributes:
-        change: mean over edits and channels of ``|edit - source|``, intensities 0..1.
-        attention: text-to-image mass by token, mean over edits.
-        edit: the first edit.
-    """
-
-    change: Float[Tensor, "height width"]
-    attention: Float[Tensor, "rows columns"]
-    edit: UInt8[Tensor, "height width 3"]
+    samples: int
+    num_steps: int
+    seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One row: the number of its regions, or why there are none; and the agreement, where both masks exist."""
-
-    request: Request
-    regions: int
-    refusal: NotFound | None
-    agreement: Agreement | None
-
-    def record(self) -> dict[str, Any]:
-        told = {"kind": self.refusal.kind, "reason": self.refusal.reason} if self.refusal else {}
-        measured = asdict(self.agreement) if self.agreement else {}
-        return {
-            "task_id": self.request.task_id,
-            "task_type": self.request.task_type,
-            "regions": self.regions,
-            **told,
-            **measured,
-        }
+Data = Annotated[
+    str, typer.Argument(help="Directory or .jsonl file; rows with a mask measure the agreement.")
+]
+Out = Annotated[
+    Path, typer.Option(help="New directory for the dataset, agreement.json and masks.png.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Dotted overrides: mask.floor=0.2 editor.resolution=512 data.mask_polarity=edit_black"
+    ),
+]
+Preset = Annotated[str, typer.Option(help="Preset whose editor and sampling are used.")]
+EditorPath = Annotated[str | None, typer.Option(help="Editor; the preset's unless given.")]
+Samples = Annotated[int, typer.Option(help="Edits made of every row, from as many noises.", min=1)]
+Steps = Annotated[int | None, typer.Option(help="Solver steps; the preset's unless given.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the noises.")]
+Weight = Annotated[float | None, typer.Option(help="Share of attention beside change, 0 to 1.")]
+NumTasks = Annotated[int | None, typer.Option(help="Only so many rows, a fair sample.", min=1)]
 
 
 def find_masks_command(
-    data: Annotated[
-        str,
-        typer.Argument(help="Directory or .jsonl file; rows with a mask measure the agreement."),
-    ],
-    out: Annotated[
-        Path, typer.Option(help="New directory for the dataset, agreement.json and masks.png.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Dotted overrides: mask.floor=0.2 editor.resolution=512 data.mask_polarity=edit_black"
-        ),
-    ] = None,
-    preset: Annotated[
-        str, typer.Option(help="Preset whose editor and sampling are used.")
-    ] = "tiny-rc-grpo",
-    editor: Annotated[str | None, typer.Option(help="Editor; the preset's unless given.")] = None,
-    samples: Annotated[
-        int, typer.Option(help="Edits made of every row, from as many noises.", min=1)
-    ] = 4,
-    steps: Annotated[
-        int | None, typer.Option(help="Solver steps; the preset's unless given.", min=1)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noises.")] = 0,
-    attention_weight: Annotated[
-        float | None, typer.Option(help="Share of attention beside change, 0 to 1.")
-    ] = None,
-    num_tasks: Annotated[
-        int | None, typer.Option(help="Only so many rows, a fair sample.", min=1)
-    ] = None,
+    data: Data,
+    out: Out,
+    overrides: Overrides = None,
+    preset: Preset = "tiny-rc-grpo",
+    editor: EditorPath = None,
+    samples: Samples = 4,
+    steps: Steps = None,
+    seed: Seed = 0,
+    attention_weight: Weight = None,
+    num_tasks: NumTasks = None,
 ) -> None:
     """Find the edit region of every row and write a dataset with masks."""
-    given = list(overrides or [])
-    automask = _automask(
-        [change for change in given if change.startswith(PREFIX)], attention_weight
-    )
-    changes = [
-        f"data.path={json.dumps(data)}",
-        *([f"editor.path={json.dumps(editor)}"] if editor else []),
-    ]
-    config = load_config(
-        preset=preset,
-        overrides=[*changes, *(change for change in given if not change.startswith(PREFIX))],
-    )
-    if automask.attention_weight > 0 and config.editor.attention_layers == 0:
-        raise InputError(
-            f"attention has weight {automask.attention_weight:g} and editor.attention_layers is 0, so none is measured: set it to 1 or "
-            "more, or --attention-weight 0."
-        )
+    changes = list(overrides or [])
+    finder = mask_finder([c for c in changes if c.startswith(PREFIX)], attention_weight)
+    places = [f"data.path={json.dumps(data)}"]
+    if editor:
+        places.append(f"editor.path={json.dumps(editor)}")
+    run_changes = [change for change in changes if not change.startswith(PREFIX)]
+    config = load_config(preset=preset, overrides=[*places, *run_changes])
+    _require_attention(finder, config)
+    sampling = Sampling(samples=samples, num_steps=steps or config.rollout.num_steps, seed=seed)
     console = Console()
+    # The directory appears complete or not at all.
     with new_dataset(out) as partial:
         requests = open_requests(config.data)[:num_tasks]
-        num_steps = steps or config.rollout.num_steps
-        outcomes = find_masks(
-            requests,
-            automask,
-            config,
-            partial,
-            samples=samples,
-            num_steps=num_steps,
-            seed=seed,
-            console=console,
-        )
-        lost: Counter[str] = Counter(
-            outcome.refusal.kind for outcome in outcomes if outcome.refusal
-        )
-        if lost.total() == len(outcomes):
-            raise InputError(
-                f"{data}: no region was found in any of {len(outcomes)} rows ({_counted(lost)}), so there is nothing to write. Does this "
-                "editor follow such instructions at this resolution? Try rl-edit edit; or change mask.floor, mask.smallest, mask.largest."
-            )
-        summary = summarise(outcomes)
-        content = {
-            "schema": SCHEMA,
-            "data": data,
-            "editor": {"path": config.editor.path, "identity": editor_identity(config.editor)},
-            "settings": {
-                "samples": samples,
-                "seed": seed,
-                "num_steps": num_steps,
-                "mask": automask.model_dump(),
-            },
-            "num_rows": len(outcomes),
-            "found": len(outcomes) - lost.total(),
-            "not_found": dict(lost),
-            "agreement": summary,
-            "rows": [outcome.record() for outcome in outcomes],
-        }
-        (partial / "agreement.json").write_text(
-            json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
-    if summary:
-        console.print(_table(summary))
+        outcomes = find_masks(requests, finder, config, partial, sampling, console=console)
+        content = _content(data, outcomes, finder, config, sampling)
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        (partial / "agreement.json").write_text(text, encoding="utf-8")
+    if content["agreement"]:
+        console.print(_table(content["agreement"]))
+    refusals = content["not_found"]
+    without = f"; without one: {_counted(refusals)}" if refusals else ""
     console.print(
-        f"{content['found']} of {len(outcomes)} rows have a mask now{f'; without one: {_counted(lost)}' if lost else ''}. Look at "
-        f"{out / 'masks.png'}, then train on them with: rl-edit train --preset {preset} data.path={out}",
+        f"{content['found']} of {len(outcomes)} rows have a mask now{without}. Look at "
+        f"{out / 'masks.png'}, then train on them with: rl-edit train --preset {preset} "
+        f"data.path={out}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
+def _require_attention(finder: MaskFinder, config: RunConfig) -> None:
+    if finder.attention_weight > 0 and config.editor.attention_layers == 0:
+        raise InputError(
+            f"attention has weight {finder.attention_weight:g} and editor.attention_layers is 0, so"
+            " none is measured: set it to 1 or more, or --attention-weight 0."
+        )
+
+
+def _content(
+    data: str,
+    outcomes: Sequence[Outcome],
+    finder: MaskFinder,
+    config: RunConfig,
+    sampling: Sampling,
+) -> dict[str, Any]:
+    """Returns the content of ``agreement.json``.
+
+    Raises:
+        InputError: no row has a region.
+    """
+    refusals: Counter[str] = Counter(o.refusal.kind for o in outcomes if o.refusal)
+    if refusals.total() == len(outcomes):
+        raise InputError(
+            f"{data}: no region was found in any of {len(outcomes)} rows ({_counted(refusals)}), "
+            "so there is nothing to write. Does this editor follow such instructions at this "
+            "resolution? Try rl-edit edit; or change mask.floor, mask.min_area, mask.max_area."
+        )
+    return {
+        "schema": SCHEMA,
+        "data": data,
+        "editor": {"path": config.editor.path, "identity": editor_identity(config.editor)},
+        "settings": {
+            "samples": sampling.samples,
+            "seed": sampling.seed,
+            "num_steps": sampling.num_steps,
+            "mask": finder.model_dump(),
+        },
+        "num_rows": len(outcomes),
+        "found": len(outcomes) - refusals.total(),
+        "not_found": dict(refusals),
+        "agreement": summarise(outcomes),
+        "rows": [outcome.record() for outcome in outcomes],
+    }
+
+
 def find_masks(
     requests: Sequence[Request],
-    automask: MaskFinder,
+    finder: MaskFinder,
     config: RunConfig,
     root: Path,
+    sampling: Sampling,
     *,
-    samples: int,
-    num_steps: int,
-    seed: int,
     console: Console,
 ) -> list[Outcome]:
-    """Finds regions row by row, writes those rows and ``masks.png`` into ``root``, and says what became of each row."""
+    """Finds regions row by row; writes the rows that have some, and ``masks.png``, into ``root``.
+
+    Returns:
+        The outcome of each row, in order.
+    """
     editor, masks = load_editor(config.editor), FoundMasks(root)
     outcomes: list[Outcome] = []
     examples: dict[str, list[Example]] = defaultdict(list)
@@ -209,101 +198,85 @@ def find_masks(
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for request in progress.track(requests, description="finding masks"):
-            source = torch.from_numpy(read_rgb(request.source, where=request.where))
-            task = _on_canvas(request, source, editor)
-            seen = observe(editor, task, samples=samples, num_steps=num_steps, seed=seed)
-            found = automask(seen.change, seen.attention)
-            regions = _at_size(found, source)
-            true = _drawn(request, config)
-            mask = regions.any(dim=0)
-            refusal = found if isinstance(found, NotFound) else None
-            agreed = agreement(mask, true) if refusal is None and true is not None else None
-            if refusal is None:
-                masks.add(request, regions.numpy())
-            outcomes.append(
-                Outcome(request=request, regions=len(regions), refusal=refusal, agreement=agreed)
-            )
+            row = _found_row(request, finder, config, editor, sampling)
+            # Rows are written as they come: one image at a time is in memory.
+            if row.outcome.refusal is None:
+                masks.add(request, row.regions.numpy())
+            outcomes.append(row.outcome)
             if len(examples[request.task_type]) < share:
-                examples[request.task_type].append(_example(source, seen, mask, true, outcomes[-1]))
+                examples[request.task_type].append(_example(row))
     masks.finish()
     title = "source, an edit, found (orange) and true (blue) region"
-    contact_sheet(title, [example for kind in sorted(examples) for example in examples[kind]]).save(
-        root / "masks.png"
-    )
+    ordered = [example for kind in sorted(examples) for example in examples[kind]]
+    contact_sheet(title, ordered).save(root / "masks.png")
     return outcomes
 
 
-@torch.no_grad()
-def observe(
-    editor: Editor, task: EditTask, *, samples: int, num_steps: int, seed: int
-) -> Observation:
-    """Runs the editor from several noises, by the deterministic ODE, and looks at what changed and where the instruction looked."""
-    conditioning = editor.encode(task)
-    noise, shape = NoiseSource(seed, task.task_id, 0), editor.latent_shape(conditioning)
-    initial = torch.stack([noise.normal("find masks", sample, shape) for sample in range(samples)])
-    tally = MassTally()
-    final = denoise(
-        lambda x, s: editor.velocity(x, s, conditioning, tally),
-        initial,
-        editor.sigmas(num_steps, conditioning),
-    ).final
-    images = editor.decode(final, conditioning)
-    return Observation(
-        change=(images.float() - task.source.float()).abs().mean(dim=(0, 3)) / 255,
-        attention=tally.mean().mean(dim=0).reshape(conditioning.grid),
-        edit=images[0],
+@dataclass(frozen=True, kw_only=True)
+class _FoundRow:
+    """One row with everything that its example shows, at the source's size."""
+
+    source: Tensor
+    observation: Observation
+    regions: Bool[Tensor, "region height width"]
+    true: Bool[Tensor, "height width"] | None
+    outcome: Outcome
+
+
+def _found_row(
+    request: Request, finder: MaskFinder, config: RunConfig, editor: Editor, sampling: Sampling
+) -> _FoundRow:
+    source = torch.from_numpy(read_rgb(request.source, where=request.where))
+    observation = observe(
+        editor,
+        task_on_canvas(request, source, editor),
+        samples=sampling.samples,
+        num_steps=sampling.num_steps,
+        seed=sampling.seed,
+    )
+    result = finder(observation.change, observation.attention)
+    refusal = result if isinstance(result, NotFound) else None
+    regions = regions_at_size(result, source.shape[0], source.shape[1])
+    true = _true_mask(request, config)
+    both = refusal is None and true is not None
+    outcome = Outcome(
+        request=request,
+        regions=len(regions),
+        refusal=refusal,
+        agreement=agreement(regions.any(dim=0), true) if both and true is not None else None,
+    )
+    return _FoundRow(
+        source=source, observation=observation, regions=regions, true=true, outcome=outcome
     )
 
 
-def summarise(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-    """Agreement over all rows ("all") and by task type: each measure's mean with its 95 % bootstrap interval; empty without true masks.
+def _true_mask(request: Request, config: RunConfig) -> Bool[Tensor, "height width"] | None:
+    """Reads the mask that a row came with; None for a request without."""
+    if not isinstance(request, Row):
+        return None
+    polarity = config.data.mask_polarity
+    return torch.from_numpy(read_mask(request.mask, polarity=polarity, where=request.where).edit)
 
-    Rows without a found mask have no agreement; how many there are is said beside it (``not_found``). Rows that show one picture
-    are resampled together.
+
+def mask_finder(changes: Sequence[str], attention_weight: float | None) -> MaskFinder:
+    """Returns the defaults with ``mask.key=value`` overrides and the option's weight.
+
+    Raises:
+        InputError: an override is of no known key, or its value is refused.
     """
-    measured = [outcome for outcome in outcomes if isinstance(outcome.request, Row)]
-    types = sorted({outcome.request.task_type for outcome in measured})
-    parts = {
-        "all": measured,
-        **{
-            name: [outcome for outcome in measured if outcome.request.task_type == name]
-            for name in types
-        },
-    }
-    return {name: _summary(part) for name, part in parts.items() if part}
-
-
-def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    found = [
-        (outcome.request.group, outcome.agreement)
-        for outcome in outcomes
-        if outcome.agreement is not None
-    ]
-    summary: dict[str, Any] = {"found": len(found), "not_found": len(outcomes) - len(found)}
-    for name in ("iou", "precision", "recall", "same_number") if found else ():
-        interval = bootstrap(
-            [float(getattr(agreed, name)) for _, agreed in found],
-            seed=0,
-            groups=[group for group, _ in found],
-        )
-        summary[name] = interval_json(interval)
-    return summary
-
-
-def _automask(changes: Sequence[str], attention_weight: float | None) -> MaskFinder:
-    """The defaults with ``mask.key=value`` overrides and the option's weight."""
-    values: dict[str, Any] = (
-        {} if attention_weight is None else {"attention_weight": attention_weight}
-    )
     written: dict[str, Any] = {}
     for change in changes:
         key, separator, value = change.removeprefix(PREFIX).partition("=")
         name = modern_name(f"{PREFIX}{key}").removeprefix(PREFIX)
         if not separator or name not in MaskFinder.model_fields:
             raise InputError(
-                f"override {change!r} is not {PREFIX}KEY=VALUE with a key of {', '.join(MaskFinder.model_fields)}"
+                f"override {change!r} is not {PREFIX}KEY=VALUE with a key of "
+                f"{', '.join(MaskFinder.model_fields)}"
             )
         written[key] = yaml.safe_load(value)
+    values: dict[str, Any] = (
+        {} if attention_weight is None else {"attention_weight": attention_weight}
+    )
     values |= modern({"mask": written})["mask"]
     try:
         return MaskFinder.model_validate(values)
@@ -314,80 +287,47 @@ def _automask(changes: Sequence[str], attention_weight: float | None) -> MaskFin
         ) from error
 
 
-def _on_canvas(
-    request: Request, source: UInt8[Tensor, "height width 3"], editor: Editor
-) -> EditTask:
-    """A task for an editor that only makes pictures of it: its mask is one pixel, and nobody reads it."""
-    mask = torch.zeros(source.shape[:2], dtype=torch.bool)
-    mask[0, 0] = True
-    task = EditTask(
-        task_id=request.task_id,
-        task_type=request.task_type,
-        source=source,
-        instruction=request.instruction,
-        edit_mask=mask,
-    )
-    return fit(task, resolution=editor.config.resolution, multiple=editor.pixels_per_token)
-
-
-def _at_size(
-    found: FoundRegions | NotFound, source: UInt8[Tensor, "height width 3"]
-) -> Bool[Tensor, "region height width"]:
-    """Regions in pixels of the picture itself; none where none were found."""
-    if isinstance(found, NotFound):
-        return torch.zeros(0, *source.shape[:2], dtype=torch.bool)
-    return F.interpolate(found.regions[None].float(), source.shape[:2], mode="nearest")[0].bool()
-
-
-def _drawn(request: Request, config: RunConfig) -> Bool[Tensor, "height width"] | None:
-    if not isinstance(request, Row):
-        return None
-    return torch.from_numpy(
-        read_mask(request.mask, polarity=config.data.mask_polarity, where=request.where).edit
-    )
-
-
-def _example(
-    source: Tensor, seen: Observation, mask: Tensor, true: Tensor | None, outcome: Outcome
-) -> Example:
-    outlined = [
-        *([(true.numpy(), TRUE)] if true is not None else []),
-        *([(mask.numpy(), FOUND)] if outcome.refusal is None else []),
-    ]
-    panels = [
-        Panel(pixels=source.numpy()),
-        Panel(pixels=seen.edit.numpy()),
-        Panel(pixels=source.numpy(), outlined=outlined),
-    ]
-    told = (
-        f"no mask: {outcome.refusal.kind}"
-        if outcome.refusal
-        else f"{outcome.regions} region{'s' * (outcome.regions != 1)}"
-    )
+def _example(row: _FoundRow) -> Example:
+    """Draws a row: source, an edit, and both regions outlined on the source."""
+    outcome, source = row.outcome, row.source.numpy()
+    outlined = [(row.true.numpy(), TRUE)] if row.true is not None else []
+    if outcome.refusal is None:
+        outlined.append((row.regions.any(dim=0).numpy(), FOUND))
+        result = f"{outcome.regions} region{'s' * (outcome.regions != 1)}"
+    else:
+        result = f"no mask: {outcome.refusal.kind}"
     measured = f", IoU {outcome.agreement.iou:.2f}" if outcome.agreement else ""
     return Example(
-        panels=panels,
-        lines=[f"{outcome.request.task_type}: {outcome.request.instruction}"[:90], told + measured],
+        panels=[
+            Panel(pixels=source),
+            Panel(pixels=row.observation.edit.numpy()),
+            Panel(pixels=source, outlined=outlined),
+        ],
+        lines=[
+            f"{outcome.request.task_type}: {outcome.request.instruction}"[:90],
+            result + measured,
+        ],
     )
 
 
-def _counted(kinds: Counter[str]) -> str:
+def _counted(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
 
 
-def _table(summary: dict[str, dict[str, Any]]) -> Table:
-    shown = Table("task type", title="found against true masks; 95 % intervals")
+def _table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns the agreement by task type, for the terminal."""
+    table = Table("task type", title="found against true masks; 95 % intervals")
     for column in ("found", "not found", "IoU", "precision", "recall", "as many places"):
-        shown.add_column(column, justify="right")
+        table.add_column(column, justify="right")
     for name, part in summary.items():
-        cells = []
-        for measure in ("iou", "precision", "recall", "same_number"):
-            value = part.get(measure)
-            ends = (
-                f" [{value['low']:.3f}, {value['high']:.3f}]"
-                if value and value["low"] is not None
-                else ""
-            )
-            cells.append(f"{value['mean']:.3f}{ends}" if value else "")
-        shown.add_row(name, str(part["found"]), str(part["not_found"]), *cells)
-    return shown
+        cells = [_cell(part.get(measure)) for measure in MEASURES]
+        table.add_row(name, str(part["found"]), str(part["not_found"]), *cells)
+    return table
+
+
+def _cell(interval: Mapping[str, Any] | None) -> str:
+    """Writes a mean with its interval; one task has no interval, no task has no mean."""
+    if not interval:
+        return ""
+    low, high = interval["low"], interval["high"]
+    return f"{interval['mean']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")

@@ -1,4 +1,4 @@
-"""`rl-edit pretrain`: makes the built-in editor from nothing and says how good it became."""
+"""``rl-edit pretrain``: makes the built-in editor from nothing and prints its quality."""
 
 from __future__ import annotations
 
@@ -14,68 +14,72 @@ from rl_edit.errors import InputError
 
 _DEFAULT = PretrainConfig()
 
+# Options of the command, in the order of the recipe. Defaults are the recipe's.
+Out = Annotated[
+    Path, typer.Argument(help="Directory to write the editor to (stock diffusers loads it).")
+]
+Seed = Annotated[int, typer.Option(help="Root of initialisation, batches and measurements.")]
+TransformerSteps = Annotated[
+    int, typer.Option("--steps", "--transformer-steps", help="Flow-matching steps.")
+]
+Batch = Annotated[int, typer.Option(help="Tasks a flow-matching step.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate of flow matching.")]
+EditWeight = Annotated[
+    float, typer.Option(help="Loss weight inside the edit mask; outside it is 1.")
+]
+FlawedSteps = Annotated[
+    int, typer.Option(help="Flow-matching steps on flawed pairs after that; 0 for none.")
+]
+FlawedRate = Annotated[float, typer.Option(help="Peak learning rate on flawed pairs.")]
+FailedShare = Annotated[
+    float, typer.Option(help="Share of flawed pairs whose target is the source.")
+]
+CastShare = Annotated[
+    float, typer.Option(help="Share of flawed pairs whose target has a colour cast.")
+]
+CastSize = Annotated[float, typer.Option(help="Largest shift of a channel by a cast, of 255.")]
+EmaDecay = Annotated[
+    float, typer.Option(help="Decay of the averaged weights, which are what is saved.")
+]
+VaeSteps = Annotated[int, typer.Option(help="Autoencoder steps.")]
+VaeBatch = Annotated[int, typer.Option(help="Images an autoencoder step.")]
+VaeRate = Annotated[float, typer.Option(help="Peak learning rate of the autoencoder.")]
+NumTasks = Annotated[int, typer.Option(help="Pretraining tasks in memory, 10 kB each.")]
+NumEvalTasks = Annotated[int, typer.Option(help="Held-out tasks measured at the end.")]
+SampleEvery = Annotated[
+    int, typer.Option(help=f"Steps between sample sheets in OUT/{CHECKPOINT_DIR}; 0 for none.")
+]
+SnapshotAt = Annotated[
+    list[int] | None,
+    typer.Option(help="Also write OUT-step-N at transformer step N; repeatable."),
+]
+
 
 def pretrain_command(
-    out: Annotated[
-        Path, typer.Argument(help="Directory to write the editor to (stock diffusers loads it).")
-    ],
-    seed: Annotated[
-        int, typer.Option(help="Root of initialisation, batches and measurements.")
-    ] = _DEFAULT.seed,
-    transformer_steps: Annotated[
-        int, typer.Option("--steps", "--transformer-steps", help="Flow-matching steps.")
-    ] = _DEFAULT.transformer_steps,
-    batch: Annotated[int, typer.Option(help="Tasks a flow-matching step.")] = _DEFAULT.batch,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of flow matching.")] = _DEFAULT.lr,
-    edit_weight: Annotated[
-        float, typer.Option(help="Loss weight inside the edit mask; outside it is 1.")
-    ] = _DEFAULT.edit_weight,
-    flawed_steps: Annotated[
-        int, typer.Option(help="Flow-matching steps on flawed pairs after that; 0 for none.")
-    ] = _DEFAULT.flawed_steps,
-    flawed_lr: Annotated[
-        float, typer.Option(help="Peak learning rate on flawed pairs.")
-    ] = _DEFAULT.flawed_lr,
-    failed_share: Annotated[
-        float, typer.Option(help="Share of flawed pairs whose target is the source.")
-    ] = _DEFAULT.failed_share,
-    cast_share: Annotated[
-        float, typer.Option(help="Share of flawed pairs whose target has a colour cast.")
-    ] = _DEFAULT.cast_share,
-    cast_size: Annotated[
-        float, typer.Option(help="Largest shift of a channel by a cast, of 255.")
-    ] = _DEFAULT.cast_size,
-    ema_decay: Annotated[
-        float, typer.Option(help="Decay of the averaged weights, which are what is saved.")
-    ] = _DEFAULT.ema_decay,
-    vae_steps: Annotated[int, typer.Option(help="Autoencoder steps.")] = _DEFAULT.vae_steps,
-    vae_batch: Annotated[
-        int, typer.Option(help="Images an autoencoder step.")
-    ] = _DEFAULT.vae_batch,
-    vae_lr: Annotated[
-        float, typer.Option(help="Peak learning rate of the autoencoder.")
-    ] = _DEFAULT.vae_lr,
-    num_tasks: Annotated[
-        int, typer.Option(help="Pretraining tasks held in memory, 10 kB each.")
-    ] = _DEFAULT.num_tasks,
-    num_eval_tasks: Annotated[
-        int, typer.Option(help="Held-out tasks measured at the end.")
-    ] = _DEFAULT.num_eval_tasks,
-    sample_every: Annotated[
-        int, typer.Option(help=f"Steps between sample sheets in OUT/{CHECKPOINT_DIR}; 0 for none.")
-    ] = _DEFAULT.sample_every,
-    snapshot_at: Annotated[
-        list[int] | None,
-        typer.Option(help="Also write OUT-step-N at transformer step N; repeatable."),
-    ] = None,
+    out: Out,
+    seed: Seed = _DEFAULT.seed,
+    transformer_steps: TransformerSteps = _DEFAULT.transformer_steps,
+    batch: Batch = _DEFAULT.batch,
+    lr: Rate = _DEFAULT.lr,
+    edit_weight: EditWeight = _DEFAULT.edit_weight,
+    flawed_steps: FlawedSteps = _DEFAULT.flawed_steps,
+    flawed_lr: FlawedRate = _DEFAULT.flawed_lr,
+    failed_share: FailedShare = _DEFAULT.failed_share,
+    cast_share: CastShare = _DEFAULT.cast_share,
+    cast_size: CastSize = _DEFAULT.cast_size,
+    ema_decay: EmaDecay = _DEFAULT.ema_decay,
+    vae_steps: VaeSteps = _DEFAULT.vae_steps,
+    vae_batch: VaeBatch = _DEFAULT.vae_batch,
+    vae_lr: VaeRate = _DEFAULT.vae_lr,
+    num_tasks: NumTasks = _DEFAULT.num_tasks,
+    num_eval_tasks: NumEvalTasks = _DEFAULT.num_eval_tasks,
+    sample_every: SampleEvery = _DEFAULT.sample_every,
+    snapshot_at: SnapshotAt = None,
 ) -> None:
-    """Make the built-in editor: an autoencoder, then a small FLUX.1-Kontext, trained on procedural shapes.
+    """Make the built-in editor: an autoencoder and a small FLUX.1-Kontext, trained on shapes.
 
     Within an hour on two cores. Stop it at any time: the same command continues it.
     """
-    # Model libraries take seconds to import, and other verbs must not wait for them.
-    from rl_edit.editors.tiny.pretraining import pretrain
-
     try:
         config = PretrainConfig(
             seed=seed,
@@ -98,11 +102,20 @@ def pretrain_command(
             snapshot_at=tuple(snapshot_at or ()),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{name} = {first['input']!r} cannot be used: {first['msg']}. Change --{name.replace('_', '-')}."
-        ) from error
+        raise _refused(error) from error
+    # Model libraries take seconds to import, and other verbs must not wait for them.
+    from rl_edit.editors.tiny.pretraining import pretrain
+
     console = Console()
     pretrain(out, config, console=console)
     console.print(f"Wrote {out}; its README.md is the model card.", highlight=False)
+
+
+def _refused(error: ValidationError) -> InputError:
+    """Names the first option that cannot be used."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    return InputError(
+        f"{name} = {first['input']!r} cannot be used: {first['msg']}. "
+        f"Change --{name.replace('_', '-')}."
+    )

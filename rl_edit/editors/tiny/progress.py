@@ -24,9 +24,15 @@ class PretrainProgress:
         self._console = console
         self._log_every = log_every
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), console=console,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=console,
+        )
         self._bars: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
         self._mean = math.nan
