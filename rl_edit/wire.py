@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from rl_edit import messages, types
+from rl_edit import messages, scores, types
 
 Blob = NDArray[np.uint8]
 
@@ -44,9 +44,9 @@ RECORDS = {
         types.WorkItem,
         types.Candidates,
         types.RolloutGroup,
-        types.RegionTable,
-        types.ChangeVariance,
-        types.Measures,
+        scores.RegionTable,
+        scores.ChangeVariance,
+        scores.Measures,
         types.RewardTable,
         messages.LearnerState,
     )

@@ -39,7 +39,8 @@ from rl_edit.rewards.pixel_terms import Psnr, Ssim
 from rl_edit.rewards.preservation import Preservation
 from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.term import Sides
-from rl_edit.types import Candidates, EditTask, PairedTask, RegionScores, Score
+from rl_edit.scores import RegionScores
+from rl_edit.types import Candidates, EditTask, PairedTask, Score
 
 NUM_TASKS = 4
 TASKS = [shapes.task("train", index) for index in range(NUM_TASKS)]

@@ -53,6 +53,7 @@ from rl_edit.method.regions import MaskedRows, eroded, softened
 from rl_edit.method.rollout import denoise
 from rl_edit.method.update import LearningConfig, learning_step, losses
 from rl_edit.rewards.vlm.region_judge import RegionJudge
+from rl_edit.scores import RegionTable
 from rl_edit.types import (
     AdapterId,
     AdapterWeights,
@@ -60,7 +61,6 @@ from rl_edit.types import (
     Candidates,
     Conditioning,
     EditTask,
-    RegionTable,
     RewardTable,
     RolloutGroup,
     WorkItem,

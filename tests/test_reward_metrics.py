@@ -17,7 +17,8 @@ from rl_edit.measures import reward_statistics
 from rl_edit.measures.reward_metrics import count_reasons, reward_metrics
 from rl_edit.measures.reward_statistics import Normalisation
 from rl_edit.method.advantages import GroupCredit, standardise
-from rl_edit.types import Advantages, Candidates, ChangeVariance, Measures, RewardTable
+from rl_edit.scores import ChangeVariance, Measures
+from rl_edit.types import Advantages, Candidates, RewardTable
 
 
 def table(

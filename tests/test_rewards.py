@@ -32,15 +32,8 @@ from rl_edit.rewards.preservation import Preservation
 from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.vlm.composition import overall
 from rl_edit.rewards.vlm.editscore import EditScore
-from rl_edit.types import (
-    Advantages,
-    Candidates,
-    EditTask,
-    PairedTask,
-    RegionScores,
-    RewardTable,
-    Score,
-)
+from rl_edit.scores import RegionScores
+from rl_edit.types import Advantages, Candidates, EditTask, PairedTask, RewardTable, Score
 
 TASKS = [shapes.task("validation", index) for index in range(9)]
 

@@ -53,6 +53,7 @@ ROOMS = {
     "mathematics": Room(
         files=(
             "rl_edit/types.py",
+            "rl_edit/scores.py",
             "rl_edit/messages.py",
             "rl_edit/method/*.py",
             "rl_edit/method/objectives/*.py",

@@ -10,7 +10,8 @@ from rl_edit.measures.drift import drift
 from rl_edit.measures.pixels import psnr, ssim
 from rl_edit.measures.reward_statistics import change_variance
 from rl_edit.method.attention import concentration_density
-from rl_edit.types import Candidates, Measures, PerCandidate
+from rl_edit.scores import Measures, PerCandidate
+from rl_edit.types import Candidates
 
 
 def measure(candidates: Candidates, *, complete: bool) -> Measures:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rl_edit.measures import reward_statistics
-from rl_edit.types import Measures, PerCandidate, RewardTable
+from rl_edit.scores import Measures, PerCandidate
+from rl_edit.types import RewardTable
 
 
 def reward_metrics(

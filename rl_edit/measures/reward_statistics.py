@@ -27,7 +27,8 @@ from torch import Tensor
 
 from rl_edit.measures.pixels import unit_range
 from rl_edit.method.advantages import speaks, standardise
-from rl_edit.types import Candidates, ChangeVariance, RewardTable
+from rl_edit.scores import ChangeVariance
+from rl_edit.types import Candidates, RewardTable
 
 Normalisation = Literal["minibatch", "group", "none"]
 

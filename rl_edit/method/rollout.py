@@ -16,15 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_edit.method import flow
+from rl_edit.scores import Measures, PerCandidate, RegionTable
 from rl_edit.types import (
     SDE,
     AdapterId,
     Candidates,
     Conditioning,
     EditTask,
-    Measures,
-    PerCandidate,
-    RegionTable,
     RewardTable,
     RolloutGroup,
 )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rl_edit.files import replace_file
 from rl_edit.provenance import code_sha256
-from rl_edit.types import Candidates, RegionScores, Score
+from rl_edit.scores import RegionScores
+from rl_edit.types import Candidates, Score
 
 _NAMES = frozenset({"task_id", "task_type"})
 """Fields of a task that no score follows from."""

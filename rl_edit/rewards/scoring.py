@@ -19,7 +19,8 @@ import torch
 from rl_edit.errors import InputError
 from rl_edit.rewards.cache import ScoreCache
 from rl_edit.rewards.term import RewardTerm
-from rl_edit.types import Candidates, PerCandidate, RegionTable, RewardTable, Score
+from rl_edit.scores import PerCandidate, RegionTable
+from rl_edit.types import Candidates, RewardTable, Score
 
 _LONGEST_REASON = 400
 

@@ -20,7 +20,8 @@ from rl_edit.measures.pixels import gaussian_mean, unit_range
 from rl_edit.method.regions import labelled_regions
 from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.rewards.vlm.composition import overall
-from rl_edit.types import Candidates, PairedTask, RegionScores, RegionsTask, Score
+from rl_edit.scores import RegionScores
+from rl_edit.types import Candidates, PairedTask, RegionsTask, Score
 
 # Where each quality falls to half marks. In units of an RMS error with peak 1: 10^(-25/20) is 25 dB.
 _HALF_BACKGROUND = 10 ** (-25 / 20)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MATHEMATICS = (
+    "scores",
     "types",
     "messages",
     "method.plugins",
@@ -74,6 +75,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
     (_room("rl_edit/method", "the mathematics"),),
     (_room("rl_edit/messages.py", "controller to workers and back"),),
     (_room("rl_edit/types.py", "the chain of records"),),
+    (_room("rl_edit/scores.py", "scores by region, measures"),),
     (
         Room(
             name="foundation",

@@ -22,7 +22,8 @@ from torch import Tensor
 from rl_edit.rewards.term import Sides
 from rl_edit.rewards.vlm.judge_reward import Asked, JudgeReward, mean_of
 from rl_edit.rewards.vlm.prompts import region_question, region_schema
-from rl_edit.types import EditTask, RegionScores, Score, areas_of
+from rl_edit.scores import RegionScores
+from rl_edit.types import EditTask, Score, areas_of
 
 _COLOURS = ("#ff0000", "#00c8ff", "#ffd000", "#ff00ff", "#00ff40", "#ff8000")
 _CROP_MARGIN = 0.25
