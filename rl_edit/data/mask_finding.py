@@ -1,9 +1,10 @@
-"""The edit region of an instruction that came without a mask, from what the base editor does with it. Pure tensors, no editor.
+"""Edit regions of an instruction without a mask, from the base editor's edits. Pure tensors.
 
-Two sources, neither of which anybody drew: where the base editor's own edits differ from the source, and where the instruction
-looks while they are made. Ours; the papers of the family take masks as given. How well it agrees with true masks is measured by
-``rl-edit find-masks`` and ``benchmarks/results/automask.md``. It finds where the *base* edits: where the base edits the wrong place,
-that place is found.
+Two sources, neither of which a person drew: the places where the base editor's edits differ from
+the source, and the places that the instruction attends to while they are made. Ours; the papers of
+the family take masks as given. Agreement with true masks is measured by ``rl-edit find-masks`` and
+in ``benchmarks/results/automask.md``. The regions are those that the *base* edits: where it edits
+the wrong place, that place is returned.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from rl_edit.method.regions import labelled_regions, token_mask
 
 @dataclass(frozen=True, kw_only=True)
 class FoundRegions:
-    """The separate places of an edit: disjoint, none empty, in reading order; their union is the mask."""
+    """Separate places of an edit: disjoint, none empty, in reading order; together the mask."""
 
     regions: Bool[Tensor, "region height width"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far a found mask is a true one.
+    """Agreement of a found mask with a true one.
 
     Attributes:
         iou: pixels of both over pixels of either.
@@ -44,24 +45,26 @@ class Agreement:
     same_number: bool
 
 
-def agreement(found: Bool[Tensor, "height width"], true: Bool[Tensor, "height width"]) -> Agreement:
-    """Of two masks, neither of them empty."""
-    both = int((found & true).sum())
+def agreement(mask: Bool[Tensor, "height width"], true: Bool[Tensor, "height width"]) -> Agreement:
+    """Measures the agreement of two masks, neither of them empty."""
+    both = int((mask & true).sum())
     return Agreement(
-        iou=both / int((found | true).sum()),
-        precision=both / int(found.sum()),
+        iou=both / int((mask | true).sum()),
+        precision=both / int(mask.sum()),
         recall=both / int(true.sum()),
-        same_number=bool(labelled_regions(found).max() == labelled_regions(true).max()),
+        # Labels count up from 1, so the largest is the number of places.
+        same_number=bool(labelled_regions(mask).max() == labelled_regions(true).max()),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NotFound:
-    """Why there is no mask.
+    """The reason for a row without a mask.
 
     Attributes:
-        kind: "unchanged" (the base editor leaves the picture as it is), "specks" (nothing of a size that counts), "scattered" (too
-            many places), "everywhere" (too little would be left to keep).
+        kind: "unchanged" (the base editor leaves the image as it is), "specks" (nothing of a size
+            that counts), "scattered" (too many places), "everywhere" (too little would be left to
+            keep).
         reason: the same in words, with the numbers.
     """
 
@@ -70,23 +73,28 @@ class NotFound:
 
 
 class MaskFinder(BaseModel):
-    """``s = (1 - w) * c + w * a`` above Otsu's threshold, without specks, grown by a margin; each connected part is a region.
+    """Finds regions by a threshold on change and attention.
 
-    c is the change that the base editor makes, smoothed; a is the attention mass, brought from tokens to pixels. Either is scaled
-    from its ground, the level that the least changed part of the picture stays under, to its largest value: an editor that shifts
-    the whole picture a little has changed nothing more in one place than in another. Lengths are shares of the picture's shorter
-    side, areas of its area.
+    ``s = (1 - w) * c + w * a`` above Otsu's threshold, without specks, grown by a margin; each
+    connected part is a region. c is the change that the base editor makes, smoothed; a is the
+    attention mass, brought from tokens to pixels. Either is scaled from its ground, the level that
+    the least changed part of the image stays under, to its largest value: an editor that shifts the
+    complete image a little has changed nothing more in one place than in another. Lengths are
+    shares of the image's shorter side, areas of its area.
 
     Attributes:
-        attention_weight: w. Alone, attention agrees with true masks half as well as change does; a little of it costs nothing, and its
-            gain is hardly more than the noise (benchmarks/results/automask.md, which chose the defaults).
+        attention_weight: w. With 1, attention agrees with true masks half as well as change does. A
+            little of it costs nothing, and its gain is hardly more than the noise
+            (benchmarks/results/automask.md, which chose the defaults).
         smoothing: standard deviation of the Gaussian.
-        floor: least rise of the smoothed change above its ground, 1 being black against white. Below it the base editor did not edit.
-        min_area: least area of a connected part above the threshold.
-        margin: by which every part grows to each side. Otsu's threshold stands high on a changed object's flank.
-        box: whether a region is the bounding box of its part; boxes that meet become one.
+        floor: smallest rise of the smoothed change above its ground, 1 being black against white.
+            Below it the base editor did not edit.
+        min_area: smallest area of a connected part above the threshold.
+        margin: by which every part grows to each side. Otsu's threshold stands high on a changed
+            object's flank.
+        box: whether a region is the bounding box of its part. Boxes that meet become one.
         max_regions: regions. A change in more places than that is no edit of a place.
-        max_area: greatest area of all regions together; what is left is the part that gives the ground.
+        max_area: greatest area of all regions together. The rest is the part that gives the ground.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -102,44 +110,62 @@ class MaskFinder(BaseModel):
     def __call__(
         self, change: Float[Tensor, "height width"], attention: Float[Tensor, "rows columns"]
     ) -> FoundRegions | NotFound:
-        """Regions on the canvas.
+        """Returns regions on the canvas.
 
         Args:
-            change: mean over the base editor's edits and over channels of ``|edit - source|``, intensities 0..1.
-            attention: text-to-image mass on the token grid, mean over the same edits. Not read at ``attention_weight`` 0.
+            change: mean over the base editor's edits and over channels of ``|edit - source|``,
+                intensities 0..1.
+            attention: text-to-image mass on the token grid, mean over the same edits. Not read at
+                ``attention_weight`` 0.
 
         Raises:
-            ValueError: for an attention that was not measured, where it is read.
+            ValueError: attention is read and was not measured.
         """
         side = min(change.shape)
         smooth = smoothed(change, self.smoothing * side)
         ground = float(self._ground(smooth))
         rise = float(smooth.max()) - ground
         if rise < self.floor:
-            reason = f"the edits rise {rise:.3f} above the {ground:.3f} by which most of the picture changes, the floor is {self.floor:g}"
+            # A high ground means that the image changed as a whole, a low one that it did not.
             return NotFound(
-                kind="unchanged" if ground < self.floor else "everywhere", reason=reason
+                kind="unchanged" if ground < self.floor else "everywhere",
+                reason=f"the edits rise {rise:.3f} above the {ground:.3f} by which most of the "
+                f"image changes, the floor is {self.floor:g}",
             )
-        score = (1 - self.attention_weight) * self._scaled(smooth)
-        if self.attention_weight > 0:
-            if not bool(attention.isfinite().all()):
-                raise ValueError(
-                    f"attention_weight is {self.attention_weight:g} and no attention was measured: set it to 0, or measure it"
-                )
-            upsampled = F.interpolate(
-                attention[None, None].to(score), change.shape, mode="bilinear"
-            )[0, 0]
-            score = score + self.attention_weight * self._scaled(upsampled)
+        score = self._score(smooth, attention)
         labels = labelled_regions(score > otsu(score.flatten()))
         sizes = labels.flatten().bincount(minlength=2)[1:] / labels.numel()
         counted = (sizes >= self.min_area).nonzero()[:, 0] + 1
         if not len(counted):
-            biggest = float(sizes.max())
             return NotFound(
                 kind="specks",
-                reason=f"the largest part covers {biggest:.2%} of the picture, the least is {self.min_area:.2%}",
+                reason=f"the largest part covers {float(sizes.max()):.2%} of the image, the least "
+                f"is {self.min_area:.2%}",
             )
         regions = self._grown(torch.isin(labels, counted), round(self.margin * side))
+        refusal = self._refusal(regions, (attention.shape[0], attention.shape[1]))
+        return refusal or FoundRegions(regions=regions)
+
+    def _score(
+        self, smooth: Float[Tensor, "height width"], attention: Float[Tensor, "rows columns"]
+    ) -> Float[Tensor, "height width"]:
+        """Returns s of the class docstring."""
+        score = (1 - self.attention_weight) * self._scaled(smooth)
+        if self.attention_weight == 0:
+            return score
+        if not bool(attention.isfinite().all()):
+            raise ValueError(
+                f"attention_weight is {self.attention_weight:g} and no attention was measured: set "
+                "it to 0, or measure it"
+            )
+        tokens = attention[None, None].to(score)
+        pixels = F.interpolate(tokens, smooth.shape, mode="bilinear")[0, 0]
+        return score + self.attention_weight * self._scaled(pixels)
+
+    def _refusal(
+        self, regions: Bool[Tensor, "region height width"], grid: tuple[int, int]
+    ) -> NotFound | None:
+        """Refuses too many regions, and regions that leave no background to train on."""
         if len(regions) > self.max_regions:
             return NotFound(
                 kind="scattered",
@@ -147,33 +173,36 @@ class MaskFinder(BaseModel):
             )
         mask = regions.any(dim=0)
         covered = float(mask.float().mean())
-        if covered > self.max_area or bool(
-            token_mask(mask, (attention.shape[0], attention.shape[1])).all()
-        ):
+        # A mask may be small and still touch every token, of which one must be background.
+        if covered > self.max_area or bool(token_mask(mask, grid).all()):
             return NotFound(
                 kind="everywhere",
-                reason=f"the regions cover {covered:.0%} of the picture, the most is {self.max_area:.0%} and one token of background",
+                reason=f"the regions cover {covered:.0%} of the image, the most is "
+                f"{self.max_area:.0%} and one token of background",
             )
-        return FoundRegions(regions=regions)
+        return None
 
     def _ground(self, values: Float[Tensor, "height width"]) -> Float[Tensor, ""]:
-        """What a share ``1 - largest`` of the picture stays under."""
-        return values.flatten().kthvalue(max(round((1 - self.max_area) * values.numel()), 1)).values
+        """Returns the level that a share ``1 - max_area`` of the image stays under."""
+        rank = max(round((1 - self.max_area) * values.numel()), 1)
+        return values.flatten().kthvalue(rank).values
 
     def _scaled(self, values: Float[Tensor, "height width"]) -> Float[Tensor, "height width"]:
-        """Ground to 0, largest to 1, clipped below; all 0 where nothing stands out."""
+        """Maps the ground to 0 and the largest value to 1, clipped below."""
         ground = self._ground(values)
+        # The clamp makes a flat map all 0 instead of 0 / 0.
         return ((values - ground) / (values.max() - ground).clamp(min=1e-12)).clamp(min=0)
 
     def _grown(
         self, mask: Bool[Tensor, "height width"], margin: int
     ) -> Bool[Tensor, "region height width"]:
-        """The parts of a mask with their margin, as boxes where they are boxes; parts that then meet are one."""
+        """Returns the parts of a mask with their margin; parts that then meet are one."""
         if margin:
-            mask = F.max_pool2d(mask.float()[None, None], 2 * margin + 1, stride=1, padding=margin)[
-                0, 0
-            ].bool()
+            # Max pooling with stride 1 grows a mask by a square.
+            pixels = mask.float()[None, None]
+            mask = F.max_pool2d(pixels, 2 * margin + 1, stride=1, padding=margin)[0, 0].bool()
         regions = _parts(mask)
+        # A box may reach into another region, and their union is a part with a larger box.
         while self.box:
             boxes = regions.any(dim=2)[:, :, None] & regions.any(dim=1)[:, None, :]
             if torch.equal(boxes, regions):
@@ -183,25 +212,35 @@ class MaskFinder(BaseModel):
 
 
 def otsu(values: Float[Tensor, " value"]) -> float:
-    """Otsu's threshold (1979): of all cuts of the sorted values, the middle of the one with the greatest variance between its sides."""
+    """Returns Otsu's threshold (1979).
+
+    Of all cuts of the sorted values, it is the middle of the one with the greatest variance between
+    its two sides.
+    """
     ordered = values.double().sort().values
     total = ordered.cumsum(dim=0)
     below = torch.arange(1, len(ordered), dtype=torch.float64, device=values.device)
     above = len(ordered) - below
+    # Variance between the sides, up to a constant: n_below * n_above * (mean difference)^2.
     gap = total[:-1] / below - (total[-1] - total[:-1]) / above
     cut = int((below * above * gap.square()).argmax())
     return float((ordered[cut] + ordered[cut + 1]) / 2)
 
 
 def smoothed(image: Float[Tensor, "height width"], sigma: float) -> Float[Tensor, "height width"]:
-    """Gaussian mean around each pixel, ``sigma`` in pixels, windows cut and renormalised at the border; 0 leaves it as it is."""
+    """Returns the Gaussian mean around each pixel; ``sigma`` in pixels, 0 leaves the image.
+
+    Windows are cut and renormalised at the border.
+    """
     if sigma == 0:
         return image
+    # The Gaussian separates, so that two small matrix products do.
     rows, columns = (_band(size, sigma).to(image) for size in image.shape)
     return rows @ image @ columns.mT
 
 
 def _band(size: int, sigma: float) -> Float[Tensor, "size size"]:
+    """Returns the Gaussian's weights of each place for each other, cut at 3 sigma."""
     place = torch.arange(size, dtype=torch.float64)
     offset = place[:, None] - place
     weight = torch.exp(-(offset**2) / (2 * sigma**2)) * (offset.abs() <= math.ceil(3 * sigma))
@@ -209,6 +248,7 @@ def _band(size: int, sigma: float) -> Float[Tensor, "size size"]:
 
 
 def _parts(mask: Bool[Tensor, "height width"]) -> Bool[Tensor, "part height width"]:
-    """The connected parts of a mask, one a row, in reading order."""
+    """Returns the connected parts of a mask, one a row, in reading order."""
     labels = labelled_regions(mask)
-    return labels[None] == torch.arange(1, int(labels.max()) + 1, device=mask.device)[:, None, None]
+    numbers = torch.arange(1, int(labels.max()) + 1, device=mask.device)
+    return labels[None] == numbers[:, None, None]
