@@ -30,6 +30,7 @@ from rl_edit.evaluation.evaluated_run import read_runs, require_alike
 from rl_edit.files import METRICS, read_json_lines
 from rl_edit.measures.intervals import Interval
 from rl_edit.method.update import TrainingFailed
+from rl_edit.run_record import read_run_record
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,11 +97,8 @@ class Job:
 
     def trained(self) -> bool:
         """Whether training came to its end. A run that was stopped leaves an adapter too, of the updates it had done."""
-        record = self.directory / "run.json"
-        return record.is_file() and json.loads(record.read_text())["status"] in (
-            "done",
-            "done early",
-        )
+        record = read_run_record(self.directory)
+        return record is not None and record.status in ("done", "done early")
 
     def done(self) -> float:
         """Model evaluations done so far."""

@@ -14,9 +14,13 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from rl_edit.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -171,6 +175,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def validated(model: type[Model], content: object) -> Model:
+    """Reads a record from decoded JSON.
+
+    Raises:
+        ValueError: naming the first field that is wrong, in one line.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        # pydantic's message has a line and a link for every problem; one is enough to act on.
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{place}: {problem['msg']}" if place else problem["msg"]) from error
 
 
 def without_nan(value: Any) -> Any:

@@ -29,10 +29,11 @@ from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
 from rl_edit.editors import editor_identity, inspect_editor, lora
 from rl_edit.errors import Fenced, InputError, Interrupted
-from rl_edit.files import EVENTS, METRICS, read_json_lines, replace_file, replace_json
+from rl_edit.files import EVENTS, METRICS, read_json_lines, replace_file
 from rl_edit.method.update import TrainingFailed
 from rl_edit.provenance import code_sha256, versions
 from rl_edit.rewards import available
+from rl_edit.run_record import RUN_FILE, RunRecord
 from rl_edit.types import AdapterWeights
 
 
@@ -71,7 +72,7 @@ class _Attempt:
     """
 
     run: Run
-    record: dict[str, Any]
+    record: RunRecord
     observer: RunObserver
     resume: bool
     allow_skew: bool
@@ -175,7 +176,7 @@ def _prepare(
     *,
     resume: bool,
     allow_drift: frozenset[str],
-) -> tuple[Run, dict[str, Any]]:
+) -> tuple[Run, RunRecord]:
     """Opens data, editor and rewards and says the plan, writing nothing.
 
     Returns:
@@ -264,7 +265,7 @@ def _run(attempt: _Attempt) -> Outcome:
     if took := lease.taking_over():
         observer.note(f"{took}: that attempt ends at its next write")
     replace_file(directory / "config.yaml", config.to_yaml())
-    replace_json(directory / "run.json", attempt.record)
+    attempt.record.write(directory)
     events = Events(directory / EVENTS)
     executor: Any = None
     loop: TrainingLoop | None = None
@@ -310,9 +311,9 @@ def _save(attempt: _Attempt, outcome: Outcome, status: str, events: Events) -> N
         lora.save(run.directory / "adapter", outcome.adapter, run.config.lora)
         _save_best(run, outcome.adapter, attempt.observer)
     events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
-    record = {**attempt.record, "status": status, "adapter": name, "finished": ended}
-    record["seconds"] = ended - attempt.record["started"]
-    replace_json(run.directory / "run.json", record)
+    seconds = ended - (attempt.record.started or ended)
+    end = {"status": status, "adapter": name, "finished": ended, "seconds": seconds}
+    attempt.record.model_copy(update=end).write(run.directory)
 
 
 def _record_failure(
@@ -332,8 +333,8 @@ def _record_failure(
     cause = getattr(error, "cause", None) or error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
     events("failed", reason=reason)
-    record = {**attempt.record, "status": "failed", "reason": reason, "finished": time.time()}
-    replace_json(directory / "run.json", record)
+    end = {"status": "failed", "reason": reason, "finished": time.time()}
+    attempt.record.model_copy(update=end).write(directory)
     if loop is None or not loop.log.updates_reported:
         for path, content in attempt.before.items():
             replace_file(path, content)
@@ -347,12 +348,12 @@ def _description_files(directory: Path) -> dict[Path, bytes]:
 
     A record that says "running" is left out: a killed attempt leaves it, and it is no longer true.
     """
-    paths = (directory / "config.yaml", directory / "run.json")
+    paths = (directory / "config.yaml", directory / RUN_FILE)
     contents = {path: path.read_bytes() for path in paths if path.is_file()}
     return {
         path: content
         for path, content in contents.items()
-        if path.name != "run.json" or b'"status": "running"' not in content
+        if path.name != RUN_FILE or b'"status": "running"' not in content
     }
 
 
@@ -456,25 +457,25 @@ def _close(config: RunConfig, executor: Any) -> None:
         ray_cluster.disconnect()
 
 
-def _run_record(run: Run, base: str, left_out: list[str]) -> dict[str, Any]:
+def _run_record(run: Run, base: str, left_out: list[str]) -> RunRecord:
     """Content of ``run.json`` at the start of an attempt."""
     config = run.config
-    return {
-        "name": config.name,
-        "method": config.algorithm.name,
-        "editor": config.editor.path,
-        "seed": config.seed,
-        "status": "running",
-        "updates": config.train.updates,
-        "config_sha256": config.sha256(),
-        "data_fingerprint": run.dataset.fingerprint,
-        "editor_identity": base,
-        "left_out_rewards": left_out,
-        "versions": versions(),
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
-        "command": " ".join(["rl-edit", *sys.argv[1:]]),
-        "started": time.time(),
-    }
+    return RunRecord(
+        name=config.name,
+        method=config.algorithm.name,
+        editor=config.editor.path,
+        seed=config.seed,
+        status="running",
+        updates=config.train.updates,
+        config_sha256=config.sha256(),
+        data_fingerprint=run.dataset.fingerprint,
+        editor_identity=base,
+        left_out_rewards=tuple(left_out),
+        versions=versions(),
+        hardware={"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
+        command=" ".join(["rl-edit", *sys.argv[1:]]),
+        started=time.time(),
+    )
 
 
 def _gpus() -> list[str]:

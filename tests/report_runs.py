@@ -40,8 +40,8 @@ def write_run(directory: Path, *, updates: int = 40, examples: int = 4) -> Path:
             },
             "hardware": {"cpu": "2 cores", "memory_gb": 8, "gpu": None},
             "command": "rl-edit train --preset tiny-rc-grpo",
-            "started": "2025-01-02T10:00:00Z",
-            "finished": "2025-01-02T10:06:30Z",
+            "started": 1735812000.0,
+            "finished": 1735812390.0,
             "left_out_rewards": ["editscore: no endpoint configured"],
         },
     )

@@ -20,10 +20,11 @@ from rl_edit.evaluation.record import (
     EvaluationRecord,
     ExampleRecord,
     Row,
-    validated,
 )
+from rl_edit.files import validated
 from rl_edit.measures.intervals import Interval
 from rl_edit.report.run_files import read_run
+from rl_edit.run_record import RunRecord, read_run_record
 
 EARLIER = Path(__file__).parent / "fixtures" / "earlier_version" / "run"
 
@@ -53,6 +54,26 @@ def test_files_of_the_version_before_are_read_and_written_back_to_the_same_bytes
             images = [Image.open(place / name) for place in (directory, tmp_path / directory.name)]
             assert images[0].mode == images[1].mode
             assert np.array_equal(*map(np.asarray, images))
+
+
+def test_the_run_record_of_the_version_before_is_read_and_written_back_to_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    record = read_run_record(EARLIER)
+    assert record is not None and record.status == "done"
+    record.write(tmp_path)
+    assert (tmp_path / "run.json").read_bytes() == (EARLIER / "run.json").read_bytes()
+
+
+def test_a_run_record_is_read_for_what_it_has(tmp_path: Path) -> None:
+    assert read_run_record(tmp_path) is None
+    write_json(tmp_path / "run.json", {"adapter": None, "colour": "blue"})
+    assert read_run_record(tmp_path) == RunRecord(adapter=None)
+    write_json(tmp_path / "run.json", {"updates": "many"})
+    with pytest.raises(ValueError, match="updates: "):
+        read_run_record(tmp_path)
+    with pytest.raises(InputError, match=r"run\.json is damaged \(updates: "):
+        read_run(tmp_path)
 
 
 def test_unknown_keys_are_ignored_in_records_and_stay_in_the_meta() -> None:

@@ -92,6 +92,7 @@ ROOMS = {
             "rl_edit/errors.py",
             "rl_edit/provenance.py",
             "rl_edit/files.py",
+            "rl_edit/run_record.py",
             "rl_edit/presets/*.py",
         ),
         never=("ray", "torch", *MODEL_LIBRARIES),

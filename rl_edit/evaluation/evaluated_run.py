@@ -12,8 +12,9 @@ from typing import Any
 
 from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import InputError
-from rl_edit.evaluation.record import EvaluationMeta, EvaluationRecord, Row, validated
-from rl_edit.files import METRICS, read_json_lines
+from rl_edit.evaluation.record import EvaluationMeta, EvaluationRecord, Row
+from rl_edit.files import METRICS, read_json_lines, validated
+from rl_edit.run_record import RunRecord, read_run_record
 
 PRESERVATION = "preservation"
 """Name under which every run's preservation term is compared, however its config calls it."""
@@ -125,7 +126,7 @@ def _read_checked(directory: Path) -> EvaluatedRun | None:
         return _read(directory)
     except InputError:
         raise
-    # run.json and metrics.jsonl are read without a schema: damage shows as any of these.
+    # metrics.jsonl is read without a schema: damage shows as any of these.
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{directory}: a file of its evaluation is damaged ({type(error).__name__}: {error}). "
@@ -153,17 +154,15 @@ def _read(directory: Path) -> EvaluatedRun | None:
             f"Evaluate again: rl-edit evaluate {directory}"
         )
     # A run that is copied without its run.json can still be compared by its numbers.
-    run_file = directory / "run.json"
-    facts = _json(run_file, run_file.read_text()) if run_file.is_file() else {}
-    adapter = facts.get("adapter")
+    run = read_run_record(directory) or RunRecord()
     return EvaluatedRun(
         directory=directory,
         config=config,
         meta=meta,
-        data=facts.get("data_fingerprint", ""),
+        data=run.data_fingerprint,
         rows=rows,
         seconds=_update_seconds(directory),
-        stale=adapter if adapter and adapter != meta.adapter else "",
+        stale=run.adapter if run.adapter and run.adapter != meta.adapter else "",
     )
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rl_edit.errors import InputError
-from rl_edit.evaluation.record import SIDES, ExampleRecord, validated
+from rl_edit.evaluation.record import SIDES, ExampleRecord
+from rl_edit.files import validated
 
 Pixels = NDArray[np.uint8]
 

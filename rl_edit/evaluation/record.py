@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
-from rl_edit.files import without_nan
+from rl_edit.files import validated, without_nan
 from rl_edit.measures.intervals import Interval
-
-Model = TypeVar("Model", bound=BaseModel)
 
 # The two editors of an evaluation: without the adapter, and with it. These are keys of all three
 # files and names of PNG files, so they are the same word everywhere.
@@ -175,18 +173,3 @@ class ExampleRecord(_File):
     task_type: str = ""
     instruction: str = ""
     metrics: Mapping[str, Mapping[str, float | None]] = {}
-
-
-def validated(model: type[Model], content: object) -> Model:
-    """Reads a record from decoded JSON.
-
-    Raises:
-        ValueError: naming the first field that is wrong, in one line.
-    """
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        # pydantic's message has a line and a link for every problem; one is enough to act on.
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{place}: {problem['msg']}" if place else problem["msg"]) from error

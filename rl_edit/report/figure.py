@@ -155,7 +155,7 @@ def _numbers(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
 
 def _footer(files: RunFiles) -> list[str]:
     """Says how the rows were chosen, and what the whole evaluation measured."""
-    name = str(files.run.get("name") or files.directory.resolve().name)
+    name = files.run.name or files.directory.resolve().name
     # A few rows prove nothing: the means over all tasks stand under them, with intervals.
     evaluation = files.evaluation
     adapter = "" if evaluation is None else f", adapter {evaluation.meta.get('adapter', 'unknown')}"

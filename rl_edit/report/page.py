@@ -78,10 +78,10 @@ def _context(files: RunFiles) -> dict[str, Any]:
     # Every name that page.html.j2 uses; a missing one is an error there (StrictUndefined).
     strips, undrawn = _strips(files.examples)
     return {
-        "title": str(run.get("name") or files.directory.resolve().name),
-        "status": str(run.get("status") or "unknown"),
+        "title": run.name or files.directory.resolve().name,
+        "status": run.status,
         "facts": _facts(files),
-        "left_out": [_text(item) for item in _sequence(run.get("left_out_rewards"))],
+        "left_out": run.left_out_rewards,
         "has_evaluation": evaluation is not None,
         "headlines": headlines(evaluation) if evaluation else (),
         "table": metric_table(evaluation) if evaluation else (),
@@ -106,15 +106,12 @@ def _context(files: RunFiles) -> dict[str, Any]:
 def _facts(files: RunFiles) -> list[tuple[str, str]]:
     run, rows = files.run, files.metrics.rows
     # run.json is there from the start; what it does not have yet is left out.
-    planned = number(run.get("updates"))
     facts = [
-        (label, _text(run[key]))
-        for label, key in (("Method", "method"), ("Editor", "editor"), ("Seed", "seed"))
-        if key in run
+        (label, _text(value))
+        for label, value in (("Method", run.method), ("Editor", run.editor), ("Seed", run.seed))
+        if value is not None
     ]
-    facts.append(
-        ("Updates", f"{len(rows)} of {'?' if planned is None else format_number(planned)}")
-    )
+    facts.append(("Updates", f"{len(rows)} of {'?' if run.updates is None else run.updates}"))
     # A run that was trained on after its evaluation has numbers of an older adapter: show both.
     trained = _text(rows[-1].get("adapter")) if rows else ""
     evaluated = _text(files.evaluation.meta.get("adapter")) if files.evaluation else ""
@@ -123,9 +120,9 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
     elif trained or evaluated:
         facts.append(("Adapter", evaluated or trained))
     facts += [
-        (label, _time(run[key]))
-        for label, key in (("Started", "started"), ("Finished", "finished"))
-        if run.get(key)
+        (label, _time(seconds))
+        for label, seconds in (("Started", run.started), ("Finished", run.finished))
+        if seconds
     ]
     return facts
 
@@ -168,19 +165,15 @@ def _strips(examples: Iterable[Path]) -> tuple[list[Strip], list[tuple[str, str]
     return drawn, undrawn
 
 
-def _environment(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _environment(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Returns (title, rows) of what the run was made with."""
-    # Runs of other programs may have a text where this project writes a mapping.
-    tables = []
-    for title, key in (("Versions", "versions"), ("Hardware", "hardware")):
-        value = run.get(key)
-        if isinstance(value, Mapping) and value:
-            tables.append((title, [(str(name), _text(entry)) for name, entry in value.items()]))
-        elif value:
-            tables.append((title, [("", _text(value))]))
-    if command := run.get("command"):
-        words = " ".join(map(str, command)) if isinstance(command, list) else str(command)
-        tables.append(("Command", [("", words)]))
+    tables = [
+        (title, [(name, _text(entry)) for name, entry in values.items()])
+        for title, values in (("Versions", run.versions), ("Hardware", run.hardware))
+        if values
+    ]
+    if run.command:
+        tables.append(("Command", [("", run.command)]))
     return tables
 
 
@@ -210,12 +203,6 @@ def _events(files: RunFiles) -> dict[str, Any]:
         "has_events": bool(files.events.rows),
         "unreadable_events": files.events.unreadable,
     }
-
-
-def _sequence(value: object) -> list[object]:
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _text(value: object) -> str:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rl_edit.errors import InputError
-from rl_edit.evaluation.record import EvaluationRecord, validated
+from rl_edit.evaluation.record import EvaluationRecord
+from rl_edit.files import Model, validated
+from rl_edit.run_record import RUN_FILE, RunRecord
 
 Points = tuple[tuple[float, float], ...]
 
@@ -38,7 +40,7 @@ class RunFiles:
     """
 
     directory: Path
-    run: dict[str, Any]
+    run: RunRecord
     config: str
     metrics: JsonLines
     events: JsonLines
@@ -90,18 +92,22 @@ def read_run(directory: Path) -> RunFiles:
     # Each file is read once, here: the page shows one state of a run that goes on.
     files = RunFiles(
         directory=directory,
-        run=_read_object(directory / "run.json"),
+        run=_read_record(directory / RUN_FILE, RunRecord) or RunRecord(),
         config=_read_text(directory / "config.yaml"),
         metrics=_by_update(_read_lines(directory / "metrics.jsonl")),
         events=_read_lines(directory / "events.jsonl"),
         heldout=_by_update(_read_lines(directory / "heldout.jsonl")),
         best=_read_object(directory / "best" / "best.json"),
-        evaluation=_read_evaluation(directory / "evaluation.json"),
+        evaluation=_read_record(directory / "evaluation.json", EvaluationRecord),
         examples=_example_directories(directory / "evaluation" / "images"),
     )
     # config.yaml alone is no run: it is written before anything happens.
     if not (
-        files.run or files.metrics.rows or files.events.rows or files.evaluation or files.examples
+        files.run.model_fields_set
+        or files.metrics.rows
+        or files.events.rows
+        or files.evaluation
+        or files.examples
     ):
         raise InputError(
             f"{directory} has nothing to report: no run.json, metrics.jsonl, events.jsonl or "
@@ -190,16 +196,17 @@ def _by_update(lines: JsonLines) -> JsonLines:
     return JsonLines(rows=tuple(latest[update] for update in sorted(latest)), unreadable=unreadable)
 
 
-def _read_evaluation(path: Path) -> EvaluationRecord | None:
-    # A missing file and an empty object both mean: not evaluated.
+def _read_record(path: Path, model: type[Model]) -> Model | None:
+    """Reads a JSON file as a record; None where it is missing or an empty object."""
     content = _read_object(path)
     if not content:
         return None
     try:
-        return validated(EvaluationRecord, content)
+        return validated(model, content)
     except ValueError as error:
         raise InputError(
-            f"{path} is damaged ({error}): the report would show wrong numbers. Evaluate again."
+            f"{path} is damaged ({error}): the report would show wrong facts. "
+            "Write it again or remove it."
         ) from error
 
 

@@ -80,7 +80,12 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         Room(
             name="foundation",
             holds="errors, files, provenance",
-            modules=("rl_edit.errors", "rl_edit.files", "rl_edit.provenance"),
+            modules=(
+                "rl_edit.errors",
+                "rl_edit.files",
+                "rl_edit.provenance",
+                "rl_edit.run_record",
+            ),
         ),
     ),
 )

@@ -1,0 +1,73 @@
+"""The record of a run, ``run.json``: its identity, its surroundings, and how it ended.
+
+Training writes it; the report, the comparison and the benchmarks read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from rl_edit.files import replace_json, validated
+
+RUN_FILE = "run.json"
+
+
+class RunRecord(BaseModel):
+    """The content of ``run.json``.
+
+    Attributes:
+        editor: path or repository of the base editor; ``editor_identity`` names its weights.
+        status: running, stopped, done, done early or failed.
+        updates: planned, not done.
+        left_out_rewards: ``NAME: REASON`` of each reward term that the data cannot feed.
+        started, finished: seconds since the epoch; ``seconds`` is their difference.
+        adapter: id of the trained adapter; None when no update was done.
+        reason: cause of a failure.
+
+    Example:
+        ``{"name": "tiny-rc-grpo", "method": "rc-grpo", "seed": 0, "status": "done", ...}``
+    """
+
+    # Unknown keys are ignored, and every field has a default: a record of another version, or of a
+    # run that has just begun, is read for what it has.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    # The order is that of the file.
+    name: str = ""
+    method: str | None = None
+    editor: str | None = None
+    seed: int | None = None
+    status: str = "unknown"
+    updates: int | None = None
+    config_sha256: str = ""
+    data_fingerprint: str = ""
+    editor_identity: str = ""
+    left_out_rewards: tuple[str, ...] = ()
+    versions: Mapping[str, str] = {}
+    hardware: Mapping[str, Any] = {}
+    command: str = ""
+    started: float | None = None
+    adapter: str | None = None
+    reason: str = ""
+    finished: float | None = None
+    seconds: float | None = None
+
+    def write(self, directory: Path) -> None:
+        """Replaces ``run.json``; fields that were never set are left out."""
+        content = self.model_dump(mode="json", exclude_unset=True)
+        replace_json(directory / RUN_FILE, content)
+
+
+def read_run_record(directory: Path) -> RunRecord | None:
+    """Reads ``run.json``; None where a directory has none.
+
+    Raises:
+        ValueError: it is no JSON, or a field is wrong.
+    """
+    path = directory / RUN_FILE
+    return validated(RunRecord, json.loads(path.read_text())) if path.is_file() else None
