@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kontext import random_pipeline
 from rl_edit.data import shapes
 from rl_edit.editors import FluxKontextConfig, lora
 from rl_edit.editors.flux_kontext import FluxKontextEditor
 from rl_edit.editors.lora import WEIGHTS_FILE, LoraConfig
-from rl_edit.editors.tiny.architecture import new_editor
 from rl_edit.errors import InputError
 from rl_edit.method.rollout import denoise
 from rl_edit.types import AdapterId, AdapterWeights, Conditioning
@@ -29,18 +28,8 @@ LORA = LoraConfig(rank=4, alpha=10)
 TASK = shapes.task("train", 0)
 
 
-def random_pipeline() -> FluxKontextPipeline:
-    """Always the same pipeline: the built-in architecture with random weights, its zero-initialised layers too."""
-    pipeline = new_editor(seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in pipeline.transformer.parameters():
-        if not bool(parameter.any()):
-            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    return pipeline
-
-
 def trained(editor: FluxKontextEditor, seed: int = 1) -> AdapterWeights:
-    """What an adapter looks like after training: no zero B. Loaded into ``editor``."""
+    """An adapter as after training, with no zero B, loaded into ``editor``."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in lora.parameters(editor.transformer):
@@ -85,7 +74,7 @@ def velocity(editor: FluxKontextEditor, conditioning: Conditioning) -> Tensor:
         return editor.velocity(noise(conditioning), torch.linspace(1, 0.2, 4), conditioning)
 
 
-# --- on and off ------------------------------------------------------------------------------------------------------
+# --- on and off ----------------------------------------------------------------------------------
 
 
 def test_a_new_adapter_is_the_base_bitwise(
@@ -104,10 +93,10 @@ def test_switched_off_is_the_base_exactly_and_switched_on_again_the_policy(
     base: FluxKontextEditor, editor: FluxKontextEditor, conditioning: Conditioning
 ) -> None:
     trained(editor)
-    policy, plain = velocity(editor, conditioning), velocity(base, conditioning)
-    assert not torch.allclose(policy, plain, atol=1e-3)
+    policy, base_result = velocity(editor, conditioning), velocity(base, conditioning)
+    assert not torch.allclose(policy, base_result, atol=1e-3)
     lora.set_active(editor.transformer, False)
-    assert torch.equal(velocity(editor, conditioning), plain)
+    assert torch.equal(velocity(editor, conditioning), base_result)
     lora.set_active(editor.transformer, True)
     assert torch.equal(velocity(editor, conditioning), policy)
 
@@ -142,7 +131,7 @@ def test_the_adapter_is_fp32_over_a_bf16_base() -> None:
     assert {parameter.dtype for parameter in lora.parameters(transformer)} == {torch.float32}
 
 
-# --- export and load -------------------------------------------------------------------------------------------------
+# --- export and load -----------------------------------------------------------------------------
 
 
 def test_export_and_load_round_trip_exactly(
@@ -179,7 +168,7 @@ def test_an_adapter_of_another_shape_is_refused(editor: FluxKontextEditor, damag
         lora.load(editor.transformer, AdapterWeights(id=AdapterId(0, "x"), tensors=tensors))
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names ---------------------------------------------------------------------------------------
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -211,7 +200,7 @@ def test_the_digest_changes_with_names_shapes_and_types_and_not_with_order() -> 
     assert lora.digest(tensors | {"c": torch.zeros(1, 2, dtype=torch.int32)}) != digest
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +216,7 @@ def test_stock_diffusers_with_the_saved_adapter_makes_our_image_bitwise(
     )
     lora.attach(editor.transformer, adapter, seed=0)
     start = noise(conditioning, 1)
-    plain = denoise(
+    base_result = denoise(
         lambda x, s: editor.velocity(x, s, conditioning), start, editor.sigmas(3, conditioning)
     ).final
     lora.save(tmp_path, trained(editor), adapter)
@@ -254,7 +243,7 @@ def test_stock_diffusers_with_the_saved_adapter_makes_our_image_bitwise(
         output_type="np",
     ).images
     assert np.array_equal(ours.numpy(), (theirs * 255).round().astype(np.uint8))
-    assert not torch.equal(ours, editor.decode(plain, conditioning))
+    assert not torch.equal(ours, editor.decode(base_result, conditioning))
 
 
 def test_reading_gives_back_tensors_name_step_and_settings(
