@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from rl_edit.config import RunConfig, load_config
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file of a run. Or use --preset.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Dotted overrides: train.updates=50 seed=7 data.path=DIR"),
+]
+Preset = Annotated[str | None, typer.Option(help="A shipped preset; rl-edit presets lists them.")]
 
 
 def config_and_overrides(
@@ -17,6 +27,7 @@ def config_and_overrides(
     ``config``.
     """
     changes = list(overrides or [])
+    # An override has "=", which no sensible file name has.
     if config is not None and "=" in str(config):
         return None, [str(config), *changes]
     return config, changes

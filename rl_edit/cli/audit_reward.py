@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rl_edit.audit import Audit, TermAudit, Verdict, audit, expected_of
 from rl_edit.audit.page import render
-from rl_edit.cli.arguments import configured
+from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
@@ -31,25 +31,24 @@ COLOURS: dict[Verdict, str] = {"pass": "green", "warn": "yellow", "fail": "red",
 
 
 def audit_reward_command(
-    config: Annotated[
-        Path | None, typer.Argument(help="YAML file of a run; or use --preset.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Dotted overrides, e.g. data.path=DIR")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    preset: Preset = None,
     term: Annotated[
         list[str] | None,
-        typer.Option(help="Only this reward; may be repeated. Default: all with a weight."),
+        typer.Option(help="Only this reward. May be repeated. Default: all with a weight."),
     ] = None,
     tasks: Annotated[int, typer.Option(help="Number of training tasks to audit on.", min=1)] = 16,
     expects: Annotated[
         str | None,
-        typer.Option(help="Side of the mask that the rewards respond to: inside, outside or both."),
+        typer.Option(
+            help="What the rewards respond to: inside or outside of the mask, or both. "
+            "Default: what their classes declare."
+        ),
     ] = None,
     instruction: Annotated[
         bool | None,
-        typer.Option(help="Whether they read the instruction; known for built-in rewards."),
+        typer.Option(help="Whether they read the instruction. Known for built-in rewards."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for audit.json and audit.html.")] = Path(
         "audit"

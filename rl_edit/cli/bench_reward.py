@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rl_edit.audit.images import Reference, reference
 from rl_edit.audit.throughput import TAIL, Throughput, measure
-from rl_edit.cli.arguments import configured
+from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured
 from rl_edit.cli.audit_reward import chosen_terms, first_tasks
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
@@ -30,23 +30,19 @@ CONCURRENCY = (1, 4)
 
 
 def bench_reward_command(
-    config: Annotated[
-        Path | None, typer.Argument(help="YAML file of a run; or use --preset.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Dotted overrides, e.g. rollout.group_size=12")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    preset: Preset = None,
     term: Annotated[
         list[str] | None,
-        typer.Option(help="Only this reward; may be repeated. Default: all with a weight."),
+        typer.Option(help="Only this reward. May be repeated. Default: all with a weight."),
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="Seconds to keep each reward busy, per concurrency.", min=0.01)
     ] = 10.0,
     concurrency: Annotated[
         list[int] | None,
-        typer.Option(help="Groups scored at once; may be repeated. Default: 1 and 4.", min=1),
+        typer.Option(help="Groups scored at once. May be repeated. Default: 1 and 4.", min=1),
     ] = None,
     tasks: Annotated[
         int, typer.Option(help="Number of training tasks to take images from.", min=1)

@@ -71,8 +71,8 @@ def gains_table(comparison: Comparison) -> Table:
         table.add_column(heading, overflow="fold")
     for measure in MEASURES:
         table.add_column(_heading(measure), justify="right", no_wrap=True)
-    table.add_column("s an\nupdate", justify="right")
-    table.add_column("evaluations\nan update", justify="right", no_wrap=True)
+    table.add_column("s per\nupdate", justify="right")
+    table.add_column("evaluations\nper update", justify="right", no_wrap=True)
     # Absolute values of the base, blank where arms do not agree on them.
     base = [comparison.base(measure.name) for measure in MEASURES]
     cells = [

@@ -63,7 +63,8 @@ class Sampling:
 
 
 Data = Annotated[
-    str, typer.Argument(help="Directory or .jsonl file; rows with a mask measure the agreement.")
+    str,
+    typer.Argument(help="Directory or .jsonl file. Rows that have a mask measure the agreement."),
 ]
 Out = Annotated[
     Path, typer.Option(help="New directory for the dataset, agreement.json and masks.png.")
@@ -75,12 +76,16 @@ Overrides = Annotated[
     ),
 ]
 Preset = Annotated[str, typer.Option(help="Preset whose editor and sampling are used.")]
-EditorPath = Annotated[str | None, typer.Option(help="Editor; the preset's unless given.")]
-Samples = Annotated[int, typer.Option(help="Edits made of every row, from as many noises.", min=1)]
-Steps = Annotated[int | None, typer.Option(help="Solver steps; the preset's unless given.", min=1)]
+EditorPath = Annotated[str | None, typer.Option(help="Editor. Default: the preset's.")]
+Samples = Annotated[int, typer.Option(help="Edits per row, each from another noise.", min=1)]
+Steps = Annotated[int | None, typer.Option(help="Solver steps. Default: the preset's.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the noises.")]
-Weight = Annotated[float | None, typer.Option(help="Share of attention beside change, 0 to 1.")]
-NumTasks = Annotated[int | None, typer.Option(help="Only so many rows, a fair sample.", min=1)]
+Weight = Annotated[
+    float | None, typer.Option(help="Weight of attention against change of pixels, 0 to 1.")
+]
+NumTasks = Annotated[
+    int | None, typer.Option(help="Number of rows, as a fair sample. Default: all.", min=1)
+]
 
 
 def find_masks_command(
@@ -317,7 +322,7 @@ def _counted(kinds: Mapping[str, int]) -> str:
 def _table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns the agreement by task type, for the terminal."""
     table = Table("task type", title="found against true masks; 95 % intervals")
-    for column in ("found", "not found", "IoU", "precision", "recall", "as many places"):
+    for column in ("found", "not found", "IoU", "precision", "recall", "same number"):
         table.add_column(column, justify="right")
     for name, part in summary.items():
         cells = [_cell(part.get(measure)) for measure in MEASURES]

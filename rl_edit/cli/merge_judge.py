@@ -1,4 +1,4 @@
-"""`rl-edit merge-judge`: a judge's LoRA merged into its base, for serving."""
+"""``rl-edit merge-judge``: merges a judge's LoRA into its base, for serving."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ def merge_judge_command(
     lora: Annotated[
         str,
         typer.Argument(
-            help="Directory or hub name of the LoRA, such as EditScore/EditScore-Qwen3-VL-8B-Instruct."
+            help="Directory or hub name of the LoRA, "
+            "such as EditScore/EditScore-Qwen3-VL-8B-Instruct."
         ),
     ],
-    out: Annotated[
-        Path, typer.Argument(help="Directory to write the merged checkpoint to; must not exist.")
-    ],
+    out: Annotated[Path, typer.Argument(help="New directory for the merged checkpoint.")],
 ) -> None:
-    """Merge a judge's LoRA into its base model. The result is a checkpoint that vLLM serves as it is.
+    """Merge a judge's LoRA into its base model, as a checkpoint that vLLM serves.
 
-    Needs memory for the whole model, and no GPU.
+    Needs memory for the full model, but no GPU.
     """
     # Model libraries take seconds to import, and other verbs must not wait for them.
     from rl_edit.rewards.vlm.backends.merge import merge_judge

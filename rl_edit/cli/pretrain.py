@@ -15,20 +15,18 @@ from rl_edit.errors import InputError
 _DEFAULT = PretrainConfig()
 
 # Options of the command, in the order of the recipe. Defaults are the recipe's.
-Out = Annotated[
-    Path, typer.Argument(help="Directory to write the editor to (stock diffusers loads it).")
-]
-Seed = Annotated[int, typer.Option(help="Root of initialisation, batches and measurements.")]
+Out = Annotated[Path, typer.Argument(help="Directory for the editor. Stock diffusers loads it.")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation, batches and measurements.")]
 TransformerSteps = Annotated[
     int, typer.Option("--steps", "--transformer-steps", help="Flow-matching steps.")
 ]
-Batch = Annotated[int, typer.Option(help="Tasks a flow-matching step.")]
+Batch = Annotated[int, typer.Option(help="Tasks per flow-matching step.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate of flow matching.")]
 EditWeight = Annotated[
     float, typer.Option(help="Loss weight inside the edit mask; outside it is 1.")
 ]
 FlawedSteps = Annotated[
-    int, typer.Option(help="Flow-matching steps on flawed pairs after that; 0 for none.")
+    int, typer.Option(help="Further flow-matching steps on flawed pairs. 0 for none.")
 ]
 FlawedRate = Annotated[float, typer.Option(help="Peak learning rate on flawed pairs.")]
 FailedShare = Annotated[
@@ -38,20 +36,18 @@ CastShare = Annotated[
     float, typer.Option(help="Share of flawed pairs whose target has a colour cast.")
 ]
 CastSize = Annotated[float, typer.Option(help="Largest shift of a channel by a cast, of 255.")]
-EmaDecay = Annotated[
-    float, typer.Option(help="Decay of the averaged weights, which are what is saved.")
-]
+EmaDecay = Annotated[float, typer.Option(help="Decay of the averaged weights, which are saved.")]
 VaeSteps = Annotated[int, typer.Option(help="Autoencoder steps.")]
-VaeBatch = Annotated[int, typer.Option(help="Images an autoencoder step.")]
+VaeBatch = Annotated[int, typer.Option(help="Images per autoencoder step.")]
 VaeRate = Annotated[float, typer.Option(help="Peak learning rate of the autoencoder.")]
 NumTasks = Annotated[int, typer.Option(help="Pretraining tasks in memory, 10 kB each.")]
 NumEvalTasks = Annotated[int, typer.Option(help="Held-out tasks measured at the end.")]
 SampleEvery = Annotated[
-    int, typer.Option(help=f"Steps between sample sheets in OUT/{CHECKPOINT_DIR}; 0 for none.")
+    int, typer.Option(help=f"Steps between sample sheets in OUT/{CHECKPOINT_DIR}. 0 for none.")
 ]
 SnapshotAt = Annotated[
     list[int] | None,
-    typer.Option(help="Also write OUT-step-N at transformer step N; repeatable."),
+    typer.Option(help="Also write OUT-step-N at transformer step N. May be repeated."),
 ]
 
 
@@ -78,7 +74,8 @@ def pretrain_command(
 ) -> None:
     """Make the built-in editor: an autoencoder and a small FLUX.1-Kontext, trained on shapes.
 
-    Within an hour on two cores. Stop it at any time: the same command continues it.
+    Takes less than an hour on two cores. It may be stopped at any time; the same command then
+    continues it.
     """
     try:
         config = PretrainConfig(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from rl_edit.cli.arguments import configured
+from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured
 from rl_edit.config import presets
 from rl_edit.config.reference import reference as config_reference
 from rl_edit.method.algorithms import METHODS, Algorithm
@@ -19,7 +18,7 @@ from rl_edit.method.exploration import AdaptiveSpread
 
 def presets_command() -> None:
     """List the shipped presets."""
-    shown = Table("preset", "what it is")
+    shown = Table("preset", "description")
     for name, line in presets().items():
         shown.add_row(name, line)
     Console().print(shown)
@@ -99,11 +98,9 @@ def _objective(algorithm: Algorithm) -> str:
 
 
 def show_config_command(
-    config: Annotated[Path | None, typer.Argument(help="YAML file; or use --preset.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Dotted overrides, e.g. seed=7.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    preset: Preset = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="Print a reference of all settings, as Markdown.")
     ] = False,

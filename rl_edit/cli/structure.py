@@ -16,9 +16,9 @@ RUNS_BACK_UP = 1
 def structure_command(
     out: Annotated[Path, typer.Option(help="SVG file to write.")] = Path("structure.svg"),
 ) -> None:
-    """Draw the rooms of this program and the imports between them.
+    """Draw the packages of rl-edit and the imports between them, as SVG.
 
-    Exits with 1 when an import runs back up.
+    Exits with 1 when an import runs back up, from a lower floor to a higher one.
     """
     graph = import_graph()
     write_result(out, draw(graph))

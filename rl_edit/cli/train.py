@@ -18,18 +18,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rl_edit.cli.arguments import config_and_overrides
+from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, config_and_overrides
 from rl_edit.config import RunConfig, load_config, modern_name
 from rl_edit.training import train
 
 
 def train_command(
-    config: Annotated[Path | None, typer.Argument(help="YAML file; or use --preset.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Dotted overrides: train.updates=50 seed=7 data.path=DIR"),
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="A shipped preset (rl-edit presets).")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    preset: Preset = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.")] = None,
     resume: Annotated[
         bool,
