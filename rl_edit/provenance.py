@@ -1,14 +1,18 @@
-"""What code ran: package versions and the hash of our own sources, to compare machines and to sign
-checkpoints."""
+"""Provenance of a run: package versions, the hash of our sources, the machine.
+
+Versions are compared between the machines of a run. The hash signs checkpoints.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "numpy", "safetensors")
 SOURCES = ("rl_edit", "actors", "learner")
@@ -16,11 +20,12 @@ SOURCES = ("rl_edit", "actors", "learner")
 
 @cache
 def code_sha256() -> str:
-    """sha256 over the Python sources that are importable here, by name and content."""
+    """Hashes the Python sources that are importable here, by name and content."""
     digest = hashlib.sha256()
     for package in SOURCES:
-        found = importlib.util.find_spec(package)
-        for root in sorted((found and found.submodule_search_locations) or ()):
+        # Located, not imported: hashing the sources must not load a package.
+        spec = importlib.util.find_spec(package)
+        for root in sorted((spec and spec.submodule_search_locations) or ()):
             for path in sorted(Path(root).rglob("*.py")):
                 digest.update(
                     f"{package}/{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes()
@@ -29,18 +34,34 @@ def code_sha256() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions that must agree between the machines of a run: Python, packages, our code."""
-    found = {"python": platform.python_version()}
+    """Returns the versions that must agree between the machines of a run.
+
+    These are Python, packages, and our code.
+    """
+    by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            by_name[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "missing"
-    return {**found, "rl-edit sources": code_sha256()[:12]}
+            by_name[name] = "missing"
+    return {**by_name, "rl-edit sources": code_sha256()[:12]}
+
+
+def hardware() -> dict[str, Any]:
+    """Describes this machine: architecture, CPU cores, GPUs."""
+    # Imported here: commands that only compare versions should start without torch.
+    import torch
+
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+    }
 
 
 def differences(nodes: dict[str, dict[str, str]], here: dict[str, str]) -> list[str]:
-    """In words, what differs on which node; empty when all agree with ``here``."""
+    """Lists in words how each node differs from ``here``; empty when all agree."""
     return [
         f"{node} has {name} {there.get(name, 'missing')}, here is {expected}"
         for node, there in sorted(nodes.items())

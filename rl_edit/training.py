@@ -1,7 +1,7 @@
 """The life of a run directory: check, prepare, train, save, and say how it ended.
 
-:func:`train` is the whole of ``rl-edit train`` but for its options and what a terminal shows. What
-can be checked is checked before a file is written.
+:func:`train` is all of ``rl-edit train``, except for its options and what a terminal shows.
+Everything that can be checked is checked before a file is written.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from learner.controller import heldout
 from learner.controller.capacity import Capacity
 from learner.controller.lease import Lease
 from learner.controller.loop import TrainingLoop
-from learner.controller.run import Observer, Outcome, Run
+from learner.controller.run import Observer, Outcome, Run, Silent
 from learner.controller.run_log import Events
+from learner.controller.same_run import require_resumable
 from learner.controller.stop import Signals, Stop
-from rl_edit.config import RunConfig, load_config
+from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
 from rl_edit.editors import editor_identity, inspect_editor, lora
 from rl_edit.errors import Fenced, InputError, Interrupted
@@ -37,43 +39,19 @@ from rl_edit.run_record import RUN_FILE, RunRecord
 from rl_edit.types import AdapterWeights
 
 
-class RunObserver(Observer, Protocol):
-    """Everything that whoever watches a run is shown."""
-
-    def starting(self, config: RunConfig) -> None:
-        """Workers are about to start."""
-
-    def ended(self) -> None:
-        """No progress follows."""
-
-    def say(self, text: str) -> None:
-        """Shows one line about the run: its plan, what is left out, how it ended."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def starting(self, config: RunConfig) -> None: ...
-    def ended(self) -> None: ...
-    def say(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def group_scored(self, update: int, done: int, total: int) -> None: ...
-    def update_done(self, metrics: dict[str, Any]) -> None: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Attempt:
     """One attempt to train a run in its directory.
 
     Attributes:
         record: content of ``run.json`` while the run goes on.
-        had_begun: True when the directory held a run before.
+        had_begun: True when there was a run in the directory before.
         before: files that describe the run, as they were before this attempt.
     """
 
     run: Run
     record: RunRecord
-    observer: RunObserver
+    observer: Observer
     resume: bool
     allow_skew: bool
     had_begun: bool
@@ -86,7 +64,7 @@ def train(
     *,
     resume: bool = False,
     dry_run: bool = False,
-    observer: RunObserver | None = None,
+    observer: Observer | None = None,
     allow_drift: frozenset[str] = frozenset(),
     allow_skew: bool = False,
 ) -> AdapterWeights | None:
@@ -100,9 +78,9 @@ def train(
         allow_skew: run although nodes have other package versions or sources.
 
     Raises:
-        InputError: something about the settings, the data or the directory; nothing was changed.
+        InputError: the settings, the data or the directory are wrong; nothing was changed.
         TrainingFailed: the run cannot go on, or no update learnt anything.
-        ResourcesInfeasible, ClusterUnreachable: where the run was to take place.
+        ResourcesInfeasible, ClusterUnreachable: there is no place for the run.
         Fenced: a newer attempt owns the directory.
         Interrupted: a signal stopped the run; everything is saved.
     """
@@ -112,7 +90,7 @@ def train(
     if config.actors.runtime == "ray" and not dry_run:
         from actors import ray_cluster
 
-        # Asked before data and editor are opened, which may take minutes.
+        # A missing cluster is reported first: opening data and editor may take minutes.
         ray_cluster.probe()
     run, record = _prepare(config, directory, observer, resume=resume, allow_drift=allow_drift)
     if dry_run:
@@ -158,32 +136,29 @@ def _require_judge_deadline(config: RunConfig) -> None:
         InputError: timeouts and retries of the judges exceed ``actors.deadline_s``.
     """
     judge_s, actors = config.judge_timeout_s(), config.actors
+    # Inline there is no deadline to miss: nothing could kill the caller's own process.
     if actors.runtime != "inline" and judge_s >= actors.deadline_s:
         raise InputError(
             f"actors.deadline_s {actors.deadline_s:g} is not above the {judge_s:g} s that scoring "
-            "may "
-            "wait for judges that hang (timeout_s, retries and pauses of rewards, questions beyond "
-            "transport.concurrency one after another): their actors would be killed in place of a "
-            "few "
-            "scores. Raise deadline_s, or lower timeout_s or retries."
+            "may wait for judges that hang (timeout_s, retries and pauses of rewards, questions "
+            "beyond transport.concurrency one after another): their actors would be killed in "
+            "place of a few scores. Raise deadline_s, or lower timeout_s or retries."
         )
 
 
 def _prepare(
     config: RunConfig,
     directory: Path,
-    observer: RunObserver,
+    observer: Observer,
     *,
     resume: bool,
     allow_drift: frozenset[str],
 ) -> tuple[Run, RunRecord]:
-    """Opens data, editor and rewards and says the plan, writing nothing.
+    """Opens data, editor and rewards and says the plan. Writes nothing.
 
     Returns:
         the run, and the content of ``run.json``.
     """
-    from learner.controller import heldout
-
     facts = inspect_editor(config.editor)
     dataset = open_dataset(
         config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token
@@ -203,10 +178,18 @@ def _prepare(
         probes=heldout.probes(config, terms, pixels_per_token=facts.pixels_per_token),
     )
     if resume:
-        _require_same_run(run)
+        # Before the directory is touched: a refused resume must leave the run as it was.
+        require_resumable(run)
+    _say_plan(run, [term.name for term in terms], left_out, observer)
+    return run, _run_record(run, base, [f"{name}: {why}" for name, why in left_out.items()])
+
+
+def _say_plan(run: Run, terms: list[str], left_out: dict[str, str], observer: Observer) -> None:
+    """Says what is trained, on how much, and what is left out."""
+    config, dataset = run.config, run.dataset
     observer.say(
         f"{config.name}: {config.algorithm.name} on {config.editor.path}; {_size(run)}; "
-        f"rewards: {', '.join(term.name for term in terms)}"
+        f"rewards: {', '.join(terms)}"
     )
     if dataset.skipped:
         observer.note(
@@ -214,11 +197,10 @@ def _prepare(
         )
     for name, why in left_out.items():
         observer.note(f"left out reward {name}: {why}")
-    return run, _run_record(run, base, [f"{name}: {why}" for name, why in left_out.items()])
 
 
 def _size(run: Run) -> str:
-    """The amount of work in words."""
+    """Describes the amount of work."""
     train = run.config.train
     return (
         f"{train.updates} updates x {train.groups_per_update} groups x "
@@ -227,43 +209,17 @@ def _size(run: Run) -> str:
     )
 
 
-def _require_same_run(run: Run) -> None:
-    """Refuses to resume with other settings, data or editor, before anything is overwritten.
-
-    Raises:
-        InputError: the newest checkpoint that verifies was made from something else.
-    """
-    from learner.controller import checkpoint
-
-    newest, config = checkpoint.peek(run.directory / "checkpoints"), run.config
-    written = run.directory / "config.yaml"
-    if newest is not None:
-        checkpoint.require_same_run(newest, run.settings, run.directory, allow=run.allow_drift)
-        if newest.updates_done > config.train.updates:
-            raise InputError(
-                f"{run.directory} has done {newest.updates_done} updates, and train.updates is "
-                f"{config.train.updates}: ask for at least as many, or start a new --run-dir."
-            )
-    elif written.is_file():
-        # Stopped before its first checkpoint: its own config.yaml says which run it is.
-        there, here = load_config(written).identity(), config.identity()
-        different = set(checkpoint.differences(there, here)) - run.allow_drift
-        if different:
-            raise InputError(
-                f"{run.directory} belongs to another run: {', '.join(sorted(different))} differ "
-                "from "
-                "its config.yaml. Resume with the run's own config.yaml, or start a new --run-dir."
-            )
-
-
 def _run(attempt: _Attempt) -> Outcome:
-    """Takes the directory, trains, saves the adapter; ``run.json`` says how it ended, failures
-    too."""
+    """Takes the directory, trains and saves the adapter.
+
+    ``run.json`` says how it ended, also after a failure.
+    """
     run, observer = attempt.run, attempt.observer
     config, directory = run.config, run.directory
     lease = Lease.take(directory)
-    if took := lease.taking_over():
-        observer.note(f"{took}: that attempt ends at its next write")
+    if warning := lease.taking_over():
+        observer.note(f"{warning}: that attempt ends at its next write")
+    # After the lease: these files belong to the attempt that owns the directory.
     replace_file(directory / "config.yaml", config.to_yaml())
     attempt.record.write(directory)
     events = Events(directory / EVENTS)
@@ -282,15 +238,19 @@ def _run(attempt: _Attempt) -> Outcome:
         status = _status(outcome, config)
         if status != "stopped":
             _require_learnt(directory)
+        # The progress bar ends before the lines that follow are printed.
         observer.ended()
         _save(attempt, outcome, status, events)
     except Fenced:
-        raise  # the directory is another attempt's now: not a byte more
+        # The directory belongs to another attempt now. Nothing more is written there.
+        raise
     except BaseException as error:
+        # Also KeyboardInterrupt and SystemExit: a record must not say "running" for ever.
         _record_failure(attempt, error, events, started=executor is not None, loop=loop)
         raise
     finally:
         observer.ended()
+        # Workers end before the lease: the next attempt must not meet them.
         _close(config, executor)
         if directory.is_dir():
             lease.release()
@@ -330,21 +290,24 @@ def _record_failure(
         started: True when the workers had been started.
     """
     directory = attempt.run.directory
+    # A wrapper that carries its cause would hide the message that says what to do.
     cause = getattr(error, "cause", None) or error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
     events("failed", reason=reason)
     end = {"status": "failed", "reason": reason, "finished": time.time()}
     attempt.record.model_copy(update=end).write(directory)
+    # Settings that never trained must not replace those of the updates that did.
     if loop is None or not loop.log.updates_reported:
         for path, content in attempt.before.items():
             replace_file(path, content)
+    # A new directory in which nothing began is removed, so that a second try needs no --resume.
     unused = not attempt.had_begun and not (directory / "checkpoints").exists()
     if unused and (isinstance(error, InputError) or not started):
         shutil.rmtree(directory)
 
 
 def _description_files(directory: Path) -> dict[Path, bytes]:
-    """The files that describe a run, by path.
+    """Reads the files that describe a run, by path.
 
     A record that says "running" is left out: a killed attempt leaves it, and it is no longer true.
     """
@@ -375,8 +338,7 @@ def _require_learnt(directory: Path) -> None:
     raise TrainingFailed(
         f"nothing was learnt in {len(lines)} updates, so the adapter is as it began "
         f"({'; '.join(f'{n} times {why}' for why, n in reasons.most_common(3))}). Look at the "
-        "rewards "
-        "(rl-edit audit-reward), at algorithm.initial_noise and algorithm.credit"
+        "rewards (rl-edit audit-reward), at algorithm.initial_noise and algorithm.credit"
     )
 
 
@@ -386,7 +348,7 @@ def _status(outcome: Outcome, config: RunConfig) -> str:
     return "done early" if outcome.early else "stopped"
 
 
-def _say_end(outcome: Outcome, run: Run, observer: RunObserver) -> None:
+def _say_end(outcome: Outcome, run: Run, observer: Observer) -> None:
     directory = run.directory
     assert outcome.adapter is not None
     if outcome.updates_done < run.config.train.updates:
@@ -401,10 +363,8 @@ def _say_end(outcome: Outcome, run: Run, observer: RunObserver) -> None:
     )
 
 
-def _save_best(run: Run, last: AdapterWeights, observer: RunObserver) -> None:
+def _save_best(run: Run, last: AdapterWeights, observer: Observer) -> None:
     """Saves ``adapter_best/`` when the best adapter on held-out tasks is not the last one."""
-    from learner.controller import heldout
-
     directory = run.directory
     shutil.rmtree(directory / "adapter_best", ignore_errors=True)
     try:
@@ -424,6 +384,7 @@ def _save_best(run: Run, last: AdapterWeights, observer: RunObserver) -> None:
 
 def _executor(attempt: _Attempt) -> Any:
     """Starts the executor of the run's runtime."""
+    # Imported here: only a run with Ray may need Ray, and a dry run needs neither.
     from actors.roles import worker_roles
     from learner.learner import Learner
 
@@ -458,7 +419,7 @@ def _close(config: RunConfig, executor: Any) -> None:
 
 
 def _run_record(run: Run, base: str, left_out: list[str]) -> RunRecord:
-    """Content of ``run.json`` at the start of an attempt."""
+    """Returns the record of a run at the start of an attempt."""
     config = run.config
     return RunRecord(
         name=config.name,
@@ -472,13 +433,17 @@ def _run_record(run: Run, base: str, left_out: list[str]) -> RunRecord:
         editor_identity=base,
         left_out_rewards=tuple(left_out),
         versions=versions(),
-        hardware={"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
+        hardware=_hardware(),
         command=" ".join(["rl-edit", *sys.argv[1:]]),
         started=time.time(),
     )
 
 
-def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+def _hardware() -> dict[str, Any]:
+    """Describes this machine."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+    }

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from learner.controller import checkpoint
-from learner.controller.checkpoint import ABSENT, MANIFEST, Checkpoint, Unsound
+from learner.controller.checkpoint import MANIFEST, Checkpoint, CorruptCheckpoint
 from learner.controller.lease import Lease
+from learner.controller.same_run import ABSENT, differences, require_same_run
 from rl_edit import wire
 from rl_edit.errors import Fenced, InputError
 from rl_edit.messages import LearnerState
@@ -148,7 +149,7 @@ def test_a_flipped_bit_anywhere_in_any_file_is_found(
     # Every byte of the manifest, of which no other file has a hash.
     for at in range(0, len(sound), 1 if name == MANIFEST else 23):
         (path / name).write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
-        with pytest.raises(Unsound):
+        with pytest.raises(CorruptCheckpoint):
             checkpoint.read(path)
 
 
@@ -370,7 +371,7 @@ def test_a_manifest_that_names_a_path_is_refused_before_any_file_is_read(
         raise AssertionError("a file was read")
 
     monkeypatch.setattr(np, "fromfile", read)
-    with pytest.raises(Unsound, match="names"):
+    with pytest.raises(CorruptCheckpoint, match="names"):
         checkpoint.read(path)
 
 
@@ -443,20 +444,20 @@ def test_differences_are_dotted_and_say_what_one_side_lacks() -> None:
         "rewards": {"clip": {"weight": 1.0}},
         "sizes": [1, 3],
     }
-    assert checkpoint.differences(there, here) == {
+    assert differences(there, here) == {
         "rewards.clip": (ABSENT, {"weight": 1.0}),
         "rewards.judge": ({"weight": 1.0}, ABSENT),
         "sizes": ([1, 2], [1, 3]),
         "train.learning_rate": (0.001, 0.0001),
     }
-    assert checkpoint.differences(there, there) == {}
+    assert differences(there, there) == {}
 
 
 HERE = {"seed": 1, "train": {"learning_rate": 1e-4}}
 
 
 def test_a_checkpoint_of_the_same_settings_is_accepted(tmp_path: Path) -> None:
-    assert checkpoint.require_same_run(example(1), example(1).settings, tmp_path) is None
+    assert require_same_run(example(1), example(1).settings, tmp_path) is None
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(
@@ -466,7 +467,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(
         InputError,
         match=r"belongs to another run \(seed: 0 there, 1 here; train.learning_rate: 0.001 there, 0.0001 here\)",
     ):
-        checkpoint.require_same_run(example(1), HERE, tmp_path)
+        require_same_run(example(1), HERE, tmp_path)
 
 
 def test_a_setting_that_did_not_exist_when_the_checkpoint_was_made_is_accepted_at_its_default(
@@ -476,17 +477,17 @@ def test_a_setting_that_did_not_exist_when_the_checkpoint_was_made_is_accepted_a
     section = found.settings["train"]
     assert "minibatches" not in section
     here = {**found.settings, "train": {**section, "minibatches": 1}}
-    assert checkpoint.require_same_run(found, here, tmp_path) is None
+    assert require_same_run(found, here, tmp_path) is None
     here["train"]["minibatches"] = 2
     with pytest.raises(InputError, match=r"train.minibatches: absent there, 2 here"):
-        checkpoint.require_same_run(found, here, tmp_path)
+        require_same_run(found, here, tmp_path)
 
 
 def test_a_drift_is_accepted_only_for_the_settings_that_are_named(tmp_path: Path) -> None:
     allowed = frozenset({"train.learning_rate", "seed"})
-    assert checkpoint.require_same_run(example(1), HERE, tmp_path, allowed) is None
+    assert require_same_run(example(1), HERE, tmp_path, allowed) is None
     with pytest.raises(InputError, match=r"\(seed: 0 there, 1 here\).*--allow-config-drift seed"):
-        checkpoint.require_same_run(example(1), HERE, tmp_path, frozenset({"train.learning_rate"}))
+        require_same_run(example(1), HERE, tmp_path, frozenset({"train.learning_rate"}))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(small_editor: str, tmp_path: Path) -> None:

@@ -8,13 +8,8 @@ from typing import Any
 
 import pytest
 
-from learner.controller.supervisor import (
-    LONGEST_BACKOFF_S,
-    QUARANTINE_WINDOW_S,
-    SHORTEST_DEADLINE_S,
-    GivenUp,
-    Supervisor,
-)
+from learner.controller.deadlines import LONGEST_BACKOFF_S, SHORTEST_DEADLINE_S
+from learner.controller.supervisor import QUARANTINE_WINDOW_S, GivenUp, Supervisor
 from rl_edit.config import ActorsConfig
 from rl_edit.errors import InputError, ResourcesInfeasible, WorkerLost, WorkFailed
 from rl_edit.method.update import TrainingFailed
@@ -127,11 +122,11 @@ def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_time
     clock = Clock()
 
     async def body(supervisor: Supervisor) -> list[float]:
-        seen = [supervisor.deadline_s("run")]
+        seen = [supervisor.deadlines.limit_s("run")]
         for _ in range(4):
             await work(supervisor)
-            seen.append(supervisor.deadline_s("run"))
-        return [*seen, supervisor.deadline_s("learn"), supervisor.deadline_s("start")]
+            seen.append(supervisor.deadlines.limit_s("run"))
+        return [*seen, supervisor.deadlines.limit_s("learn"), supervisor.deadlines.limit_s("start")]
 
     script = [clock.passes(seconds) for seconds in (20, 70, 2, 1000)]
     seen, _ = supervised(
@@ -157,7 +152,7 @@ def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(
     async def body(supervisor: Supervisor) -> tuple[float, float]:
         for method in ("score", "run"):
             await supervisor.call("rollout", "a group", method)
-        return supervisor.deadline_s("score"), supervisor.deadline_s("run")
+        return supervisor.deadlines.limit_s("score"), supervisor.deadlines.limit_s("run")
 
     script = {"score": [clock.passes(2.0)], "run": [clock.passes(2.0)]}
     seen, _ = supervised(
@@ -169,7 +164,7 @@ def test_scoring_is_not_ended_before_a_judge_elsewhere_has_been_given_up(
 def test_a_deadline_is_not_shorter_than_a_minute_unless_it_was_configured_so() -> None:
     async def body(supervisor: Supervisor) -> float:
         await work(supervisor)
-        return supervisor.deadline_s("run")
+        return supervisor.deadlines.limit_s("run")
 
     assert supervised(Puppets(), body, deadline_s=600)[0] == SHORTEST_DEADLINE_S
     assert supervised(Puppets(), body, deadline_s=5)[0] == 5
@@ -231,7 +226,7 @@ def test_calls_under_way_are_known_with_their_worker_and_age_oldest_first_and_fo
 
 def test_the_second_retry_waits_and_the_pause_doubles_up_to_its_longest() -> None:
     async def body(supervisor: Supervisor) -> list[float]:
-        return [supervisor._backoff(failures) for failures in (1, 2, 3, 4, 5, 20)]
+        return [supervisor.deadlines.backoff_s(failures) for failures in (1, 2, 3, 4, 5, 20)]
 
     assert supervised(Puppets(), body, backoff_s=2)[0] == [0, 2, 4, 8, 16, LONGEST_BACKOFF_S]
 

@@ -1,8 +1,8 @@
-"""What the controller asks of whoever runs processes. Implementations: inline, thread
-(``actors/local_executor.py``) and Ray (``actors/ray_executor.py``).
+"""The interface between the controller and the processes that work for it.
 
-The controller's promises (deadlines, retries, incarnations, first-valid-wins) rest on these few
-calls only, so they are tested without Ray and hold with it.
+Implementations: inline and thread (``actors/local_executor.py``), Ray (``actors/ray_executor.py``).
+The controller's promises (deadlines, retries, incarnations, the first valid result) rest on these
+few calls only. They are therefore tested without Ray and hold with it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import numpy as np
 
 Ref = Any
 """A blob wherever the executor keeps it: an array in this process, an object reference under Ray.
-Owned by the driver."""
+
+The driver owns it, so it outlives the worker that made it (but not that worker's machine).
+"""
 
 
 class Worker(Protocol):
-    """One incarnation of a worker process, serving one or more roles."""
+    """One incarnation of a worker process. It serves one or more roles."""
 
+    # Calls on one worker queue. The controller relies on it: "load" before "run" needs no lock.
     async def call(self, method: str, *args: Any, blobs: int = 0) -> Any:
-        """Runs a method; calls on one worker run one after the other.
+        """Runs a method. Calls on one worker run one after the other.
 
         Args:
             args: small values, or refs, which the worker receives as arrays.
-            blobs: how many arrays the method returns after its first value; they stay where they
+            blobs: how many arrays the method returns after its first value. They stay where they
                 are, as refs.
 
         Returns:
@@ -33,8 +36,7 @@ class Worker(Protocol):
         Raises:
             WorkerLost: the process is gone (also when it was killed meanwhile).
             BlobLost: an array among the arguments is gone.
-            WorkFailed: the method raised. ``InputError`` and ``TrainingFailed`` come through as
-                themselves.
+            WorkFailed: the method raised. ``InputError`` and ``TrainingFailed`` pass unchanged.
         """
 
     def kill(self) -> None:
@@ -42,13 +44,13 @@ class Worker(Protocol):
 
 
 class Executor(Protocol):
-    """Where workers run."""
+    """Starts workers and stores blobs."""
 
     def spawn(self, role: str, worker_slot: int) -> Worker:
         """Starts a worker for a role's worker slot, without waiting for it (``ready`` does that).
 
-        Where one process serves several roles (the colocated placement), its living process is
-        returned.
+        Where one process serves several roles (the colocated placement), this returns the process
+        that is alive.
         """
 
     def direct(self, role: str) -> Any | None:
@@ -58,23 +60,24 @@ class Executor(Protocol):
         """
 
     def put(self, blob: np.ndarray) -> Ref:
-        """Keeps an array for any number of workers."""
+        """Stores an array for any number of workers."""
 
     async def fetch(self, ref: Ref) -> np.ndarray:
-        """The array of a ref.
+        """Returns the array of a ref.
 
         Raises:
-            BlobLost: the machine that held it is gone.
+            BlobLost: the machine that stored it is gone.
         """
 
     def store_bytes(self) -> float:
-        """Bytes that blobs may fill in all."""
+        """Returns the bytes that all blobs together may fill."""
 
     def free(self) -> str:
-        """What is free, in words, for messages."""
+        """Describes the free resources in words, for messages."""
 
+    # Called in the update loop: a monitor that is slow or absent must not cost an update.
     def mirror(self, metrics: dict[str, Any]) -> None:
-        """Shows numbers to whoever monitors the cluster. Never raises, never waits."""
+        """Shows metrics in the cluster's monitoring. Never raises, never waits."""
 
     async def close(self) -> None:
         """Ends every worker."""

@@ -1,9 +1,8 @@
-"""The learner as the controller sees it: one to N ranks that apply an update together, exactly
-once.
+"""The learner as the controller sees it: ranks that apply each update once, together.
 
-A dead rank makes the others wait in a collective, so the group stands and falls as one: it is
-killed, rebuilt from the state before the update, and the update is replayed. Nobody saw the new
-weights meanwhile, for they are published afterwards.
+A dead rank makes the others wait in a collective, so the ranks are lost together: all are killed
+and rebuilt from the state before the update, and the update is replayed. No actor has seen the new
+weights meanwhile, because they are published afterwards.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ ROLE = "learner"
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerSnapshot:
-    """What the driver holds of the learner after an update, so that losing the learner loses
-    nothing.
+    """The learner's weights and state after an update.
+
+    The driver keeps the newest one, so that losing the learner loses nothing.
 
     Attributes:
         id, adapter: the acting weights, named and packed, for actors.
-        state: packed adapter and optimizer, for a rebuilt learner and checkpoints.
-        result_id, result: the weights that are evaluated and saved, named and packed; the acting
-            ones where they are the same.
+        state: packed adapter and optimizer, for a rebuilt learner and for checkpoints.
+        result_id, result: the weights that are evaluated and saved, named and packed. They are the
+            acting ones unless the method separates them.
     """
 
     updates_done: int
@@ -46,7 +46,7 @@ class LearnerSnapshot:
 
     @staticmethod
     def of(updates_done: int, answer: LearnAnswer) -> LearnerSnapshot:
-        """What rank 0 answered after an update."""
+        """Takes the snapshot from rank 0's answer after an update."""
         report = answer.report
         return LearnerSnapshot(
             updates_done=updates_done,
@@ -59,7 +59,7 @@ class LearnerSnapshot:
 
 
 class LearnerRanks:
-    """Ranks 0 to N - 1. Rank 0 answers with the new weights; all ranks hold the same."""
+    """Calls ranks 0 to N - 1 together. Rank 0 answers with the weights, which all ranks share."""
 
     def __init__(
         self, supervisor: Supervisor, ranks: int, *, on_event: Callable[..., None]
@@ -70,6 +70,7 @@ class LearnerRanks:
     async def start(self) -> None:
         """Joins the ranks, once they are constructed."""
         if self.ranks > 1:
+            # Asked anew at every start: a rebuilt rank 0 may run on another machine.
             slots = self.supervisor.worker_slots(ROLE)
             address = await self.supervisor.timed("join", "rendezvous", slots[0], ROLE, "address")
             await self._everyone(
@@ -79,7 +80,7 @@ class LearnerRanks:
             )
 
     async def export(self, updates_done: int) -> LearnerSnapshot:
-        """The weights and state of a learner that has just been started or restored."""
+        """Returns the weights and state of a learner just started or restored."""
 
         async def ask() -> LearnerSnapshot:
             slot = self.supervisor.worker_slots(ROLE)[0]
@@ -91,15 +92,17 @@ class LearnerRanks:
         return await self._anew("export", ask)
 
     async def restore(self, state: Ref) -> None:
-        """Brings a learner that has just been started to a state."""
+        """Restores a state in a learner that has just been started."""
         await self._anew("restore", lambda: self._restore(state))
 
     async def _restore(self, state: Ref) -> None:
         await self._everyone("restore", "restoring the learner", [(state,)] * self.ranks)
 
     async def _anew(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
-        """A call before the first update, when a lost learner has nothing to lose: it is started
-        again."""
+        """Makes a call before the first update, and starts a lost learner again.
+
+        There is no state to rebuild from yet, and none is needed.
+        """
         lost = 0
         while True:
             try:
@@ -115,18 +118,22 @@ class LearnerRanks:
                 self.supervisor.retries["infra"] += 1
 
     async def ratio(self, group: Ref) -> float:
-        """Largest |ratio - 1| at the present weights on a group: the preflight's question. Every
-        rank answers, for a sharded base."""
+        """Returns the largest |ratio - 1| of a group at the present weights, for the preflight."""
+        # Every rank is called: with a sharded base, one alone would wait for the others.
         deviations = await self._everyone("ratio", "the ratio check", [(group,)] * self.ranks)
         return float(max(deviations))
 
     async def apply(
         self, order: LearnOrder, shards: Sequence[Sequence[Ref]], snapshot: LearnerSnapshot
     ) -> tuple[LearnReport, LearnerSnapshot]:
-        """One update, applied once whatever dies: ``snapshot`` is the state it starts from.
+        """Applies one update exactly once, whatever is lost meanwhile.
+
+        Args:
+            shards: the group blobs of each rank.
+            snapshot: the state that the update starts from, and that a replay starts from again.
 
         Raises:
-            TrainingFailed: when the learner cannot be kept alive, or refuses.
+            TrainingFailed: the learner cannot be kept alive, or refuses.
             BlobLost: a group is gone; it must be made again.
         """
         lost = failed = 0
@@ -135,10 +142,10 @@ class LearnerRanks:
                 if lost or failed:
                     await self._rebuild(snapshot)
                 arguments = [(order, *shard) for shard in shards]
-                answers = await self._everyone(
+                responses = await self._everyone(
                     "learn", f"update {order.update}", arguments, blobs=3
                 )
-                answer = LearnAnswer(*answers[0])
+                answer = LearnAnswer(*responses[0])
                 return answer.report, LearnerSnapshot.of(order.update + 1, answer)
             except WorkerLost as error:
                 lost += 1
@@ -148,14 +155,13 @@ class LearnerRanks:
                 if lost > self.supervisor.config.infra_retries:
                     raise TrainingFailed(
                         f"the learner was lost {lost} times in update {order.update} "
-                        f"(actors.infra_retries): {error}. See the Ray logs; "
-                        "if it was slow rather than dead, raise actors.deadline_s. Continue with "
-                        "--resume."
+                        f"(actors.infra_retries): {error}. See the Ray logs; if it was slow rather "
+                        "than dead, raise actors.deadline_s. Continue with --resume."
                     ) from error
                 self.supervisor.retries["infra"] += 1
             except WorkFailed as error:
-                # Beside a dead rank the survivors fail too, maybe first: with several ranks a
-                # failure is worth a replay.
+                # When a rank dies, a survivor may be the first to fail. Only with several ranks can
+                # a failure be of that kind, so only then is the update replayed.
                 failed += 1
                 self.event(
                     "learner_failed",
@@ -170,6 +176,7 @@ class LearnerRanks:
                 self.supervisor.retries["data"] += 1
 
     async def _rebuild(self, snapshot: LearnerSnapshot) -> None:
+        """Starts all ranks again, at the state before the update."""
         await self.supervisor.respawn(ROLE)
         await self.start()
         try:
@@ -177,8 +184,7 @@ class LearnerRanks:
         except BlobLost as error:
             raise TrainingFailed(
                 f"the learner and its state after update {snapshot.updates_done} were lost "
-                f"together ({error}): continue with --resume from "
-                "the newest checkpoint"
+                f"together ({error}): continue with --resume from the newest checkpoint"
             ) from error
         self.event(
             "learner_rebuilt",
@@ -190,16 +196,24 @@ class LearnerRanks:
     async def _everyone(
         self, method: str, what: str, arguments: Sequence[Sequence[Any]], *, blobs: int = 0
     ) -> list[Any]:
-        """A call on every rank at once. The first failure ends all of them: a rank without its
-        peers would wait for ever."""
+        """Calls every rank at once. The first failure ends all ranks.
+
+        A rank without its peers would wait for ever.
+
+        Args:
+            arguments: of each rank.
+
+        Returns:
+            the answer of each rank.
+        """
         slots = self.supervisor.worker_slots(ROLE)
         calls = [
             asyncio.ensure_future(
                 self.supervisor.timed(
-                    method, f"{what}, {slot.name(ROLE)}", slot, ROLE, method, *given, blobs=blobs
+                    method, f"{what}, {slot.name(ROLE)}", slot, ROLE, method, *args, blobs=blobs
                 )
             )
-            for slot, given in zip(slots, arguments, strict=True)
+            for slot, args in zip(slots, arguments, strict=True)
         ]
         try:
             await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
@@ -207,10 +221,12 @@ class LearnerRanks:
                 error for call in calls if call.done() and (error := call.exception()) is not None
             ]
             if failures:
+                # A single rank that refused its input is alive and may be asked again.
                 if self.ranks > 1 or any(
                     isinstance(error, WorkerLost | WorkFailed) for error in failures
                 ):
                     self.supervisor.kill_all([ROLE])
+                # A lost worker is the cause; what the others raise beside it is the consequence.
                 raise next(
                     (error for error in failures if isinstance(error, WorkerLost)), failures[0]
                 )

@@ -1,17 +1,17 @@
-"""Who may write in a run directory: one attempt at a time, and a later one fences the earlier.
+"""The right to write in a run directory: one attempt at a time has it.
 
 A retried job may start while the attempt before it still runs. Each attempt therefore takes the
-next epoch, and every commit asks whether that epoch is still the newest.
+next epoch, and every commit asks whether that epoch is still the newest. A later attempt fences the
+earlier one.
 
-Two kinds of file, for two questions. ``.lease-N`` is created with O_EXCL and says that epoch N is
-taken: of two attempts that start at the same moment only one can create it, on a local disk as on
-NFS, where ``fcntl`` locks depend on the server and end with the process that the lease is to
-outlive. ``LEASE.json`` is replaced whole and says who holds the newest epoch. Claims are never
-removed (a slow taker could otherwise claim an old number again).
+There are two kinds of file. ``.lease-N`` is created with O_EXCL and says that epoch N is taken: of
+two attempts that start at the same moment only one can create it, on a local disk as on NFS.
+(``fcntl`` locks depend on the NFS server, and end with the process that the lease is to outlive.)
+``LEASE.json`` is replaced atomically and says which attempt has the newest epoch. Claims are never
+removed; a slow taker could otherwise claim an old number again.
 
-What this cannot do: between a check and the rename that follows it another attempt may take over.
-    Both then write the same
-step from the same seeds, and whoever is last is whole.
+One gap is left: between a check and the rename that follows it another attempt may take over. Both
+then write the same step from the same seeds, and the later one is complete.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ CLAIM = re.compile(r"\.lease-(\d+)")
 
 
 class Holder(BaseModel):
-    """What ``LEASE.json`` says. Times are seconds since 1970; ``ended`` is None while the attempt
-    runs or when it was killed."""
+    """The content of ``LEASE.json``.
+
+    Attributes:
+        taken, renewed, ended: seconds since 1970. ``ended`` is None while the attempt runs, and
+            when it was killed.
+    """
 
     model_config = ConfigDict(frozen=True)
     epoch: int
@@ -49,7 +53,10 @@ class Holder(BaseModel):
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.taken, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return f"attempt {self.attempt} (epoch {self.epoch}, pid {self.pid} on {self.host}, since {since})"
+        return (
+            f"attempt {self.attempt} (epoch {self.epoch}, pid {self.pid} on {self.host}, "
+            f"since {since})"
+        )
 
 
 class Lease:
@@ -68,10 +75,14 @@ class Lease:
 
     @classmethod
     def take(cls, run_dir: Path, clock: Callable[[], float] = time.time) -> Lease:
-        """Takes the next epoch. Of racing takers each gets an epoch of its own, and all but the
-        highest are fenced at their first check."""
+        """Takes the next epoch.
+
+        Of racing takers each gets an epoch of its own. All but the highest are fenced at their
+        first check.
+        """
         previous = _read(run_dir)
         epoch = max(_newest_claim(run_dir), previous.epoch if previous else 0) + 1
+        # Each number that another taker has claimed in this moment is skipped.
         while not _claimed(run_dir, epoch):
             epoch += 1
         now = clock()
@@ -84,12 +95,14 @@ class Lease:
             renewed=now,
         )
         lease = cls(run_dir, holder, previous, clock)
+        # A taker with a higher claim has overtaken this one; its record must not be replaced.
         if _newest_claim(run_dir) == epoch:
             lease._publish()
         return lease
 
     @property
     def epoch(self) -> int:
+        """The number of this attempt; later attempts have higher ones."""
         return self.holder.epoch
 
     def check(self) -> None:
@@ -101,21 +114,24 @@ class Lease:
         """
         there, newest = _read(self.run_dir), _newest_claim(self.run_dir)
         if there is None or newest < self.epoch:
-            found = f"{self.run_dir / LEASE} or its claim {_claim(self.run_dir, self.epoch).name} is missing or unreadable"
+            problem = (
+                f"{self.run_dir / LEASE} or its claim {_claim(self.run_dir, self.epoch).name} is "
+                "missing or unreadable"
+            )
         # A claim may be seen before its record, and a record (opened afresh on NFS) before its
         # claim (a cached listing).
         elif there.epoch > self.epoch or (
             there.epoch == self.epoch and there.attempt != self.holder.attempt
         ):
-            found = f"{self.run_dir} is held by {there}"
+            problem = f"{self.run_dir} belongs to {there}"
         elif newest > self.epoch:
-            found = f"{self.run_dir} was just taken by an attempt of epoch {newest}"
+            problem = f"{self.run_dir} was just taken by an attempt of epoch {newest}"
         else:
             return
         raise Fenced(
-            f"{found}: {self.holder} writes nothing more there and ends with exit code 75, for two "
-            "writers would mix their runs. "
-            "Leave the run to the newer attempt, or resume it when no other attempt runs."
+            f"{problem}: {self.holder} writes nothing more there and ends with exit code 75, for "
+            "two writers would mix their runs. Leave the run to the newer attempt, or resume it "
+            "when no other attempt runs."
         )
 
     def renew(self) -> None:
@@ -129,8 +145,10 @@ class Lease:
         self._publish()
 
     def release(self) -> None:
-        """Says that this attempt has ended, so that the next one takes over without a warning. Does
-        nothing when fenced."""
+        """Says that this attempt has ended. Does nothing when fenced.
+
+        The next attempt then takes over without a warning.
+        """
         try:
             self.check()
         except Fenced:
@@ -139,12 +157,15 @@ class Lease:
         self._publish()
 
     def taking_over(self) -> str:
-        """From whom, in words, when the attempt before did not say that it ended; else ""."""
+        """Describes the attempt before, when it did not say that it ended; else ""."""
         if self.previous is None or self.previous.ended is not None:
             return ""
         # Clocks of two machines differ.
         age = max(0.0, self.holder.taken - self.previous.renewed)
-        return f"taking over from pid {self.previous.pid} on {self.previous.host}, last renewed {age:.0f} s ago"
+        return (
+            f"taking over from pid {self.previous.pid} on {self.previous.host}, "
+            f"last renewed {age:.0f} s ago"
+        )
 
     def _publish(self) -> None:
         replace_file(
@@ -157,7 +178,7 @@ def _claim(run_dir: Path, epoch: int) -> Path:
 
 
 def _claimed(run_dir: Path, epoch: int) -> bool:
-    """Whether this call, and no other, created the claim."""
+    """Creates a claim; True when this call, and no other, created it."""
     try:
         write_new(_claim(run_dir, epoch), b"")
     except FileExistsError:
@@ -171,6 +192,7 @@ def _newest_claim(run_dir: Path) -> int:
 
 
 def _read(run_dir: Path) -> Holder | None:
+    # An unreadable record counts as none: check then refuses, instead of guessing who writes.
     try:
         return Holder.model_validate_json((run_dir / LEASE).read_bytes())
     except (FileNotFoundError, ValidationError):

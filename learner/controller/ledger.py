@@ -1,8 +1,8 @@
-"""The book of work: open items, the result taken of each, and the chain of what was trained on.
+"""The book of work: open items, their results, and the chain of trained groups.
 
-Execution is at-least-once, and the first valid result wins: an item may run twice (a lost actor, a
-missed deadline), its result is taken once. Work ids contain no clock and no actor, so a repeated
-item is the same item. The ledger only keeps books; it never waits.
+An item may run more than once (a lost actor, a missed deadline). Its first valid result is taken,
+and taken once. Work ids contain no clock and no actor, so a repeated item is the same item. The
+ledger keeps records only; it never waits.
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ class Entry:
 
 
 class Ledger:
-    """Keeps open items by work id, counts of verdicts, and the chain of what was trained on.
+    """Keeps open items by work id, counts of verdicts, and the chain of trained groups.
 
-    ``chain`` hashes every consumed group id in order: two runs trained on the same groups in the
-        same order
-    exactly when their chains are equal. A checkpoint needs nothing else of the past.
+    ``chain`` hashes every consumed group id in order. Two runs trained on the same groups in the
+    same order exactly when their chains are equal. A checkpoint needs nothing else of the past.
     """
 
     def __init__(self) -> None:
@@ -69,7 +68,7 @@ class Ledger:
         self.open[item.work_id] = Entry(item)
 
     def offer(self, work_id: str, result: RolloutResult, blob: Any = None) -> Verdict:
-        """Returns the verdict on a result. One that is TAKEN is the item's from then on."""
+        """Returns the verdict on a result. From TAKEN on, that result is the item's."""
         verdict = self._verdict(work_id, result)
         self.counts[verdict] += 1
         if verdict is Verdict.TAKEN:
@@ -77,6 +76,7 @@ class Ledger:
         return verdict
 
     def _verdict(self, work_id: str, result: RolloutResult) -> Verdict:
+        # The order of these tests matters: a result must be the item's before its content counts.
         entry = self.open.get(work_id)
         if entry is None or result.work_id != work_id:
             return Verdict.FOREIGN
@@ -86,6 +86,7 @@ class Ledger:
         if not result.finite:
             return Verdict.NOT_FINITE
         if entry.result is not None:
+            # Work is repeatable to the byte, so other bytes say that the machines are not.
             same = result.sha256 == entry.result[0].sha256
             return Verdict.DUPLICATE if same else Verdict.CONFLICT
         return Verdict.TAKEN
@@ -101,8 +102,11 @@ class Ledger:
                 del self.open[work_id]
 
     def consume(self, update: int, group_ids: Sequence[str]) -> None:
-        """Closes the items of an applied update and adds its groups, in slot order, to the
-        chain."""
+        """Closes the items of an applied update, and adds its groups to the chain.
+
+        Args:
+            group_ids: in slot order, which is the order of training whatever arrived first.
+        """
         self.close(update)
         for group_id in group_ids:
             self.chain = hashlib.sha256(f"{self.chain} {group_id}".encode()).hexdigest()

@@ -39,6 +39,7 @@ from learner.controller.lease import Lease
 from learner.controller.ledger import Ledger
 from learner.controller.run import Observer, Outcome, Run
 from learner.controller.run_log import Events, UpdateLog, UpdateTimes, group_cost
+from learner.controller.same_run import require_same_run
 from learner.controller.stalls import Progress, report_stalls
 from learner.controller.stop import Stop
 from learner.controller.supervisor import Supervisor
@@ -281,9 +282,7 @@ class TrainingLoop:
         directory = self.commits.directory
         stored = checkpoint.newest(directory, on_corrupt=self.events) if resume else None
         if stored is not None:
-            checkpoint.require_same_run(
-                stored, self.of.settings, directory, allow=self.of.allow_drift
-            )
+            require_same_run(stored, self.of.settings, directory, allow=self.of.allow_drift)
             await self.learners.restore(self.executor.put(stored.learner))
             self.acting = {
                 named.step: (named, self.executor.put(blob))

@@ -1,4 +1,4 @@
-"""A run as the controller sees it: its identity, its end, and whoever watches it."""
+"""A run as the controller sees it: its identity, its end, and its observer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,43 @@ from rl_edit.types import AdapterWeights
 class Observer(Protocol):
     """Receives the progress of a run, for a terminal or for nothing."""
 
+    def starting(self, config: RunConfig) -> None:
+        """Workers are about to start."""
+
+    def ended(self) -> None:
+        """No progress follows. May be called more than once."""
+
+    def say(self, text: str) -> None:
+        """Shows one line about the run: its plan, what is left out, how it ended."""
+
+    def note(self, text: str) -> None:
+        """Shows something that a person should know."""
+
+    def group_scored(self, update: int, done: int, total: int) -> None:
+        """Another group of an update is complete or lost."""
+
+    def update_done(self, metrics: dict[str, Any]) -> None:
+        """An update is applied, and its line of metrics is written."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def starting(self, config: RunConfig) -> None: ...
+    def ended(self) -> None: ...
+    def say(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
     def group_scored(self, update: int, done: int, total: int) -> None: ...
     def update_done(self, metrics: dict[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The end of a run: updates done, and the adapter; None when it was stopped before there was
-    one.
+    """The end of a run.
 
     Attributes:
+        updates_done: updates of the run, also those of earlier attempts.
+        adapter: the resulting weights; None when the run was stopped before there were any.
         early: why the run itself ended before its last update; "" when it did not.
     """
 
@@ -41,7 +67,7 @@ class Run:
 
     Attributes:
         settings: everything that decides results: settings and the content of data and editor. A
-            checkpoint of others is refused.
+            checkpoint of other settings is refused.
         pixels_per_token: edge of an image token, to which tasks are fitted.
         capacity: devices that the workers occupy, for the efficiency.
         allow_drift: dotted settings that may differ from a checkpoint's.

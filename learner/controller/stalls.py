@@ -1,4 +1,4 @@
-"""The stall watch: says what is pending when nothing has finished for a while."""
+"""The stall report: what is pending when nothing has finished for a while."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ async def report_stalls(
     events: Callable[..., None],
     note: Callable[[str], None],
 ) -> None:
-    """Reports pending calls whenever nothing has moved for ``limit_s``; runs until it is
-    cancelled."""
+    """Reports pending calls whenever nothing has finished for ``limit_s``.
+
+    Runs until it is cancelled.
+    """
     reported_at = time.monotonic()
     while True:
+        # A quarter, so that a short limit is not overshot by a whole poll.
         await asyncio.sleep(min(POLL_S, limit_s / 4))
         now = time.monotonic()
         pending, moved_at = supervisor.pending(), progress.moved_at

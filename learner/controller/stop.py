@@ -1,4 +1,4 @@
-"""Asking a run to commit and end: by a caller, or by a signal."""
+"""Requests to commit and end a run: from a caller, or from a signal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stop:
-    """Asks a run to commit and end. Thread- and signal-safe; asked twice is asked once."""
+    """Asks a run to commit and end. Thread- and signal-safe; a second request changes nothing."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -18,11 +18,15 @@ class Stop:
         self._event: asyncio.Event | None = None
 
     def request(self) -> None:
+        """Requests the end, from any thread or from a signal handler."""
+        # The flag comes first: a request before `wait` has no event to set.
         self.requested = True
         if self._loop is not None and self._event is not None:
+            # An asyncio event may be set by its own loop's thread only.
             self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self) -> None:
+        """Returns once the end is requested."""
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         if self.requested:
             return
@@ -47,11 +51,13 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A handler that was not installed from Python reads as None and cannot be put back.
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _received(self, number: int, _frame: object) -> None:
         if self.received:
+            # Not sys.exit: clean-up may be what hangs.
             os._exit(128 + number)
         self.received = number
         self._stop.request()

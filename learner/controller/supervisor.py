@@ -1,8 +1,9 @@
-"""Who runs what: slots, incarnations, deadlines, retries. Knows an executor, no Ray and no tensor.
+"""Supervises workers: worker slots, incarnations, deadlines, retries.
 
-A role has slots (rollout 0..R-1); a slot holds one incarnation of a worker at a time. A worker that
-dies, misses its deadline or answers with the wrong weights is killed and its slot gets the next
-incarnation; a slot that needs this too often is given up.
+A role has worker slots (rollout 0..R-1). A slot holds one incarnation of a worker at a time. A
+worker that dies, misses its deadline or answers with the wrong weights is killed, and its slot gets
+the next incarnation. A slot that needs this too often is closed. This file knows an executor, but
+neither Ray nor a tensor.
 """
 
 from __future__ import annotations
@@ -14,30 +15,36 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.controller.deadlines import Deadlines
 from learner.controller.executor import Executor, Worker
 from rl_edit.config import ActorsConfig
 from rl_edit.errors import BlobLost, InputError, ResourcesInfeasible, WorkerLost, WorkFailed
 from rl_edit.method.update import TrainingFailed
 
 QUARANTINE_WINDOW_S = 600.0
-LONGEST_BACKOFF_S = 30.0
-SHORTEST_DEADLINE_S = 60.0
-DEADLINE_FACTOR = 5.0
+"""Losses of a worker slot count together within this time."""
 
 Prepare = Callable[[Worker], Awaitable[None]]
 Check = Callable[[Any], str]
 
 
 class GivenUp(RuntimeError):
-    """A piece of work spent its retries. What that costs is for the caller to decide."""
+    """A piece of work spent its retries. The caller decides what that costs."""
 
 
 @dataclass
 class WorkerSlot:
-    """One place of a role: mutable, private to the supervisor."""
+    """One place of a role: mutable, private to the supervisor.
+
+    Attributes:
+        kills: times of recent losses, by the supervisor's clock.
+        closed: True when the slot was lost too often and gets no worker any more.
+        pending_broadcast: a call that the worker finishes before its next work.
+    """
 
     index: int
     worker: Worker
+    # Names of workers carry it, so that events and logs name one process.
     incarnation: int = 1
     kills: list[float] = field(default_factory=list)
     closed: bool = False
@@ -49,7 +56,7 @@ class WorkerSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """A call under way: what, on whom, since when (seconds)."""
+    """A call under way: its work, its worker and its age in seconds."""
 
     what: str
     worker: str
@@ -57,10 +64,10 @@ class Pending:
 
 
 class Supervisor:
-    """Calls on interchangeable workers.
+    """Makes calls on interchangeable workers.
 
     Args:
-        on_event: told of every lost worker, replacement, retry and closed slot.
+        on_event: called for every lost worker, replacement, retry and closed slot.
         judge_timeout_s: how long scoring may wait for another machine by its own timeouts and
             retries; it is not ended before.
         clock: monotonic seconds; tests bring their own.
@@ -76,21 +83,24 @@ class Supervisor:
         judge_timeout_s: float = 0.0,
     ) -> None:
         self.executor, self.config, self.event, self.clock = executor, config, on_event, clock
-        self._judge_timeout_s = judge_timeout_s
+        self.deadlines = Deadlines(config, judge_timeout_s=judge_timeout_s)
         self.retries = {"infra": 0, "data": 0}
         self._slots: dict[str, list[WorkerSlot]] = {}
         self._idle: dict[str, asyncio.Queue[WorkerSlot]] = {}
         self._prepare: dict[str, Prepare] = {}
         self._minimum = {"rollout": config.min_rollout, "reward": config.min_reward}
-        self._usual_s: dict[str, float] = {}
         self._under_way: dict[int, tuple[str, str, float]] = {}
         self._calls = 0
+        # One replacement per slot at a time: a broadcast and a call may find the same worker lost.
         self._replacing: dict[tuple[str, int], asyncio.Lock] = {}
         self._too_few: dict[str, str] = {}
 
     def open(self, role: str, slots: int, *, prepare: Prepare | None = None) -> None:
-        """Spawns a role's workers without waiting for them. ``prepare`` brings a later incarnation
-        up to date."""
+        """Spawns a role's workers without waiting for them.
+
+        Args:
+            prepare: brings a later incarnation up to date before it works.
+        """
         self._slots[role] = [
             WorkerSlot(index, self.executor.spawn(role, index)) for index in range(slots)
         ]
@@ -102,18 +112,19 @@ class Supervisor:
             self._prepare[role] = prepare
 
     async def ready(self) -> None:
-        """Waits until every worker has been constructed, so that deadlines of work start when work
-        starts.
+        """Waits until every worker has been constructed.
+
+        Loading models takes minutes, and must not count against the deadline of a first call.
 
         Raises:
             ResourcesInfeasible: when some worker could not be placed or did not load within
                 ``actors.start_timeout_s``.
         """
-        slots = [slot for slots in self._slots.values() for slot in slots]
+        slots = self._all()
         waiting = asyncio.gather(
             *(
-                self.timed("start", f"start of {role}-{s.index}", s, role, "ready")
-                for role, s in self._all()
+                self.timed("start", f"start of {role}-{slot.index}", slot, role, "ready")
+                for role, slot in slots
             )
         )
         try:
@@ -127,8 +138,8 @@ class Supervisor:
             ) from error
         except WorkerLost as error:
             raise TrainingFailed(
-                f"an actor died while it was starting ({error}): see the Ray logs; it may lack "
-                "memory"
+                f"an actor died while it was starting ({error}): see the Ray logs; "
+                "it may lack memory"
             ) from error
 
     def _all(self) -> list[tuple[str, WorkerSlot]]:
@@ -137,11 +148,11 @@ class Supervisor:
         ]
 
     def worker_slots(self, role: str) -> list[WorkerSlot]:
-        """The slots of a role that are in use."""
+        """Returns the slots of a role that are in use."""
         return [slot for slot in self._slots[role] if not slot.closed]
 
     def pending(self) -> list[Pending]:
-        """Every call under way, oldest first."""
+        """Returns every call under way, oldest first."""
         now = self.clock()
         calls = sorted(self._under_way.values(), key=lambda call: call[2])
         return [
@@ -153,7 +164,7 @@ class Supervisor:
         role: str,
         what: str,
         method: str,
-        given: Callable[[], Sequence[Any]] = tuple,
+        arguments: Callable[[], Sequence[Any]] = tuple,
         *,
         blobs: int = 0,
         kind: str = "",
@@ -161,89 +172,91 @@ class Supervisor:
         late: Callable[[Any], object] = lambda answer: None,
         attempt: Callable[[str], None] = lambda worker: None,
     ) -> Any:
-        """Runs a method on the next idle worker, again on another one when that fails.
+        """Runs a method on the next idle worker, and again on another when that fails.
 
         Args:
-            given: makes the arguments, once a worker is idle: a packed item holds a picture, and
+            arguments: makes the arguments, once a worker is idle: a packed item holds an image, and
                 hundreds may be waiting.
-            kind: of what usual duration it is; the method's unless given. A small piece of work
-                says nothing about a large one.
-            check: says what is wrong with an answer ("" when nothing is). A worker that answers
-                wrongly counts as lost.
-            late: is shown an answer that arrives after its deadline.
-            attempt: is told of every try.
+            kind: the usual duration that its deadline follows; by default that of the method. The
+                duration of a small piece of work says nothing about a large one.
+            check: returns what is wrong with an answer, or "". A worker that answers wrongly counts
+                as lost.
+            late: called with an answer that arrives after its deadline.
+            attempt: called with the worker's name before every try.
 
         Raises:
-            GivenUp: when the budget of infrastructure or data retries is spent.
-            TrainingFailed: when too few workers are left.
+            GivenUp: the budget of infrastructure or data retries is spent.
+            TrainingFailed: too few workers are left.
         """
-        infra = data = 0
+        # Two budgets: a lost worker says nothing about the work, an exception in it does.
+        lost = failed = 0
         while True:
             slot = await self._next_idle(role)
             worker = slot.worker
             attempt(slot.name(role))
             try:
                 if slot.pending_broadcast is not None:
+                    # Work must not overtake the weights that it names.
                     await slot.pending_broadcast
                 answer = await self.timed(
-                    kind or method, what, slot, role, method, *given(), blobs=blobs, late=late
+                    kind or method, what, slot, role, method, *arguments(), blobs=blobs, late=late
                 )
                 if wrong := check(answer):
                     raise WorkerLost(wrong)
                 return answer
             except WorkerLost as error:
-                infra += 1
-                self.event(
-                    "actor_lost",
-                    role=role,
-                    worker=slot.name(role),
-                    during=what,
-                    attempt=infra,
-                    reason=str(error),
-                )
+                lost += 1
+                self._report("actor_lost", role, slot.name(role), what, error, lost)
                 await self._replace(role, slot, worker, str(error))
-                if infra > self.config.infra_retries:
-                    raise GivenUp(
-                        f"{what} lost its worker {infra} times (actors.infra_retries "
-                        f"{self.config.infra_retries}): {error}"
-                    ) from error
-                self.retries["infra"] += 1
-                await asyncio.sleep(self._backoff(infra))
+                budget = self.config.infra_retries
+                self._spend("infra", lost, budget, f"{what} lost its worker", error)
+                await asyncio.sleep(self.deadlines.backoff_s(lost))
             except WorkFailed as error:
-                data += 1
-                self.event(
-                    "work_failed",
-                    role=role,
-                    worker=slot.name(role),
-                    during=what,
-                    attempt=data,
-                    reason=str(error),
-                )
-                if data > self.config.data_retries:
-                    raise GivenUp(
-                        f"{what} failed {data} times (actors.data_retries "
-                        f"{self.config.data_retries}): {error}"
-                    ) from error
-                self.retries["data"] += 1
+                failed += 1
+                self._report("work_failed", role, slot.name(role), what, error, failed)
+                budget = self.config.data_retries
+                self._spend("data", failed, budget, f"{what} failed", error)
             finally:
+                # A closed slot goes back too: it wakes a caller, who then sees that it is closed.
                 self._idle[role].put_nowait(slot)
+
+    def _report(
+        self, event: str, role: str, worker: str, during: str, error: BaseException, attempt: int
+    ) -> None:
+        details = {"role": role, "worker": worker, "during": during, "attempt": attempt}
+        self.event(event, **details, reason=str(error))
+
+    def _spend(self, kind: str, times: int, budget: int, words: str, error: Exception) -> None:
+        """Counts a retry.
+
+        Raises:
+            GivenUp: the budget of retries of this kind is spent.
+        """
+        if times > budget:
+            raise GivenUp(
+                f"{words} {times} times (actors.{kind}_retries {budget}): {error}"
+            ) from error
+        self.retries[kind] += 1
 
     async def broadcast(
         self, role: str, what: str, method: str, *args: Any
     ) -> list[tuple[str, Any]]:
-        """Runs a method on every worker of a role; one that is lost meanwhile is replaced, and
-        prepared, instead.
+        """Runs a method on every worker of a role.
+
+        A worker that is lost meanwhile is replaced. Its replacement is prepared instead.
 
         Returns:
             (worker, answer) of those that were not lost.
         """
-
         calls = (self._send(slot, role, what, method, *args) for slot in self.worker_slots(role))
-        return [answer for answers in await asyncio.gather(*calls) for answer in answers]
+        responses = await asyncio.gather(*calls)
+        return [response for of_worker in responses for response in of_worker]
 
     def broadcast_when_idle(self, role: str, what: str, method: str, *args: Any) -> None:
-        """As :meth:`broadcast`, without waiting: each worker hears it after what it is doing now
-        and before anything it is called for later."""
+        """Broadcasts without waiting for the workers.
+
+        Each worker runs the method after its present call and before any later one.
+        """
         for slot in self.worker_slots(role):
             slot.pending_broadcast = asyncio.ensure_future(
                 self._after(slot.pending_broadcast, slot, role, what, method, *args)
@@ -258,18 +271,20 @@ class Supervisor:
         method: str,
         *args: Any,
     ) -> None:
+        # Broadcasts reach a worker in the order in which they were made: the newest weights last.
         if before is not None:
             await before
         try:
             await self._send(slot, role, what, method, *args)
         except (WorkFailed, BlobLost) as error:
+            # Weights that no worker can load do not get better by another incarnation.
             raise TrainingFailed(
                 f"{what} failed on {slot.name(role)} ({error}): see events.jsonl and the Ray logs, "
                 "then continue with --resume"
             ) from error
 
     def broadcasts(self) -> list[asyncio.Future[None]]:
-        """Those not heard yet, and those that failed where nobody was called afterwards."""
+        """Returns the broadcasts that are waiting, or that failed and that no call has awaited."""
         return [
             slot.pending_broadcast for _, slot in self._all() if slot.pending_broadcast is not None
         ]
@@ -281,9 +296,7 @@ class Supervisor:
         try:
             return [(name, await self.timed(method, what, slot, role, method, *args))]
         except WorkerLost as error:
-            self.event(
-                "actor_lost", role=role, worker=name, during=what, attempt=1, reason=str(error)
-            )
+            self._report("actor_lost", role, name, what, error, 1)
             await self._replace(role, slot, worker, str(error))
             return []
 
@@ -298,25 +311,25 @@ class Supervisor:
         blobs: int = 0,
         late: Callable[[Any], object] = lambda answer: None,
     ) -> Any:
-        """One call on one worker within its deadline. Past it the worker is killed: a hung CUDA
-        call cannot be cancelled.
+        """Makes one call on one worker within its deadline.
 
         Raises:
             WorkerLost: also for a missed deadline.
         """
         self._calls += 1
-        number, since, limit = self._calls, self.clock(), self.deadline_s(kind)
+        number, since, limit_s = self._calls, self.clock(), self.deadlines.limit_s(kind)
         self._under_way[number] = (what, slot.name(role), since)
         call = asyncio.ensure_future(slot.worker.call(method, *args, blobs=blobs))
         try:
-            done, _ = await asyncio.wait({call}, timeout=limit)
+            done, _ = await asyncio.wait({call}, timeout=limit_s)
             if not done:
-                call.add_done_callback(lambda finished: _show(finished, late))
+                call.add_done_callback(lambda finished: _pass_on(finished, late))
+                # Killed, not cancelled: a hung CUDA call cannot be cancelled.
                 slot.worker.kill()
-                raise WorkerLost(f"no answer within {limit:g} s, killed")
+                raise WorkerLost(f"no answer within {limit_s:g} s, killed")
             if call.cancelled():
-                # Not us: whoever ran it dropped it. Left alone, this would look like the end of the
-                # run itself.
+                # The executor dropped the call; this task was not cancelled. A CancelledError
+                # raised here would look like the end of the run itself.
                 raise WorkerLost("the call was dropped before it began")
             answer = call.result()
         except asyncio.CancelledError:
@@ -324,35 +337,8 @@ class Supervisor:
             raise
         finally:
             del self._under_way[number]
-        spent = self.clock() - since
-        self._usual_s[kind] = (
-            spent if kind not in self._usual_s else 0.8 * self._usual_s[kind] + 0.2 * spent
-        )
+        self.deadlines.record(kind, self.clock() - since)
         return answer
-
-    def deadline_s(self, kind: str) -> float:
-        """Longest wait for a call of this kind: what was configured until some have been timed,
-        then five times the usual."""
-        if kind == "start":
-            return self.config.start_timeout_s
-        # What may queue behind another call on the same worker has no usual duration.
-        queues = kind not in ("run", "score", "learn") or self.config.placement == "colocated"
-        if queues or kind not in self._usual_s:
-            return self.config.deadline_s
-        # A judge that hangs now and then has a usual duration that says nothing of how long it is
-        # waited for.
-        waits = self._judge_timeout_s if kind == "score" else 0.0
-        return min(
-            self.config.deadline_s,
-            max(SHORTEST_DEADLINE_S + waits, DEADLINE_FACTOR * self._usual_s[kind]),
-        )
-
-    def _backoff(self, failures: int) -> float:
-        return (
-            min(LONGEST_BACKOFF_S, self.config.backoff_s * 2 ** (failures - 2))
-            if failures > 1
-            else 0.0
-        )
 
     async def _next_idle(self, role: str) -> WorkerSlot:
         while True:
@@ -360,74 +346,74 @@ class Supervisor:
             if not slot.closed:
                 return slot
             if role in self._too_few:
-                # Nobody may be left who would wake the others that wait.
+                # Puts the closed slot back: it must wake the other callers that wait.
                 self._idle[role].put_nowait(slot)
                 raise TrainingFailed(self._too_few[role])
 
     async def _replace(self, role: str, slot: WorkerSlot, lost: Worker, reason: str) -> None:
-        """The next incarnation in a slot; nothing when somebody else has already replaced ``lost``.
+        """Puts the next incarnation into a slot, unless ``lost`` has been replaced already.
 
         Raises:
-            TrainingFailed: when the slot is given up and too few are left.
+            TrainingFailed: the slot is closed and too few are left.
         """
         async with self._replacing[role, slot.index]:
+            # Asked under the lock: another caller may have replaced the worker meanwhile.
             if slot.worker is not lost or slot.closed:
                 return
             while True:
+                # Also when it seems dead: a process beyond its deadline may still hold a GPU.
                 slot.worker.kill()
                 now = self.clock()
-                slot.kills = [then for then in slot.kills if now - then < QUARANTINE_WINDOW_S] + [
-                    now
-                ]
+                recent = [then for then in slot.kills if now - then < QUARANTINE_WINDOW_S]
+                slot.kills = [*recent, now]
                 if len(slot.kills) >= self.config.quarantine_after and role in self._minimum:
                     self._close(role, slot, reason)
                     return
-                slot.worker = self.executor.spawn(role, slot.index)
-                slot.incarnation += 1
                 try:
-                    await self.timed("start", f"start of {slot.name(role)}", slot, role, "ready")
-                    if role in self._prepare:
-                        await asyncio.wait_for(
-                            self._prepare[role](slot.worker), self.config.deadline_s
-                        )
-                    self.event("actor_replaced", role=role, worker=slot.name(role))
+                    await self._start_next(role, slot)
                     return
                 except (WorkerLost, WorkFailed, TimeoutError) as error:
-                    self.event(
-                        "actor_lost",
-                        role=role,
-                        worker=slot.name(role),
-                        during="replacement",
-                        attempt=1,
-                        reason=str(error),
-                    )
+                    self._report("actor_lost", role, slot.name(role), "replacement", error, 1)
                     reason = str(error)
-                    await asyncio.sleep(self._backoff(len(slot.kills)))
+                    await asyncio.sleep(self.deadlines.backoff_s(len(slot.kills)))
+
+    async def _start_next(self, role: str, slot: WorkerSlot) -> None:
+        """Spawns a slot's next incarnation, and brings it up to date."""
+        slot.worker = self.executor.spawn(role, slot.index)
+        slot.incarnation += 1
+        await self.timed("start", f"start of {slot.name(role)}", slot, role, "ready")
+        if role in self._prepare:
+            await asyncio.wait_for(self._prepare[role](slot.worker), self.config.deadline_s)
+        self.event("actor_replaced", role=role, worker=slot.name(role))
 
     def _close(self, role: str, slot: WorkerSlot, reason: str) -> None:
+        """Closes a slot for good.
+
+        Raises:
+            TrainingFailed: fewer slots than the minimum are left.
+        """
         slot.closed = True
-        left, least = len(self.worker_slots(role)), self._minimum[role]
+        left, minimum = len(self.worker_slots(role)), self._minimum[role]
         self.event(
             "seat_quarantined", role=role, worker=slot.name(role), kills=len(slot.kills), left=left
         )
-        if left < least:
+        if left < minimum:
             self._too_few[role] = (
                 f"{role} slot {slot.index} was lost {len(slot.kills)} times within "
                 f"{QUARANTINE_WINDOW_S / 60:g} minutes ({reason}); {left} "
                 f"of {len(self._slots[role])} {role} actors are left, fewer than actors.min_{role} "
-                f"{least}: see actor_lost in events.jsonl "
-                "and the Ray logs; a smaller group or a longer actors.deadline_s may help. "
-                "Continue with --resume."
+                f"{minimum}: see actor_lost in events.jsonl and the Ray logs; a smaller group or a "
+                "longer actors.deadline_s may help. Continue with --resume."
             )
             raise TrainingFailed(self._too_few[role])
 
     async def respawn(self, role: str) -> None:
-        """The next incarnation in every slot of a role at once: for workers that only work
-        together.
+        """Replaces every worker of a role at once, for workers that only work together.
 
         Raises:
-            WorkerLost: one of them did not come up.
+            WorkerLost: one of them did not start.
         """
+        # All are killed first: a survivor of the old group would wait in a collective with the new.
         for slot in self.worker_slots(role):
             slot.worker.kill()
         for slot in self.worker_slots(role):
@@ -441,14 +427,14 @@ class Supervisor:
         )
 
     def kill_all(self, roles: Sequence[str] | None = None) -> None:
-        """Ends every worker (of some roles) at once."""
+        """Ends every worker at once, or those of some roles."""
         for role, slot in self._all():
             if roles is None or role in roles:
                 slot.worker.kill()
 
 
-def _show(finished: asyncio.Future[Any], late: Callable[[Any], object]) -> None:
-    """A late answer, if it is one; the error of a killed worker is nobody's business any more."""
+def _pass_on(finished: asyncio.Future[Any], late: Callable[[Any], object]) -> None:
+    """Passes a late answer on. The error of a worker that was killed no longer matters."""
     with contextlib.suppress(
         asyncio.CancelledError, WorkerLost, WorkFailed, InputError, TrainingFailed
     ):

@@ -1,4 +1,4 @@
-"""The work of a run: the task of each slot of each update, and its work item.
+"""The work of a run: tasks of slots, and their work items.
 
 Everything follows from the position and the run's seed. A resumed run, another number of actors and
 a single process therefore do the same work.
@@ -27,6 +27,7 @@ class TaskCursor:
 
     def at(self, update: int, slot: int) -> tuple[EditTask, int]:
         """Returns the task, and its epoch: the number of times that it was used before."""
+        # Slots of all updates form one sequence, so a data set need not divide into updates.
         epoch, position = divmod(update * self._per_update + slot, len(self._dataset))
         if self._order[0] != epoch:
             # Only the newest order is kept: with a lag of one update, positions hardly go back.
