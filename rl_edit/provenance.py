@@ -1,4 +1,4 @@
-"""Provenance of a run: package versions, the hash of our sources, the machine.
+"""Provenance of a run: package versions, and the hash of our sources.
 
 Versions are compared between the machines of a run. The hash signs checkpoints.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "numpy", "safetensors")
 SOURCES = ("rl_edit", "actors", "learner")
@@ -45,19 +43,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             by_name[name] = "missing"
     return {**by_name, "rl-edit sources": code_sha256()[:12]}
-
-
-def hardware() -> dict[str, Any]:
-    """Describes this machine: architecture, CPU cores, GPUs."""
-    # Imported here: commands that only compare versions should start without torch.
-    import torch
-
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
-    }
 
 
 def differences(nodes: dict[str, dict[str, str]], here: dict[str, str]) -> list[str]:
