@@ -1,6 +1,7 @@
-"""How far masks that are found agree with true ones, on the built-in editor and world: writes benchmarks/results/automask.md.
+"""Measures the agreement of found masks with true ones; writes benchmarks/results/automask.md.
 
-Every setting sees the same edits of the same tasks. Defaults are chosen on training tasks and reported on held-out ones::
+On the built-in editor and world. Every setting sees the same edits of the same tasks. Defaults are
+chosen on training tasks and reported on held-out ones::
 
     python benchmarks/automask.py            # about a minute on one free core
 """
@@ -57,46 +58,43 @@ MEASURES = {
     "same_number": "as many places",
 }
 
+Observed = Sequence[tuple[Request, torch.Tensor, Observation]]
+"""Tasks with their true mask and the editor's edits."""
 
-Seen = Sequence[tuple[Request, torch.Tensor, Observation]]
-"""Tasks with their true mask and what was done with them."""
 
-
-def seen_of(
+def observe_split(
     editor: Editor, split: str, count: int, samples: int, num_steps: int
-) -> tuple[Seen, Seen]:
-    """Tasks of a split as the base editor edits them, and as an editor would that makes every edit right."""
+) -> tuple[Observed, Observed]:
+    """Observes tasks of a split under the base editor, and under one whose every edit is right."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "tasks"
         write_compbench((shapes.task(split, index) for index in range(count)), root)
-        found, ideal = [], []
-        for request in track(
-            open_requests(DataConfig(path=str(root))), description=f"{split} tasks"
-        ):
+        observed, ideal = [], []
+        requests = open_requests(DataConfig(path=str(root)))
+        for request in track(requests, description=f"{split} tasks"):
             assert isinstance(request, Row)
-            mask = torch.from_numpy(
-                read_mask(request.mask, polarity="edit_white", where=request.where).edit
-            )
+            masks = read_mask(request.mask, polarity="edit_white", where=request.where)
+            mask = torch.from_numpy(masks.edit)
             task = load(request, polarity="edit_white")
             assert isinstance(task, PairedTask)
-            seen = observe(editor, task, samples=samples, num_steps=num_steps, seed=0)
-            found.append((request, mask, seen))
+            observation = observe(editor, task, samples=samples, num_steps=num_steps, seed=0)
+            observed.append((request, mask, observation))
             right = (task.target.float() - task.source.float()).abs().mean(dim=2) / 255
-            ideal.append((request, mask, replace(seen, change=right)))
-    return found, ideal
+            ideal.append((request, mask, replace(observation, change=right)))
+    return observed, ideal
 
 
-def outcomes_of(seen: Seen, automask: MaskFinder) -> list[Outcome]:
+def outcomes_of(observed: Observed, finder: MaskFinder) -> list[Outcome]:
     outcomes = []
-    for request, mask, observation in seen:
-        found = automask(observation.change, observation.attention)
-        if isinstance(found, FoundRegions):
-            agreed = agreement(found.regions.any(dim=0), mask)
-            outcomes.append(
-                Outcome(request=request, regions=len(found.regions), refusal=None, agreement=agreed)
-            )
+    for request, mask, observation in observed:
+        result = finder(observation.change, observation.attention)
+        if isinstance(result, FoundRegions):
+            agreed = agreement(result.regions.any(dim=0), mask)
+            number = len(result.regions)
+            outcome = Outcome(request=request, regions=number, refusal=None, agreement=agreed)
         else:
-            outcomes.append(Outcome(request=request, regions=0, refusal=found, agreement=None))
+            outcome = Outcome(request=request, regions=0, refusal=result, agreement=None)
+        outcomes.append(outcome)
     return outcomes
 
 
@@ -113,14 +111,69 @@ def gain(before: Sequence[Outcome], after: Sequence[Outcome]) -> str:
 
 def cells(part: dict[str, Any]) -> str:
     """Measures of one summary, with their intervals."""
-    shown = [
-        f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if (v := part.get(name)) else ""
-        for name in MEASURES
-    ]
+    shown = [_cell(part.get(name)) for name in MEASURES]
     return " | ".join([str(part["found"]), str(part["not_found"]), *shown])
 
 
-def main() -> None:
+def _cell(interval: dict[str, Any] | None) -> str:
+    if not interval:
+        return ""
+    low, high = interval["low"], interval["high"]
+    # A single task has no interval.
+    return f"{interval['mean']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+
+
+def table(title: str, first_column: str) -> list[str]:
+    """Heading and head of a table of measures."""
+    columns = " | ".join(["found", "not found", *MEASURES.values()])
+    rule = "|---" * (3 + len(MEASURES)) + "|"
+    return ["", f"## {title}", "", f"| {first_column} | {columns} |", rule]
+
+
+def heldout_rows(heldout: Observed, ideal: Observed, choosing: Observed) -> list[str]:
+    """The settings of the headline by task type, and the gain of both sources over change."""
+    lines = []
+    for name, values in HEADLINE.items():
+        summary = summarise(outcomes_of(heldout, MaskFinder(**values)))
+        lines += [
+            f"| {name}{'' if kind == 'all' else f', {kind}'} | {cells(part)} |"
+            for kind, part in summary.items()
+        ]
+    change_only = MaskFinder(**HEADLINE["change only"])
+    bound = summarise(outcomes_of(ideal, change_only))["all"]
+    gains = [
+        gain(outcomes_of(observed, change_only), outcomes_of(observed, MaskFinder()))
+        for observed in (heldout, choosing)
+    ]
+    return [
+        *lines,
+        f"| change of the right edit | {cells(bound)} |",
+        "",
+        f"Both minus change only, IoU, paired: {gains[0]} on held-out tasks, {gains[1]} on "
+        "training tasks.",
+    ]
+
+
+def provenance(arguments: argparse.Namespace, num_steps: int, seconds: float) -> list[str]:
+    """Commit, machine, command and editor of the numbers."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    option = f" --editor {arguments.editor}" if arguments.editor != BUILTIN else ""
+    return [
+        f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
+        f"{os.cpu_count()} cores, torch {torch.__version__}. "
+        f"Command: `python benchmarks/automask.py{option}`.",
+        f"Editor `{arguments.editor}`, {arguments.samples} edits of every task, {num_steps} steps, "
+        f"{seconds:.2f} s a task on one thread. Brackets are 95 % bootstrap intervals over tasks; "
+        "rows without a found mask are counted, not averaged.",
+    ]
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--editor", default=BUILTIN)
     parser.add_argument(
@@ -131,71 +184,38 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "automask.md")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
     torch.set_num_threads(1)
     config = load_config(preset="tiny-rc-grpo", overrides=[f"editor.path={arguments.editor}"])
     editor, began = load_editor(config.editor), time.perf_counter()
     steps, num_choosing = config.rollout.num_steps, math.ceil(1.5 * arguments.tasks)
-    choosing, _ = seen_of(editor, "train", num_choosing, arguments.samples, steps)
-    heldout, ideal = seen_of(editor, "heldout", arguments.tasks, arguments.samples, steps)
+    choosing, _ = observe_split(editor, "train", num_choosing, arguments.samples, steps)
+    heldout, ideal = observe_split(editor, "heldout", arguments.tasks, arguments.samples, steps)
     seconds = (time.perf_counter() - began) / (len(choosing) + len(heldout))
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    head = " | ".join(["found", "not found", *MEASURES.values()])
-    rule = "|---" * (3 + len(MEASURES)) + "|"
     lines = [
         "# Masks that are found against true masks",
         "",
-        f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}. "
-        f"Command: `python benchmarks/automask.py{f' --editor {arguments.editor}' if arguments.editor != BUILTIN else ''}`.",
-        f"Editor `{arguments.editor}`, {arguments.samples} edits of every task, {steps} steps, {seconds:.2f} s a task on one thread. "
-        "Brackets are 95 % bootstrap intervals over tasks; rows without a found mask are counted, not averaged.",
-        "",
-        f"## {arguments.tasks} held-out tasks",
-        "",
-        f"| mask from | {head} |",
-        rule,
-    ]
-    for name, values in HEADLINE.items():
-        summary = summarise(outcomes_of(heldout, MaskFinder(**values)))
-        lines += [
-            f"| {name}{'' if kind == 'all' else f', {kind}'} | {cells(part)} |"
-            for kind, part in summary.items()
-        ]
-    bound = summarise(outcomes_of(ideal, MaskFinder(**HEADLINE["change only"])))["all"]
-    lines.append(f"| change of the right edit | {cells(bound)} |")
-    change_only = MaskFinder(**HEADLINE["change only"])
-    gains = [
-        gain(outcomes_of(seen, change_only), outcomes_of(seen, MaskFinder()))
-        for seen in (heldout, choosing)
-    ]
-    lines += [
-        "",
-        f"Both minus change only, IoU, paired: {gains[0]} on held-out tasks, {gains[1]} on training tasks.",
-    ]
-    lines += [
-        "",
-        f"## {num_choosing} training tasks: what chose the defaults",
-        "",
-        f"| changed from the default | {head} |",
-        rule,
+        *provenance(arguments, steps, seconds),
+        *table(f"{arguments.tasks} held-out tasks", "mask from"),
+        *heldout_rows(heldout, ideal, choosing),
+        *table(
+            f"{num_choosing} training tasks: what chose the defaults", "changed from the default"
+        ),
     ]
     for name, values in {"nothing": {}, **CHOICES}.items():
-        lines.append(
-            f"| {name} | {cells(summarise(outcomes_of(choosing, MaskFinder(**values)))['all'])} |"
-        )
+        summary = summarise(outcomes_of(choosing, MaskFinder(**values)))["all"]
+        lines.append(f"| {name} | {cells(summary)} |")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    reading = (
-        arguments.out.read_text().partition("\n## Reading\n")[2] if arguments.out.is_file() else ""
-    )
-    arguments.out.write_text(
-        "\n".join([*lines, ""]) + (f"\n## Reading\n{reading}" if reading else "")
-    )
-    print(arguments.out.read_text())
+    # What a person wrote under the numbers stays.
+    before = arguments.out.read_text() if arguments.out.is_file() else ""
+    reading = before.partition("\n## Reading\n")[2]
+    text = "\n".join([*lines, ""]) + (f"\n## Reading\n{reading}" if reading else "")
+    arguments.out.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class PatchConfig(EditorSettings):
     """Settings, as they stand under ``editor:``; ``kind`` is the path of this very class."""
 
     kind: Literal["own_editor:PatchConfig"] = "own_editor:PatchConfig"
+    # Shown in run.json and reports; a real family has its weights there.
     path: str = "own_editor"
     attention_layers: int = 0
     width: int = 32

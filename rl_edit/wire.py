@@ -34,6 +34,7 @@ different code.
 RECORDS = {
     record.__name__: record
     for record in (
+        # Reading makes objects of these classes and of no other, whatever a blob says.
         types.EditTask,
         types.PairedTask,
         types.RegionsTask,
@@ -96,6 +97,7 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
+    # The first of two that share memory is not copied; contiguous() copies views by itself.
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
@@ -115,6 +117,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             for f in fields(value)
         }
         return {"$record": type(value).__name__, "fields": content}
+    # Tagged, so that a mapping of the caller's cannot be taken for a record.
     if isinstance(value, dict):
         return {"$dict": {k: _flatten(item, f"{path}/{k}", tensors) for k, item in value.items()}}
     if isinstance(value, tuple | list):

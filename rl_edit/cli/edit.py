@@ -92,6 +92,7 @@ def _task(name: str, source: Tensor, instruction: str) -> EditTask:
 def _edited(editor: Editor, task: EditTask, *, steps: int, seed: int) -> Tensor:
     """Returns the edit of a task on its canvas, from the noise of ``seed``."""
     conditioning = editor.encode(task)
+    # Keyed: the same seed gives the same edit, on any machine that rounds alike.
     noise = NoiseSource(seed, "edit", 0).normal("edit", 0, editor.latent_shape(conditioning))
     final = denoise(
         lambda latents, sigma: editor.velocity(latents, sigma, conditioning),
@@ -107,6 +108,7 @@ def _editor_config(editor: str, adapter: Path | None, resolution: int | None) ->
 
     config = editor_config({"path": editor or BUILTIN})
     if adapter is not None and not editor:
+        # RUN/adapter and RUN/adapter/FILE both belong to RUN.
         run = (adapter if adapter.is_dir() else adapter.parent).parent
         if (run / "config.yaml").is_file():
             config = load_config(run / "config.yaml").editor

@@ -62,6 +62,7 @@ class Sampling:
     seed: int
 
 
+# Arguments and options of the command.
 Data = Annotated[
     str,
     typer.Argument(help="Directory or .jsonl file. Rows that have a mask measure the agreement."),
@@ -103,6 +104,7 @@ def find_masks_command(
     """Find the edit region of every row and write a dataset with masks."""
     changes = list(overrides or [])
     finder = mask_finder([c for c in changes if c.startswith(PREFIX)], attention_weight)
+    # As JSON, which is YAML: a path may hold characters that YAML would read.
     places = [f"data.path={json.dumps(data)}"]
     if editor:
         places.append(f"editor.path={json.dumps(editor)}")
@@ -194,6 +196,7 @@ def find_masks(
     editor, masks = load_editor(config.editor), FoundMasks(root)
     outcomes: list[Outcome] = []
     examples: dict[str, list[Example]] = defaultdict(list)
+    # So many of each type, in the order of the rows.
     share = math.ceil(EXAMPLES / len({request.task_type for request in requests}))
     columns = (
         TextColumn("{task.description}"),
@@ -243,6 +246,7 @@ def _found_row(
     refusal = result if isinstance(result, NotFound) else None
     regions = regions_at_size(result, source.shape[0], source.shape[1])
     true = _true_mask(request, config)
+    # Agreement of nothing with a mask would be 0 and pull the mean; such rows are counted apart.
     both = refusal is None and true is not None
     outcome = Outcome(
         request=request,
@@ -269,6 +273,7 @@ def mask_finder(changes: Sequence[str], attention_weight: float | None) -> MaskF
     Raises:
         InputError: an override is of no known key, or its value is refused.
     """
+    # Under the names as given: modern() renames old ones and refuses both at once.
     written: dict[str, Any] = {}
     for change in changes:
         key, separator, value = change.removeprefix(PREFIX).partition("=")
@@ -295,6 +300,7 @@ def mask_finder(changes: Sequence[str], attention_weight: float | None) -> MaskF
 def _example(row: _FoundRow) -> Example:
     """Draws a row: source, an edit, and both regions outlined on the source."""
     outcome, source = row.outcome, row.source.numpy()
+    # The found region last, so that it lies on top.
     outlined = [(row.true.numpy(), TRUE)] if row.true is not None else []
     if outcome.refusal is None:
         outlined.append((row.regions.any(dim=0).numpy(), FOUND))

@@ -98,6 +98,7 @@ def pretrain_command(
             sample_every=sample_every,
             snapshot_at=tuple(snapshot_at or ()),
         )
+    # pydantic names the field; here the user gave an option.
     except ValidationError as error:
         raise _refused(error) from error
     # Model libraries take seconds to import, and other verbs must not wait for them.

@@ -134,6 +134,7 @@ class MaskFinder(BaseModel):
             )
         score = self._score(smooth, attention)
         labels = labelled_regions(score > otsu(score.flatten()))
+        # Label 0 is the ground; sizes are shares of the area.
         sizes = labels.flatten().bincount(minlength=2)[1:] / labels.numel()
         counted = (sizes >= self.min_area).nonzero()[:, 0] + 1
         if not len(counted):
@@ -150,6 +151,7 @@ class MaskFinder(BaseModel):
         self, smooth: Float[Tensor, "height width"], attention: Float[Tensor, "rows columns"]
     ) -> Float[Tensor, "height width"]:
         """Returns s of the class docstring."""
+        # s = (1 - w) * c + w * a
         score = (1 - self.attention_weight) * self._scaled(smooth)
         if self.attention_weight == 0:
             return score

@@ -42,6 +42,8 @@ def _with_kind(value: Any) -> Any:
     if not isinstance(value, Mapping) or "kind" in value:
         return value
     path = value.get("path", BUILTIN)
+    # An editor on the hub is not asked here: reading a configuration must not need the network. A
+    # class that the first family does not train is refused by inspect_editor.
     pipeline = local_pipeline(path) if isinstance(path, str) else None
     family = next((f for f in FAMILIES if f.pipeline == pipeline), FAMILIES[0])
     return {"kind": family.model_fields["kind"].default, **value}
@@ -49,7 +51,9 @@ def _with_kind(value: Any) -> Any:
 
 EditorConfig = Annotated[
     FluxKontextConfig,
+    # A kind with a colon goes to the class that it names, which must offer EditorFamily.
     Plugin(where="editor", law=EditorFamily),
+    # The last annotation runs first: the kind must be there before the family is chosen.
     BeforeValidator(_with_kind),
 ]
 """Settings of an editor: a union over families, by ``kind``."""
@@ -96,6 +100,7 @@ def _require_trainable(config: EditorFamily) -> None:
     if not isinstance(config, FAMILIES):
         return  # a plugin knows by itself which editors are its own
     place = locate(config.path, config.revision)
+    # On the hub this downloads a few hundred bytes, which inspect and load need as well.
     index = place.read_json(INDEX)
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
     if pipeline != config.pipeline:

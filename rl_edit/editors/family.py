@@ -44,8 +44,10 @@ class EditorSettings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # The place of the weights.
     path: str = BUILTIN
     revision: str | None = None
+    # The numbers of every forward: they are the same in rollout and learner, or the ratio is not 1.
     resolution: int = Field(default=64, ge=16)
     micro_batch: int = Field(default=4, ge=1)
     attention_layers: int = Field(default=2, ge=0)
@@ -63,6 +65,8 @@ class EditorSettings(BaseModel):
 
     def evaluation_settings(self) -> dict[str, Any]:
         """Settings that an evaluation records and compares; None where the family has none."""
+        # The keys of evaluation.json. A family of yours that has settings beyond them puts them
+        # into identity().
         names = ("guidance", "true_cfg", "negative_prompt", "dtype", "max_text_tokens")
         return {name: getattr(self, name, None) for name in names}
 
@@ -89,6 +93,7 @@ class Editor(Protocol):
         pixels_per_token: as in :class:`EditorFacts`.
     """
 
+    # Read-only, so that a class may have a narrower type there.
     @property
     def config(self) -> EditorFamily: ...
 

@@ -62,6 +62,7 @@ class FluxKontextConfig(EditorSettings):
 
     pipeline: ClassVar[str] = "FluxKontextPipeline"
     kind: Literal["flux_kontext"] = "flux_kontext"
+    # 2.5 as in FLUX.1-Kontext's model card.
     guidance: float = Field(default=2.5, ge=0)
     true_cfg: float = Field(default=1.0, ge=1)
     negative_prompt: str = ""
@@ -97,6 +98,7 @@ class FluxKontextConfig(EditorSettings):
     def load(self) -> FluxKontextEditor:
         """Loads the stock pipeline and freezes it."""
         pipeline = _stock_pipeline(self, locate(self.path, self.revision))
+        # Resolved here and not in the configuration, which is read on machines without a GPU too.
         cuda = self.device == "auto" and torch.cuda.is_available()
         device = self.device if self.device != "auto" else "cuda" if cuda else "cpu"
         return FluxKontextEditor(pipeline.to(device), self)
@@ -143,7 +145,9 @@ class FluxKontextEditor:
         self.pixels_per_token: int = pipeline.vae_scale_factor * 2
         encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
         for module in (pipeline.transformer, *encoders):
+            # Adapters are attached later and take gradients of their own.
             module.requires_grad_(False).eval()
+        # Blocks are recomputed in the backward pass, with the same bits (tests/test_editor.py).
         if config.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         joint = [
@@ -184,6 +188,7 @@ class FluxKontextEditor:
         image = self.pipeline.image_processor.preprocess(Image.fromarray(task.source.cpu().numpy()))
         clean = self.pipeline._encode_vae_image(image.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(clean, 1, *clean.shape[1:])
+        # On the CPU: the record travels to other processes.
         encodings = {
             **self._text(task.instruction),
             "text_rows": self._instruction_rows(task.instruction),
@@ -209,6 +214,7 @@ class FluxKontextEditor:
 
     def _instruction_rows(self, instruction: str) -> Bool[Tensor, " text"]:
         """Marks the tokens of the instruction; all of them where it has none."""
+        # tokenizer_2 is T5's: its tokens are the text rows of the joint attention.
         tokenizer = self.pipeline.tokenizer_2
         length = self.config.max_text_tokens
         tokens = tokenizer(
@@ -265,6 +271,7 @@ class FluxKontextEditor:
         Raises:
             ValueError: a conditioning whose negative branch the guidance needs or leaves unread.
         """
+        # The result must have the bits that any other batch gives a row: fixed shapes do that.
         rows, size = len(latents), self.config.micro_batch
         shared = isinstance(conditioning, Conditioning)
         many = [conditioning] * rows if isinstance(conditioning, Conditioning) else conditioning
@@ -279,6 +286,7 @@ class FluxKontextEditor:
         for start in range(0, rows, size):
             # Past the last row, copies of it: every forward has the same shape.
             index = [min(start + i, rows - 1) for i in range(size)]
+            # One conditioning for all rows is packed once.
             if packed is None or not shared:
                 packed = self._packed([many[i] for i in index])
             out, mass = self._guided_forward(
@@ -300,9 +308,11 @@ class FluxKontextEditor:
         out, mass = self._forward(latents, sigma, packed, record=record)
         if packed.negative is not None:
             with torch.set_grad_enabled(
+                # Never on where the caller switched gradients off.
                 torch.is_grad_enabled() and not self.config.detach_negative
             ):
                 away, _ = self._forward(latents, sigma, packed.negative, record=False)
+            # velocity = negative + w * (positive - negative)
             out = away + self.config.true_cfg * (out - away)
         return out, mass
 
@@ -311,6 +321,7 @@ class FluxKontextEditor:
     ) -> tuple[Tensor, Tensor | None]:
         tokens = latents.shape[1]
         guidance = None
+        # FLUX.1-schnell and its like have no guidance embedding.
         settings: Any = self.transformer.config
         if settings.guidance_embeds:
             guidance = torch.full(
@@ -331,6 +342,7 @@ class FluxKontextEditor:
                 return_dict=False,
             )[0][:, :tokens]
         mass = torch.stack(masses).mean(dim=0) if masses else None
+        # fp32 from here on: the solver and every objective compute in it.
         return out.to(latents.device, torch.float32), mass
 
     def _packed(self, many: Sequence[Conditioning]) -> _Packed:
@@ -378,9 +390,11 @@ class FluxKontextEditor:
         for part in latents.split(self.config.micro_batch):
             part = part.to(self.device, self.dtype)
             spatial = self.pipeline._unpack_latents(part, height, width, factor)
+            # Inverts the normalisation of encode.
             spatial = (spatial / vae.config.scaling_factor) + vae.config.shift_factor
             decoded = vae.decode(spatial, return_dict=False)[0]
             pixels = self.pipeline.image_processor.postprocess(decoded, output_type="np")
+            # Rounded as the stock pipeline rounds; truncation would darken by half a level.
             images.append(torch.from_numpy((pixels * 255).round().astype(np.uint8)))
         return torch.cat(images)
 

@@ -45,6 +45,7 @@ class Location:
         """
         try:
             return json.loads(self._path(file).read_text())
+        # The hub raises errors of several libraries; each means that the file cannot be had.
         except Exception as error:
             raise self.unreachable(error) from error
 
@@ -76,6 +77,7 @@ def locate(path: str, revision: str | None = None) -> Location:
     Raises:
         InputError: there is nothing at the path, and it is no repository id.
     """
+    # A local directory comes first: ORG/NAME may be one, and then no network is needed.
     name = str(BUILTIN_WEIGHTS if path == BUILTIN else path)
     local = Path(name).is_dir()
     if path == BUILTIN and not local:
@@ -83,6 +85,7 @@ def locate(path: str, revision: str | None = None) -> Location:
             f"the built-in editor is missing at {name}: reinstall, or make it with: "
             f"rl-edit pretrain {name}"
         )
+    # ids have exactly one slash; everything else was meant as a path.
     if not local and (name.startswith((".", "/")) or name.count("/") != 1):
         raise InputError(
             f"no editor at {name}: give a directory written by save_pretrained, a Hugging Face id "
@@ -96,6 +99,7 @@ def local_pipeline(path: str) -> str | None:
     index = (BUILTIN_WEIGHTS if path == BUILTIN else Path(path)) / INDEX
     try:
         content = json.loads(index.read_text())
+    # Missing or damaged: loading says so, with what to do.
     except (OSError, ValueError):
         return None
     return content.get("_class_name") if isinstance(content, dict) else None

@@ -77,6 +77,7 @@ class LoraConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # As in CoCoEdit and DiffusionNFT.
     rank: int = Field(default=32, ge=1)
     alpha: float = Field(default=64, gt=0)
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS
@@ -120,6 +121,8 @@ def attach(
                 f"lora.targets {', '.join(config.targets)} fit no module of this editor: name "
                 f"suffixes of its linear layers ({', '.join(linear[:8])}, ...)"
             ) from error
+    # PEFT may make the adapter in the base's number format; an optimizer step in bf16 would round most
+    # updates away.
     set_active(transformer, True, adapter_name=adapter_name)
     for parameter in parameters(transformer, adapter_name=adapter_name):
         parameter.data = parameter.data.float()
@@ -159,6 +162,7 @@ def exported(named: Mapping[str, Tensor], *, adapter_name: str = POLICY) -> dict
 def digest(tensors: dict[str, Tensor]) -> str:
     """Hashes names, types, shapes and bytes, in name order (sha256)."""
     sha = hashlib.sha256()
+    # Names, types and shapes are hashed too: equal bytes of another shape are another adapter.
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
@@ -178,6 +182,7 @@ def load(transformer: nn.Module, weights: AdapterWeights, *, adapter_name: str =
     remedy = "Use the run's own editor and lora settings."
     try:
         result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=adapter_name)
+    # torch raises for shapes; missing and unexpected names are returned.
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{misfit} {reason} {remedy}") from error
@@ -203,6 +208,8 @@ def set_active(transformer: nn.Module, active: bool, *, adapter_name: str = POLI
         if isinstance(layer, BaseTunerLayer):
             if active:
                 layer.set_adapter([adapter_name])
+            # After set_adapter: it decides which adapter takes gradients, and this one whether any
+            # acts.
             layer.enable_adapters(enabled=active)
 
 
@@ -212,12 +219,14 @@ def save(directory: Path, weights: AdapterWeights, config: LoraConfig) -> None:
     diffusers resets alpha to the rank when the file carries no adapter metadata; ours always does.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    # Sets would be written in another order each time.
     settings = {
         PREFIX + key: sorted(value) if isinstance(value, set) else value
         for key, value in config.peft().to_dict().items()
     }
     metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
     tensors = {PREFIX + name: value for name, value in weights.tensors.items()}
+    # Each file appears complete or not at all. The note comes last and names the bytes.
     replace_file(directory / WEIGHTS_FILE, _sorted_header(save_tensors(tensors, metadata)))
     note: dict[str, Any] = {
         "step": weights.id.step,
@@ -261,12 +270,14 @@ def read(directory: Path) -> tuple[AdapterWeights, LoraConfig]:
     tensors = {
         name.removeprefix(PREFIX): value for name, value in raw.items() if name.startswith(PREFIX)
     }
+    # A is [rank, in], so its first side is the rank.
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight")]
     if not ranks:
         raise InputError(
             f"{path} holds no transformer LoRA (keys start with {next(iter(raw), '')!r}): "
             "train one with rl-edit train"
         )
+    # The name follows from the content, never from the note.
     sha = digest(tensors)
     step = _noted_step(path.parent / NOTE_FILE, path, sha)
     return AdapterWeights(id=AdapterId(step, sha), tensors=tensors), _config(metadata, ranks[0])

@@ -133,6 +133,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     together.
     """
     measured = [outcome for outcome in outcomes if isinstance(outcome.request, Row)]
+    # A request without a mask has nothing to agree with.
     parts = {"all": measured}
     for name in sorted({outcome.request.task_type for outcome in measured}):
         parts[name] = [outcome for outcome in measured if outcome.request.task_type == name]
@@ -144,6 +145,7 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     summary: dict[str, Any] = {"found": len(pairs), "not_found": len(outcomes) - len(pairs)}
     for name in MEASURES if pairs else ():
         values = [float(getattr(measured, name)) for _, measured in pairs]
+        # Rows of one image are not independent; the bootstrap draws images.
         groups = [group for group, _ in pairs]
         summary[name] = interval_json(bootstrap(values, seed=0, groups=groups))
     return summary

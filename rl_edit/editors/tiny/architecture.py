@@ -68,6 +68,7 @@ def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
+            # pooled_projection_dim of the transformer.
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=1,
@@ -86,6 +87,7 @@ def _t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
+            # joint_attention_dim of the transformer.
             d_model=64,
             d_kv=16,
             num_heads=4,
@@ -113,6 +115,7 @@ def _transformer() -> FluxTransformer2DModel:
         joint_attention_dim=64,
         pooled_projection_dim=32,
         guidance_embeds=True,
+        # Per head: 4 for source or target, 14 each for row and column; together attention_head_dim.
         axes_dims_rope=(4, 14, 14),
     )
     # Blocks that start as the identity (adaLN-zero, Peebles & Xie 2022, sec. 3.2) save about a

@@ -30,6 +30,7 @@ REPORTING = frozenset(
 )
 """Settings that change no weight, or that have one possible value."""
 
+# The text of the third stage. Line breaks are those of the card.
 FLAWS = (
     " The last stage learns from pairs with the flaws of machine-made ones, so what the editor does"
     " is a mixture\nthat its initial noise picks from: it edits, it leaves the image as it is, it"
@@ -38,8 +39,8 @@ FLAWS = (
 THIRD = (
     "3. {flawed_steps} steps more of the same with peak rate {flawed_lr:g} on flawed pairs: in a "
     "share of {failed_share:g} the edit did not\n   happen (the target is the source), in a share "
-    "of {cast_share:g} the target has a colour cast (channels shifted by up to\n   {cast_size:g} of "
-    "255).\n"
+    "of {cast_share:g} the target has a colour cast (channels shifted by up to\n   {cast_size:g} "
+    "of 255).\n"
 )
 EARLY = (
     "These are the averaged weights at transformer step {steps}, before the schedule of {total} "
@@ -113,6 +114,7 @@ def _measured(metrics: EditMetrics) -> dict[str, Any]:
 def _command(recipe: dict[str, Any]) -> str:
     """Returns the command that makes these weights again."""
     defaults = PretrainConfig()
+    # Settings at their default are left out, so the command of the shipped weights is bare.
     changed = {name: value for name, value in recipe.items() if value != getattr(defaults, name)}
     options = (f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
     return "rl-edit pretrain OUT" + "".join(options)

@@ -80,6 +80,7 @@ def encode_images(
     vae: AutoencoderKL, images: UInt8[Tensor, "batch height width 3"]
 ) -> Float[Tensor, "batch token channel"]:
     """Encodes images as the stock pipeline encodes a source: packed, normalised posterior modes."""
+    # The mode and not a sample: encoding must be deterministic, as in the stock pipeline.
     mode = vae.encode(pixels(images)).latent_dist.mode()
     return pack((mode - vae.config.shift_factor) * vae.config.scaling_factor)
 
@@ -97,10 +98,12 @@ def latent_tasks(
     Args:
         report: takes what is done, the chunks done and their total.
     """
+    # Images are drawn in chunks and only their latents stay in memory.
     chunk, num_tasks = 256, min(config.num_tasks, stage.steps * config.batch)
     starts = range(0, num_tasks, chunk)
     columns: dict[str, list[Tensor]] = {field.name: [] for field in fields(LatentTasks)}
     texts: list[str] = []
+    # A stream of its own, so that the texts are the same in both stages.
     writing = torch.Generator().manual_seed(config.seed)
     batches = ahead(starts, lambda start: draw(start, min(chunk, num_tasks - start), config))
     for step, tasks in enumerate(batches):
@@ -156,6 +159,7 @@ def _token_ids(
     Raises:
         InputError: a text does not fit. It would be learned cut.
     """
+    # Padding is read by the model: FLUX has no text mask.
     ids = tokenizer(texts, padding="max_length", max_length=length, truncation=False).input_ids
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) > length:

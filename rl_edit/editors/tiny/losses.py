@@ -93,5 +93,6 @@ def _noise_levels(count: int, shift: float, generator: torch.Generator) -> Tenso
     """Draws sigma: uniform or logit-normal in equal parts, then shifted (Esser et al. 2024)."""
     uniform = torch.rand(count, generator=generator)
     logit_normal = torch.sigmoid(torch.randn(count, generator=generator))
+    # Logit-normal favours the middle; the uniform half covers the ends.
     sigma = torch.where(torch.rand(count, generator=generator) < 0.5, uniform, logit_normal)
     return shift * sigma / (1 + (shift - 1) * sigma)

@@ -89,9 +89,11 @@ def measure(
     background: list[float] = []
     reconstruction: list[float] = []
     ceiling: list[float] = []
+    # In parts, because of memory. Noises are keyed by task, so the size changes no number.
     for start in range(0, num_tasks, 64):
         part = tasks[start : start + 64]
         edits = edit_images(pipeline, part, seed=config.seed)
+        # Reconstructions: the best that an editor with this autoencoder could do.
         targets, sources = (
             _reconstruct(pipeline.vae, torch.stack(images))
             for images in ([t.target for t in part], [t.source for t in part])
@@ -126,6 +128,7 @@ def sample_sheet(
         for task, edit in zip(tasks, edits, strict=True)
     ]
     sheet = Image.fromarray(torch.cat(columns, dim=1).numpy())
+    # Nearest, so that single pixels can be seen.
     return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST)
 
 

@@ -77,6 +77,7 @@ def pretrain(
             f"resolution({config.resolution}) is not that of the shapes world ({shapes.SIZE}), "
             f"which is all there is to learn from: set it to {shapes.SIZE}."
         )
+    # Within the directory that is made, so that two runs never share one.
     checkpoint = Checkpoint(folder=out / CHECKPOINT_DIR, config=config)
     with PretrainProgress(console or Console(), config.log_every) as progress:
         run = _Run(out=out, checkpoint=checkpoint, progress=progress, stop_after=stop_after)
@@ -120,6 +121,7 @@ class _Run:
             prefix = "vae."
             weights = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
             pipeline.vae.load_state_dict(weights)
+        # Always anew: it follows from the autoencoder alone, so no checkpoint needs it.
         _normalise_latents(pipeline.vae, config)
         stages = flow_stages(config)
         for flow_stage in stages[1:] if stage == "flawed" else stages:
@@ -142,8 +144,10 @@ class _Run:
             self.progress.step("vae", step + 1, config.vae_steps, loss.item())
             if self._checkpoint_is_due("vae", step + 1):
                 self.checkpoint.write("vae", step + 1, part.tensors())
+            # A test's way to be killed between two steps.
             if self.stop_after == ("vae", step + 1):
                 return False
+        # The later stages learn in the latents of this autoencoder, which therefore stays as it is.
         part.finish()
         vae.requires_grad_(False)
         return True
@@ -218,6 +222,7 @@ class Averaged:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # Bounds what one unusual batch may do.
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         # average <- decay * average + (1 - decay) * parameters
@@ -228,6 +233,7 @@ class Averaged:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Holds the module under its averaged weights, in eval mode, for the block."""
+        # The optimizer goes on from the live weights afterwards, as if nothing had been measured.
         live = [p.detach().clone() for p in self.parameters]
         self._set(self.average)
         self.module.eval()
@@ -326,6 +332,7 @@ def learning_rate(step: int, *, steps: int, peak: float) -> float:
 
     The warm-up is a tenth of the run, at most 200 steps.
     """
+    # At least one step, so that the first rate is never 0.
     warmup = max(1, min(200, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -61,6 +61,7 @@ class PretrainProgress:
             self._began[stage] = (time.monotonic(), done - 1)
             self._bars[stage] = self._progress.add_task(stage, total=total, loss="")
             self._mean = loss
+        # Over about 50 steps: a single loss says mostly which noise levels were drawn.
         self._mean += 0.02 * (loss - self._mean)
         shown = "" if math.isnan(self._mean) else f"loss {self._mean:.4f}"
         self._progress.update(self._bars[stage], completed=done, loss=shown)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 VAE_WIDTHS = (16, 32, 48)
+# The VAE halves the sides between its widths; packing halves them once more.
 PIXELS_PER_TOKEN = 2 ** (len(VAE_WIDTHS) - 1) * 2
 LATENT_CHANNELS = 4
 CHECKPOINT_DIR = ".pretrain"
