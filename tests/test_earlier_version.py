@@ -226,3 +226,19 @@ def test_a_run_of_the_version_before_is_reported_and_compared(
     assert "not in the total" not in " ".join(comparison["notes"])
     delta = json.loads((EARLIER / "run" / "evaluation.json").read_text())["delta"]["reward"]
     assert arm["gain"]["reward"]["mean"] == pytest.approx(delta["mean"])
+
+
+def test_a_renamed_setting_of_every_reward_is_found_under_its_old_name() -> None:
+    term = {"kind": "editscore", "readout": "expected"}
+    settings = {"rewards": {"a": term, "b": {"kind": "composite", "of": term}, "c": None}}
+    renamed_term = {"kind": "editscore", "score_from": "expected"}
+    assert modern(settings) == {
+        "rewards": {
+            "a": renamed_term,
+            "b": {"kind": "composite", "of": renamed_term},
+            "c": None,
+        }
+    }
+    # A class of the user's has keys of its own.
+    own = {"rewards": {"a": {"kind": "my_rewards:Term", "readout": "x"}}}
+    assert modern(own) == own

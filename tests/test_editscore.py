@@ -40,8 +40,7 @@ from rl_edit.errors import InputError
 from rl_edit.rewards import score_candidates
 from rl_edit.rewards.composite import Composite
 from rl_edit.rewards.vlm.backends import OpenAI, Token
-from rl_edit.rewards.vlm.composition import overall
-from rl_edit.rewards.vlm.editscore import EditScore
+from rl_edit.rewards.vlm.editscore import EditScore, overall
 from rl_edit.rewards.vlm.expected_score import expected_scores
 from rl_edit.rewards.vlm.prompts import (
     Unreadable,
@@ -523,7 +522,8 @@ def test_a_transport_without_a_kind_is_over_http_and_one_without_probabilities_o
     assert isinstance(term.transport, OpenAI) and EditScore(**term.model_dump()) == term
     with pytest.raises(ValidationError, match="does not give them"):
         EditScore(
-            transport={"kind": "editscore", "backbone": "qwen3vl", "path": "p"}, readout="expected"
+            transport={"kind": "editscore", "backbone": "qwen3vl", "path": "p"},
+            score_from="expected",
         )
 
 
@@ -694,7 +694,7 @@ def test_expected_scores_travel_from_the_endpoint_into_the_score(judge_server: S
         {"]}": 1.0},
     ]
     judge = judge_server(lambda body, number: (200, completion(text, tokens=places)))
-    (score,) = client(judge, score_range=9, readout="expected").score(small_group(1))
+    (score,) = client(judge, score_range=9, score_from="expected").score(small_group(1))
     assert all(body["logprobs"] is True for body in judge.requests)
     assert score.value == pytest.approx(6 * 10 / 9) and score.components["mass"] == pytest.approx(
         1.0
@@ -705,7 +705,9 @@ def test_expected_scores_travel_from_the_endpoint_into_the_score(judge_server: S
 def test_an_endpoint_that_withholds_probabilities_gives_no_expected_score(
     judge_server: Serve,
 ) -> None:
-    (score,) = client(judge_server(good_reply), readout="expected", retries=0).score(small_group(1))
+    (score,) = client(judge_server(good_reply), score_from="expected", retries=0).score(
+        small_group(1)
+    )
     assert score.value is None and "do not spell" in score.reason
 
 

@@ -30,8 +30,7 @@ from rl_edit.rewards.concentration import Concentration
 from rl_edit.rewards.custom import PythonReward
 from rl_edit.rewards.preservation import Preservation
 from rl_edit.rewards.shapes_judge import ShapesJudge
-from rl_edit.rewards.vlm.composition import overall
-from rl_edit.rewards.vlm.editscore import EditScore
+from rl_edit.rewards.vlm.editscore import EditScore, overall
 from rl_edit.scores import RegionScores
 from rl_edit.types import Advantages, Candidates, EditTask, PairedTask, RewardTable, Score
 
@@ -913,3 +912,9 @@ def test_a_python_reward_declares_an_ordered_range_and_its_requirements() -> Non
         python_reward(low=1.0, high=1.0)
     with pytest.raises(InputError, match="needs the field caption"):
         available([python_reward(requires={"caption"})], {"target"})
+
+
+def test_a_renamed_setting_changes_no_stored_hash() -> None:
+    """Evaluations of the version before name this reward by this hash."""
+    transport = {"base_url": "http://h/v1", "model": "m"}
+    assert EditScore(transport=transport).sha256().startswith("2db668cb8f9de808")

@@ -259,19 +259,21 @@ def group() -> Candidates:
     )
 
 
-@pytest.mark.parametrize("readout", ["text", "expected"])
+@pytest.mark.parametrize("score_from", ["text", "expected"])
 @pytest.mark.parametrize("term", [EditScore, RegionJudge])
 def test_rewards_run_on_a_real_model_and_are_valid_under_a_schema(
-    judge_path: str, term: Any, readout: str
+    judge_path: str, term: Any, score_from: str
 ) -> None:
     transport = {"kind": "transformers", "path": judge_path, "device": "cpu", "json_schema": True}
     # A random model spreads its probability over all bytes: almost none is on numbers.
     reward = term(
-        transport=transport, max_tokens=110, score_range=9, readout=readout, min_mass=1e-6
+        transport=transport, max_tokens=110, score_range=9, score_from=score_from, min_mass=1e-6
     )
     table = score_candidates([reward], group(), group_id="w")
     assert table.valid.all(), table.reasons
-    strict = term(transport=transport, max_tokens=110, score_range=9, readout="expected", retries=0)
+    strict = term(
+        transport=transport, max_tokens=110, score_range=9, score_from="expected", retries=0
+    )
     assert (
         "of the probability is on known numbers"
         in score_candidates([strict], group(), group_id="w").reasons[0]

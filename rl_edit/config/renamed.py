@@ -19,6 +19,8 @@ from rl_edit.errors import InputError
 class RenamedKey:
     """A key of a section that has another name now.
 
+    A ``*`` in ``section`` stands for every entry, such as every reward of a run.
+
     Example:
         ``RenamedKey(section=("train",), old="rows", new="states_per_forward")``
     """
@@ -34,16 +36,18 @@ class RenamedKey:
 
     def apply(self, settings: dict[str, Any], context: Mapping[str, Any]) -> bool:
         """Renames the key in ``settings``. Returns False when it is not there."""
-        section = _section(settings, self.section)
-        if section is None or self.old not in section or _is_plugin(section, context, self.section):
-            return False
-        if self.new in section:
-            raise _both(self.hint, _dotted(self.section, self.new))
-        # The key stays in its place, so that a configuration keeps its order.
-        entries = [(self.new if key == self.old else key, value) for key, value in section.items()]
-        section.clear()
-        section.update(entries)
-        return True
+        renamed = False
+        for path, section in _sections(settings, self.section):
+            if self.old not in section or _is_plugin(section, context, path):
+                continue
+            if self.new in section:
+                raise _both(self.hint, _dotted(path, self.new))
+            # The key stays in its place, so that a configuration keeps its order.
+            entries = [(self.new if key == self.old else key, v) for key, v in section.items()]
+            section.clear()
+            section.update(entries)
+            renamed = True
+        return renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,8 @@ RENAMED: tuple[RenamedKey | RenamedKind, ...] = (
     RenamedKey(section=("mask",), old="most", new="max_regions"),
     RenamedKey(section=("mask",), old="smallest", new="min_area"),
     RenamedKey(section=("mask",), old="largest", new="max_area"),
+    RenamedKey(section=("rewards", "*"), old="readout", new="score_from"),
+    RenamedKey(section=("rewards", "*", "of"), old="readout", new="score_from"),
     RenamedKind(section=_OBJECTIVE, old="background_anchored", new="background_regularised"),
     RenamedKind(
         section=(*_OBJECTIVE, "inner"), old="background_anchored", new="background_regularised"
@@ -152,6 +158,21 @@ def modern_name(name: str) -> str:
     """A dotted name under its present name."""
     path, _ = modern_override(tuple(name.split(".")), None, context={}, note=print_once)
     return ".".join(path)
+
+
+def _sections(
+    settings: Mapping[str, Any], path: tuple[str, ...], before: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Lists the sections that a path with ``*`` matches, with their own paths."""
+    if not path:
+        return [(before, settings)] if isinstance(settings, dict) else []
+    names = list(settings) if path[0] == "*" else [path[0]]
+    return [
+        match
+        for name in names
+        if isinstance(node := settings.get(name), Mapping)
+        for match in _sections(node, path[1:], (*before, name))
+    ]
 
 
 def _section(settings: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:

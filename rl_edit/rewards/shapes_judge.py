@@ -19,7 +19,7 @@ from rl_edit.errors import InputError
 from rl_edit.measures.pixels import gaussian_mean, unit_range
 from rl_edit.method.regions import labelled_regions
 from rl_edit.rewards.term import RewardTerm, Sides
-from rl_edit.rewards.vlm.composition import overall
+from rl_edit.rewards.vlm.editscore import overall
 from rl_edit.scores import RegionScores
 from rl_edit.types import Candidates, PairedTask, RegionsTask, Score
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rl_edit.errors import InputError
 from rl_edit.rewards.cache import content_sha256
+from rl_edit.rewards.first_names import FIRST_NAMES
 from rl_edit.types import Candidates, Score
 
 OPERATIONAL = frozenset(
@@ -160,9 +161,8 @@ class RewardTerm(BaseModel, ABC):
 
     def sha256(self) -> str:
         """Hashes what the term's share in the reward follows from: its scores and its weight."""
-        return hashlib.sha256(
-            json.dumps({**self.fingerprint(), "weight": self.weight}, sort_keys=True).encode()
-        ).hexdigest()
+        content = _under_first_names({**self.fingerprint(), "weight": self.weight})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def reseeded(self) -> Self:
         """Copies the term with other random numbers; itself where it has no seed."""
@@ -181,6 +181,14 @@ def source_sha256(module_name: str) -> str:
     """Hashes the source of a module; "" where it has no file."""
     module = importlib.import_module(module_name)
     return content_sha256(module.__file__) if module.__file__ else ""
+
+
+def _under_first_names(settings: Any) -> Any:
+    if isinstance(settings, dict):
+        return {
+            FIRST_NAMES.get(key, key): _under_first_names(value) for key, value in settings.items()
+        }
+    return settings
 
 
 def _without(settings: Any, left_out: frozenset[str]) -> Any:

@@ -1,7 +1,8 @@
-"""EditScore (arXiv 2509.23909): a vision-language model answers two questions about an edit with two numbers each."""
+"""EditScore (arXiv 2509.23909): two questions about an edit, two numbers for each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import ClassVar, Literal
@@ -11,18 +12,35 @@ from torch import Tensor
 
 from rl_edit.rewards.term import Sides
 from rl_edit.rewards.vlm.backends.editscore_package import upstream_prompts
-from rl_edit.rewards.vlm.composition import overall
-from rl_edit.rewards.vlm.judge_reward import Asked, JudgeReward, mean_of
+from rl_edit.rewards.vlm.judge_reward import JudgeQuestion, JudgeReward, mean_of
 from rl_edit.rewards.vlm.prompts import consistency_question, pair_schema, quality_question
 from rl_edit.types import EditTask, Score
 
 
+def overall(sc: Sequence[float], pq: Sequence[float]) -> float:
+    """Composes sub-scores: ``sqrt(min(sc) * min(pq))``, in their unit (EditScore, after VIEScore).
+
+    Args:
+        sc: semantic consistency: instruction followed, not over-edited.
+        pq: perceptual quality: natural, free of artefacts.
+    """
+    if any(not math.isfinite(score) or score < 0 for score in (*sc, *pq)):
+        raise ValueError(
+            f"sub-scores must be finite and not negative, got SC {list(sc)} and PQ {list(pq)}"
+        )
+    # The weakest sub-score decides: a perfect image of the wrong edit is worth nothing.
+    return math.sqrt(min(sc) * min(pq))
+
+
 class EditScore(JudgeReward):
-    """``sqrt(min(SC) * min(PQ))`` scaled to 0..10, the mean over passes. One failed pass makes the candidate invalid.
+    """Scores ``sqrt(min(SC) * min(PQ))`` on 0..10, the mean over passes.
+
+    One failed pass makes the candidate invalid.
 
     Attributes:
-        prompt: "ours" is worded here after EditScore's rubric; "upstream" is the installed ``editscore`` package's, word for word.
-        pq_images: what the quality question shows. EditScore's own single and batch code differ in this.
+        prompt: "ours" is worded here after EditScore's criteria; "upstream" is that of the
+            installed ``editscore`` package, word for word.
+        pq_images: images of the quality question. EditScore's single and batch code differ here.
     """
 
     kind: Literal["editscore"] = "editscore"
@@ -35,7 +53,7 @@ class EditScore(JudgeReward):
 
     def questions(
         self, task: EditTask, edited: UInt8[Tensor, "height width 3"]
-    ) -> tuple[Asked, ...]:
+    ) -> tuple[JudgeQuestion, ...]:
         both = self.pq_images == "both"
         if self.prompt == "upstream":
             consistency, quality = upstream_prompts(self.score_range)
@@ -45,8 +63,10 @@ class EditScore(JudgeReward):
             quality = quality_question(self.score_range, both=both)
         schema = pair_schema(self.score_range)
         return (
-            Asked(name="SC", images=(task.source, edited), prompt=consistency, schema=schema),
-            Asked(
+            JudgeQuestion(
+                name="SC", images=(task.source, edited), prompt=consistency, schema=schema
+            ),
+            JudgeQuestion(
                 name="PQ",
                 images=(task.source, edited) if both else (edited,),
                 prompt=quality,
@@ -55,7 +75,10 @@ class EditScore(JudgeReward):
         )
 
     def combined(self, passes: Sequence[Sequence[tuple[float, ...]]]) -> Score:
-        """Components, each 0..10 and a mean over passes: ``prompt_following, consistency, naturalness, artefacts, SC, PQ``."""
+        """Averages over the passes.
+
+        Components, each 0..10: ``prompt_following, consistency, naturalness, artefacts, SC, PQ``.
+        """
         parts = [
             {
                 "prompt_following": sc[0],

@@ -1,4 +1,8 @@
-"""What every term that asks a language model has in common: whom it asks, how often, and that an answer is read or there is none."""
+"""The base of all terms that ask a vision-language model.
+
+It puts the questions, repeats those without a readable answer, and turns answers into scores. A
+question without an answer leaves the candidate without a score.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,12 @@ _LONGEST_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One question about one candidate, put once a pass. ``name`` stands in reasons."""
+class JudgeQuestion:
+    """One question about one candidate, put once per pass.
+
+    Attributes:
+        name: appears in the reasons of missing scores.
+    """
 
     name: str
     images: tuple[UInt8[Tensor, "height width 3"], ...]
@@ -37,7 +45,11 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The numbers of an answer, in its schema's order, and the probability they rest on (1 unless expected)."""
+    """The numbers of an answer, in the order of its schema.
+
+    Attributes:
+        mass: the probability they rest on; 1 for numbers read from the text.
+    """
 
     scores: tuple[float, ...]
     mass: float = 1.0
@@ -45,7 +57,11 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a question has no answer, and whether asking again cannot help."""
+    """A question without an answer.
+
+    Attributes:
+        final: another attempt cannot help.
+    """
 
     status: Status
     reason: str
@@ -53,25 +69,29 @@ class Failure:
 
 
 class JudgeReward(RewardTerm):
-    """An answer that cannot be read is asked for again with a new seed; when that does not help, the candidate has no score.
+    """Scores candidates by the numbers in a judge's answers.
+
+    An answer that cannot be read is requested again with a new seed. When that does not help, the
+    candidate has no score.
 
     Attributes:
-        transport: who is asked, and how. Its ``kind`` may be left out: openai.
-        num_pass: how often each question is asked; the passes differ by seed.
+        transport: the model, and how it is reached. Its ``kind`` may be left out: openai.
+        num_pass: how often each question is put; the passes differ by seed.
         score_range: top of the judge's scale; EditScore's models were trained on 0..25.
-        readout: "text" takes the numbers the judge wrote; "expected" their expectation under its token probabilities (``readout.py``).
+        score_from: "text" takes the numbers of the answer; "expected" takes their expectation under
+            its token probabilities (``expected_score.py``).
         min_mass: share of probability an expected score must rest on.
-        temperature, top_p, top_k, max_tokens: sampling, as EditScore's local backends set it. ``top_k`` is no field of
-            OpenAI's API: None leaves it out.
+        temperature, top_p, top_k, max_tokens: sampling, as EditScore's local backends set it.
+            ``top_k`` is no field of OpenAI's API: None leaves it out.
         seed: of the first pass; later passes and retries count up from it.
         retries: further attempts after a failed one, each with a new seed.
-        backoff_s: wait before asking again for an answer that did not come; doubles.
+        backoff_s: wait before a missing answer is requested again; doubles.
     """
 
     transport: JudgeTransport
     num_pass: int = Field(default=1, ge=1)
     score_range: int = Field(default=25, ge=1)
-    readout: Literal["text", "expected"] = "text"
+    score_from: Literal["text", "expected"] = "text"
     min_mass: float = Field(default=0.8, gt=0, le=1)
     temperature: float = Field(default=0.7, ge=0)
     top_p: float = Field(default=0.9, gt=0, le=1)
@@ -89,21 +109,23 @@ class JudgeReward(RewardTerm):
 
     @field_validator("transport", mode="before")
     @classmethod
-    def _over_http_unless_said(cls, transport: Any) -> Any:
+    def _over_http_by_default(cls, transport: Any) -> Any:
         return {"kind": "openai", **transport} if isinstance(transport, dict) else transport
 
     @model_validator(mode="after")
-    def _probabilities_are_offered(self) -> JudgeReward:
-        if self.readout == "expected" and not self.transport.offers_logprobs:
+    def _require_probabilities(self) -> JudgeReward:
+        if self.score_from == "expected" and not self.transport.offers_logprobs:
             raise InputError(
-                f"readout(expected) needs the probabilities of tokens and transport({self.transport.kind}) does not give them. "
-                "Use 'readout: text' or another transport."
+                "score_from(expected) needs the probabilities of tokens and "
+                f"transport({self.transport.kind}) does not give them. "
+                "Use 'score_from: text' or another transport."
             )
         return self
 
     def judge_timeout_s(self, num_candidates: int) -> float:
         if not isinstance(self.transport, OpenAI):
             return 0.0
+        # Requests beyond ``concurrency`` wait for a free slot, so timeouts add up in waves.
         waves = math.ceil(
             num_candidates * self.num_questions * self.num_pass / self.transport.concurrency
         )
@@ -124,81 +146,95 @@ class JudgeReward(RewardTerm):
     @abstractmethod
     def questions(
         self, task: EditTask, edited: UInt8[Tensor, "height width 3"]
-    ) -> tuple[Asked, ...]:
-        """What is asked about one candidate."""
+    ) -> tuple[JudgeQuestion, ...]:
+        """Builds the questions about one candidate; ``num_questions`` of them."""
 
     @abstractmethod
     def combined(self, passes: Sequence[Sequence[tuple[float, ...]]]) -> Score:
-        """The score of one candidate from its answers, each scaled to 0..10: by pass, then in the order of the questions."""
+        """Combines the answers about one candidate into its score.
+
+        Args:
+            passes: numbers scaled to 0..10, by pass and then in the order of the questions.
+        """
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        with ThreadPoolExecutor(
-            1
-        ) as thread:  # a loop of its own, also when the caller already runs one
+        # A thread has an event loop of its own, even when the caller already runs one.
+        with ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, self._score(candidates)).result()
 
     async def _score(self, candidates: Candidates) -> tuple[Score, ...]:
-        asked = [self.questions(candidates.task, image) for image in candidates.images]
-        # Passes of one question, then questions of one candidate: what follows shares the longest prefix with what went before.
-        answers = iter(
-            await self._answers(
-                [(one, number) for each in asked for one in each for number in range(self.num_pass)]
-            )
-        )
+        by_candidate = [self.questions(candidates.task, image) for image in candidates.images]
+        # Passes of one question are neighbours, then questions of one candidate: each request
+        # shares the longest prefix with the one before it, which servers cache.
+        requests = [
+            (question, number)
+            for questions in by_candidate
+            for question in questions
+            for number in range(self.num_pass)
+        ]
+        results = iter(await self._request_all(requests))
         return tuple(
-            self._scored(each, [[next(answers) for _ in range(self.num_pass)] for _ in each])
-            for each in asked
+            self._scored(
+                questions, [[next(results) for _ in range(self.num_pass)] for _ in questions]
+            )
+            for questions in by_candidate
         )
 
     def _scored(
-        self, asked: Sequence[Asked], answers: Sequence[Sequence[Answer | Failure]]
+        self, questions: Sequence[JudgeQuestion], results: Sequence[Sequence[Answer | Failure]]
     ) -> Score:
         scaled: list[list[tuple[float, ...]]] = [[] for _ in range(self.num_pass)]
         masses: list[float] = []
-        for one, passes in zip(asked, answers, strict=True):
-            for number, answer in enumerate(passes, start=1):
-                if isinstance(answer, Failure):
-                    return Score(
-                        value=None,
-                        reason=f"{one.name} of pass {number}: {answer.reason}",
-                        status=answer.status,
-                    )
-                masses.append(answer.mass)
+        for question, passes in zip(questions, results, strict=True):
+            for number, result in enumerate(passes, start=1):
+                # One missing answer costs the candidate: a mean over fewer passes or questions
+                # would not compare with the others of its group.
+                if isinstance(result, Failure):
+                    reason = f"{question.name} of pass {number}: {result.reason}"
+                    return Score(value=None, reason=reason, status=result.status)
+                masses.append(result.mass)
                 scaled[number - 1].append(
-                    tuple(score * 10 / self.score_range for score in answer.scores)
+                    tuple(score * 10 / self.score_range for score in result.scores)
                 )
         score = self.combined(scaled)
-        mass = {"mass": min(masses)} if self.readout == "expected" else {}
+        mass = {"mass": min(masses)} if self.score_from == "expected" else {}
         return replace(score, components={**score.components, **mass})
 
-    async def _answers(self, asked: Sequence[tuple[Asked, int]]) -> list[Answer | Failure]:
-        """One answer a question and pass: all are asked, then those without an answer again, together, with new seeds."""
-        answers: dict[int, Answer | Failure] = {}
-        open_questions = list(range(len(asked)))
+    async def _request_all(
+        self, requests: Sequence[tuple[JudgeQuestion, int]]
+    ) -> list[Answer | Failure]:
+        """Requests an answer to every question and pass.
+
+        Those without one are requested again, together and with new seeds.
+        """
+        results: dict[int, Answer | Failure] = {}
+        pending = list(range(len(requests)))
         for attempt in range(self.retries + 1):
             replies = await self.transport.ask(
-                [self._question(*asked[row], attempt) for row in open_questions]
+                [self._question(*requests[row], attempt) for row in pending]
             )
-            for row, reply in zip(open_questions, replies, strict=True):
-                answers[row] = self._read(asked[row][0], reply, attempt)
+            for row, reply in zip(pending, replies, strict=True):
+                results[row] = self._read(requests[row][0], reply, attempt)
             unanswered = [
                 (row, reply)
-                for row, reply in zip(open_questions, replies, strict=True)
-                if _worth_repeating(answers[row])
+                for row, reply in zip(pending, replies, strict=True)
+                if _worth_repeating(results[row])
             ]
-            open_questions = [row for row, _ in unanswered]
-            if not open_questions or attempt == self.retries:
+            pending = [row for row, _ in unanswered]
+            if not pending or attempt == self.retries:
                 break
+            # An unreadable answer is requested again at once; only a silent server needs a pause.
             if missing := [reply for _, reply in unanswered if reply.status != "ok"]:
                 wait_s = max(self.backoff_s * 2**attempt, *(reply.wait_s for reply in missing))
                 await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
-        return [answers[row] for row in range(len(asked))]
+        return [results[row] for row in range(len(requests))]
 
-    def _question(self, asked: Asked, number: int, attempt: int) -> Question:
+    def _question(self, question: JudgeQuestion, number: int, attempt: int) -> Question:
         return Question(
-            images=asked.images,
-            prompt=asked.prompt,
-            # Passes take consecutive seeds and each retry a fresh block of them, so no request repeats another's.
+            images=question.images,
+            prompt=question.prompt,
+            # Passes take consecutive seeds and each retry a fresh block of them, so no request
+            # repeats another's.
             seed=self.seed + number + self.num_pass * attempt,
             sampling=Sampling(
                 temperature=self.temperature,
@@ -206,11 +242,11 @@ class JudgeReward(RewardTerm):
                 top_k=self.top_k,
                 max_tokens=self.max_tokens,
             ),
-            schema=asked.schema,
-            want_logprobs=self.readout == "expected",
+            schema=question.schema,
+            want_logprobs=self.score_from == "expected",
         )
 
-    def _read(self, asked: Asked, reply: Reply, attempt: int) -> Answer | Failure:
+    def _read(self, question: JudgeQuestion, reply: Reply, attempt: int) -> Answer | Failure:
         attempts = f"(after {attempt + 1} attempt{'s' if attempt else ''})"
         if reply.status != "ok":
             status: Status = "invalid" if reply.status == "unreachable" else reply.status
@@ -218,11 +254,12 @@ class JudgeReward(RewardTerm):
         try:
             if not reply.finished:
                 raise Unreadable("the answer was cut off at max_tokens")
-            said = scores_in(reply.text, asked.schema)
-            if self.readout == "text":
-                return Answer(scores=said)
+            # Also for expected scores: an answer of the wrong form has none.
+            scores = scores_in(reply.text, question.schema)
+            if self.score_from == "text":
+                return Answer(scores=scores)
             expected = expected_scores(
-                reply.tokens, said, top=self.score_range, min_mass=self.min_mass
+                reply.tokens, scores, top=self.score_range, min_mass=self.min_mass
             )
             return Answer(scores=expected.scores, mass=expected.mass)
         except Unreadable as error:
@@ -237,5 +274,5 @@ def _worth_repeating(answer: Answer | Failure) -> bool:
 
 
 def mean_of(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each part's mean over passes."""
+    """Averages each part over the passes."""
     return {name: fmean(part[name] for part in parts) for name in parts[0]}

@@ -1,7 +1,8 @@
-"""The region judge: every region of an edit and its background, scored by a vision-language model in one request.
+"""Scores every region of an edit and its background with a vision-language model, in one request.
 
-After the reward of SpatialFlow-GRPO (arXiv 2606.26872), whose judge is a model tuned for it. An untuned model's region scores are
-weak (two-valued, and little different when pictures are withheld): audit before training, and add a pixel reward on the background.
+This follows the reward of SpatialFlow-GRPO (arXiv 2606.26872), whose judge is a model tuned for it.
+Region scores of an untuned model are weak: they take two values, and hardly change when images are
+withheld. Audit them before training, and add a pixel reward on the background.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rl_edit.rewards.term import Sides
-from rl_edit.rewards.vlm.judge_reward import Asked, JudgeReward, mean_of
+from rl_edit.rewards.vlm.judge_reward import JudgeQuestion, JudgeReward, mean_of
 from rl_edit.rewards.vlm.prompts import region_question, region_schema
 from rl_edit.scores import RegionScores
 from rl_edit.types import EditTask, Score, areas_of
 
 _COLOURS = ("#ff0000", "#00c8ff", "#ffd000", "#ff00ff", "#00ff40", "#ff8000")
+# Share of a region's longer side. Its surroundings show the judge what the region is part of.
 _CROP_MARGIN = 0.25
-"""Of a region's longer side: what surrounds it tells the judge what it is part of."""
 
 
 class RegionJudge(JudgeReward):
-    """The mean over regions and background of ``sqrt(phi * overall) / C`` (Eq. 3), in 0..1; the mean over passes.
+    """Averages ``sqrt(phi * overall) / C`` (Eq. 3) over regions, background and passes; 0..1.
 
-    ``phi`` is the lower of success and preservation in a region, and the one score of the background; ``overall`` is the lower of
-    naturalness and cleanness of the whole picture, the same for all regions of a candidate; C is the top of the scale. The paper
-    gives each region an advantage of its own; their mean is what a term with one value can say. Regions are the task's own where it
-    has them, else its mask.
+    ``phi`` is the lower of success and preservation in a region; the background has one score.
+    ``overall`` is the lower of naturalness and cleanness of the complete image, the same for all
+    regions of a candidate. C is the top of the scale. The paper gives each region an advantage of
+    its own; the value is their mean, and ``Score.regions`` has them one by one. A task without
+    regions has its mask as the only one.
 
     Attributes:
-        show: how the judge is told where a region is. "outlined": a third picture, the source with numbered outlines of the masks;
-            "boxed": the same with their bounding boxes; "cropped": each region cut out of source and edit with a margin, after both.
+        show: how the judge sees where a region is. "outlined": a third image, the source with
+            numbered outlines of the masks. "boxed": the same with their bounding boxes. "cropped":
+            each region cut out of source and edit with a margin, after both.
     """
 
     kind: Literal["region_judge"] = "region_judge"
@@ -52,21 +55,24 @@ class RegionJudge(JudgeReward):
 
     def questions(
         self, task: EditTask, edited: UInt8[Tensor, "height width 3"]
-    ) -> tuple[Asked, ...]:
+    ) -> tuple[JudgeQuestion, ...]:
         regions = areas_of(task)
         boxes = [box_of(region) for region in regions]
         if self.show == "cropped":
             cut = [_margin(box, task.edit_mask.shape) for box in boxes]
             more = tuple(
-                picture[top:bottom, left:right]
+                image[top:bottom, left:right]
                 for left, top, right, bottom in cut
-                for picture in (task.source, edited)
+                for image in (task.source, edited)
             )
             places = ", ".join(
                 f"images {2 * number + 1} and {2 * number + 2} show region {number}"
                 for number in range(1, len(boxes) + 1)
             )
-            shown = f"After them the same regions are cut out of both, first the original, then the result: {places}."
+            shown = (
+                "After them the same regions are cut out of both, first the original, then the "
+                f"result: {places}."
+            )
         else:
             areas = (
                 regions
@@ -75,9 +81,12 @@ class RegionJudge(JudgeReward):
             )
             more = (_marked(task.source, areas, boxes),)
             shape = "outlines" if self.show == "outlined" else "boxes"
-            shown = f"The third image is the original again, with numbered {shape} drawn on it for you to see where its regions are."
+            shown = (
+                f"The third image is the original again, with numbered {shape} drawn on it for you "
+                "to see where its regions are."
+            )
         return (
-            Asked(
+            JudgeQuestion(
                 name="regions",
                 images=(task.source, edited, *more),
                 prompt=region_question(task.instruction, shown, len(regions), self.score_range),
@@ -90,15 +99,15 @@ class RegionJudge(JudgeReward):
 
         Regions hold Eq. 3 values, 0..1. Components, 0..10 as the judge answered:
         ``region.N.success``, ``region.N.preservation`` and ``background.preservation``, and of the
-        whole image ``naturalness`` and ``cleanness``.
+        complete image ``naturalness`` and ``cleanness``.
         """
-        answers = [_Answer.of(numbers) for (numbers,) in passes]
-        by_pass = [answer.regions() for answer in answers]
+        by_answer = [_Answer.of(numbers) for (numbers,) in passes]
+        by_pass = [answer.regions() for answer in by_answer]
         # The mean over all numbers at once, not of means: their rounding would differ.
         scores = [score for regions in by_pass for score in (*regions.areas, regions.background)]
         return Score(
             value=min(fmean(scores), self.high),
-            components=mean_of([answer.components() for answer in answers]),
+            components=mean_of([answer.components() for answer in by_answer]),
             regions=RegionScores(
                 areas=tuple(map(fmean, zip(*(r.areas for r in by_pass), strict=True))),
                 background=fmean(regions.background for regions in by_pass),
@@ -159,7 +168,7 @@ def _eq3(phi: float, overall: float) -> float:
 
 
 def box_of(region: Bool[Tensor, "height width"]) -> tuple[int, int, int, int]:
-    """(left, top, past the right, past the bottom) of a region's pixels."""
+    """Computes the bounding box: (left, top, past the right, past the bottom)."""
     rows, columns = region.any(dim=1).nonzero(), region.any(dim=0).nonzero()
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -180,17 +189,17 @@ def _filled(
 
 
 def _marked(
-    picture: UInt8[Tensor, "height width 3"],
+    source: UInt8[Tensor, "height width 3"],
     areas: Bool[Tensor, "region height width"],
     boxes: Sequence[tuple[int, int, int, int]],
 ) -> UInt8[Tensor, "height width 3"]:
-    """A copy with each area's outline and number drawn on it."""
-    image = Image.fromarray(picture.cpu().numpy())
+    """Copies the image and draws each area's outline and number on it."""
+    image = Image.fromarray(source.cpu().numpy())
     draw, side = ImageDraw.Draw(image), min(image.size)
     font, width = ImageFont.load_default(max(10, side // 24)), max(1, side // 256)
     for number, (area, (left, top, _, _)) in enumerate(zip(areas, boxes, strict=True), start=1):
         colour = _COLOURS[(number - 1) % len(_COLOURS)]
-        # Beyond the picture is outside the area: an outline runs along the picture's own border too.
+        # Beyond the image is outside the area: an outline runs along the image's border too.
         outside = F.pad(1 - area.float(), (width,) * 4, value=1.0)
         edge = area & F.max_pool2d(outside[None], 2 * width + 1, stride=1)[0].bool()
         draw.bitmap((0, 0), Image.fromarray(edge.cpu().numpy().astype(np.uint8) * 255), fill=colour)
