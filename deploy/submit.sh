@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Submits one rl-edit command to a running Ray cluster, waits for its end, and says how it ended.
 #
-# The repository is uploaded as the job's working directory, so the cluster needs the dependencies but not this package.
-# The job outlives this script: interrupting it here stops the waiting, not the job.
+# The repository is uploaded as the job's working directory, so the cluster needs the dependencies
+# but not this package. The job outlives this script: interrupting it here stops the waiting, not
+# the job.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: RAY_ADDRESS=http://HOST:8265 deploy/submit.sh [--name NAME] [--attempt ID] [--no-wait] -- VERB ARGUMENTS...
+usage: RAY_ADDRESS=http://HOST:8265 deploy/submit.sh [OPTIONS] -- VERB ARGUMENTS...
 
   deploy/submit.sh -- train --preset tiny-rc-grpo --run-dir /shared/runs/first train.updates=2
 
@@ -18,9 +19,10 @@ usage: RAY_ADDRESS=http://HOST:8265 deploy/submit.sh [--name NAME] [--attempt ID
 environment:
   RAY_ADDRESS                the cluster's dashboard, http://HOST:8265
   RAY_AUTH_MODE=token        with RAY_AUTH_TOKEN_PATH=FILE, where the cluster asks for a token
-  RAY_JOB_STOP_WAIT_TIME_S   seconds between SIGTERM and SIGKILL when the job is stopped (default 60)
+  RAY_JOB_STOP_WAIT_TIME_S   seconds from SIGTERM to SIGKILL when the job is stopped (default 60)
   POLL_S                     seconds between two looks at the job (default 5)
-  HF_HOME HF_HUB_OFFLINE OMP_NUM_THREADS   handed to the job when set; nothing else of this environment is
+  HF_HOME HF_HUB_OFFLINE OMP_NUM_THREADS
+                             passed on to the job when set; nothing else of this environment is
 
 exit codes: 0 succeeded, 2 bad usage, 3 failed, 5 cluster unreachable or refusing, 130 stopped
 TEXT
@@ -47,12 +49,17 @@ while [ $# -gt 0 ]; do
         --no-wait) wait=no && shift ;;
         -h | --help) usage && exit 0 ;;
         --) shift && break ;;
-        *) die 2 "unknown argument '$1': what the job runs goes behind --, see deploy/submit.sh --help" ;;
+        *)
+            die 2 "unknown argument '$1': what the job runs goes behind --," \
+                "see deploy/submit.sh --help"
+            ;;
     esac
 done
-[ $# -gt 0 ] || die 2 "nothing to run: give a verb behind --, e.g. -- train --preset tiny-rc-grpo --run-dir /shared/runs/first"
+[ $# -gt 0 ] || die 2 "nothing to run: give a verb behind --, e.g. -- train" \
+    "--preset tiny-rc-grpo --run-dir /shared/runs/first"
 job=$name-$attempt
-[[ $job =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die 2 "submission id '$job' may hold only letters, digits, dots, dashes and underscores"
+[[ $job =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
+    die 2 "submission id '$job' may hold only letters, digits, dots, dashes and underscores"
 
 # A relative run directory would lie in the job's temporary copy of the sources and vanish with it.
 run_dir=
@@ -63,19 +70,26 @@ for argument in "$@"; do
     previous=$argument
 done
 if [ "$1" = train ] && [[ $run_dir != /* ]]; then
-    die 2 "train needs --run-dir with an absolute path that the cluster can write and you can read, got '${run_dir:-none}'"
+    die 2 "train needs --run-dir with an absolute path that the cluster can write and you can" \
+        "read, got '${run_dir:-none}'"
 fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -x .venv/bin/ray ]; then PATH=$PWD/.venv/bin:$PATH; fi
-if ! command -v ray >/dev/null || ! command -v python >/dev/null; then die 2 "the ray command is missing: run make setup first"; fi
+if ! command -v ray >/dev/null || ! command -v python >/dev/null; then
+    die 2 "the ray command is missing: run make setup first"
+fi
 
 address=${RAY_ADDRESS:-}
-[ -n "$address" ] || die 2 "RAY_ADDRESS is not set: point it at the cluster's dashboard, e.g. RAY_ADDRESS=http://127.0.0.1:8265"
-[[ $address =~ ^https?://[^/@]+/?$ ]] || die 2 "RAY_ADDRESS must look like http://HOST:8265, the dashboard, without user, password or path"
+[ -n "$address" ] || die 2 "RAY_ADDRESS is not set: point it at the cluster's dashboard," \
+    "e.g. RAY_ADDRESS=http://127.0.0.1:8265"
+[[ $address =~ ^https?://[^/@]+/?$ ]] ||
+    die 2 "RAY_ADDRESS must look like http://HOST:8265, the dashboard, without user, password or" \
+        "path"
 address=${address%/}
 
-# Ray's own client waits for minutes on an address that swallows packets; this one gives up after five seconds.
+# Ray's own client waits for minutes on an address that swallows packets. This one gives up after
+# five seconds.
 python - "$address" <<'PROBE' || exit 5
 import json
 import os
@@ -98,13 +112,22 @@ except urllib.error.HTTPError as error:
     if error.code not in (401, 403):
         refuse(f"{address} answered HTTP {error.code}; is this a Ray dashboard?")
     if os.environ.get("RAY_AUTH_MODE") != "token":
-        refuse(f"{address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds it")
+        refuse(
+            f"{address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the "
+            "file that holds it"
+        )
     cluster = None
 except (OSError, ValueError) as error:
     reason = getattr(error, "reason", error)
-    refuse(f"no Ray dashboard answers at {address} ({reason}): check RAY_ADDRESS, the port-forward or tunnel, and that the head runs")
+    refuse(
+        f"no Ray dashboard answers at {address} ({reason}): check RAY_ADDRESS, the port-forward or "
+        "tunnel, and that the head runs"
+    )
 if cluster is not None and cluster != version("ray"):
-    refuse(f"{address} runs Ray {cluster}, this environment has {version('ray')}: install the same version on both sides")
+    refuse(
+        f"{address} runs Ray {cluster}, this environment has {version('ray')}: install the same "
+        "version on both sides"
+    )
 PROBE
 
 # A whitelist: everything in a runtime environment can be read by whoever can list jobs.
@@ -113,22 +136,24 @@ import json
 import os
 
 passed = ("RAY_JOB_STOP_WAIT_TIME_S", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+variables = {name: os.environ[name] for name in passed if name in os.environ}
+left_out = ("/runs/", "/.venv/", "/.git/", "/tests/", "/docs/", "/benchmarks/", "__pycache__/")
 print(
     json.dumps(
         {
-            "env_vars": {"RAY_USAGE_STATS_ENABLED": "0"} | {name: os.environ[name] for name in passed if name in os.environ},
-            "excludes": ["/runs/", "/.venv/", "/.git/", "/tests/", "/docs/", "/benchmarks/", "__pycache__/"],
+            "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", **variables},
+            "excludes": left_out,
         }
     )
 )
 ENVIRONMENT
 )
 
-# A head answers some seconds before its job agent does, so that one refusal is waited out. Ray reports every refusal as a
-# traceback of which the last line is the reason.
+# A head answers some seconds before its job agent does, so that one refusal is waited out. Ray
+# reports every refusal as a traceback of which the last line is the reason.
 deadline=$((SECONDS + 120))
-until refusal=$(ray job submit --address "$address" --submission-id "$job" --working-dir . --no-wait \
-    --runtime-env-json "$environment" -- python -m rl_edit "$@" 2>&1 >/dev/null); do
+until refusal=$(ray job submit --address "$address" --submission-id "$job" --working-dir . \
+    --no-wait --runtime-env-json "$environment" -- python -m rl_edit "$@" 2>&1 >/dev/null); do
     if [[ $refusal != *"No available agent"* ]] || [ "$SECONDS" -ge "$deadline" ]; then
         die 5 "the cluster at $address did not take $job: $(tail -n 1 <<<"$refusal")"
     fi
@@ -141,8 +166,8 @@ say "stop      ray job stop --address $address $job"
 if [ "$wait" = no ]; then exit 0; fi
 trap 'say "no longer waiting; $job goes on"; exit 130' INT TERM
 
-# The status is asked for, not read from a log tail: a tail that breaks would look like the end, and `ray job submit`
-# without --no-wait counts a stopped job as a success.
+# The status is asked for, not read from a log tail: a tail that breaks would look like the end, and
+# `ray job submit` without --no-wait counts a stopped job as a success.
 python - "$address" "$job" "${POLL_S:-5}" <<'WAIT'
 import sys
 import time
@@ -166,7 +191,10 @@ while True:
     except Exception as error:  # the client raises whatever its HTTP library does
         misses += 1
         if misses == UNREACHABLE_AFTER:
-            say(f"lost the cluster at {address} after {misses} tries ({type(error).__name__}: {error}); the job may still run")
+            say(
+                f"lost the cluster at {address} after {misses} tries "
+                f"({type(error).__name__}: {error}); the job may still run"
+            )
             sys.exit(5)
     else:
         if status != seen:

@@ -31,7 +31,7 @@ def ratio_deviation(policy: TrainedPolicy, group: RolloutGroup) -> float:
         moved(advantages, policy.device),
         num_references=0,
         generator=torch.Generator().manual_seed(0),
-        # A point at a time: the numbers do not depend on it, and memory is spared.
+        # A point at a time spares memory.
         states_per_forward=None,
     ):
         deviations += [

@@ -41,11 +41,11 @@ def file_name(path: Path) -> str:
 
 
 def pinned(package: str) -> str:
-    found = re.search(
+    match = re.search(
         rf"^{re.escape(package)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
     )
-    assert found, f"constraints.txt does not pin {package}"
-    return found[1]
+    assert match, f"constraints.txt does not pin {package}"
+    return match[1]
 
 
 def rayjobs(path: Path) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
     return [template["spec"] for template in templates]
 
 
-# --- manifests ------------------------------------------------------------------------------------------------------
+# --- manifests ------------------------------------------------------------------------------------
 
 
 def test_there_is_a_cpu_rayjob_and_an_image_for_each_kind_of_machine() -> None:
@@ -88,9 +88,13 @@ def test_manifest_entrypoint_is_accepted_by_our_command_line_and_config(path: Pa
     python, module_flag, module, verb, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert (python, module_flag, module, verb) == ("python", "-m", "rl_edit", "train")
     command = typer.main.get_command(app)
-    given = command.get_command(None, verb).make_context(verb, arguments).params  # type: ignore[attr-defined]
-    overrides = [*([str(given["config"])] if given["config"] else []), *(given["overrides"] or [])]
-    config = load_config(preset=given["preset"], overrides=overrides)
+    subcommand = command.get_command(None, verb)  # type: ignore[attr-defined]
+    parameters = subcommand.make_context(verb, arguments).params
+    overrides = [
+        *([str(parameters["config"])] if parameters["config"] else []),
+        *(parameters["overrides"] or []),
+    ]
+    config = load_config(preset=parameters["preset"], overrides=overrides)
     assert (
         config.actors.rollout_gpus == config.actors.reward_gpus == config.actors.learner_gpus == 0
     )
@@ -100,7 +104,7 @@ def test_manifest_entrypoint_is_accepted_by_our_command_line_and_config(path: Pa
         for container in head["containers"]
         for mount in container["volumeMounts"]
     ]
-    assert any(str(given["run_dir"]).startswith(f"{mount}/") for mount in mounts), (
+    assert any(str(parameters["run_dir"]).startswith(f"{mount}/") for mount in mounts), (
         "the driver writes outside its volumes"
     )
 
@@ -176,7 +180,8 @@ def test_manifest_claims_every_volume_it_mounts(path: Path) -> None:
 
 
 SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|-----BEGIN|://[^/\s:@]+:[^/\s@]+@"
+    r"hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|-----BEGIN"
+    r"|://[^/\s:@]+:[^/\s@]+@"
     r"|(?:token|password|secret|api_key)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9+/_-]{16,}",
     re.IGNORECASE,
 )
@@ -213,11 +218,11 @@ def test_image_is_staged_pinned_and_leaves_root_behind(path: Path) -> None:
     )
 
 
-# --- the script, without a cluster ----------------------------------------------------------------------------------
+# --- the script, without a cluster ----------------------------------------------------------------
 
 
 def outside_ray() -> dict[str, str]:
-    """The environment of somebody who has set nothing of Ray's."""
+    """The environment without any variable of Ray."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -300,7 +305,7 @@ def test_submit_refuses_bad_usage_with_2_and_one_line(
     assert len(result.stderr.splitlines()) == 1
 
 
-# --- a real submission ----------------------------------------------------------------------------------------------
+# --- a real submission ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +349,8 @@ def head() -> Iterator[Head]:
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}",
     ]
-    # Two ports are fixed by default. Where another Ray of this machine has them, a head starts but never takes a job.
+    # Two ports are fixed by default. Where another Ray of this machine has them, a head starts but
+    # never takes a job.
     where += [
         f"--dashboard-agent-listen-port={free_port()}",
         f"--ray-client-server-port={free_port()}",
@@ -394,7 +400,10 @@ def _wait_until_listening(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends this head and what it started, by process id: ``ray stop`` would end every Ray on the machine."""
+    """Ends this head and what it started, by process id.
+
+    ``ray stop`` would end every Ray on the machine.
+    """
     family = _descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -538,11 +547,11 @@ def test_a_stopped_job_saves_what_it_did_and_is_not_a_success(head: Head, tmp_pa
             check=False,
         )
         assert stopped.returncode == 0, stopped.stderr
-        _, said = waiting.communicate(timeout=180)
+        _, shown = waiting.communicate(timeout=180)
     finally:
         waiting.kill()
-    assert waiting.returncode == 130, said
-    assert "stopped-1 is STOPPED" in said
+    assert waiting.returncode == 130, shown
+    assert "stopped-1 is STOPPED" in shown
     record = json.loads((run_dir / "run.json").read_text())
     assert record["status"] == "stopped"
     done = len((run_dir / "metrics.jsonl").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Learner, rollout actor and the process that is both, as plain objects on a small editor: what the controller relies on."""
+"""Learner and rollout actor, apart and in one process, as plain objects on a small editor."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class Work:
 def work(
     config: RunConfig, actor: Any, reward: RewardActor, adapter: AdapterId, *, update: int = 0
 ) -> Work:
-    """RolloutResult out and scored as the controller would have it done, whole groups, with weights the actor holds."""
+    """Rolls out and scores complete groups, with weights that the actor has."""
     slots, groups = [], []
     for slot in range(config.train.groups_per_update):
-        rolled, blob = actor.run(wire.pack(item_of(config, slot, adapter, update=update)))
-        slots.append(LearnSlot(task_type="edit", areas=rolled.areas, tables=(reward.score(blob),)))
+        result, blob = actor.run(wire.pack(item_of(config, slot, adapter, update=update)))
+        slots.append(LearnSlot(task_type="edit", areas=result.areas, tables=(reward.score(blob),)))
         groups.append(blob)
     return Work(LearnOrder(update=update, plan=f"plan {update}", slots=tuple(slots)), tuple(groups))
 
@@ -101,7 +101,7 @@ def reward(config: RunConfig) -> RewardActor:
 
 @pytest.fixture(scope="module")
 def start(config: RunConfig) -> tuple[AdapterId, np.ndarray, np.ndarray]:
-    """What a new learner exports."""
+    """Name, adapter and state that a new learner exports."""
     report, adapter, state, _ = Learner(config, 1).export()
     return report.adapter, adapter, state
 
@@ -130,7 +130,7 @@ def shared(config: RunConfig) -> Learner:
     return Learner(config, 1)
 
 
-# --- the rollout actor -----------------------------------------------------------------------------------------------
+# --- the rollout actor ----------------------------------------------------------------------------
 
 
 def test_chunks_merged_are_the_whole_group_bitwise_and_their_tables_the_whole_table(
@@ -140,44 +140,44 @@ def test_chunks_merged_are_the_whole_group_bitwise_and_their_tables_the_whole_ta
     actor, reward = RolloutActor(config, 1), RewardActor(config, FIELDS, 1)
     weights = lora.export(actor.editor.transformer, step=3)
     name = actor.load(wire.pack(weights))
-    whole = actor.run(wire.pack(item_of(config, 0, name)))[1]
+    full = actor.run(wire.pack(item_of(config, 0, name)))[1]
     parts = [
         actor.run(wire.pack(item_of(config, 0, name, chunk=chunk)))[1]
         for chunk in ((0, 4), (4, 8), (8, 10))
     ]
-    assert np.array_equal(wire.pack(merged([wire.unpack(part) for part in parts])), whole)
-    tables = [wire.unpack(reward.score(blob)) for blob in (whole, *parts)]
+    assert np.array_equal(wire.pack(merged([wire.unpack(part) for part in parts])), full)
+    tables = [wire.unpack(reward.score(blob)) for blob in (full, *parts)]
     assert tables[0].measures.variance is not None
     assert all(table.measures.variance is None for table in tables[1:])
     measures = replace(tables[0].measures, variance=None)
-    alone, together = (
+    single, together = (
         replace(tables[0], seconds=0.0, measures=measures),
         replace(joined(tables[1:]), seconds=0.0),
     )
-    assert np.array_equal(wire.pack(alone), wire.pack(together))
+    assert np.array_equal(wire.pack(single), wire.pack(together))
 
 
 def test_a_result_says_what_its_blob_is_and_the_same_item_gives_the_same_bytes(
     config: RunConfig, actor: RolloutActor, first: Work, start: Any
 ) -> None:
     item = item_of(config, 0, start[0])
-    rolled, blob = actor.run(wire.pack(item))
+    result, blob = actor.run(wire.pack(item))
     again, same = actor.run(wire.pack(item))
     assert np.array_equal(blob, same) and np.array_equal(blob, first.groups[0])
-    assert (rolled.work_id, rolled.adapter, rolled.nbytes, rolled.finite) == (
+    assert (result.work_id, result.adapter, result.nbytes, result.finite) == (
         item.work_id,
         start[0],
         blob.nbytes,
         True,
     )
-    assert rolled.sha256 == again.sha256 and rolled.seconds.keys() == {
+    assert result.sha256 == again.sha256 and result.seconds.keys() == {
         "encode",
         "denoise",
         "decode",
     }
     group: RolloutGroup = wire.unpack(blob)
     assert group.group_id == item.group_id and torch.equal(
-        group.candidates.token_mask, rolled.areas.any(dim=0).flatten()
+        group.candidates.token_mask, result.areas.any(dim=0).flatten()
     )
 
 
@@ -244,7 +244,7 @@ def test_the_canary_notices_an_adapter_that_is_never_applied(
     assert complaint in actor.canary()
 
 
-# --- one update, once ------------------------------------------------------------------------------------------------
+# --- one update, once -----------------------------------------------------------------------------
 
 
 def test_the_ratio_is_one_on_a_real_rollout_of_the_same_weights_and_asking_changes_nothing(
@@ -298,12 +298,12 @@ def test_another_plan_for_a_done_update_and_an_update_out_of_order_are_refused(
     with pytest.raises(RuntimeError, match="asked for update 1"):
         learner.learn(replace(first.order, update=1), *first.groups)
     learner.learn(first.order, *first.groups)
-    held = state_of(learner)
+    before = state_of(learner)
     with pytest.raises(
         RuntimeError, match=r"asked for update 0 with plan another, but this learner has done 1"
     ):
         learner.learn(replace(first.order, plan="another"), *first.groups)
-    assert state_of(learner) == held
+    assert state_of(learner) == before
 
 
 def test_a_number_of_chunks_other_than_the_order_says_is_refused(
@@ -331,10 +331,10 @@ def test_an_update_without_a_group_to_train_changes_no_weight_and_is_no_skip(
     learner: Learner, first: Work, start: Any
 ) -> None:
     lost = LearnSlot(task_type="edit", areas=None, tables=(), lost="gone")
-    held = state_of(learner)
+    before = state_of(learner)
     report, _, _, _ = learner.learn(replace(first.order, slots=(lost, lost)))
     assert (report.used, report.metrics, report.skipped, report.skipped_in_a_row) == (0, {}, "", 0)
-    assert learner.policy.updates_done == 1 and state_of(learner) == held
+    assert learner.policy.updates_done == 1 and state_of(learner) == before
     assert report.adapter == AdapterId(1, start[0].sha256)
 
 
@@ -347,17 +347,17 @@ def test_every_minibatch_is_an_optimizer_step_from_its_own_groups_and_the_later_
     learner: Learner, halves: Learner, first: Work, start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     halves.restore(start[2])
-    whole = learner.learn(first.order, *first.groups)[0]
+    full = learner.learn(first.order, *first.groups)[0]
     real, learnt_from = halves._step, []
 
-    def seen(own: Any, trained: Any, **which: Any) -> Any:
+    def seen(groups: Any, trained: Any, **which: Any) -> Any:
         learnt_from.append(list(trained))
-        return real(own, trained, **which)
+        return real(groups, trained, **which)
 
     monkeypatch.setattr(halves, "_step", seen)
     report = halves.learn(first.order, *first.groups)[0]
     assert learnt_from == [[0], [1]]
-    assert whole.metrics["ratio/max_deviation"] == 0.0 < report.metrics["ratio/max_deviation"]
+    assert full.metrics["ratio/max_deviation"] == 0.0 < report.metrics["ratio/max_deviation"]
     parameter = halves.policy.parameters[0]
     assert (
         int(halves.policy.optimizer.state[parameter]["step"]) == 2
@@ -375,7 +375,7 @@ def test_a_step_that_is_skipped_undoes_the_steps_of_its_update_before_it(
 ) -> None:
     halves.restore(start[2])
     halves.learn(first.order, *first.groups)
-    held, real, calls = state_of(halves), halves._step, []
+    before, real, calls = state_of(halves), halves._step, []
 
     def second_fails(*arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
@@ -385,13 +385,13 @@ def test_a_step_that_is_skipped_undoes_the_steps_of_its_update_before_it(
     monkeypatch.setattr(halves, "_step", second_fails)
     report = halves.learn(replace(first.order, update=1), *first.groups)[0]
     assert (report.skipped, report.skipped_in_a_row, len(calls)) == ("loss nan is not finite", 1, 2)
-    assert state_of(halves) == held
+    assert state_of(halves) == before
 
 
 def test_the_sum_of_gradients_does_not_depend_on_where_the_chunks_end(
     learner: Learner, first: Work, start: Any
 ) -> None:
-    whole = learner.learn(first.order, *first.groups)[1]
+    full = learner.learn(first.order, *first.groups)[1]
     learner.restore(start[2])
     group: RolloutGroup = wire.unpack(first.groups[0])
     table: RewardTable = wire.unpack(first.order.slots[0].tables[0])
@@ -428,11 +428,11 @@ def test_the_sum_of_gradients_does_not_depend_on_where_the_chunks_end(
         )
     slots = (replace(first.order.slots[0], tables=tuple(tables)), first.order.slots[1])
     assert np.array_equal(
-        learner.learn(replace(first.order, slots=slots), *chunks, first.groups[1])[1], whole
+        learner.learn(replace(first.order, slots=slots), *chunks, first.groups[1])[1], full
     )
 
 
-# --- what is not finite ----------------------------------------------------------------------------------------------
+# --- what is not finite ---------------------------------------------------------------------------
 
 
 @pytest.mark.faults
@@ -440,7 +440,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
     learner: Learner, first: Work, start: Any
 ) -> None:
     learner.learn(first.order, *first.groups)
-    held = state_of(learner)
+    before = state_of(learner)
     group: RolloutGroup = wire.unpack(first.groups[1])
     poisoned = wire.pack(replace(group, velocities=torch.full_like(group.velocities, math.nan)))
     for number in (1, 2):
@@ -452,20 +452,20 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_the_third_in_a_row_stops
             and report.skipped_in_a_row == number
             and learner.policy.updates_done == number + 1
         )
-        assert state_of(learner) == held and wire.unpack(adapter).id == report.adapter
+        assert state_of(learner) == before and wire.unpack(adapter).id == report.adapter
     with pytest.raises(
         TrainingFailed,
         match=r"not finite at update 3, after 2 .*train\.learning_rate, or look at RUN/diagnostics",
     ):
         learner.learn(replace(first.order, update=3), first.groups[0], poisoned)
-    assert learner.policy.updates_done == 3 and state_of(learner) == held
+    assert learner.policy.updates_done == 3 and state_of(learner) == before
 
     learner.restore(state)
     assert learner.policy.skipped_in_a_row == 2
     assert learner.learn(replace(first.order, update=3), *first.groups)[0].skipped_in_a_row == 0
 
 
-# --- state -----------------------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
 def test_a_restored_learner_continues_bit_for_bit(
@@ -473,12 +473,12 @@ def test_a_restored_learner_continues_bit_for_bit(
 ) -> None:
     _, _, state, _ = learner.learn(first.order, *first.groups)
     second = replace(first.order, update=1)
-    whole = learner.learn(second, *first.groups)
+    full = learner.learn(second, *first.groups)
     other = Learner(config, 1)
     other.restore(state)
     continued = other.learn(second, *first.groups)
-    assert all(np.array_equal(a, b) for a, b in zip(whole[1:], continued[1:], strict=True))
-    assert whole[0].adapter == continued[0].adapter != start[0]
+    assert all(np.array_equal(a, b) for a, b in zip(full[1:], continued[1:], strict=True))
+    assert full[0].adapter == continued[0].adapter != start[0]
 
 
 def test_the_state_is_a_valid_safetensors_file(learner: Learner, tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_the_address_is_one_where_rank_0_can_listen(learner: Learner) -> None:
         assert server.getsockname()[1] == int(port)
 
 
-# --- one process for both --------------------------------------------------------------------------------------------
+# --- one process for both -------------------------------------------------------------------------
 
 
 def two_updates(config: RunConfig, actor: RolloutActor, learner: Learner) -> list[bytes]:

@@ -1,4 +1,7 @@
-"""Two learner ranks in processes of their own, over loopback: the same numbers as one learner, with whole and with sharded base."""
+"""Two learner ranks in processes of their own give the numbers of one learner.
+
+They meet over loopback, with a complete and with a sharded base.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ class Scenario:
 
 
 def applied(scenario: Scenario, one: Learner, rank: int, world: int) -> dict[str, Any]:
-    """What a rank answers to every update: reports, and the final adapter and state as hexadecimal text."""
+    """Applies a scenario on one rank; returns reports, final adapter and state.
+
+    Bytes are hexadecimal text.
+    """
     probe = next(group for group in scenario.groups[0] if group is not None)
     seen: dict[str, Any] = {"ratio": one.ratio(probe), "reports": []}
     adapter = state = np.empty(0, dtype=np.uint8)
@@ -66,25 +72,31 @@ def base_of(one: Learner) -> list[torch.nn.Parameter]:
 
 
 def be_rank(rank: int, address: str, scenarios: Mapping[str, Scenario], directory: str) -> None:
-    """A process of the test: every scenario with a learner of its own, joined to the other process's."""
+    """Runs in a process of the test: a learner for each scenario, joined to its peer."""
     learner.learner.Ranks = functools.cache(
         Ranks
     )  # a process joins once, its learners one after the other are the same rank
-    answers = {}
+    outcomes = {}
     for name, scenario in scenarios.items():
         joined = Learner(scenario.config, 1)
         joined.join(rank, WORLD, address)
-        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base_of(joined))
-        answers[name] = {**applied(scenario, joined, rank, WORLD), "held": held}
-    Path(directory, f"{rank}.json").write_text(json.dumps(answers))
+        size = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in base_of(joined))
+        outcomes[name] = {**applied(scenario, joined, rank, WORLD), "size": size}
+    Path(directory, f"{rank}.json").write_text(json.dumps(outcomes))
 
 
 @pytest.fixture(scope="module")
 def scenarios(small_editor: str) -> dict[str, Scenario]:
-    """Three groups on two ranks, so that one rank has nothing to do in the last round; then the same groups off-policy."""
-    anchored = "algorithm.objective={kind: background_regularised, target: reference, inner: {num_anchors: 2, num_steps: 1}}"
+    """Three groups on two ranks, then the same groups off-policy.
+
+    One rank has nothing to do in the last round.
+    """
+    regularised = (
+        "algorithm.objective={kind: background_regularised, target: reference, "
+        "inner: {num_anchors: 2, num_steps: 1}}"
+    )
     overrides = (
-        anchored,
+        regularised,
         "train.groups_per_update=3",
         f"actors.deadline_s={PATIENCE_S}",
         "actors.runtime=ray",
@@ -138,7 +150,7 @@ def together(
 
 
 @pytest.fixture(scope="module")
-def alone(scenarios: dict[str, Scenario]) -> dict[str, dict[str, Any]]:
+def single(scenarios: dict[str, Scenario]) -> dict[str, dict[str, Any]]:
     """The answers of one learner that does everything. A learner alone shards nothing."""
     return {
         name: json.loads(json.dumps(applied(scenario, Learner(scenario.config, 1), 0, 1)))
@@ -151,31 +163,31 @@ NAMES = ("ordered", "sharded", "sharded, one rank without a group")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_give_the_bytes_and_the_metrics_of_one(
-    name: str, together: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+    name: str, together: list[dict[str, Any]], single: dict[str, dict[str, Any]]
 ) -> None:
-    assert together[0][name]["reports"] == alone[name]["reports"]
-    assert together[0][name]["adapter"] == alone[name]["adapter"]
-    assert together[0][name]["state"] == alone[name]["state"]
-    assert [report[1] for report in alone[name]["reports"]] == [
+    assert together[0][name]["reports"] == single[name]["reports"]
+    assert together[0][name]["adapter"] == single[name]["adapter"]
+    assert together[0][name]["state"] == single[name]["state"]
+    assert [report[1] for report in single[name]["reports"]] == [
         2 if "without" in name else 3
-    ] * len(alone[name]["reports"])
+    ] * len(single[name]["reports"])
 
 
 @pytest.mark.parametrize("name", [*NAMES, "allreduce"])
 def test_every_rank_reports_the_same_and_only_rank_0_sends_weights(
     name: str, together: list[dict[str, Any]]
 ) -> None:
-    first, second = (answers[name] for answers in together)
+    first, second = (outcomes[name] for outcomes in together)
     assert first["reports"] == second["reports"] and first["adapter"] and first["state"]
     assert second["adapter"] == second["state"] == ""
 
 
 def test_allreduce_is_equal_up_to_rounding(
-    together: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+    together: list[dict[str, Any]], single: dict[str, dict[str, Any]]
 ) -> None:
     two, one = (
         wire.unpack(np.frombuffer(bytes.fromhex(a["allreduce"]["adapter"]), dtype=np.uint8))
-        for a in (together[0], alone)
+        for a in (together[0], single)
     )
     scale = max(float(value.abs().max()) for value in one.tensors.values())
     furthest = max(
@@ -190,15 +202,15 @@ def test_allreduce_is_equal_up_to_rounding(
 def test_the_ratio_of_every_rank_is_one_at_equal_weights(
     name: str, together: list[dict[str, Any]]
 ) -> None:
-    assert [answers[name]["ratio"] for answers in together] == [0.0, 0.0]
+    assert [outcomes[name]["ratio"] for outcomes in together] == [0.0, 0.0]
 
 
-def test_a_sharded_base_is_held_in_halves_and_a_whole_one_twice(
+def test_a_sharded_base_lies_in_halves_and_a_complete_one_twice(
     together: list[dict[str, Any]], scenarios: dict[str, Scenario]
 ) -> None:
     size = sum(parameter.numel() for parameter in base_of(Learner(scenarios["ordered"].config, 1)))
-    assert [answers["ordered"]["held"] for answers in together] == [size, size]
-    halves = [answers["sharded"]["held"] for answers in together]
+    assert [outcomes["ordered"]["size"] for outcomes in together] == [size, size]
+    halves = [outcomes["sharded"]["size"] for outcomes in together]
     assert sum(halves) == size and max(halves) < 0.6 * size
 
 

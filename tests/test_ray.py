@@ -1,4 +1,7 @@
-"""The same run on a real Ray cluster: same bytes, lost actors replaced, impossible places refused in seconds."""
+"""The same run on a real Ray cluster.
+
+It gives the same bytes, replaces lost actors, and refuses impossible places in seconds.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,10 @@ def test_two_rollout_actors_on_ray_give_the_same_bytes(
 
 
 class Assassin(Nobody):
-    """Sends a signal to every rollout actor once, when the first group of the second update has been scored and others are under way."""
+    """Sends a signal to every rollout actor, once.
+
+    It does so when the first group of the second update is scored and others are under way.
+    """
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
@@ -183,18 +189,18 @@ def test_nodes_are_compared_with_the_driver_and_a_difference_is_refused_unless_a
 ) -> None:
     from actors import ray_cluster
 
-    said: list[str] = []
-    ray_cluster.check_nodes(allow_skew=False, note=said.append)
-    assert said == []
+    notes: list[str] = []
+    ray_cluster.check_nodes(allow_skew=False, note=notes.append)
+    assert notes == []
     here = {**ray_cluster.versions(), "torch": "1.0"}
     monkeypatch.setattr(ray_cluster, "differences", lambda nodes, _: differences(nodes, here))
     with pytest.raises(
         InputError,
         match=r"do not run the same code: .* has torch .*, here is 1\.0.*--allow-version-skew",
     ):
-        ray_cluster.check_nodes(allow_skew=False, note=said.append)
-    ray_cluster.check_nodes(allow_skew=True, note=said.append)
-    assert len(said) == 1
+        ray_cluster.check_nodes(allow_skew=False, note=notes.append)
+    ray_cluster.check_nodes(allow_skew=True, note=notes.append)
+    assert len(notes) == 1
 
 
 def rl_edit(*arguments: object, **environment: str) -> tuple[int, list[str], float]:
