@@ -18,11 +18,13 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from commands import Command
 from rl_edit.structure import MATHEMATICS
 
 # Annotated shapes are checked at every call in tests; in production the annotations cost nothing. "plugins" has no shapes, and
@@ -73,3 +75,26 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def rl_edit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process."""
+    from runs import command
+
+    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(small_editor: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one update."""
+    from rl_edit.training import train
+    from runs import small_config
+
+    directory = tmp_path_factory.mktemp("runs") / "trained"
+    train(
+        small_config(small_editor, "train.updates=1", "train.learning_rate=0.1"),
+        directory,
+        resume=False,
+    )
+    return directory

@@ -6,12 +6,12 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import Command
 from evaluated_runs import BASE, META, evaluated, rows
 from rl_edit.config import load_config
 from rl_edit.errors import InputError
@@ -19,14 +19,7 @@ from rl_edit.evaluation.comparison import compare
 from rl_edit.measures.intervals import Interval
 from rl_edit.report.compare import comparison_page
 from rl_edit.training import train
-from runs import command, read_json, small_config
-
-Command = Callable[..., tuple[int, str, Sequence[str]]]
-
-
-@pytest.fixture
-def rl_edit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+from runs import read_json, small_config
 
 
 def ends(interval: Interval | None) -> tuple[float, float, float, int]:
