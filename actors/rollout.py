@@ -125,7 +125,7 @@ def _integrate(
         solver=config.rollout.solver,
         step_noise=levels,
         sde=algorithm.step_noise.sde,
-        # eps of the stochastic steps (Flow-GRPO, arXiv 2505.05470), keyed by step and candidate.
+        # eps of the stochastic steps, keyed by step and candidate.
         normal=lambda step: torch.stack([source.normal(f"step {step}", i, shape) for i in rows]),
         project=(lambda states: pull_background(states, mask, noise.background_pull))
         if noise.background_pull > 0

@@ -1,11 +1,14 @@
-"""What each part of RC-GRPO does to a picture, inside the mask and outside it: one table, resumable.
+"""What each part of RC-GRPO does to a picture, inside the mask and outside it: one table,
+resumable.
 
-Every variant is a set of values in the same preset, trained with equal budgets and several seeds, and evaluated on the same
-held-out tasks under the same noises as the base. Finished runs are kept under ``--work`` and never repeated::
+Every variant is a set of values in the same preset, trained with equal budgets and several seeds,
+and evaluated on the same held-out tasks under the same noises as the base. Finished runs are kept
+under ``--work`` and never repeated::
 
     python benchmarks/ablation.py --base shipped=builtin:tiny-kontext --seeds 0 1 2
 
-writes ``benchmarks/results/ablation.md`` and ``ablation.json``. Runs use the inline runtime, one thread each, side by side.
+writes ``benchmarks/results/ablation.md`` and ``ablation.json``. Runs use the inline runtime, one
+thread each, side by side.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ COMMON = [
 
 REGION = [
     *COMMON,
-    "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: true}",
+    "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: "
+    "true}",
 ]
 GLOBAL = [
     *COMMON,
@@ -74,7 +78,8 @@ VARIANTS: dict[str, list[str]] = {
     "region, raw terms summed": [*REGION, MASKED.format("none"), "rewards.judge.weight=0.1"],
     "as shipped": [],
 }
-"""Values of each variant on top of the preset tiny-rc-grpo; "minibatch" is the paper's normalisation of terms."""
+"""Values of each variant on top of the preset tiny-rc-grpo; "minibatch" is the paper's
+normalisation of terms."""
 
 DEFAULT_VARIANTS = [*list(VARIANTS)[:9], "as shipped"]
 
@@ -116,7 +121,8 @@ def main() -> None:
     write_table(bases, every, options)
     if failed:
         sys.exit(
-            f"{failed} runs failed; their rows are missing above. Run the same command again to retry them."
+            f"{failed} runs failed; their rows are missing above. Run the same command again to "
+            "retry them."
         )
 
 
@@ -157,17 +163,20 @@ def row_of(base: str, variant: str) -> str:
 def write_table(
     bases: dict[str, str], every: Sequence[jobs.Job], options: argparse.Namespace
 ) -> None:
-    """One row a variant: paired difference to base over all seeds, clustered by task, with 95 % intervals."""
+    """One row a variant: paired difference to base over all seeds, clustered by task, with 95 %
+    intervals."""
     lines = [
         "# Ablation on the built-in editor",
         "",
         *jobs.provenance("ablation.py"),
-        f"{options.updates} updates x 8 groups x 8 candidates, {options.tasks} held-out tasks, seeds {options.seeds}; equal budgets.",
+        f"{options.updates} updates x 8 groups x 8 candidates, {options.tasks} held-out tasks, "
+        f"seeds {options.seeds}; equal budgets.",
         "",
         "Differences to base are paired by task and noise and averaged over seeds; "
         "brackets are 95 % bootstrap intervals over tasks (clusters). "
         "Total reward is judge / 10 + preservation, the same for every row. "
-        "PSNR spread is the mean within-group standard deviation of the background PSNR during training.",
+        "PSNR spread is the mean within-group standard deviation of the background PSNR during "
+        "training.",
         "",
     ]
     record: dict[str, Any] = {"commit": jobs.commit(), "command": jobs.settings(), "bases": {}}
@@ -234,7 +243,8 @@ def _between(arms: dict[str, Arm]) -> list[str]:
 
 def _by_seed(arms: dict[str, Arm]) -> list[str]:
     lines = [
-        "Differences to base by seed (instruction; background PSNR, dB), to show what the intervals over tasks do not:",
+        "Differences to base by seed (instruction; background PSNR, dB), to show what the "
+        "intervals over tasks do not:",
         "",
     ]
     for variant, arm in arms.items():

@@ -1,7 +1,9 @@
-"""Training runs of a benchmark: a process each, side by side on the cores, finished ones never repeated.
+"""Training runs of a benchmark: a process each, side by side on the cores, finished ones never
+repeated.
 
-A job trains in a run directory of its own (inline runtime, one thread) and evaluates it there, so that every ``rl-edit`` command reads
-it. What a directory stands for is written beside it before it is begun; another meaning of the same place is refused, not reported.
+A job trains in a run directory of its own (inline runtime, one thread) and evaluates it there, so
+that every ``rl-edit`` command reads it. What a directory stands for is written beside it before it
+is begun; another meaning of the same place is refused, not reported.
 """
 
 from __future__ import annotations
@@ -91,12 +93,14 @@ class Job:
             return False
         if json.loads(self.stamp_file.read_text())["stamp"] != self.stamp:
             sys.exit(
-                f"{self.directory} was made with other settings or editor weights: give another --work or remove it"
+                f"{self.directory} was made with other settings or editor weights: give another "
+                "--work or remove it"
             )
         return (self.directory / "evaluation.json").is_file()
 
     def trained(self) -> bool:
-        """Whether training came to its end. A run that was stopped leaves an adapter too, of the updates it had done."""
+        """Whether training came to its end. A run that was stopped leaves an adapter too, of the
+        updates it had done."""
         record = read_run_record(self.directory)
         return record is not None and record.status in ("done", "done early")
 
@@ -108,7 +112,8 @@ class Job:
         return min(len(lines) / self.config.train.updates, 1.0) * self.evaluations
 
     def run(self) -> None:
-        """Trains, or resumes, and evaluates. Ends the process with an exit code of ``rl-edit`` where that goes wrong."""
+        """Trains, or resumes, and evaluates. Ends the process with an exit code of ``rl-edit``
+        where that goes wrong."""
         import torch
         from rich.console import Console
 
@@ -195,22 +200,27 @@ def positive(text: str) -> int:
 
 
 def require_sound(options: argparse.Namespace) -> None:
-    """Raises InputError for options that would make two runs one: a seed given twice, or set for all."""
+    """Raises InputError for options that would make two runs one: a seed given twice, or set for
+    all."""
     if len(set(options.seeds)) != len(options.seeds):
         raise InputError(
-            f"--seeds {' '.join(map(str, options.seeds))} names one twice: a run of its own would not tell anything new"
+            f"--seeds {' '.join(map(str, options.seeds))} names one twice: a run of its own would "
+            "not tell anything new"
         )
     for change in options.set:
         if change.partition("=")[0] in OWN:
             raise InputError(
-                f"--set {change}: the benchmark sets that itself for every run; use its options (--seeds, --tasks, --updates)"
+                f"--set {change}: the benchmark sets that itself for every run; use its options "
+                "(--seeds, --tasks, --updates)"
             )
 
 
 def run_all(jobs: Sequence[Job], *, side_by_side: int) -> int:
-    """Runs what is left, each job in a process of its own that is this command with ``--one``. Returns how many failed.
+    """Runs what is left, each job in a process of its own that is this command with ``--one``.
+    Returns how many failed.
 
-    A failed run is named and the others go on. Ctrl-C reaches the runs too: they commit, and the same command goes on with them.
+    A failed run is named and the others go on. Ctrl-C reaches the runs too: they commit, and the
+    same command goes on with them.
     """
     todo = [index for index, job in enumerate(jobs) if not job.finished()]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} already done", flush=True)
@@ -263,7 +273,8 @@ class _Progress:
             else "time left unknown yet"
         )
         print(
-            f"[{self.over}/{len(self._jobs)} runs, {done / self._total:.0%} of the evaluations, {left}] {what}",
+            f"[{self.over}/{len(self._jobs)} runs, {done / self._total:.0%} of the evaluations, "
+            f"{left}] {what}",
             flush=True,
         )
         self.told = time.time()
@@ -297,7 +308,8 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write(out: Path, lines: Sequence[str]) -> None:
-    """The table. What a person wrote below it under "## Reading" stays: it is not the command's to delete."""
+    """The table. What a person wrote below it under "## Reading" stays: it is not the command's to
+    delete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _, heading, reading = (
         out.read_text().partition("\n## Reading\n") if out.is_file() else ("", "", "")
@@ -310,7 +322,8 @@ def provenance(script: str) -> list[str]:
     """Where numbers come from: commit, machine and command."""
     command = " ".join(["python", f"benchmarks/{script}", *(_quoted(word) for word in settings())])
     return [
-        f"Commit `{commit()}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {os.cpu_count()} cores, torch {version('torch')}.",
+        f"Commit `{commit()}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
+        f"{os.cpu_count()} cores, torch {version('torch')}.",
         "",
         f"Command: `{command}`",
         "",

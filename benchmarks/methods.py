@@ -1,13 +1,18 @@
-"""Every method on the same editor, data, rewards and seeds, at equal model evaluations: one table, resumable.
+"""Every method on the same editor, data, rewards and seeds, at equal model evaluations: one table,
+resumable.
 
-A row is a set of values: a published method, a step of an ablation, or one value beyond the papers on top of ``rc-grpo``. Every row may
-ask the editor for ``--evaluations`` forwards while it trains, rollout and learning together; it makes as many whole updates as fit
-(``evaluation/effort.py`` counts an update's). So a method that replays more states learns from fewer groups::
+A row is a set of values: a published method, a step of an ablation, or one value beyond the papers
+    on top of ``rc-grpo``. Every row may
+ask the editor for ``--evaluations`` forwards while it trains, rollout and learning together; it
+makes as many whole updates as fit (``evaluation/effort.py`` counts an update's). So a method that
+replays more states learns from fewer groups::
 
-    python benchmarks/methods.py                               # all rows, 3 seeds; stop and rerun to resume
-    python benchmarks/methods.py --methods flow-grpo spatialflow-grpo --seeds 0 --updates 2 --tasks 8 --work /tmp/m --out /tmp/m.md
+    python benchmarks/methods.py                               # all rows, 3 seeds; stop and rerun
+    to resume python benchmarks/methods.py --methods flow-grpo spatialflow-grpo --seeds 0 --updates
+    2 --tasks 8 --work /tmp/m --out /tmp/m.md
 
-writes ``benchmarks/results/methods.md`` and ``methods.json``. Runs use the inline runtime, one thread each, side by side.
+writes ``benchmarks/results/methods.md`` and ``methods.json``. Runs use the inline runtime, one
+thread each, side by side.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ from rl_edit.evaluation.evaluated_run import require_alike
 from rl_edit.measures.intervals import Interval
 
 EVALUATIONS = 15_360
-"""Forwards of one latent state that a run may ask for: 30 updates of ``rc-grpo``, as in ``ablation.py``."""
+"""Forwards of one latent state that a run may ask for: 30 updates of ``rc-grpo``, as in
+``ablation.py``."""
 
 COMMON = [
     "lora={rank: 16, alpha: 16}",
@@ -48,19 +54,22 @@ COMMON = [
 
 SURROGATE = "{kind: neighbor, num_anchors: 4, clip: 0.2, temperature: 0.5, num_steps: 4}"
 RC_GRPO = [
-    "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: true}",
+    "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.05, keep_reference: "
+    "true}",
     "algorithm.credit={kind: group, normalise: minibatch, rows: {kind: masked}}",
     f"algorithm.objective={SURROGATE}",
     "rewards.attention.weight=0.3",
 ]
-"""The paper's method; the preset's own recipe explores the background a little and pulls it to the source as well."""
+"""The paper's method; the preset's own recipe explores the background a little and pulls it to the
+source as well."""
 NO_ATTENTION = ["rewards.attention.weight=0"]
 EVERYWHERE = [
     "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.7, keep_reference: true}",
     "algorithm.credit={kind: group, normalise: minibatch, rows: {kind: uniform}}",
 ]
 ADAPTIVE = [
-    "algorithm.initial_noise={kind: adaptive, start: {inside: 0.7, outside: 0.05}, watch: judge.instruction}"
+    "algorithm.initial_noise={kind: adaptive, start: {inside: 0.7, outside: 0.05}, watch: "
+    "judge.instruction}"
 ]
 LOCAL = ["algorithm.initial_noise={inside: 0.7, outside: 0.05, background_pull: 1}"]
 HELD = [
@@ -76,8 +85,8 @@ class Row:
     """A preset and the values on top of what all rows share.
 
     Attributes:
-        tasks: trains on the built-in world, or on its first ``ON_DISK`` training tasks written to disk, with their "true" masks or
-            with those that ``rl-edit find-masks`` "found".
+        tasks: trains on the built-in world, or on its first ``ON_DISK`` training tasks written to
+            disk, with their "true" masks or with those that ``rl-edit find-masks`` "found".
         against: the row that a value beyond the papers is compared with.
     """
 
@@ -94,7 +103,8 @@ def rc_grpo(
 
 
 TWO_LEVELS = "{kind: forward_process, num_times: 2, reference_weight: 0}"
-"""DiffusionNFT at a quarter of the states: two noise levels a group instead of five, and no look at the base."""
+"""DiffusionNFT at a quarter of the states: two noise levels a group instead of five, and no look at
+the base."""
 SPARE_ROW, SPARE_REGULARISED_ROW = (
     "diffusion-nft, 2 levels, rate 1e-3",
     "cocoedit, 2 levels, rate 1e-3",
@@ -140,7 +150,8 @@ ROWS: dict[str, Row] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """A published effect: one row's measure above another's, or above the base's; ``falls`` turns it round.
+    """A published effect: one row's measure above another's, or above the base's; ``falls`` turns
+    it round.
 
     Attributes:
         other: the row compared with; "" is the base.
@@ -248,7 +259,8 @@ def main() -> None:
     write_table(every, options)
     if failed:
         sys.exit(
-            f"{failed} runs failed; their rows are missing above. Run the same command again to retry them."
+            f"{failed} runs failed; their rows are missing above. Run the same command again to "
+            "retry them."
         )
 
 
@@ -279,7 +291,8 @@ def job_of(row: str, seed: int, options: argparse.Namespace) -> jobs.Job:
     asked = ROWS[row]
     on_disk = []
     if asked.tasks != "world":
-        # A found mask may miss the edit altogether: the judge then gives no score, and the group is dropped.
+        # A found mask may miss the edit altogether: the judge then gives no score, and the group is
+        # dropped.
         on_disk = [
             f"data.path={tasks_at(asked.tasks, options)}",
             f"data.heldout_path={BUILTIN_SHAPES}",
@@ -302,7 +315,8 @@ def job_of(row: str, seed: int, options: argparse.Namespace) -> jobs.Job:
 
 
 def tasks_at(tasks: str, options: argparse.Namespace) -> Path:
-    """Where a row's tasks on disk are. Masks that another editor or other settings found are other tasks, in another place."""
+    """Where a row's tasks on disk are. Masks that another editor or other settings found are other
+    tasks, in another place."""
     if tasks == "true":
         return options.work / "tasks-true"
     settings = {
@@ -339,7 +353,8 @@ def updates_within(config: RunConfig, evaluations: int) -> int:
     one = effort(config).total
     if evaluations < one:
         sys.exit(
-            f"--evaluations {evaluations} is below the {one} of one update of {config.name}: allow more"
+            f"--evaluations {evaluations} is below the {one} of one update of {config.name}: allow "
+            "more"
         )
     return evaluations // one
 
@@ -367,11 +382,14 @@ def write_table(every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
         "# Methods on the built-in editor",
         "",
         *jobs.provenance("methods.py"),
-        f"{options.tasks} held-out tasks, seeds {options.seeds}; {budget}. A model evaluation is one forward of one latent state, in "
+        f"{options.tasks} held-out tasks, seeds {options.seeds}; {budget}. A model evaluation is "
+        "one forward of one latent state, in "
         "rollout or in learning; one that learns costs a backward on top.",
         "",
-        "Differences to base are paired by task and noise and averaged over seeds; brackets are 95 % bootstrap intervals over tasks. "
-        "Training reward is a row's own weighted sum of raw terms; total reward is judge / 10 + preservation for every row.",
+        "Differences to base are paired by task and noise and averaged over seeds; brackets are 95 "
+        "% bootstrap intervals over tasks. "
+        "Training reward is a row's own weighted sum of raw terms; total reward is judge / 10 + "
+        "preservation for every row.",
         "",
         "## Differences to base",
         "",
@@ -398,7 +416,8 @@ def write_table(every: Sequence[jobs.Job], options: argparse.Namespace) -> None:
         *_by_type(arms),
         "## By seed",
         "",
-        "Differences to base (training reward; instruction; background PSNR, dB), to show what the intervals over tasks do not:",
+        "Differences to base (training reward; instruction; background PSNR, dB), to show what the "
+        "intervals over tasks do not:",
         "",
         *_by_seed(arms),
         "",

@@ -28,7 +28,7 @@ class TrainedPolicy:
 
     - the policy, which the optimizer moves;
     - the acting weights, which the actors run: the policy, or a decayed average of it
-      (``algorithm.acting``, DiffusionNFT's "old" policy, arXiv 2509.16117);
+      (``algorithm.acting``);
     - the resulting weights, which are evaluated and saved: the policy, or an exponential moving
       average of it (``train.ema_decay``).
 
@@ -105,8 +105,9 @@ class TrainedPolicy:
         """Moves each average towards the policy."""
         n, ema = self.updates_done, self.config.train.ema_decay
         decay = {
-            "acting": self.config.algorithm.acting.decay(n),
-            # A young average follows closely: min((1 + n) / (10 + n), decay), as in flow_grpo.
+            # Counted from 1, as released: the first update decays by decay(1).
+            "acting": self.config.algorithm.acting.decay(n + 1),
+            # A young average follows closely: min((1 + n) / (10 + n), decay).
             "result": 0.0 if ema is None else min((1 + n) / (10 + n), ema),
         }
         for which, average in self.averages.items():

@@ -2,24 +2,25 @@
 
 One image's way from dataset row to weight update is a chain of these frozen records::
 
-    EditTask -> RolloutGroup -> RewardTable -> Advantages -> ReplayPoint -> LossOutput -> AdapterWeights
+    EditTask -> RolloutGroup -> RewardTable -> Advantages -> ReplayPoint -> LossOutput ->
+    AdapterWeights
 
 Legend (used in every annotation of the package)
 
 =========  ===========================================================================================
-group      G, candidates of one task; index 0 is the unperturbed reference where the method keeps one
-step       K, kept (trainable) rollout steps; ``step_plus_1`` is a grid with both ends
-token      L, packed target-latent tokens (row-major over the token grid)
-channel    C, channels of one packed token
-reward     reward terms
-region     R, pooling regions
-batch      B, evaluated points
-=========  ===========================================================================================
+group      G, candidates of one task; index 0 is the unperturbed reference where the method keeps
+one step       K, kept (trainable) rollout steps; ``step_plus_1`` is a grid with both ends token
+L, packed target-latent tokens (row-major over the token grid) channel    C, channels of one packed
+token reward     reward terms region     R, pooling regions batch      B, evaluated points =========
+===========================================================================================
 
-``sigma`` is the noise level: 1 is pure noise, 0 is clean; ``x = (1 - sigma) * clean + sigma * noise`` and
-``velocity = noise - clean``. Masks have one polarity everywhere: True where the instruction may change pixels.
+``sigma`` is the noise level: 1 is pure noise, 0 is clean; ``x = (1 - sigma) * clean + sigma *
+    noise`` and
+``velocity = noise - clean``. Masks have one polarity everywhere: True where the instruction may
+change pixels.
 
-Frozen means nobody fills fields in later: a stage that knows more is another record. This file knows no editor,
+Frozen means nobody fills fields in later: a stage that knows more is another record. This file
+    knows no editor,
 no Ray and no file format.
 """
 
@@ -39,9 +40,10 @@ Status = Literal["ok", "invalid", "timeout", "refused"]
 """What became of one score."""
 
 SDE = Literal["flow", "dance", "cps"]
-"""Law of a stochastic sampling step (``flow.moments``). "flow": Flow-GRPO (arXiv 2505.05470), keeps the marginals of the flow.
-"dance": DanceGRPO (arXiv 2505.07818), constant noise and its score correction. "cps": coefficient-preserving sampling (Flow-CPS,
-arXiv 2509.05952), keeps the mix of predicted clean sample and noise, not the marginals."""
+"""Law of a stochastic sampling step (``flow.moments``). "flow": Flow-GRPO (arXiv 2505.05470), keeps
+the marginals of the flow. "dance": DanceGRPO (arXiv 2505.07818), constant noise and its score
+correction. "cps": coefficient-preserving sampling (Flow-CPS, arXiv 2509.05952), keeps the mix of
+predicted clean sample and noise, not the marginals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ class EditTask:
 
     Attributes:
         task_id: unique within a dataset; seeds and work ids derive from it.
-        task_type: the kind of edit ("add", "remove", ...), by which results are broken down; "edit" if unknown.
+        task_type: the kind of edit ("add", "remove", ...), by which results are broken down; "edit"
+            if unknown.
         source: the image to edit, RGB 0..255.
         instruction: what to do, in words.
         edit_mask: True where the instruction may change pixels. Neither empty nor full.
@@ -69,7 +72,8 @@ class PairedTask(EditTask):
 
     Attributes:
         target: the correct result, same size as ``source``.
-        caption: what the edited region should show (CompBench's ``caption``), for text-image scores; may be "".
+        caption: what the edited region should show (CompBench's ``caption``), for text-image
+            scores; may be "".
     """
 
     target: UInt8[Tensor, "height width 3"]
@@ -93,7 +97,8 @@ class PairedRegionsTask(PairedTask, RegionsTask):
 
 
 def areas_of(task: EditTask) -> Bool[Tensor, "area height width"]:
-    """The separate places that an instruction may change: the task's regions, else its edit mask."""
+    """The separate places that an instruction may change: the task's regions, else its edit
+    mask."""
     return task.regions if isinstance(task, RegionsTask) else task.edit_mask[None]
 
 
@@ -119,7 +124,8 @@ class Conditioning:
 
 @dataclass(frozen=True, order=True)
 class AdapterId:
-    """The name of an adapter version: the update it came from and the hash of its bytes. Both must match."""
+    """The name of an adapter version: the update it came from and the hash of its bytes. Both must
+    match."""
 
     step: int
     sha256: str
@@ -133,8 +139,9 @@ class AdapterWeights:
     """LoRA tensors under their content name.
 
     Attributes:
-        exploration: what the learner steers beside the weights: in-mask noise spread by task type, for laws that adapt it. It travels
-            with the weights, so that whoever rolls out under them explores alike, after a resume too.
+        exploration: what the learner steers beside the weights: in-mask noise spread by task type,
+            for laws that adapt it. It travels with the weights, so that whoever rolls out under
+            them explores alike, after a resume too.
     """
 
     id: AdapterId
@@ -144,19 +151,23 @@ class AdapterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkItem:
-    """One group to roll out, or a chunk of its candidates. Content-addressed: the same item under the same weights gives the
-    same bytes.
+    """One group to roll out, or a chunk of its candidates. Content-addressed: the same item under
+    the same weights gives the same bytes.
 
     Attributes:
-        group_id: keyed hash of (run seed, update, slot, task id, epoch); no clock, no uuid, no actor.
-        chunk: (first, past the last) candidate of the group that this item rolls out; the whole group is (0, G).
+        group_id: keyed hash of (run seed, update, slot, task id, epoch); no clock, no uuid, no
+            actor.
+        chunk: (first, past the last) candidate of the group that this item rolls out; the whole
+            group is (0, G).
         task: the task itself.
         epoch: how many times this task has been used before in this run.
         update: the update this group is meant for; step-noise schedules read it.
         num_candidates: group size G.
         run_seed: root of every seed of the run.
-        adapter: the weights the actor must use; it reports the hash of what it loaded and a mismatch is refused.
-        explores: whether its steps are stochastic where the method's are. Where weights are compared, all are deterministic.
+        adapter: the weights the actor must use; it reports the hash of what it loaded and a
+            mismatch is refused.
+        explores: whether its steps are stochastic where the method's are. Where weights are
+            compared, all are deterministic.
     """
 
     group_id: str
@@ -177,12 +188,13 @@ class WorkItem:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """What a reward sees: the finished edits of one task and where the editor looked while making them.
+    """What a reward sees: the finished edits of one task and where the editor looked while making
+    them.
 
     Attributes:
         images: decoded results on the task's canvas.
-        attention: text-to-image attention mass per candidate and token, mean over captured layers and all steps;
-            rows sum to 1.
+        attention: text-to-image attention mass per candidate and token, mean over captured layers
+            and all steps; rows sum to 1.
         token_mask: True for tokens of the edit region.
     """
 
@@ -194,10 +206,12 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
-    """The group: the unit on the wire. Every candidate of one task, with what training needs of its trajectory.
+    """The group: the unit on the wire. Every candidate of one task, with what training needs of its
+    trajectory.
 
-    Only the kept steps are stored. Velocities are stored rather than log-probabilities: every objective derives
-    what it needs from them, and the old policy is formed by the same train solver as the new one.
+    Only the kept steps are stored. Velocities are stored rather than log-probabilities: every
+    objective derives what it needs from them, and the old policy is formed by the same train solver
+    as the new one.
 
     Attributes:
         adapter: id computed from the tensors the actor really had loaded.
@@ -208,7 +222,8 @@ class RolloutGroup:
         step_noise: SDE level of each kept step; 0 is the ODE.
         sde: the law of the stochastic ones.
         schedule: the whole grid of noise levels, from (near) 1 to 0.
-        areas: separate edit areas on the token grid, disjoint; their union is the token mask. Credit by region reads them.
+        areas: separate edit areas on the token grid, disjoint; their union is the token mask.
+            Credit by region reads them.
         candidates: the finished edits, with the task, the token mask and the attention.
     """
 

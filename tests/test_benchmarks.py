@@ -1,4 +1,5 @@
-"""The benchmarks run: a handful of sleepers for a moment. What they measure is for ``benchmarks/results``, not for a test."""
+"""The benchmarks run: a handful of sleepers for a moment. What they measure is for
+``benchmarks/results``, not for a test."""
 
 from __future__ import annotations
 

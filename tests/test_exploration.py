@@ -1,4 +1,5 @@
-"""How candidates come to differ: windows of stochastic steps, a spread that is steered, backgrounds held together, and the solver."""
+"""How candidates come to differ: windows of stochastic steps, a spread that is steered, backgrounds
+held together, and the solver."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def swirl(latents: Tensor, sigma: Tensor) -> Tensor:
     return torch.sin(latents + 0.8 * latents.roll(1, dims=1) + sigma[:, None, None])
 
 
-# --- windows of stochastic steps --------------------------------------------------------------------------------------
+# --- windows of stochastic steps
+# --------------------------------------------------------------------------------------
 
 
 def window_of(law: NoiseWindow, update: int, num_steps: int) -> list[int]:
@@ -192,7 +194,8 @@ def test_more_than_all_fresh_noise_is_refused() -> None:
     assert NoStepNoise()(0, 3).tolist() == [0.0] * 3
 
 
-# --- a spread that is steered -----------------------------------------------------------------------------------------
+# --- a spread that is steered
+# -----------------------------------------------------------------------------------------
 
 
 def scores(*values: float, name: str = "judge", **components: Sequence[float]) -> RewardTable:
@@ -229,7 +232,7 @@ STEERED = AdaptiveSpread(
 def test_the_spread_grows_when_scores_differ_too_little_and_shrinks_when_too_much(
     values: tuple[float, ...], factor: float
 ) -> None:
-    free = STEERED.model_copy(update={"least": 0.01, "most": 1.0})
+    free = STEERED.model_copy(update={"min_spread": 0.01, "max_spread": 1.0})
     assert free.steered({}, [("add", scores(*values))]) == pytest.approx({"add": 0.4 * factor})
     assert free.steered({"add": 0.2}, [("add", scores(*values))]) == pytest.approx(
         {"add": 0.2 * factor}
@@ -375,7 +378,8 @@ def test_a_resumed_run_explores_as_the_undisturbed_one(small_editor: str, tmp_pa
     assert adapter_bytes(whole) == adapter_bytes(resumed)
 
 
-# --- backgrounds held together ----------------------------------------------------------------------------------------
+# --- backgrounds held together
+# ----------------------------------------------------------------------------------------
 
 GRID = torch.linspace(1, 0, 6)
 
@@ -482,7 +486,8 @@ def test_the_real_actor_holds_backgrounds_together_and_at_zero_leaves_them_as_th
     )
 
 
-# --- DPM-Solver++(2M) -------------------------------------------------------------------------------------------------
+# --- DPM-Solver++(2M)
+# -------------------------------------------------------------------------------------------------
 
 
 UNEVEN = torch.tensor([1.0, 0.96, 0.9, 0.8, 0.62, 0.4, 0.15, 0.0])
@@ -519,8 +524,8 @@ def test_the_multistep_solver_is_diffusers_dpm_solver_on_the_same_grid(grid: Ten
 
 
 def error_of(solver: Solver, num_steps: int) -> float:
-    """At sigma 0.05, from 0.95 in equal steps of the log signal-to-noise ratio, on data N(m, d^2), whose flow is known: a noise z
-    lies at ``(1 - s) m + sqrt((1 - s)^2 d^2 + s^2) z``."""
+    """At sigma 0.05, from 0.95 in equal steps of the log signal-to-noise ratio, on data N(m, d^2),
+    whose flow is known: a noise z lies at ``(1 - s) m + sqrt((1 - s)^2 d^2 + s^2) z``."""
     mean, variance = 1.5, 0.3
 
     def marginal(s: Tensor) -> Tensor:
@@ -588,7 +593,8 @@ def test_a_multistep_rollouts_surrogate_has_ratio_one_though_its_states_are_not_
         assert (float(said["ratio/min"]), float(said["ratio/max"])) == (1.0, 1.0)
 
 
-# --- regions on the token grid ----------------------------------------------------------------------------------------
+# --- regions on the token grid
+# ----------------------------------------------------------------------------------------
 
 
 def test_areas_on_the_token_grid_are_disjoint_cover_the_mask_and_give_a_shared_token_to_the_smallest() -> (
@@ -614,7 +620,8 @@ def test_a_softened_border_never_looks_beyond_the_picture() -> None:
 
 
 def test_rewards_of_a_chunk_and_of_the_group_steer_alike(small_editor: str) -> None:
-    """Tables of chunks are joined before the spread is steered: one per group, whatever the chunks."""
+    """Tables of chunks are joined before the spread is steered: one per group, whatever the
+    chunks."""
     actor = real(small_editor, "")
     reward = RewardActor(actor.config, FIELDS, 1)
     tables = [wire.unpack(reward.score(rolled(actor, chunk))) for chunk in ((0, 8), (0, 4), (4, 8))]

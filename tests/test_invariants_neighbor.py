@@ -1,4 +1,5 @@
-"""The invariants of Neighbor GRPO, each a test whose name is the claim: the same objects as RC-GRPO with other values."""
+"""The invariants of Neighbor GRPO, each a test whose name is the claim: the same objects as RC-GRPO
+with other values."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def test_ratio_is_one_at_the_old_weights() -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_gradient_at_the_old_weights_is_the_closed_form(temperature: float) -> None:
-    """d J / d anchor = 2 / (G temperature D) * sum_i A_i x_i with D = tokens * channels; the loss is -J averaged over anchors."""
+    """d J / d anchor = 2 / (G temperature D) * sum_i A_i x_i with D = tokens * channels; the loss
+    is -J averaged over anchors."""
     group, advantages = random_group(), some_credit()
     objective, point = every_anchor(group, advantages, temperature=temperature)
     velocity = group.velocities[:, 0].clone().requires_grad_()
@@ -181,7 +183,8 @@ def test_permuting_candidates_permutes_the_policy_and_leaves_the_objective(
     )
 
 
-# --- quasi-norm ------------------------------------------------------------------------------------------------------
+# --- quasi-norm
+# ------------------------------------------------------------------------------------------------------
 
 rewards = st.lists(st.floats(-50, 50), min_size=2, max_size=12).filter(
     lambda xs: float(np.std(xs)) > 1e-3
@@ -223,7 +226,8 @@ def test_quasi_norm_is_the_published_formula_and_tempers_dense_patterns_more_tha
         assert (result**2).mean() ** 0.5 == pytest.approx(expected, abs=6e-4)
 
 
-# --- anchors ---------------------------------------------------------------------------------------------------------
+# --- anchors
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_all_anchors_average_to_the_full_objective() -> None:
@@ -244,7 +248,8 @@ def test_all_anchors_average_to_the_full_objective() -> None:
 def test_expectation_over_anchor_subsets_of_the_gradient_is_the_full_gradient(
     num_anchors: int,
 ) -> None:
-    """Over all subsets, exactly, with respect to a parameter that every anchor's forward shares, away from the old weights."""
+    """Over all subsets, exactly, with respect to a parameter that every anchor's forward shares,
+    away from the old weights."""
     group, advantages = random_group(), some_credit()
     objective, point = every_anchor(group, advantages)
     start = 0.05 * torch.randn(

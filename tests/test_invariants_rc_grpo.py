@@ -1,4 +1,5 @@
-"""The invariants of RC-GRPO-Editing, each a test whose name is the claim. Formulas here are written out independently."""
+"""The invariants of RC-GRPO-Editing, each a test whose name is the claim. Formulas here are written
+out independently."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ def plain_loss(
     temperature: float,
     clip: float,
 ) -> float:
-    """Eq. 5, 14 and 15 in numpy float64, one anchor after the other; ``weights`` is W's diagonal over tokens."""
+    """Eq. 5, 14 and 15 in numpy float64, one anchor after the other; ``weights`` is W's diagonal
+    over tokens."""
     candidates, gain = (
         group.next_latents[:, 0].double().numpy(),
         advantages.values[:, 0].double().numpy(),
@@ -167,7 +169,8 @@ def moved_velocity(group: RolloutGroup, point: ReplayPoint, size: float, seed: i
 
 @pytest.fixture(scope="module")
 def editor() -> FluxKontextEditor:
-    """The built-in architecture with random weights (its zero-initialised layers too, or it would predict nothing)."""
+    """The built-in architecture with random weights (its zero-initialised layers too, or it would
+    predict nothing)."""
     pipeline = new_editor(seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in pipeline.transformer.parameters():
@@ -178,11 +181,13 @@ def editor() -> FluxKontextEditor:
     )
 
 
-# --- 1. the law of the noises ---------------------------------------------------------------------------------------
+# --- 1. the law of the noises
+# ---------------------------------------------------------------------------------------
 
 
 def test_every_noise_has_unit_variance_elementwise(noises: Tensor) -> None:
-    # The standard error of a variance over 4000 draws is 0.022; 90 elements stay within five of them.
+    # The standard error of a variance over 4000 draws is 0.022; 90 elements stay within five of
+    # them.
     assert float((noises.var(dim=0) - 1).abs().max()) < 0.112
     assert float(noises.mean(dim=0).abs().max()) < 5 / 4000**0.5
 
@@ -229,7 +234,8 @@ def test_reference_is_the_shared_noise_bitwise() -> None:
         )
 
 
-# --- 2. its limits ---------------------------------------------------------------------------------------------------
+# --- 2. its limits
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_sigma_out_zero_leaves_background_noise_bitwise_shared() -> None:
@@ -265,7 +271,8 @@ def test_candidates_of_spread_one_are_uncorrelated() -> None:
     )
 
 
-# --- 3. at the old weights -------------------------------------------------------------------------------------------
+# --- 3. at the old weights
+# -------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)
@@ -333,7 +340,8 @@ def test_objective_at_old_weights_is_mean_advantage_zero() -> None:
     )
 
 
-# --- 4. the gradient -------------------------------------------------------------------------------------------------
+# --- 4. the gradient
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
@@ -341,7 +349,8 @@ def test_objective_at_old_weights_is_mean_advantage_zero() -> None:
 def test_gradient_at_old_weights_is_the_closed_form(
     dtype: torch.dtype, tolerance: float, temperature: float
 ) -> None:
-    """d loss / d anchor = -2 / (B G temperature C) * row * sum_i A_i x_i, and the velocity's is that times the step."""
+    """d loss / d anchor = -2 / (B G temperature C) * row * sum_i A_i x_i, and the velocity's is
+    that times the step."""
     group = group_of(dtype=dtype)
     advantages = credit(group, MaskedRows(inside=0.5, outside=2.0))
     objective = NeighborSurrogate(num_anchors=3, temperature=temperature)
@@ -406,11 +415,13 @@ def test_off_policy_loss_is_the_clipped_objective_of_the_paper(clip: float) -> N
     assert (float(output.metrics["clip/share"]) > 0) == (clip < 10)
 
 
-# --- 5, 6. the metric ------------------------------------------------------------------------------------------------
+# --- 5, 6. the metric
+# ------------------------------------------------------------------------------------------------
 
 
 def test_full_mask_loss_is_mean_reduced_neighbor_grpo() -> None:
-    """Without a reference and with inside bandwidth 1, whatever the outside bandwidth: nothing is outside."""
+    """Without a reference and with inside bandwidth 1, whatever the outside bandwidth: nothing is
+    outside."""
     group = group_of(mask=torch.ones(L, dtype=torch.bool))
     objective = NeighborSurrogate(num_anchors=3, temperature=1.0)
     masked, plain = (
@@ -481,7 +492,8 @@ def test_a_smaller_bandwidth_weighs_its_area_more() -> None:
     assert float(background[MASK].sum()) == pytest.approx(0.2)
 
 
-# --- 7. attention concentration density ------------------------------------------------------------------------------
+# --- 7. attention concentration density
+# ------------------------------------------------------------------------------
 
 
 def test_uniform_attention_has_density_one() -> None:
@@ -526,7 +538,8 @@ def test_excluding_pad_rows_that_are_duplicates_leaves_the_density() -> None:
     )
 
 
-# --- 8, 9, 10. with an editor ----------------------------------------------------------------------------------------
+# --- 8, 9, 10. with an editor
+# ----------------------------------------------------------------------------------------
 
 
 def test_capture_leaves_the_forward_bit_identical(editor: FluxKontextEditor) -> None:
@@ -572,7 +585,8 @@ def test_without_perturbation_rollout_is_the_stock_pipeline(editor: FluxKontextE
 
 
 def test_gradient_reaches_only_anchor_forwards() -> None:
-    """The trained velocity is asked for the anchors alone, at their stored states, and whatever else the loss reads is without a graph."""
+    """The trained velocity is asked for the anchors alone, at their stored states, and whatever
+    else the loss reads is without a graph."""
     group = group_of()
     advantages = credit(group, MaskedRows())
     objective = NeighborSurrogate(num_anchors=2)
@@ -609,7 +623,8 @@ def test_gradient_reaches_only_anchor_forwards() -> None:
     assert float(gradient) != 0
 
 
-# --- anchors ---------------------------------------------------------------------------------------------------------
+# --- anchors
+# ---------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,5 +1,5 @@
-"""The mathematics that both methods share, against formulas written out independently: flow, regions, noise, attention,
-credit, records as bytes, the denoising loop and the learning step."""
+"""The mathematics that both methods share, against formulas written out independently: flow,
+regions, noise, attention, credit, records as bytes, the denoising loop and the learning step."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def table(
     )
 
 
-# --- flow -----------------------------------------------------------------------------------------------------------
+# --- flow
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_interpolation_runs_from_clean_at_zero_to_noise_at_one() -> None:
@@ -126,9 +127,11 @@ def test_a_transition_at_level_zero_is_the_euler_step_bitwise() -> None:
 def test_a_stochastic_transition_keeps_the_marginal_of_the_flow_to_first_order(
     sigma: float, sigma_next: float
 ) -> None:
-    """For data N(0, 1) the exact velocity is known, and the SDE must move the ODE's variance to the next level's.
+    """For data N(0, 1) the exact velocity is known, and the SDE must move the ODE's variance to the
+    next level's.
 
-    An Euler-Maruyama step is first order, so halving the step must shrink the error at least threefold (locally second order).
+    An Euler-Maruyama step is first order, so halving the step must shrink the error at least
+    threefold (locally second order).
     """
     errors = []
     for part in (1.0, 0.5, 0.25):
@@ -147,7 +150,8 @@ def test_a_stochastic_transition_keeps_the_marginal_of_the_flow_to_first_order(
         assert errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3
 
 
-# --- regions --------------------------------------------------------------------------------------------------------
+# --- regions
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_token_belongs_to_the_edit_region_if_any_of_its_pixels_does() -> None:
@@ -192,7 +196,8 @@ def test_masked_rows_are_the_two_area_metric_up_to_its_constant() -> None:
     assert float(row @ d) * (1 / 0.5**2 + 1 / 2.0**2) == pytest.approx(float(expected), rel=1e-5)
 
 
-# --- exploration ----------------------------------------------------------------------------------------------------
+# --- exploration
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_addressed_not_streamed() -> None:
@@ -235,7 +240,8 @@ def test_deterministic_rollouts_have_no_step_noise() -> None:
     assert NoStepNoise()(5, 4).tolist() == [0.0] * 4
 
 
-# --- attention ------------------------------------------------------------------------------------------------------
+# --- attention
+# ------------------------------------------------------------------------------------------------------
 
 
 def attention_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,7 +317,8 @@ def test_the_density_of_the_mean_mass_is_the_mean_of_the_densities() -> None:
     assert torch.allclose(concentration_density(masses.mean(dim=0), MASK), each, atol=1e-6)
 
 
-# --- advantages -----------------------------------------------------------------------------------------------------
+# --- advantages
+# -----------------------------------------------------------------------------------------------------
 
 rewards = st.lists(st.floats(-100, 100, allow_nan=False, width=32), min_size=2, max_size=16).filter(
     lambda xs: float(np.std(xs)) > 1e-3
@@ -333,7 +340,8 @@ def test_the_standard_deviation_is_the_population_one() -> None:
 
 
 def test_minibatch_credit_is_the_hand_made_two_stage_standardisation() -> None:
-    """Each term z-scored over all candidates of the update, then added by weight, then standardised in the group."""
+    """Each term z-scored over all candidates of the update, then added by weight, then standardised
+    in the group."""
     a, b = (
         np.array([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]]),
         np.array([[0.0, 5.0], [4.0, 5.0], [8.0, 65.0]]),
@@ -521,7 +529,8 @@ def test_quasi_norm_ignores_the_scale_and_offset_of_the_rewards() -> None:
     assert torch.allclose(quasi_norm(values * 37 + 5, 0.8), quasi_norm(values, 0.8), atol=1e-9)
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
+# --- records
+# ---------------------------------------------------------------------------------------------------------
 
 
 def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -> RolloutGroup:
@@ -719,7 +728,8 @@ def test_records_are_frozen() -> None:
         some_group().group_id = "other"  # type: ignore[misc]
 
 
-# --- the denoising loop ----------------------------------------------------------------------------------------------
+# --- the denoising loop
+# ----------------------------------------------------------------------------------------------
 
 
 def test_the_loop_is_repeated_euler_steps_and_keeps_the_named_ones() -> None:
@@ -782,7 +792,8 @@ def test_stochastic_steps_use_the_noise_of_their_own_index() -> None:
     )
 
 
-# --- the learning step -----------------------------------------------------------------------------------------------
+# --- the learning step
+# -----------------------------------------------------------------------------------------------
 
 CONFIG = LearningConfig(max_grad_norm=1e9, ratio_tolerance=1e-6)
 
@@ -948,7 +959,8 @@ def test_metrics_reduce_by_what_their_name_says() -> None:
     )
 
 
-# --- the background anchor -------------------------------------------------------------------------------------------
+# --- the background anchor
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_background_anchor_of_weight_zero_is_the_wrapped_objective_bitwise() -> None:

@@ -1,4 +1,5 @@
-"""Seams: a method of somebody's own trains without an edit anywhere else, no loop knows a method, and what cannot work is refused.
+"""Seams: a method of somebody's own trains without an edit anywhere else, no loop knows a method,
+and what cannot work is refused.
 
 The made-up method below, an objective and a credit rule, is all that such a person writes.
 """
@@ -27,7 +28,8 @@ from runs import adapter_bytes, command, metrics_of, run_inline, small_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# --- a made-up method -------------------------------------------------------------------------------------------------
+# --- a made-up method
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class Imitated:
 
 
 class Imitation(BaseModel):
-    """Regression on the finished samples of the better candidates: at the stored states, towards where they ended."""
+    """Regression on the finished samples of the better candidates: at the stored states, towards
+    where they ended."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["test_seams:Imitation"] = "test_seams:Imitation"
@@ -52,7 +55,8 @@ class Imitation(BaseModel):
     def check(self, setting: Setting) -> None:
         if setting.num_steps < 3:
             raise ValueError(
-                f"imitates from the third step on, and rollout.num_steps is {setting.num_steps}: use at least 3."
+                f"imitates from the third step on, and rollout.num_steps is {setting.num_steps}: "
+                "use at least 3."
             )
 
     def trained_steps(self, levels: Tensor, generator: torch.Generator) -> tuple[int, ...]:
@@ -68,7 +72,7 @@ class Imitation(BaseModel):
         states_per_forward: int | None = None,
     ) -> list[ReplayPoint]:
         gain, points = advantages.values[:, 0].clamp(min=0), []
-        for part in torch.arange(len(gain)).split(rows or len(gain)):
+        for part in torch.arange(len(gain)).split(states_per_forward or len(gain)):
             context = Imitated(clean=group.next_latents[part, -1], gain=gain[part])
             sigma = group.sigmas[0].expand(len(part))
             points.append(
@@ -149,7 +153,8 @@ class Opaque(Imitation):
     device: object = object()
 
 
-# --- and ones that are none ------------------------------------------------------------------------------------------
+# --- and ones that are none
+# ------------------------------------------------------------------------------------------
 
 
 class Mutable(BaseModel):
@@ -241,7 +246,8 @@ def test_a_made_up_method_survives_the_round_trip_through_config_yaml(
 def test_a_made_up_objective_can_be_wrapped_and_given_as_an_object(small_editor: str) -> None:
     wrapped = small_config(
         small_editor,
-        "algorithm={objective: {kind: background_regularised, target: source, inner: {kind: 'test_seams:Imitation'}}}",
+        "algorithm={objective: {kind: background_regularised, target: source, inner: {kind: "
+        "'test_seams:Imitation'}}}",
     )
     assert isinstance(wrapped.algorithm.objective.inner, Imitation)  # type: ignore[attr-defined]
     assert wrapped.algorithm.objective.policies == {"reference"}
@@ -339,7 +345,8 @@ def test_the_command_line_shows_a_made_up_method_and_refuses_a_bad_one_with_exit
     assert code == 2 and len(err) == 1 and "lacks loss, replay" in err[0]
 
 
-# --- no loop knows a method -------------------------------------------------------------------------------------------
+# --- no loop knows a method
+# -------------------------------------------------------------------------------------------
 
 LOOPS = sorted(
     [
@@ -375,7 +382,8 @@ def test_no_loop_mentions_a_method_or_paper_in_code_comment_or_docstring(path: P
     assert found == []
 
 
-# --- impossible combinations ------------------------------------------------------------------------------------------
+# --- impossible combinations
+# ------------------------------------------------------------------------------------------
 
 JUDGED = {
     "judge": {"kind": "shapes_judge", "weight": 1.0},

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rl_edit.measures.pixels import unit_range
-from rl_edit.method.advantages import speaks, standardise
+from rl_edit.method.advantages import standardise, varies
 from rl_edit.scores import ChangeVariance
 from rl_edit.types import Candidates, RewardTable
 
@@ -90,7 +90,7 @@ def normalised(
             .clamp(min=torch.finfo(torch.float64).tiny)
         )
     return [
-        torch.where(speaks(terms)[:, None], (terms - terms.mean(dim=1, keepdim=True)) / scale, 0.0)
+        torch.where(varies(terms)[:, None], (terms - terms.mean(dim=1, keepdim=True)) / scale, 0.0)
         for terms in groups
     ]
 

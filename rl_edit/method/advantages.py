@@ -1,7 +1,8 @@
 """Credit: from every reward table of one update to the advantages of each group.
 
-Credit sees the whole update because minibatch normalisation needs it. It may decline a group, which is counted and
-reported, never silently filtered. An invalid reward never becomes a number: a group with one is declined whole.
+Credit sees the whole update because minibatch normalisation needs it. It may decline a group, which
+is counted and reported, never silently filtered. An invalid reward never becomes a number: a group
+with one is declined whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from rl_edit.method.regions import Rows, UniformRows, softened
 from rl_edit.types import Advantages, RewardTable
 
 NEGLIGIBLE = 1e-5
-"""Deviations below this fraction of a term's magnitude are rounding, not merit: they standardise to 0, never to 1."""
+"""Deviations below this fraction of a term's magnitude are rounding, not merit: they standardise to
+0, never to 1."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Declined:
     reason: str
 
 
-def speaks(
+def varies(
     values: Float[Tensor, "*batch group"], *, fraction: float = NEGLIGIBLE
 ) -> Bool[Tensor, "*batch"]:
     """Whether values along the last axis differ by more than ``fraction`` of their magnitude."""
@@ -39,21 +41,24 @@ def speaks(
 
 
 def standardise(values: Float[Tensor, "*batch group"]) -> Float[Tensor, "*batch group"]:
-    """Zero mean and unit population deviation along the last axis (RC-GRPO-Editing Eq. 4); sums to 0; constants give 0.
+    """Zero mean and unit population deviation along the last axis (RC-GRPO-Editing Eq. 4); sums to
+    0; constants give 0.
 
-    No constant is added to the deviation: it would weigh terms by their unit. What is only rounding is 0 instead.
+    No constant is added to the deviation: it would weigh terms by their unit. What is only rounding
+        is 0 instead.
     """
     centred = values - values.mean(dim=-1, keepdim=True)
     deviation = centred.square().mean(dim=-1, keepdim=True).sqrt()
     return torch.where(
-        speaks(values)[..., None],
+        varies(values)[..., None],
         centred / deviation.clamp(min=torch.finfo(values.dtype).tiny),
         0.0,
     )
 
 
 def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor, "*batch group"]:
-    """Neighbor GRPO's reweighting (arXiv 2511.16955, Eq. 11), times sqrt(G) so that p = 2 is division by the population std.
+    """Neighbor GRPO's reweighting (arXiv 2511.16955, Eq. 11), times sqrt(G) so that p = 2 is
+    division by the population std.
 
     Keeps sign, order and zero sum; p < 2 tempers dense advantage patterns against single outliers.
     """
@@ -66,9 +71,11 @@ def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor,
 def bounded(
     values: Float[Tensor, group * region], limit: float | None
 ) -> Float[Tensor, group * region]:
-    """Advantages no larger than ``limit``: a group that exceeds it is scaled down whole, per region.
+    """Advantages no larger than ``limit``: a group that exceeds it is scaled down whole, per
+    region.
 
-    So the sum stays 0. Clamping each candidate, as released trainers do, breaks the sum and adds a pull towards all candidates alike.
+    So the sum stays 0. Clamping each candidate, as released trainers do, breaks the sum and adds a
+    pull towards all candidates alike.
     """
     if limit is None:
         return values
@@ -84,25 +91,54 @@ def _edited(areas: Bool[Tensor, "area rows columns"]) -> Bool[Tensor, " token"]:
     return areas.any(dim=0).flatten()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reward:
+    """Combined reward of one group.
+
+    Attributes:
+        centred: minus the group's mean; 0 where the candidates do not differ.
+        declined: why it gives no credit; None when it does.
+    """
+
+    centred: Float[Tensor, " group"]
+    mean: Float[Tensor, ""]
+    declined: Declined | None
+
+
+def _batch_deviation(rewards: Sequence[_Reward]) -> Float[Tensor, ""]:
+    """Deviation over every candidate of the update, as flow_grpo's global std.
+
+    The variance within groups plus the variance of the groups' means. A group whose candidates are all
+    alike counts; one that could not be scored does not.
+    """
+    if not rewards:
+        return torch.ones(())
+    within = torch.stack([reward.centred.square().mean() for reward in rewards]).mean()
+    between = torch.stack([reward.mean for reward in rewards]).var(correction=0)
+    return (within + between).sqrt()
+
+
 class GroupCredit(BaseModel):
     """Group-relative credit: normalise each term, add with its weight, standardise in the group.
 
     ``R = sum_k w_k * normalise(r_k)`` and ``A = standardise(R)``; one pooling row per group.
 
     Attributes:
-        normalise: how a term is scaled before the terms are added. "minibatch": z-score over every candidate of the
-            update (RC-GRPO-Editing, section 3.3); "group": z-score in its own group, so that each term keeps its share
-            in every group (GDPO); "none": raw.
-        rows: which tokens the advantage speaks about, and hence the surrogate's metric.
-        min_spread: a term whose values in a group deviate by less than this fraction of their magnitude says nothing
-            there; a group in which no weighted term speaks is declined.
-        deviation: what the combined, group-centred reward is divided by. "group": its own deviation (RC-GRPO-Editing Eq. 4),
-            which lifts a group whose candidates hardly differ to the same size as one that holds success and failure;
-            "batch": the root mean square over the update's groups, which keeps the difference (flow_grpo's global std, without what
-            its groups' means differ by);
-            "none": nothing: with ``normalise: group`` the sum of each term's own advantages (MixGRPO).
-        quasi_norm: p of Neighbor GRPO's reweighting in place of the group's deviation (0.8 there); None is off.
-        advantage_clip: largest absolute advantage (:func:`bounded`); 5 throughout the field, which standardised groups of up to 26 never reach.
+        normalise: how a term is scaled before the terms are added. "minibatch": z-score over every
+            candidate of the update (RC-GRPO-Editing, section 3.3); "group": z-score in its own
+            group, so that each term keeps its share in every group (GDPO); "none": raw.
+        rows: tokens that the advantage applies to, and hence the surrogate's metric.
+        min_spread: a term whose values in a group deviate by less than this fraction of their
+            magnitude says nothing there; a group in which no weighted term varies is declined.
+        deviation: what the combined, group-centred reward is divided by. "group": its own deviation
+            (RC-GRPO-Editing Eq. 4), which lifts a group whose candidates hardly differ to the same
+            size as one that holds success and failure; "batch": the deviation over all candidates
+            of the update (flow_grpo's global std), which keeps the difference; "none": nothing: with ``normalise: group`` the sum of each
+            term's own advantages (MixGRPO).
+        quasi_norm: p of Neighbor GRPO's reweighting in place of the group's deviation (0.8 there);
+            None is off.
+        advantage_clip: largest absolute advantage (:func:`bounded`); 5 throughout the field, which
+            standardised groups of up to 26 never reach.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -115,24 +151,21 @@ class GroupCredit(BaseModel):
     advantage_clip: float | None = Field(default=None, gt=0)
 
     def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
-        """One result per table, in order; canvases may differ. Only terms with a positive weight decide, the others are measured."""
+        """One result per table, in order; canvases may differ. Only terms with a positive weight
+        decide, the others are measured."""
         terms = [self._terms(table) for table in tables]
         usable = [t for t in terms if not isinstance(t, Declined)]
         pooled = torch.cat(usable, dim=1) if usable else torch.empty(0, 0)
-        combined = [
-            t if isinstance(t, Declined) else self._combined(table, t, pooled)
+        rewards = [
+            t if isinstance(t, Declined) else self._reward(table, t, pooled)
             for table, t in zip(tables, terms, strict=True)
         ]
-        # A group whose candidates are all alike deviates by 0, and is one of the batch; one that could not be judged is not.
-        judged = [c for c in combined if not isinstance(c, Declined) or c.kind == "spread"]
-        squares = [
-            torch.zeros((), dtype=torch.float64) if isinstance(c, Declined) else c.square().mean()
-            for c in judged
-        ]
-        batch_deviation = torch.stack(squares).mean().sqrt() if squares else torch.ones(())
+        batch_deviation = _batch_deviation([r for r in rewards if isinstance(r, _Reward)])
         return [
-            c if isinstance(c, Declined) else self._credit(c, batch_deviation, _edited(a))
-            for c, a in zip(combined, areas, strict=True)
+            reward
+            if isinstance(reward, Declined)
+            else reward.declined or self._credit(reward.centred, batch_deviation, _edited(area))
+            for reward, area in zip(rewards, areas, strict=True)
         ]
 
     def _terms(self, table: RewardTable) -> Float[Tensor, "reward group"] | Declined:
@@ -142,16 +175,13 @@ class GroupCredit(BaseModel):
             return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
         return table.values[:, decides].double().T
 
-    def _combined(
+    def _reward(
         self,
         table: RewardTable,
         terms: Float[Tensor, "reward group"],
         pooled: Float[Tensor, "reward all_candidates"],
-    ) -> Float[Tensor, " group"] | Declined:
-        """The weighted sum of normalised terms, centred in its group."""
-        heard = speaks(terms, fraction=self.min_spread)
-        if not bool(heard.any()):
-            return Declined("spread", "no reward term differs between the candidates")
+    ) -> _Reward:
+        """Returns the weighted sum of normalised terms, as its group's mean and what differs from it."""
         if self.normalise == "group":
             scaled = standardise(terms)
         elif self.normalise == "minibatch":
@@ -162,10 +192,17 @@ class GroupCredit(BaseModel):
         else:
             scaled = terms
         weights = torch.tensor([w for w in table.weights if w > 0], dtype=terms.dtype)
-        combined = (weights[:, None] * torch.where(heard[:, None], scaled, 0.0)).sum(dim=0)
-        if not bool(speaks(combined)):
-            return Declined("spread", "the reward terms cancel in every candidate")
-        return combined - combined.mean()
+        varying = varies(terms, fraction=self.min_spread)
+        # A constant term moves the mean; within the group it adds rounding noise only, so 0.
+        combined = (weights[:, None] * torch.where(varying[:, None], scaled, 0.0)).sum(dim=0)
+        declined = None
+        if not bool(varying.any()):
+            declined = Declined("spread", "no reward term differs between the candidates")
+        elif not bool(varies(combined)):
+            declined = Declined("spread", "the reward terms cancel in every candidate")
+        centred = torch.zeros_like(combined) if declined else combined - combined.mean()
+        mean = (weights * scaled.mean(dim=1)).sum()
+        return _Reward(centred=centred, mean=mean, declined=declined)
 
     def _credit(
         self,
@@ -194,19 +231,23 @@ class GroupCredit(BaseModel):
 
 
 class SplitCredit(BaseModel):
-    """Edit region and background judged apart: each area follows only the terms that speak about it.
+    """Edit region and background judged apart: each area follows only the terms that speak about
+    it.
 
-    Two pooling rows, the mean over the edit region and the mean over the rest, each with advantages of its own, standardised
-    apart, so that whatever the background's terms say leaves the edit region's advantages unchanged. The two-region case of
-    region credit (SpatialFlow-GRPO, arXiv 2606.26872; Edit-GRPO, arXiv 2605.16951, of which only the abstract is public: the
-    instantiation is ours). Where an area's terms do not differ, its advantages are 0.
+    Two pooling rows, the mean over the edit region and the mean over the rest, each with advantages
+    of its own, standardised apart, so that whatever the background's terms say leaves the edit
+    region's advantages unchanged. The two-region case of region credit (SpatialFlow-GRPO, arXiv
+    2606.26872; Edit-GRPO, arXiv 2605.16951, of which only the abstract is public: the instantiation
+    is ours). Where an area's terms do not differ, its advantages are 0.
 
     Attributes:
-        background_terms: names of the reward terms that judge what should stay; all others judge the edit.
+        background_terms: names of the reward terms that judge what should stay; all others judge
+            the edit.
         edit_share: weight of the edit region in the objective; the background has the rest.
         normalise: how terms are scaled within each part, as in :class:`GroupCredit`.
-        soft_border: tokens to either side of the mask's border over which one row fades into the other, so that the border follows
-            both signals (Edit-GRPO names inconsistency there; the form is ours). 0 is a hard border.
+        soft_border: tokens to either side of the mask's border over which one row fades into the
+            other, so that the border follows both signals (Edit-GRPO names inconsistency there; the
+            form is ours). 0 is a hard border.
         advantage_clip: largest absolute advantage, as in :class:`GroupCredit`.
     """
 
@@ -219,7 +260,8 @@ class SplitCredit(BaseModel):
     advantage_clip: float | None = Field(default=None, gt=0)
 
     def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
-        """One result per table, in order; a group is declined when neither area has anything to learn from it."""
+        """One result per table, in order; a group is declined when neither area has anything to
+        learn from it."""
         part = GroupCredit(normalise=self.normalise, advantage_clip=self.advantage_clip)
         edits = part(
             [_only(table, self.background_terms, background=False) for table in tables], areas
@@ -262,18 +304,21 @@ class SplitCredit(BaseModel):
 
 
 class RegionCredit(BaseModel):
-    """Every edit area and the background with a reward, and so an advantage, of its own (SpatialFlow-GRPO, arXiv 2606.26872).
+    """Every edit area and the background with a reward, and so an advantage, of its own
+    (SpatialFlow-GRPO, arXiv 2606.26872).
 
-    One pooling row per area and one for the background. The reward of an area is its component of the region judge
-    (``TERM.region.N``, ``TERM.background``, Eq. 3) and, normalised in the group, the table's other weighted terms: those of
-    ``background_terms`` count for the background only, all others for the edit areas. Each is standardised over the group by
-    itself. The paper's weights of regions are not public: ``area_power`` names the choice.
+    One pooling row per area and one for the background. The reward of an area is its component of
+    the region judge (``TERM.region.N``, ``TERM.background``, Eq. 3) and, normalised in the group,
+    the table's other weighted terms: those of ``background_terms`` count for the background only,
+    all others for the edit areas. Each is standardised over the group by itself. The paper's
+    weights of regions are not public: ``area_power`` names the choice.
 
     Attributes:
         term: the reward term with scores by region.
         background_terms: terms that judge what should stay.
-        area_power: gamma of the objective's weights ``|M_r|^gamma``. 1 weighs by area, which at the old weights is the gradient
-            of whole-image credit when all regions agree; 0 weighs all regions alike.
+        area_power: gamma of the objective's weights ``|M_r|^gamma``. 1 weighs by area, which at the
+            old weights is the gradient of whole-image credit when all regions agree; 0 weighs all
+            regions alike.
         normalise: the other weighted terms are normalised in the group.
         advantage_clip: largest absolute advantage, as in :class:`GroupCredit`.
     """
@@ -287,7 +332,8 @@ class RegionCredit(BaseModel):
     advantage_clip: float | None = Field(default=None, gt=0)
 
     def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
-        """One result per table, in order; a group is declined when no region has anything to learn from it."""
+        """One result per table, in order; a group is declined when no region has anything to learn
+        from it."""
         return [self._credit(table, where) for table, where in zip(tables, areas, strict=True)]
 
     def _credit(
@@ -310,14 +356,15 @@ class RegionCredit(BaseModel):
         weight = table.weights[table.names.index(self.term)]
         edit, keep = self._others(table, background=False), self._others(table, background=True)
         combined = weight * standardise(scores) + torch.stack([edit] * len(areas) + [keep])
-        if not bool(speaks(combined).any()):
+        if not bool(varies(combined).any()):
             return Declined("spread", "no region's reward differs between the candidates")
         rows = torch.cat([areas.flatten(1), ~_edited(areas)[None]]).float()
         sizes = rows.sum(dim=1)
         shares = sizes**self.area_power * (sizes > 0)
         return Advantages(
             values=bounded(standardise(combined).T, self.advantage_clip).float(),
-            # A region without a token of its own speaks about none and weighs nothing; its row stays uniform to sum to 1.
+            # A region without a token of its own pools none and weighs nothing; its row
+            # stays uniform to sum to 1.
             regions=torch.where(
                 sizes[:, None] > 0, rows / sizes[:, None].clamp(min=1), 1 / rows.shape[1]
             ),
@@ -339,7 +386,8 @@ class RegionCredit(BaseModel):
 def _only(
     table: RewardTable, background_terms: tuple[str, ...], *, background: bool
 ) -> RewardTable:
-    """The table with the weights of one side only. What is invalid on either side is so on both: its group counts nowhere."""
+    """The table with the weights of one side only. What is invalid on either side is so on both:
+    its group counts nowhere."""
     shares = zip(table.names, table.weights, strict=True)
     weights = tuple(w if (name in background_terms) == background else 0.0 for name, w in shares)
     whole = bool(table.valid[:, torch.tensor(table.weights) > 0].all())
@@ -350,7 +398,8 @@ def _only(
 
 @runtime_checkable
 class CreditProtocol(Protocol):
-    """What a credit rule does. A class of yours that does it, named ``module:Class`` as ``kind``, is one."""
+    """What a credit rule does. A class of yours that does it, named ``module:Class`` as ``kind``,
+    is one."""
 
     @property
     def kind(self) -> str: ...

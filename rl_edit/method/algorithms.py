@@ -1,19 +1,22 @@
-"""An algorithm is a bundle of values in four seams. This is the only file where a paper's name selects behaviour.
+"""An algorithm is a bundle of values in four seams. This is the only file where a paper's name
+selects behaviour.
 
 =================  ================================  ================  ===============================================
 method             initial noise                     step noise        credit -> objective
 =================  ================================  ================  ===============================================
-RC-GRPO-Editing    strong inside the mask, weak      none              one area-normalised row -> NeighborSurrogate
+RC-GRPO-Editing    strong inside the mask, weak      none              one area-normalised row ->
+NeighborSurrogate
                    outside, centre kept
-Neighbor GRPO      one spread everywhere             none              one uniform row, quasi-norm -> NeighborSurrogate
-Flow-GRPO          shared                            constant          one uniform row -> TransitionSurrogate
-Flow-GRPO-Fast     shared                            random window     one uniform row -> TransitionSurrogate
-MixGRPO            shared                            sliding window    one uniform row, terms summed -> the same
-DiffusionNFT       independent                       none              one uniform row -> ForwardProcess
-CoCoEdit           independent                       none              one uniform row -> RegionRegularised(the same)
-SpatialFlow-GRPO   shared                            constant          a row a region -> TransitionSurrogate
-Edit-GRPO          shared, or as RC-GRPO-Editing     constant or none  edit row + keep row -> either surrogate
-=================  ================================  ================  ===============================================
+Neighbor GRPO      one spread everywhere             none              one uniform row, quasi-norm
+-> NeighborSurrogate Flow-GRPO          shared                            constant          one
+uniform row -> TransitionSurrogate Flow-GRPO-Fast     shared                            random
+window     one uniform row -> TransitionSurrogate MixGRPO            shared
+sliding window    one uniform row, terms summed -> the same DiffusionNFT       independent
+none              one uniform row -> ForwardProcess CoCoEdit           independent
+none              one uniform row -> RegionRegularised(the same) SpatialFlow-GRPO   shared
+constant          a row a region -> TransitionSurrogate Edit-GRPO          shared, or as
+RC-GRPO-Editing     constant or none  edit row + keep row -> either surrogate =================
+================================  ================  ===============================================
 """
 
 from __future__ import annotations
@@ -58,14 +61,17 @@ class Latest(BaseModel):
 
 
 class Decayed(BaseModel):
-    """Actors run a lagging average: after update n (from 0), ``acting <- decay(n) * acting + (1 - decay(n)) * policy`` with
-    ``decay(n) = min(rate * max(n - start, 0), max_decay)`` (DiffusionNFT's "old" policy, arXiv 2509.16117).
+    """Actors run a lagging average: after update n (from 0), ``acting <- decay(n) * acting + (1 -
+    decay(n)) * policy`` with ``decay(n) = min(rate * max(n - start, 0), max_decay)``
+    (DiffusionNFT's "old" policy, arXiv 2509.16117).
 
-    Published schedules: copying every update (rate 0), ``rate=0.001, max_decay=0.5`` (its default), and
+    Published schedules: copying every update (rate 0), ``rate=0.001, max_decay=0.5`` (its default),
+        and
     ``start=75, rate=0.0075, max_decay=0.999``.
 
     Attributes:
-        rate: growth of the decay per update. 0.001 is DiffusionNFT's default; 0 copies every update.
+        rate: growth of the decay per update. 0.001 is DiffusionNFT's default; 0 copies every
+            update.
         max_decay: bound of the decay. 0.5 is DiffusionNFT's default.
         start: updates before the decay begins to grow.
     """
@@ -86,7 +92,8 @@ Acting = Annotated[Latest | Decayed, Field(discriminator="kind")]
 
 
 class Algorithm(BaseModel):
-    """Five values: noise of the start and of the steps, credit, objective, acting weights. The validated value is the object that runs.
+    """Five values: noise of the start and of the steps, credit, objective, acting weights. The
+    validated value is the object that runs.
 
     Attributes:
         name: of a bundled method, or "custom".
@@ -111,24 +118,29 @@ class Algorithm(BaseModel):
         """Raises ValueError, with the remedy, for a rollout this algorithm does not fit."""
         if group_size < 2:
             raise ValueError(
-                f"algorithm.credit {self.credit.kind!r} compares candidates, and rollout.group_size is {group_size}: with fewer than 2 "
+                f"algorithm.credit {self.credit.kind!r} compares candidates, and "
+                f"rollout.group_size is {group_size}: with fewer than 2 "
                 "every advantage is zero. Raise rollout.group_size."
             )
         self.step_noise.check(num_steps)
         stochastic = int((self.step_noise(0, num_steps) > 0).sum())
         if stochastic and multistep:
             raise ValueError(
-                "algorithm.step_noise makes stochastic steps, which a multistep rollout solver does not have: use rollout.solver euler, "
+                "algorithm.step_noise makes stochastic steps, which a multistep rollout solver "
+                "does not have: use rollout.solver euler, "
                 "or step_noise {kind: none}."
             )
         if stochastic and self.initial_noise.background_pull > 0:
             raise ValueError(
-                f"algorithm.initial_noise.background_pull {self.initial_noise.background_pull:g} moves states after each step, and a moved state is no "
-                "sample of the stochastic step whose density is trained: set background_pull to 0, or step_noise to {kind: none}."
+                f"algorithm.initial_noise.background_pull {self.initial_noise.background_pull:g} "
+                "moves states after each step, and a moved state is no "
+                "sample of the stochastic step whose density is trained: set background_pull to 0, "
+                "or step_noise to {kind: none}."
             )
         if not self.initial_noise.spreads and not stochastic:
             raise ValueError(
-                "algorithm.initial_noise has no spread (inside 0, outside 0) and no step is stochastic: all candidates would be one. "
+                "algorithm.initial_noise has no spread (inside 0, outside 0) and no step is "
+                "stochastic: all candidates would be one. "
                 "Set inside above 0, e.g. 0.3, or give a step_noise."
             )
         setting = Setting(
@@ -149,7 +161,8 @@ class Algorithm(BaseModel):
             raise ValueError(f"{where} {error}") from error
         if unknown:
             raise ValueError(
-                f"{where} reads the velocity of {', '.join(sorted(map(str, unknown)))}: there is {' and '.join(get_args(Policy))}"
+                f"{where} reads the velocity of {', '.join(sorted(map(str, unknown)))}: there is "
+                f"{' and '.join(get_args(Policy))}"
             )
         called(
             f"algorithm.credit {self.credit.kind!r}: its needed_components",
@@ -212,7 +225,8 @@ METHODS = {
         ),
         citation="Neighbor GRPO, arXiv 2511.16955",
         note="Spread 0.3, quasi-norm p = 0.8, 4 anchors and clip 1e-4 as published; it trains every step but the last "
-        "(objective.num_steps: 4 of 8 is published); distances are means, so that the clip can act, with temperature 1.",
+        "(objective.num_steps: 4 of 8 is published); distances are means, so that the clip can "
+        "act, with temperature 1.",
     ),
     "flow-grpo": Method(
         algorithm=Algorithm(
@@ -308,4 +322,5 @@ METHODS = {
         needs_mask=True,
     ),
 }
-"""Vetted bundles by paper name; ``algorithm.name`` in a config picks one and the other keys adjust it."""
+"""Vetted bundles by paper name; ``algorithm.name`` in a config picks one and the other keys adjust
+it."""

@@ -1,7 +1,9 @@
-"""Text-to-image attention mass and its concentration in the edit region. Pure tensors; hooks live with the editors.
+"""Text-to-image attention mass and its concentration in the edit region. Pure tensors; hooks live
+with the editors.
 
-RC-GRPO-Editing (arXiv 2604.09386), Eq. 16-18. Attention is measured beside the fused kernel: restricting the softmax
-to target-image keys equals the joint softmax renormalised over those keys, so the full joint map is never formed.
+RC-GRPO-Editing (arXiv 2604.09386), Eq. 16-18. Attention is measured beside the fused kernel:
+restricting the softmax to target-image keys equals the joint softmax renormalised over those keys,
+so the full joint map is never formed.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ def text_to_image_mass(
     key: Float[Tensor, "batch token head dim"],
     text_rows: Bool[Tensor, "batch text"],
 ) -> Float[Tensor, "batch token"]:
-    """How much the instruction looks at each target token; rows sum to 1 (Eq. 16, averaged over text rows and heads).
+    """How much the instruction looks at each target token; rows sum to 1 (Eq. 16, averaged over
+    text rows and heads).
 
     Args:
         query: text queries after normalisation and rotary embedding.
         key: target-image keys after normalisation and rotary embedding.
-        text_rows: instruction rows; padding and end markers are real queries in FLUX and would only dilute the mean.
+        text_rows: instruction rows; padding and end markers are real queries in FLUX and would only
+            dilute the mean.
     """
     scale = query.shape[-1] ** -0.5
     logits = torch.einsum("bshd,blhd->bhsl", query.float() * scale, key.float())
@@ -33,10 +37,12 @@ def text_to_image_mass(
 def concentration_density(
     mass: Float[Tensor, "group token"], token_mask: Bool[Tensor, " token"], *, eps: float = 1e-12
 ) -> Float[Tensor, " group"]:
-    """Mean attention inside the edit region over mean attention everywhere (Eq. 17-18): 1 is diffuse, > 1 concentrated.
+    """Mean attention inside the edit region over mean attention everywhere (Eq. 17-18): 1 is
+    diffuse, > 1 concentrated.
 
-    The range is [0, token / inside]. The mean over layers and steps of this ratio equals the ratio of the mean mass,
-    because every mass row sums to 1; so actors ship one map per candidate and never per-layer maps.
+    The range is [0, token / inside]. The mean over layers and steps of this ratio equals the ratio
+    of the mean mass, because every mass row sums to 1; so actors ship one map per candidate and
+    never per-layer maps.
     """
     inside = token_mask.to(mass.dtype)
     density_inside = (mass * inside).sum(dim=-1) / inside.sum().clamp(min=1.0)
@@ -44,7 +50,8 @@ def concentration_density(
 
 
 class MassTally:
-    """Accumulates attention mass over forwards: the mean over captured layers and steps, one row per sample."""
+    """Accumulates attention mass over forwards: the mean over captured layers and steps, one row
+    per sample."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None

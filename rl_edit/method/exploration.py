@@ -1,7 +1,8 @@
-"""Exploration: the law of a group's initial noises, the schedule of step noise, and where randomness comes from.
+"""Exploration: the law of a group's initial noises, the schedule of step noise, and where
+randomness comes from.
 
-Every draw is keyed by (run seed, task id, epoch, candidate) and made on the CPU in fp32, so a lost group is
-recomputed bit for bit by any actor, whatever ran before on it.
+Every draw is keyed by (run seed, task id, epoch, candidate) and made on the CPU in fp32, so a lost
+group is recomputed bit for bit by any actor, whatever ran before on it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def keyed_seed(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Standard normals of one group, addressed by purpose and candidate rather than drawn from a stream."""
+    """Standard normals of one group, addressed by purpose and candidate rather than drawn from a
+    stream."""
 
     run_seed: int
     task_id: str
@@ -49,22 +51,25 @@ class NoiseSource:
 
 
 class Perturbation(BaseModel):
-    """Neighbours of one shared noise: ``e_i = sqrt(1 - a^2) * e + a * d_i``, element-wise of unit variance.
+    """Neighbours of one shared noise: ``e_i = sqrt(1 - a^2) * e + a * d_i``, element-wise of unit
+    variance.
 
-    ``a`` is ``inside`` on tokens of the edit region and ``outside`` elsewhere: the region-decoupled map of
-    RC-GRPO-Editing (arXiv 2604.09386, Eq. 10-11). With ``inside == outside`` it is Neighbor GRPO's global neighbourhood
-    (arXiv 2511.16955, Eq. 7); with both 1 the candidates are independent; with both 0 they are one, as methods that explore by
-    step noise start.
+    ``a`` is ``inside`` on tokens of the edit region and ``outside`` elsewhere: the region-decoupled
+    map of RC-GRPO-Editing (arXiv 2604.09386, Eq. 10-11). With ``inside == outside`` it is Neighbor
+    GRPO's global neighbourhood (arXiv 2511.16955, Eq. 7); with both 1 the candidates are
+    independent; with both 0 they are one, as methods that explore by step noise start.
 
     Attributes:
-        inside: spread in the edit region. Neighbor GRPO found 0.3 best of {.1, .2, .3, .5, .7} for whole images; the
-            region-decoupled law moves less of the picture, and the presets' values were chosen on validation scenes (docs/decisions.md).
+        inside: spread in the edit region. Neighbor GRPO found 0.3 best of {.1, .2, .3, .5, .7} for
+            whole images; the region-decoupled law moves less of the picture, and the presets'
+            values were chosen on validation scenes (docs/decisions.md).
         outside: spread elsewhere; small but positive in the paper ("numerical stability").
-        keep_reference: candidate 0 is the unperturbed shared noise (RC-GRPO-Editing); it sits at half the squared
-            distance of two perturbed candidates, so it is never an anchor.
-        background_pull: how far each step pulls tokens outside the mask back to where the reference candidate's are, 0 (not) to 1 (all the
-            way). The perturbation is local at its start only: attention carries it into the background on the way. With 1 every
-            candidate shows the reference's background; ours, the papers name the leak as open.
+        keep_reference: candidate 0 is the unperturbed shared noise (RC-GRPO-Editing); it sits at
+            half the squared distance of two perturbed candidates, so it is never an anchor.
+        background_pull: how far each step pulls tokens outside the mask back to where the reference
+            candidate's are, 0 (not) to 1 (all the way). The perturbation is local at its start
+            only: attention carries it into the background on the way. With 1 every candidate shows
+            the reference's background; ours, the papers name the leak as open.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -78,7 +83,8 @@ class Perturbation(BaseModel):
     def _possible(self) -> Perturbation:
         if self.background_pull > 0 and not self.keep_reference:
             raise ValueError(
-                f"background_pull {self.background_pull:g} pulls backgrounds to the reference candidate's, and keep_reference is false: set it to true, "
+                f"background_pull {self.background_pull:g} pulls backgrounds to the reference "
+                "candidate's, and keep_reference is false: set it to true, "
                 "or background_pull to 0."
             )
         return self
@@ -131,7 +137,8 @@ def pull_background(
     mask: Bool[Tensor, " token"],
     background_pull: float,
 ) -> Float[Tensor, "group token channel"]:
-    """States whose tokens outside the mask have moved by ``background_pull`` of the way to those of the first, the reference candidate."""
+    """States whose tokens outside the mask have moved by ``background_pull`` of the way to those of
+    the first, the reference candidate."""
     home = (
         states[:1].lerp(states, 1 - background_pull)
         if background_pull < 1
@@ -141,15 +148,19 @@ def pull_background(
 
 
 class AdaptiveSpread(BaseModel):
-    """A perturbation whose in-mask spread is steered so that a group's scores differ neither too little nor too much.
+    """A perturbation whose in-mask spread is steered so that a group's scores differ neither too
+    little nor too much.
 
-    Candidates that all succeed or all fail teach nothing, and the spread that separates them differs by kind of edit. After each
-    update the spread of every task type is multiplied by ``exp(rate)`` when the mean within-group deviation of the watched score
-    lay below ``band`` and divided by it when it lay above. The state travels with the adapter. Ours; the papers fix the spread.
+    Candidates that all succeed or all fail teach nothing, and the spread that separates them
+    differs by kind of edit. After each update the spread of every task type is multiplied by
+    ``exp(rate)`` when the mean within-group deviation of the watched score lay below ``band`` and
+    divided by it when it lay above. The state travels with the adapter. Ours; the papers fix the
+    spread.
 
     Attributes:
         start: the law to begin with; its ``inside`` is what is steered.
-        watch: reward term, or component of one (``judge.instruction``), whose within-group deviation is steered.
+        watch: reward term, or component of one (``judge.instruction``), whose within-group
+            deviation is steered.
         band: wanted deviation (low, high), in the unit of the watched score.
         rate: largest change of the logarithm of the spread per update.
         min_spread, max_spread: bounds of the spread.
@@ -168,11 +179,14 @@ class AdaptiveSpread(BaseModel):
     def _possible(self) -> AdaptiveSpread:
         if not 0 <= self.band[0] < self.band[1]:
             raise ValueError(
-                f"band {self.band} is not (low, high) with 0 <= low < high: give a wanted range of deviations."
+                f"band {self.band} is not (low, high) with 0 <= low < high: give a wanted range of "
+                "deviations."
             )
         if not self.min_spread <= self.start.inside <= self.max_spread:
             raise ValueError(
-                f"start.inside {self.start.inside:g} lies outside {self.min_spread:g}..{self.max_spread:g} (min_spread..max_spread): move it or them."
+                f"start.inside {self.start.inside:g} lies outside "
+                f"{self.min_spread:g}..{self.max_spread:g} (min_spread..max_spread): move it or "
+                "them."
             )
         return self
 
@@ -204,10 +218,12 @@ class AdaptiveSpread(BaseModel):
 
         Args:
             state: the spreads of the update's groups.
-            seen: (task type, reward table) of each group; groups in which the watched score is missing say nothing.
+            seen: (task type, reward table) of each group; groups in which the watched score is
+                missing say nothing.
 
         Raises:
-            InputError: when nothing was steered yet and the watched term, although it scored, gives no such component.
+            InputError: when nothing was steered yet and the watched term, although it scored, gives
+                no such component.
         """
         result, deviations = dict(state), self._deviations(seen)
         given = [
@@ -222,7 +238,8 @@ class AdaptiveSpread(BaseModel):
                 for part in table.columns(self.watched_term)
             }
             raise InputError(
-                f"algorithm.initial_noise.watch {self.watch!r} is no score of reward {self.watched_term!r}: nothing would be steered. It "
+                f"algorithm.initial_noise.watch {self.watch!r} is no score of reward "
+                f"{self.watched_term!r}: nothing would be steered. It "
                 f"has {', '.join([self.watched_term, *sorted(scores)])}."
             )
         for task_type, deviation in deviations.items():
@@ -234,7 +251,8 @@ class AdaptiveSpread(BaseModel):
     def measured(
         self, state: Mapping[str, float], seen: Sequence[tuple[str, RewardTable]]
     ) -> dict[str, float]:
-        """Metrics of an update's exploration: by task type the spread before it was steered, and the mean within-group deviation.
+        """Metrics of an update's exploration: by task type the spread before it was steered, and
+        the mean within-group deviation.
 
         With ``train.max_lag`` 1 the groups were rolled out under the spread of one update earlier.
         """
@@ -249,7 +267,8 @@ class AdaptiveSpread(BaseModel):
         }
 
     def _deviations(self, seen: Sequence[tuple[str, RewardTable]]) -> dict[str, float]:
-        """Mean within-group deviation of the watched score by task type; types of which no group has the score are left out."""
+        """Mean within-group deviation of the watched score by task type; types of which no group
+        has the score are left out."""
         deviations: dict[str, list[float]] = {}
         for task_type, table in seen:
             scores = _watched(table, self.watch)
@@ -304,10 +323,12 @@ class NoStepNoise(BaseModel):
 
 
 class ConstantNoise(BaseModel):
-    """Stochastic steps all along, but for the last (Flow-GRPO, arXiv 2505.05470): its density is too sharp to be a policy.
+    """Stochastic steps all along, but for the last (Flow-GRPO, arXiv 2505.05470): its density is
+    too sharp to be a policy.
 
     Attributes:
-        level: a of ``flow.moments``. 0.7 in Flow-GRPO; 0.9 for FLUX.1-Kontext, 1.0 for Qwen-Image-Edit in its released configs.
+        level: a of ``flow.moments``. 0.7 in Flow-GRPO; 0.9 for FLUX.1-Kontext, 1.0 for
+            Qwen-Image-Edit in its released configs.
         sde: which law.
         skip_last: trailing steps that stay deterministic (the released ``timestep_fraction`` 0.99).
     """
@@ -331,27 +352,30 @@ class ConstantNoise(BaseModel):
     def check(self, num_steps: int) -> None:
         if self.skip_last >= num_steps:
             raise ValueError(
-                f"algorithm.step_noise.skip_last {self.skip_last} leaves no stochastic step of rollout.num_steps {num_steps}: "
+                f"algorithm.step_noise.skip_last {self.skip_last} leaves no stochastic step of "
+                f"rollout.num_steps {num_steps}: "
                 "lower it, or roll out more steps."
             )
 
 
 class NoiseWindow(BaseModel):
-    """Stochastic steps in a window that moves over the updates, the ODE elsewhere (MixGRPO, arXiv 2507.21802; Flow-GRPO-Fast).
+    """Stochastic steps in a window that moves over the updates, the ODE elsewhere (MixGRPO, arXiv
+    2507.21802; Flow-GRPO-Fast).
 
     Attributes:
         level, sde: as in :class:`ConstantNoise`.
         size: steps in the window.
-        schedule: how its first step moves. "progressive": by ``stride`` every ``every`` updates; "exponential": it stays
-            ``every * exp(-decay * max(position - threshold, 0))`` updates (rounded up) at each position, so that later steps get less;
-            "random": anew for each update; "fixed": never.
+        schedule: how its first step moves. "progressive": by ``stride`` every ``every`` updates;
+            "exponential": it stays ``every * exp(-decay * max(position - threshold, 0))`` updates
+            (rounded up) at each position, so that later steps get less; "random": anew for each
+            update; "fixed": never.
         every: updates at a position, of the progressive and the exponential schedule.
         stride: steps between two positions.
         decay: of the exponential schedule.
         threshold: position from which the exponential schedule shortens its stays.
-        first, stop: window starts lie in ``[first, stop - size]``; ``stop`` None ends two steps before the end, as released.
-            Past the last start, which a long stride does not leap over, the window rolls back to ``first``. It never shrinks and is
-            never empty.
+        first, stop: window starts lie in ``[first, stop - size]``; ``stop`` None ends two steps
+            before the end, as released. Past the last start, which a long stride does not leap
+            over, the window rolls back to ``first``. It never shrinks and is never empty.
         seed: of the random schedule: a function of the update, so that every actor draws the same.
     """
 
@@ -416,12 +440,14 @@ class NoiseWindow(BaseModel):
         stop = max(num_steps - 2, 1) if self.stop is None else self.stop
         if stop > num_steps - 1:
             raise ValueError(
-                f"algorithm.step_noise.stop {stop} reaches the last of rollout.num_steps {num_steps}, whose density is too sharp to train: "
+                f"algorithm.step_noise.stop {stop} reaches the last of rollout.num_steps "
+                f"{num_steps}, whose density is too sharp to train: "
                 f"use at most {num_steps - 1}."
             )
         if not self.starts(num_steps):
             raise ValueError(
-                f"algorithm.step_noise.size {self.size} does not fit between step {self.first} and step {stop} of rollout.num_steps "
+                f"algorithm.step_noise.size {self.size} does not fit between step {self.first} and "
+                f"step {stop} of rollout.num_steps "
                 f"{num_steps}: use a smaller window or roll out more steps."
             )
 
@@ -434,4 +460,5 @@ def _require_level(sde: SDE, level: float) -> None:
 
 
 StepNoise = Annotated[NoStepNoise | ConstantNoise | NoiseWindow, Field(discriminator="kind")]
-"""Seam: SDE level of each rollout step, ``(update, num_steps) -> [step]``, and the law of the stochastic ones."""
+"""Seam: SDE level of each rollout step, ``(update, num_steps) -> [step]``, and the law of the
+stochastic ones."""

@@ -1,7 +1,8 @@
-"""Rectified-flow algebra: interpolation, the named conversions, and the transition of one sampling step.
+"""Rectified-flow algebra: interpolation, the named conversions, and the transition of one sampling
+step.
 
-``sigma`` = 1 is noise and 0 is clean; ``x = (1 - sigma) * clean + sigma * noise``; ``velocity = noise - clean``.
-No other file writes this algebra inline.
+``sigma`` = 1 is noise and 0 is clean; ``x = (1 - sigma) * clean + sigma * noise``; ``velocity =
+noise - clean``. No other file writes this algebra inline.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def timestep_from_sigma(sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape
 def model_time(sigma: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """What a FLUX-family transformer of ``dtype`` is fed for a noise level (fp32).
 
-    The timestep is formed in fp32, rounded to the model's dtype and divided there, as the stock pipeline does: leaving
-    the round trip out, or rounding sigma first, is another function (in bf16 by up to 4 of 1000).
+    The timestep is formed in fp32, rounded to the model's dtype and divided there, as the stock
+    pipeline does: leaving the round trip out, or rounding sigma first, is another function (in bf16
+    by up to 4 of 1000).
     """
     return timestep_from_sigma(sigma.float()).to(dtype) / TIMESTEPS
 
@@ -66,7 +68,8 @@ def euler(
     sigma: Float[Tensor, "*broadcast"],
     sigma_next: Float[Tensor, "*broadcast"],
 ) -> Float[Tensor, "*shape"]:
-    """One deterministic step, ``x + (sigma_next - sigma) * v``: DDIM with eta = 0, bit for bit the stock scheduler's."""
+    """One deterministic step, ``x + (sigma_next - sigma) * v``: DDIM with eta = 0, bit for bit the
+    stock scheduler's."""
     return latents + (sigma_next - sigma) * velocity
 
 
@@ -81,11 +84,13 @@ def moments(
 ) -> tuple[Float[Tensor, "*shape"], float]:
     """Mean and deviation of the state after one stochastic step at ``level`` a > 0.
 
-    * flow: ``s = a sqrt(sigma / (1 - sigma))``; at sigma = 1 the denominator uses the next grid point, as the released code does.
-      ``mean = x (1 + s^2 dt / 2 sigma) + v (1 + s^2 (1 - sigma) / 2 sigma) dt``, deviation ``s sqrt(-dt)``.
-    * dance: ``s = a``; ``mean = x + v dt + s^2/2 (x - (1 - sigma) x0) / sigma^2 dt``, deviation ``s sqrt(-dt)``.
-    * cps: deviation ``sigma' sin(a pi / 2)``, ``mean = (1 - sigma') x0 + sqrt(sigma'^2 - deviation^2) x1`` with the predicted clean
-      sample x0 and noise x1.
+    * flow: ``s = a sqrt(sigma / (1 - sigma))``; at sigma = 1 the denominator uses the next grid
+        point, as the released code does. ``mean = x (1 + s^2 dt / 2 sigma) + v (1 + s^2 (1 - sigma)
+        / 2 sigma) dt``, deviation ``s sqrt(-dt)``.
+    * dance: ``s = a``; ``mean = x + v dt + s^2/2 (x - (1 - sigma) x0) / sigma^2 dt``, deviation ``s
+        sqrt(-dt)``.
+    * cps: deviation ``sigma' sin(a pi / 2)``, ``mean = (1 - sigma') x0 + sqrt(sigma'^2 -
+        deviation^2) x1`` with the predicted clean sample x0 and noise x1.
     """
     delta = sigma_next - sigma
     if sde == "cps":
@@ -114,7 +119,8 @@ def log_density(
     *,
     sde: SDE,
 ) -> Float[Tensor, "*batch token"]:
-    """Log-density of a stochastic step, per token: the **mean** over channels, as every released trainer takes it.
+    """Log-density of a stochastic step, per token: the **mean** over channels, as every released
+    trainer takes it.
 
     For "cps" it is ``-(x' - mean)^2`` without scale or normaliser, as published.
     """
@@ -159,11 +165,13 @@ def multistep(
     sigma: float,
     sigma_next: float,
 ) -> Float[Tensor, "*shape"]:
-    """One step of DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) on the flow: a second-order step at the price of a first-order one.
+    """One step of DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) on the flow: a second-order step
+    at the price of a first-order one.
 
     In ``lambda = log((1 - sigma) / sigma)`` with ``h = lambda' - lambda`` and ``r = h_before / h``:
-    ``x' = (sigma' / sigma) x - (1 - sigma') (e^-h - 1) D``, ``D = x0 + (x0 - x0_before) / 2r``. Without a finite step before it (the
-    grid starts at sigma = 1) and at the last step (sigma' = 0) it is first order, which is exactly :func:`euler`'s formula.
+    ``x' = (sigma' / sigma) x - (1 - sigma') (e^-h - 1) D``, ``D = x0 + (x0 - x0_before) / 2r``.
+    Without a finite step before it (the grid starts at sigma = 1) and at the last step (sigma' = 0)
+    it is first order, which is exactly :func:`euler`'s formula.
 
     Args:
         clean: predicted clean sample at ``latents``; ``before``: at the previous step.

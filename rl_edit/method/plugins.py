@@ -1,6 +1,7 @@
 """Seams that are open: a class of yours takes the place of a built-in one, named by its ``kind``.
 
-``kind: my_methods:Ratio`` imports the module ``my_methods`` and reads the mapping into its class ``Ratio``, a frozen pydantic model
+``kind: my_methods:Ratio`` imports the module ``my_methods`` and reads the mapping into its class
+    ``Ratio``, a frozen pydantic model
 whose ``kind`` is that very string. Nothing is registered anywhere.
 """
 
@@ -19,7 +20,8 @@ from rl_edit.errors import InputError
 
 @dataclass(frozen=True)
 class Plugin:
-    """Annotation of a seam: besides its built-in kinds it takes any model that does what ``law`` asks.
+    """Annotation of a seam: besides its built-in kinds it takes any model that does what ``law``
+    asks.
 
     Attributes:
         where: the setting's dotted name, for errors.
@@ -57,7 +59,8 @@ class Plugin:
             SystemExit,
         ) as error:  # importing runs it, and what it does then can be anything
             raise ValueError(
-                f"kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}): install it, put it on PYTHONPATH, "
+                f"kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: "
+                f"{error}): install it, put it on PYTHONPATH, "
                 "or mend it"
             ) from error
         if not (
@@ -66,14 +69,16 @@ class Plugin:
             and made.model_config.get("frozen")
         ):
             raise ValueError(
-                f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}: define one with that kind"
+                f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}: define one with "
+                "that kind"
             )
         result = called(f"kind {kind!r}", lambda: made.model_validate(value))
         try:
             result.model_dump(mode="json")
         except Exception as error:
             raise ValueError(
-                f"kind {kind!r} cannot be written into a run's config.yaml ({error}): let its settings be plain values"
+                f"kind {kind!r} cannot be written into a run's config.yaml ({error}): let its "
+                "settings be plain values"
             ) from error
         if not isinstance(result, self.law):
             lacking = [
@@ -86,7 +91,8 @@ class Plugin:
             )
         if made.model_config.get("extra") != "forbid":
             raise ValueError(
-                f"kind {kind!r} takes any key, so a misspelt setting would be lost: give it extra='forbid'"
+                f"kind {kind!r} takes any key, so a misspelt setting would be lost: give it "
+                "extra='forbid'"
             )
         return result
 

@@ -1,7 +1,8 @@
 """One denoising loop: from a group's initial noises to the trajectory that training needs.
 
-A group may be rolled out and scored in chunks of its candidates; :func:`merged` and :func:`joined` make it whole again. The loop
-takes a velocity function and knows neither editor nor weights nor Ray.
+A group may be rolled out and scored in chunks of its candidates; :func:`merged` and :func:`joined`
+make it whole again. The loop takes a velocity function and knows neither editor nor weights nor
+Ray.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ def denoise(
     normal: Callable[[int], Tensor] | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> Trajectory:
-    """Integrates every candidate over the whole grid and keeps the named steps. Latents stay fp32 throughout.
+    """Integrates every candidate over the whole grid and keeps the named steps. Latents stay fp32
+    throughout.
 
     Args:
         sigmas: decreasing grid from (near) 1 to 0.
         keep: indices of the steps to store, ascending.
-        solver: "euler", or "dpm++": DPM-Solver++(2M), second order from the steps before. Kept velocities serve either.
+        solver: "euler", or "dpm++": DPM-Solver++(2M), second order from the steps before. Kept
+            velocities serve either.
         step_noise: SDE level per step; None is the ODE. A multistep solver has none.
         sde: the law of stochastic steps.
         normal: standard normals for stochastic steps, by step index.
@@ -120,7 +123,8 @@ def denoise(
 
 
 def blank_task(pixels_per_token: int) -> EditTask:
-    """An edit of nothing on a canvas of 4 by 4 tokens: for forwards whose result nobody looks at."""
+    """An edit of nothing on a canvas of 4 by 4 tokens: for forwards whose result nobody looks
+    at."""
     side = 4 * pixels_per_token
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[:pixels_per_token] = True

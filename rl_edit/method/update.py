@@ -1,8 +1,8 @@
 """One learning step: every replay point of every group, one gradient, one optimizer step.
 
-Takes a velocity function with gradient; knows neither editor nor Ray. The groups of an update have a canonical order of
-slots. Each group's gradient is computed by itself and the gradients are added in that order, so neither a replay nor the
-number of learner processes changes a bit of the sum.
+Takes a velocity function with gradient; knows neither editor nor Ray. The groups of an update have
+a canonical order of slots. Each group's gradient is computed by itself and the gradients are added
+in that order, so neither a replay nor the number of learner processes changes a bit of the sum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rl_edit.method.objectives import ObjectiveProtocol, Policy, ReplayPoint, Ve
 from rl_edit.types import Advantages, Conditioning, LossOutput, RolloutGroup
 
 ConditionedVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""``(latents [batch, token, channel], sigma [batch], conditioning of one task) -> velocity [batch, token, channel]``."""
+"""``(latents [batch, token, channel], sigma [batch], conditioning of one task) -> velocity [batch,
+token, channel]``."""
 
 
 class TrainingFailed(RuntimeError):
@@ -30,7 +31,8 @@ class TrainingFailed(RuntimeError):
 
 @runtime_checkable
 class Collective(Protocol):
-    """The processes that share an update. Each of them calls every method, in the same order; slot s belongs to rank s % world."""
+    """The processes that share an update. Each of them calls every method, in the same order; slot
+    s belongs to rank s % world."""
 
     rank: int
     world: int
@@ -52,9 +54,11 @@ class LearningConfig:
     Attributes:
         max_grad_norm: gradients above this norm are scaled down to it.
         ratio_tolerance: largest |ratio - 1| accepted on-policy before the optimizer may step.
-        states_per_forward: states of one forward and backward: points are split and joined to fit it. None is a point at a time.
-        reduction: "ordered" adds gradients slot by slot, whatever the number of ranks; "allreduce" adds each rank's own
-            first and leaves the rest to the library, which is faster and equal up to rounding.
+        states_per_forward: states of one forward and backward: points are split and joined to fit
+            it. None is a point at a time.
+        reduction: "ordered" adds gradients slot by slot, whatever the number of ranks; "allreduce"
+            adds each rank's own first and leaves the rest to the library, which is faster and equal
+            up to rounding.
     """
 
     max_grad_norm: float
@@ -94,15 +98,17 @@ def learning_step(
     A loss or gradient that is not finite leaves parameters and optimizer as they are.
 
     Args:
-        others: velocities under other weights, without gradient; those that the objective names are evaluated.
+        others: velocities under other weights, without gradient; those that the objective names are
+            evaluated.
         own: this rank's trained groups by slot.
         trained: the trained slots of all ranks, ascending.
         idle: what a rank does in a round of slots in which it has none to train.
-        on_policy: sha256 of the adapter as it is now; groups rolled out with it must have a ratio of 1. "" asks for none.
+        on_policy: sha256 of the adapter as it is now; groups rolled out with it must have a ratio
+            of 1. "" asks for none.
 
     Raises:
-        TrainingFailed: on a ratio that is not 1 on-policy (the actors and the learner do not compute the same
-            function). The optimizer has not stepped then.
+        TrainingFailed: on a ratio that is not 1 on-policy (the actors and the learner do not
+            compute the same function). The optimizer has not stepped then.
     """
     total = torch.zeros(
         sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device
@@ -161,7 +167,8 @@ def losses(
     generator: torch.Generator,
     states_per_forward: int | None,
 ) -> Iterator[list[tuple[ReplayPoint, LossOutput]]]:
-    """A group's points with their losses, a batch per forward, so that one batch's graph is alive at a time."""
+    """A group's points with their losses, a batch per forward, so that one batch's graph is alive
+    at a time."""
     points = objective.replay(
         group,
         advantages,
@@ -198,7 +205,8 @@ def _velocities(
     points: Sequence[ReplayPoint],
     conditioning: Conditioning,
 ) -> list[Velocities]:
-    """Velocities at every point, in one forward per policy. The trained one comes last: it alone keeps its gradient."""
+    """Velocities at every point, in one forward per policy. The trained one comes last: it alone
+    keeps its gradient."""
     latents, sigma = (
         torch.cat([point.latents for point in points]),
         torch.cat([point.sigma for point in points]),
@@ -222,7 +230,8 @@ _EXTREMES = ("/max", "/max_deviation", "/min")
 
 
 def _of_group(name: str, values: Sequence[tuple[Tensor, float]]) -> list[float]:
-    """What a group's points say: the mean by their weights, so that splitting points changes nothing; an extreme is looked for in all."""
+    """What a group's points say: the mean by their weights, so that splitting points changes
+    nothing; an extreme is looked for in all."""
     said = torch.stack([value for value, _ in values])
     if name.endswith(_EXTREMES):
         return said.tolist()
@@ -264,8 +273,10 @@ def _step(
     deviation = float(deviations.max()) if len(deviations) else 0.0
     if deviation > config.ratio_tolerance:
         raise TrainingFailed(
-            f"policy ratio deviates from 1 by {deviation:.3g} with unchanged weights (tolerance {config.ratio_tolerance:g}): "
-            "actor and learner do not compute the same velocity. Use the same editor.dtype, device kind and editor.micro_batch in both, "
+            f"policy ratio deviates from 1 by {deviation:.3g} with unchanged weights (tolerance "
+            f"{config.ratio_tolerance:g}): "
+            "actor and learner do not compute the same velocity. Use the same editor.dtype, device "
+            "kind and editor.micro_batch in both, "
             "or raise train.ratio_tolerance."
         )
     metrics = {name: _summary(name, values) for name, values in numbers.items()}
@@ -285,7 +296,8 @@ def _step(
 
 
 def averaged(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of the steps that shared a batch of groups: their means, and the most and least that any of them saw."""
+    """Metrics of the steps that shared a batch of groups: their means, and the most and least that
+    any of them saw."""
     return {
         name: _summary(name, torch.tensor([step[name] for step in steps if name in step]))
         for step in steps

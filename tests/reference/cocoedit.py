@@ -1,4 +1,5 @@
-"""CoCoEdit (arXiv 2602.14068): two hinges beside DiffusionNFT's loss, as in the paper, as released, and as meant."""
+"""CoCoEdit (arXiv 2602.14068): two hinges beside DiffusionNFT's loss, as in the paper, as released,
+and as meant."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ RING = 0.2
 def region_weights(
     edited: Tensor, radius: int, *, silent_without_core: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """W of the kept and of the edited region [token], from a mask [row, column]: 1 where a token and all its neighbours within
-    ``radius`` agree, 0.2 in the ring in between, 0 in the other region's core."""
+    """W of the kept and of the edited region [token], from a mask [row, column]: 1 where a token
+    and all its neighbours within ``radius`` agree, 0.2 in the ring in between, 0 in the other
+    region's core."""
     rows, columns = edited.shape
     core = torch.zeros(2, rows, columns, dtype=torch.float64)
     for row in range(rows):
@@ -55,7 +57,8 @@ def hinges(
     keep_tolerance: float,
     edit_tolerance: float,
 ) -> Tensor:
-    """What is added to the loss. The published edit hinge is put on the negative policy; "fixed" puts it on the policy itself."""
+    """What is added to the loss. The published edit hinge is put on the negative policy; "fixed"
+    puts it on the policy itself."""
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(x)):
         positive, negative = predictions(x[i], s, v[i], v_old[i], beta)

@@ -1,4 +1,5 @@
-"""DiffusionNFT (arXiv 2509.16117): learning on noised samples with an implicit positive and an implicit negative policy."""
+"""DiffusionNFT (arXiv 2509.16117): learning on noised samples with an implicit positive and an
+implicit negative policy."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def optimality(advantage: Tensor, cut: float) -> Tensor:
 def predictions(
     x: Tensor, s: float, v: Tensor, v_old: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Clean samples of the positive policy ``beta v + (1 - beta) v_old`` and the negative ``(1 + beta) v_old - beta v``."""
+    """Clean samples of the positive policy ``beta v + (1 - beta) v_old`` and the negative ``(1 +
+    beta) v_old - beta v``."""
     return x - s * (beta * v + (1 - beta) * v_old), x - s * ((1 + beta) * v_old - beta * v)
 
 
@@ -47,6 +49,7 @@ def loss(
 
 
 def kept(update: int, schedule: int) -> float:
-    """Share of the sampling weights that stays after an update, under the released schedules 0, 1 and 2."""
+    """Share of the sampling weights that stays after an update, under the released schedules 0, 1
+    and 2."""
     start, rate, most = {0: (0, 0.0, 0.0), 1: (0, 0.001, 0.5), 2: (75, 0.0075, 0.999)}[schedule]
     return 0.0 if update < start else min((update - start) * rate, most)

@@ -1,4 +1,5 @@
-"""Edit-GRPO (arXiv 2605.16951): edit and background as separate signals over a softened border. Only its abstract is public."""
+"""Edit-GRPO (arXiv 2605.16951): edit and background as separate signals over a softened border.
+Only its abstract is public."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 def shares(edited: Tensor, soft_border: int) -> Tensor:
-    """How much each token belongs to (edit, background) [2, token]: the mean of the mask [row, column] within ``soft_border`` tokens."""
+    """How much each token belongs to (edit, background) [2, token]: the mean of the mask [row,
+    column] within ``soft_border`` tokens."""
     rows, columns = edited.shape
     inside = torch.zeros(rows, columns, dtype=torch.float64)
     for row in range(rows):
@@ -20,7 +22,8 @@ def shares(edited: Tensor, soft_border: int) -> Tensor:
 
 
 def advantages(edit_rewards: Tensor, keep_rewards: Tensor) -> Tensor:
-    """[candidate, 2] from rewards [candidate] of either side, standardised apart; a side that does not vary says nothing."""
+    """[candidate, 2] from rewards [candidate] of either side, standardised apart; a side that does
+    not vary says nothing."""
     columns = []
     for rewards in (edit_rewards, keep_rewards):
         deviation = rewards.std(correction=0)

@@ -1,4 +1,5 @@
-"""Flow-GRPO (arXiv 2505.05470): a sampling step as a Gaussian policy. With DanceGRPO's and Flow-CPS's laws, and GRPO-Guard's ratio."""
+"""Flow-GRPO (arXiv 2505.05470): a sampling step as a Gaussian policy. With DanceGRPO's and
+Flow-CPS's laws, and GRPO-Guard's ratio."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ def step(
 ) -> tuple[Tensor, float]:
     """Mean and deviation of the next state.
 
-    * flow: Euler-Maruyama of ``dx = [v + (w^2 / 2s)(x + (1 - s) v)] dt + w dW`` with ``w = level sqrt(s / (1 - s))``.
+    * flow: Euler-Maruyama of ``dx = [v + (w^2 / 2s)(x + (1 - s) v)] dt + w dW`` with ``w = level
+        sqrt(s / (1 - s))``.
     * dance: of ``dx = [v - (w^2 / 2) score] dt + w dW`` with ``w = level``.
-    * cps: predicted clean sample and noise are mixed anew, ``sin(level pi / 2)`` of the noise being fresh.
+    * cps: predicted clean sample and noise are mixed anew, ``sin(level pi / 2)`` of the noise being
+        fresh.
     """
     dt = s_next - s
     clean, noise = x - s * v, x + (1 - s) * v
@@ -31,7 +34,8 @@ def step(
 
 
 def log_prob(following: Tensor, mean: Tensor, deviation: float, law: str) -> Tensor:
-    """Log-density [candidate, token, channel] of the step, unreduced. CPS leaves out scale and normaliser."""
+    """Log-density [candidate, token, channel] of the step, unreduced. CPS leaves out scale and
+    normaliser."""
     if law == "cps":
         return -((following - mean) ** 2)
     return Normal(mean, deviation).log_prob(following)
@@ -48,7 +52,8 @@ def ratios(
 ) -> Tensor:
     """[candidate]: the exponential of the mean change of the log-density, over all elements.
 
-    ``guard``: GRPO-Guard (arXiv 2510.22319): ``exp(k (change + |mean - old_mean|^2 / 2k^2))`` with Gaussian densities.
+    ``guard``: GRPO-Guard (arXiv 2510.22319): ``exp(k (change + |mean - old_mean|^2 / 2k^2))`` with
+        Gaussian densities.
     """
     used = "flow" if guard else law
     change = (
@@ -73,10 +78,15 @@ def divergence(
     *,
     s: float,
     s_next: float,
+    law: str,
     exact_kl: bool = False,
 ) -> Tensor:
-    """Mean over elements of the distance of two steps; published code divides by ``2 w^2``, the exact divergence by ``2 w^2 (-dt)``."""
-    if exact_kl:
+    """Mean over elements of the distance of two steps; published code divides by ``2 w^2``, the
+    exact divergence by ``2 w^2 (-dt)``.
+
+    Under cps the published deviation k stands for w: ``2 k^2`` either way.
+    """
+    if exact_kl or law == "cps":
         return kl_divergence(Normal(mean, deviation), Normal(reference_mean, deviation)).mean()
     w = deviation / math.sqrt(s - s_next)
     return ((mean - reference_mean) ** 2).mean() / (2 * w**2)
@@ -89,7 +99,8 @@ def advantages(
     between_groups: bool = True,
     scale_whole_group: bool = False,
 ) -> list[Tensor]:
-    """Group-centred rewards over the deviation of the whole batch ("global std"), at most ``limit``.
+    """Group-centred rewards over the deviation of the whole batch ("global std"), at most
+    ``limit``.
 
     Args:
         rewards: [candidate] of each group.

@@ -1,4 +1,5 @@
-"""MixGRPO (arXiv 2507.21802): which steps are stochastic in which update, and advantages summed over rewards."""
+"""MixGRPO (arXiv 2507.21802): which steps are stochastic in which update, and advantages summed
+over rewards."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ def windows(
     threshold: int = 13,
     whole_windows: bool = False,
 ) -> list[list[int]]:
-    """The stochastic steps of each update: ``[l, min(l + size, num_steps - 2))``, moved by ``stride`` after its stay, back at the end.
+    """The stochastic steps of each update: ``[l, min(l + size, num_steps - 2))``, moved by
+    ``stride`` after its stay, back at the end.
 
     Args:
-        decay: k of the exponential schedule, ``ceil(every exp(-k relu(l - threshold)))`` updates at l; None stays ``every`` everywhere.
+        decay: k of the exponential schedule, ``ceil(every exp(-k relu(l - threshold)))`` updates at
+            l; None stays ``every`` everywhere.
         whole_windows: the last position is the last whole window, and the roll-back follows it.
     """
     end, left, found = num_steps - 2, 0, []
@@ -46,7 +49,8 @@ def windows(
 
 
 def advantages(rewards: Tensor, weights: list[float], *, unbiased: bool = True) -> Tensor:
-    """[candidate] of one group: the weighted sum of every reward's own standardised advantages; rewards are [candidate, reward]."""
+    """[candidate] of one group: the weighted sum of every reward's own standardised advantages;
+    rewards are [candidate, reward]."""
     total = torch.zeros(len(rewards), dtype=torch.float64)
     for weight, column in zip(weights, rewards.T, strict=True):
         total = total + weight * (column - column.mean()) / (

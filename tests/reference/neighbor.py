@@ -1,4 +1,5 @@
-"""The softmax surrogate of Neighbor GRPO (arXiv 2511.16955, Eq. 8, 9, 11) and RC-GRPO-Editing (arXiv 2604.09386, Eq. 5, 13-15, B.3)."""
+"""The softmax surrogate of Neighbor GRPO (arXiv 2511.16955, Eq. 8, 9, 11) and RC-GRPO-Editing
+(arXiv 2604.09386, Eq. 5, 13-15, B.3)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 def metric(mask: Tensor, h_in: float, h_out: float, *, sum_to_one: bool = False) -> Tensor:
-    """Weight of each token in ``d = mean over the region / h_in^2 + mean over the rest / h_out^2``; mask is bool [token]."""
+    """Weight of each token in ``d = mean over the region / h_in^2 + mean over the rest / h_out^2``;
+    mask is bool [token]."""
     weights = torch.zeros(len(mask), dtype=torch.float64)
     for token, inside in enumerate(mask.tolist()):
         area = int(mask.sum()) if inside else int((~mask).sum())
@@ -16,7 +18,8 @@ def metric(mask: Tensor, h_in: float, h_out: float, *, sum_to_one: bool = False)
 
 
 def log_policy(anchor: Tensor, candidates: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """``log softmax_i(-d(x_i, anchor) / temperature)``: which candidate an anchor [token, channel] would be taken for."""
+    """``log softmax_i(-d(x_i, anchor) / temperature)``: which candidate an anchor [token, channel]
+    would be taken for."""
     distances = torch.stack(
         [
             (weights[:, None] * (candidate - anchor) ** 2 / anchor.shape[1]).sum()
@@ -41,11 +44,13 @@ def loss(
     temperature: float,
     clip: float,
 ) -> Tensor:
-    """Clipped ratio at one trained step, averaged over anchors and candidates. Both policies come of the one-step train solver.
+    """Clipped ratio at one trained step, averaged over anchors and candidates. Both policies come
+    of the one-step train solver.
 
     Args:
         states: where the step starts; ``candidates``: where the rollout's own solver took it.
-        new_velocity: of the anchors, in their order; ``old_velocity``: of every candidate, under the behaviour weights.
+        new_velocity: of the anchors, in their order; ``old_velocity``: of every candidate, under
+            the behaviour weights.
     """
     total = torch.zeros((), dtype=torch.float64)
     for row, anchor in enumerate(anchors):
@@ -79,7 +84,8 @@ def gradient_at_old_weights(
     sigma_next: float,
     temperature: float,
 ) -> Tensor:
-    """The loss's gradient in an anchor's velocity when nothing has moved yet and advantages sum to 0: the weighted centroid."""
+    """The loss's gradient in an anchor's velocity when nothing has moved yet and advantages sum to
+    0: the weighted centroid."""
     centroid = sum(gain * candidate for gain, candidate in zip(advantages, candidates, strict=True))
     scale = (
         -(sigma_next - sigma)
@@ -90,13 +96,15 @@ def gradient_at_old_weights(
 
 
 def quasi_norm(rewards: Tensor, p: float) -> Tensor:
-    """Eq. 11 on centred rewards [candidate], times sqrt(G) so that p = 2 is division by the population deviation."""
+    """Eq. 11 on centred rewards [candidate], times sqrt(G) so that p = 2 is division by the
+    population deviation."""
     centred = rewards - rewards.mean()
     return centred / (centred.abs() ** p).sum() ** (1 / p) * len(rewards) ** 0.5
 
 
 def rc_advantages(rewards: list[Tensor], weights: list[float]) -> list[Tensor]:
-    """RC-GRPO-Editing, section 3.3 and Eq. 4: every term z-scored over the minibatch, added, then standardised in its group.
+    """RC-GRPO-Editing, section 3.3 and Eq. 4: every term z-scored over the minibatch, added, then
+    standardised in its group.
 
     Args:
         rewards: [candidate, term] of each group of the minibatch.
@@ -113,6 +121,7 @@ def rc_advantages(rewards: list[Tensor], weights: list[float]) -> list[Tensor]:
 def neighbourhood(
     shared: Tensor, fresh: Tensor, mask: Tensor, inside: float, outside: float
 ) -> Tensor:
-    """``sqrt(1 - a^2) e + a d_i`` (RC-GRPO-Editing Eq. 10-11); with ``inside == outside`` Neighbor GRPO's Eq. 7."""
+    """``sqrt(1 - a^2) e + a d_i`` (RC-GRPO-Editing Eq. 10-11); with ``inside == outside`` Neighbor
+    GRPO's Eq. 7."""
     spread = torch.where(mask, inside, outside).double()[:, None]
     return torch.stack([(1 - spread**2).sqrt() * shared + spread * each for each in fresh])

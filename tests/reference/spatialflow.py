@@ -1,4 +1,5 @@
-"""SpatialFlow-GRPO (arXiv 2606.26872): a reward, an advantage and a ratio for every region. Eq. 3 is published; the rest reconstructed."""
+"""SpatialFlow-GRPO (arXiv 2606.26872): a reward, an advantage and a ratio for every region. Eq. 3
+is published; the rest reconstructed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from reference.flow_grpo import clipped, log_prob
 def region_reward(
     success: float, preservation: float, naturalness: float, artifacts: float, *, scale: float
 ) -> float:
-    """Eq. 3 of an edited region: ``sqrt(phi AES) / C`` with ``phi = min(success, preservation)``, ``AES = min(naturalness, artifacts)``."""
+    """Eq. 3 of an edited region: ``sqrt(phi AES) / C`` with ``phi = min(success, preservation)``,
+    ``AES = min(naturalness, artifacts)``."""
     return math.sqrt(min(success, preservation) * min(naturalness, artifacts)) / scale
 
 
@@ -34,7 +36,8 @@ def advantages(rewards: Tensor) -> Tensor:
 def ratios(
     following: Tensor, mean: Tensor, old_mean: Tensor, deviation: float, law: str, shares: Tensor
 ) -> Tensor:
-    """[candidate, region]: the exponential of a region's mean change of the log-density; shares [region, token] need not be 0 or 1."""
+    """[candidate, region]: the exponential of a region's mean change of the log-density; shares
+    [region, token] need not be 0 or 1."""
     change = (
         log_prob(following, mean, deviation, law) - log_prob(following, old_mean, deviation, law)
     ).mean(dim=2)
@@ -50,7 +53,8 @@ def loss(
     area_power: float = 1.0,
     clip_by_area: bool = False,
 ) -> Tensor:
-    """``-sum_r w_r mean_i min(rho A, clip(rho) A)`` with ``w_r`` the regions' areas to the power ``area_power``, made to sum to 1."""
+    """``-sum_r w_r mean_i min(rho A, clip(rho) A)`` with ``w_r`` the regions' areas to the power
+    ``area_power``, made to sum to 1."""
     num_tokens = shares.shape[1]
     areas = shares.sum(dim=1)
     weights = areas**area_power / (areas**area_power).sum()

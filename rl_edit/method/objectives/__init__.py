@@ -1,7 +1,8 @@
 """Objectives: what to evaluate again under the current weights, and the loss made of it.
 
-An objective turns a group and its advantages into replay points, and velocities at those points into a loss. It reads
-no weights and runs no model; the learner evaluates exactly the points asked for, under exactly the policies asked for.
+An objective turns a group and its advantages into replay points, and velocities at those points
+into a loss. It reads no weights and runs no model; the learner evaluates exactly the points asked
+for, under exactly the policies asked for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""A wrapper that holds the background: one more term outside the edit region, on the surrogate's own forwards.
+"""A wrapper that holds the background: one more term outside the edit region, on the surrogate's
+own forwards.
 
-Region-decoupled noise removes the background's nuisance spread and with it the background's learning signal: what a weight
-change does outside the mask is compared by no group. This term looks there directly.
+Region-decoupled noise removes the background's nuisance spread and with it the background's
+learning signal: what a weight change does outside the mask is compared by no group. This term looks
+there directly.
 """
 
 from __future__ import annotations
@@ -19,18 +21,22 @@ from rl_edit.types import LossOutput
 
 
 class BackgroundRegularised(Wrapper):
-    """Adds ``weight * mean over tokens outside the mask of error^2`` to another objective's loss; tokens inside are untouched.
+    """Adds ``weight * mean over tokens outside the mask of error^2`` to another objective's loss;
+    tokens inside are untouched.
 
     Weight 0 is the wrapped objective.
 
     Attributes:
         inner: any plain objective.
-        target: "reference" holds the background at what the base editor does: error is the velocity's distance to the
-            base's (adapter off) at the same states, a KL to the reference outside the mask only; it costs one forward
-            without gradient per point. "source" pulls it towards the source picture: error is the clean prediction's
-            distance to the source latents (the keep-region term of CoCoEdit, arXiv 2602.14068, without its hinge), at no
-            extra forward; on an editor whose background is already good it trades edits away for copying.
-        weight: of the term; the surrogate's own gradient is small, so the source needs far less than the reference.
+        target: "reference" holds the background at what the base editor does: error is the
+            velocity's distance to the base's (adapter off) at the same states, a KL to the
+            reference outside the mask only; it costs one forward without gradient per point.
+            "source" pulls it towards the source picture: error is the clean prediction's distance
+            to the source latents (the keep-region term of CoCoEdit, arXiv 2602.14068, without its
+            hinge), at no extra forward; on an editor whose background is already good it trades
+            edits away for copying.
+        weight: of the term; the surrogate's own gradient is small, so the source needs far less
+            than the reference.
     """
 
     kind: Literal["background_regularised"] = "background_regularised"

@@ -1,7 +1,8 @@
-"""Learning on the forward process: no ratio and no trajectory, only finished samples and what they were worth.
+"""Learning on the forward process: no ratio and no trajectory, only finished samples and what they
+were worth.
 
-DiffusionNFT (arXiv 2509.16117). A finished sample is noised again with fresh noise; the policy is pulled towards it and an implicit
-negative policy away from it, in the proportion of its reward.
+DiffusionNFT (arXiv 2509.16117). A finished sample is noised again with fresh noise; the policy is
+pulled towards it and an implicit negative policy away from it, in the proportion of its reward.
 """
 
 from __future__ import annotations
@@ -46,20 +47,24 @@ class Implicit:
 
 class ForwardProcess(BaseModel):
     """``L = c mean[ r l+ / beta + (1 - r) l- / beta ] + reference_weight |v - v_ref|^2`` with
-    ``v+ = beta v + (1 - beta) v_old`` and ``v- = (1 + beta) v_old - beta v``; ``r = clip(1/2 + A / 2c, 0, 1)``.
+    ``v+ = beta v + (1 - beta) v_old`` and ``v- = (1 + beta) v_old - beta v``; ``r = clip(1/2 + A /
+    2c, 0, 1)``.
 
-    ``l`` is the squared error of the predicted clean sample, divided by its own absolute error without gradient (the adaptive
-    weight). With equal weights the sum over both is ``-2 (2r - 1) t e.d + beta t^2 d^2`` up to a constant: advantage-weighted
-    regression plus a pull to the acting policy of strength beta; at the acting weights the gradient does not depend on beta.
-    With several credit rows the errors are pooled per region and each has its own r. ``v_old`` are the acting weights as the update
-    begins, also for groups that older ones made (``train.max_lag``): the samples are regressed on, whoever drew them.
+    ``l`` is the squared error of the predicted clean sample, divided by its own absolute error
+    without gradient (the adaptive weight). With equal weights the sum over both is ``-2 (2r - 1) t
+    e.d + beta t^2 d^2`` up to a constant: advantage-weighted regression plus a pull to the acting
+    policy of strength beta; at the acting weights the gradient does not depend on beta. With
+    several credit rows the errors are pooled per region and each has its own r. ``v_old`` are the
+    acting weights as the update begins, also for groups that older ones made (``train.max_lag``):
+    the samples are regressed on, whoever drew them.
 
     Attributes:
         beta: 1 for single rewards and for editors (CoCoEdit), 0.1 for several rewards.
         cut: c, the largest advantage; 5 throughout.
         reference_weight: of the velocity's distance to the base editor's; 1e-4.
-        num_times: noise levels per group, drawn from the rollout's grid without its last step (the lowest level); None takes all,
-            as released ("all but one of the roll-out grid").
+        num_times: noise levels per group, drawn from those of the rollout's grid above 0; None
+            draws all but one. The release does so too, but draws anew for each sample; here the
+            candidates of a group share their levels.
         adaptive: divide each error by its own size.
     """
 
@@ -87,7 +92,8 @@ class ForwardProcess(BaseModel):
         """
         if setting.guided:
             raise ValueError(
-                "regresses the velocity on finished samples, which a guided velocity does not fit: set editor.true_cfg to 1."
+                "regresses the velocity on finished samples, which a guided velocity does not fit: "
+                "set editor.true_cfg to 1."
             )
 
     def trained_steps(
@@ -109,7 +115,9 @@ class ForwardProcess(BaseModel):
         clean = group.next_latents[:, -1]
         everyone = torch.arange(len(clean))
         optimality = (0.5 + advantages.values / (2 * self.cut)).clamp(0, 1)
-        steps = draw(range(len(group.schedule) - 2), self.num_times, generator)
+        # Every level above 0 may be drawn; as released, one of them is left out at random.
+        levels = range(len(group.schedule) - 1)
+        steps = draw(levels, self.num_times or len(levels) - 1, generator)
         points = []
         for step in steps:
             noised = flow.interpolate(

@@ -1,9 +1,10 @@
 """The softmax surrogate over neighbouring trajectories: a policy ratio for deterministic rollouts.
 
-Neighbor GRPO (arXiv 2511.16955, Eq. 8-9) and, with a masked metric and a reference candidate, RC-GRPO-Editing
-(arXiv 2604.09386, Eq. 13-15 and 5). An anchor candidate is stepped once by the train solver from its stored state under
-the current weights; that single model call is the only gradient path. Which candidate it then lies closest to is read as
-a categorical policy over the group.
+Neighbor GRPO (arXiv 2511.16955, Eq. 8-9) and, with a masked metric and a reference candidate,
+RC-GRPO-Editing (arXiv 2604.09386, Eq. 13-15 and 5). An anchor candidate is stepped once by the
+train solver from its stored state under the current weights; that single model call is the only
+gradient path. Which candidate it then lies closest to is read as a categorical policy over the
+group.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from rl_edit.method.objectives.replay import (
 from rl_edit.types import Advantages, LossOutput, RolloutGroup
 
 LARGEST_LOG_RATIO = 10.0
-"""Ratios stop at exp(10): far beyond any clip, and short of an overflow, whose gradient would be no number."""
+"""Ratios stop at exp(10): far beyond any clip, and short of an overflow, whose gradient would be no
+number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +50,35 @@ def region_distances(
     candidates: Float[Tensor, "group token channel"],
     regions: Float[Tensor, "region token"],
 ) -> Float[Tensor, "anchor group region"]:
-    """Squared distance, mean over channels, pooled over tokens by each region's weights (rows sum to 1)."""
+    """Squared distance, mean over channels, pooled over tokens by each region's weights (rows sum
+    to 1)."""
     per_token = (anchors[:, None] - candidates[None]).square().mean(dim=-1)
     return torch.einsum("agl,rl->agr", per_token, regions)
 
 
 class NeighborSurrogate(BaseModel):
-    """Clipped ratio of softmax surrogate policies, averaged over anchors, trained steps and regions.
+    """Clipped ratio of softmax surrogate policies, averaged over anchors, trained steps and
+    regions.
 
-    ``log pi(i) = log_softmax_i(-d(candidate_i, anchor) / temperature)``; ``rho_i = pi_new(i) / pi_old(i)``;
-    ``J = mean_i min(rho_i A_i, clip(rho_i) A_i)`` over the whole group, the reference included. The old anchor is formed by
-    the *same* one-step train solver from the stored velocity, whatever solver made the rollout; so with unchanged weights
-    every ratio is exactly 1. There the gradient with respect to an anchor's new state is
-    ``(2 / (G * temperature)) * rows * sum_i A_i x_i / C``: the temperature then only scales it.
+    ``log pi(i) = log_softmax_i(-d(candidate_i, anchor) / temperature)``; ``rho_i = pi_new(i) /
+    pi_old(i)``; ``J = mean_i min(rho_i A_i, clip(rho_i) A_i)`` over the whole group, the reference
+    included. The old anchor is formed by the *same* one-step train solver from the stored velocity,
+    whatever solver made the rollout; so with unchanged weights every ratio is exactly 1. There the
+    gradient with respect to an anchor's new state is ``(2 / (G * temperature)) * rows * sum_i A_i
+    x_i / C``: the temperature then only scales it.
 
     Attributes:
-        num_anchors: anchors drawn per group and pass, without replacement, from the perturbed candidates. 4 of 12 in
-            Neighbor GRPO ("2 already competitive").
-        clip: half-width of the trust region on the ratio. The published 1e-4 belongs to a mean-reduced distance of
-            order 1e-4; on the built-in editor 0.2 with temperature 0.5 clips a comparable share.
+        num_anchors: anchors drawn per group and pass, without replacement, from the perturbed
+            candidates. 4 of 12 in Neighbor GRPO ("2 already competitive").
+        clip: half-width of the trust region on the ratio. The published 1e-4 belongs to a
+            mean-reduced distance of order 1e-4; on the built-in editor 0.2 with temperature 0.5
+            clips a comparable share.
         temperature: of the softmax; the papers leave it implicit (1).
-        num_steps: trained steps per group, drawn at random from the eligible ones; None trains them all. Neighbor GRPO
-            trains 4 of 8.
-        skip_first, skip_last: steps at either end that are never trained. Early states are mostly noise, so what a
-            group disagrees about there is its noise, not its pictures; the papers skip only the last step.
+        num_steps: trained steps per group, drawn at random from the eligible ones; None trains them
+            all. Neighbor GRPO trains 4 of 8.
+        skip_first, skip_last: steps at either end that are never trained. Early states are mostly
+            noise, so what a group disagrees about there is its noise, not its pictures; the papers
+            skip only the last step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -94,24 +101,28 @@ class NeighborSurrogate(BaseModel):
         if self.num_anchors > perturbed:
             reference = " (one is the unperturbed reference)" if setting.num_references else ""
             raise ValueError(
-                f"num_anchors {self.num_anchors} exceeds the {perturbed} perturbed candidates of rollout.group_size "
+                f"num_anchors {self.num_anchors} exceeds the {perturbed} perturbed candidates of "
+                "rollout.group_size "
                 f"{setting.group_size}{reference}: lower the anchors or raise the group."
             )
         if self.skip_first + self.skip_last >= setting.num_steps:
             raise ValueError(
-                f"skips {self.skip_first} first and {self.skip_last} last steps of rollout.num_steps {setting.num_steps}: none is left to "
+                f"skips {self.skip_first} first and {self.skip_last} last steps of "
+                f"rollout.num_steps {setting.num_steps}: none is left to "
                 "train. Skip fewer or roll out more steps."
             )
         if setting.stochastic:
             raise ValueError(
-                "compares deterministic trajectories, and algorithm.step_noise makes some steps stochastic: use step_noise "
+                "compares deterministic trajectories, and algorithm.step_noise makes some steps "
+                "stochastic: use step_noise "
                 "{kind: none}, or the objective transition."
             )
 
     def trained_steps(
         self, levels: Float[Tensor, " step"], generator: torch.Generator
     ) -> tuple[int, ...]:
-        """Indices of the steps to keep and train, ascending, given the SDE level of each rollout step."""
+        """Indices of the steps to keep and train, ascending, given the SDE level of each rollout
+        step."""
         return draw(
             range(self.skip_first, max(len(levels) - self.skip_last, self.skip_first + 1)),
             self.num_steps,
@@ -127,7 +138,8 @@ class NeighborSurrogate(BaseModel):
         generator: torch.Generator,
         states_per_forward: int | None = None,
     ) -> list[ReplayPoint]:
-        """The anchors' stored states at every kept step. Anchors come from the perturbed candidates only.
+        """The anchors' stored states at every kept step. Anchors come from the perturbed candidates
+        only.
 
         Args:
             num_references: leading candidates that are no anchors.
@@ -171,7 +183,8 @@ class NeighborSurrogate(BaseModel):
         )
 
     def loss(self, point: ReplayPoint, velocities: Velocities) -> LossOutput:
-        """Negated objective at one trained step, mean over anchors; gradient only through the policy's velocity."""
+        """Negated objective at one trained step, mean over anchors; gradient only through the
+        policy's velocity."""
         context: AnchorContext = point.context
         anchors = flow.euler(
             point.latents, velocities.policy, sigma=context.sigma, sigma_next=context.sigma_next

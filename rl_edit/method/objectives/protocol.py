@@ -19,14 +19,16 @@ from rl_edit.types import Advantages, LossOutput, RolloutGroup
 
 @runtime_checkable
 class ObjectiveProtocol(Protocol):
-    """What an objective does. A class of yours that does it, named ``module:Class`` as ``kind``, is one."""
+    """What an objective does. A class of yours that does it, named ``module:Class`` as ``kind``, is
+    one."""
 
     @property
     def kind(self) -> str: ...
 
     @property
     def policies(self) -> frozenset[Policy]:
-        """Weights besides the current ones whose velocities the loss reads; the learner evaluates exactly those."""
+        """Weights besides the current ones whose velocities the loss reads; the learner evaluates
+        exactly those."""
 
     def check(self, setting: Setting) -> None:
         """Raises ValueError, with the remedy, for a run this objective does not fit."""

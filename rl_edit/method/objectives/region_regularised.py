@@ -1,8 +1,10 @@
-"""CoCoEdit's region regularisers around the forward-process objective (arXiv 2602.14068): keep what should stay, change what should not.
+"""CoCoEdit's region regularisers around the forward-process objective (arXiv 2602.14068): keep what
+should stay, change what should not.
 
-Two hinges on the clean samples that the implicit policies predict: the kept region may not leave a reference by more than a
-tolerance, the edit region must leave the source by at least one. The released code and the paper differ, and both reverse the second
-hinge (it is put on the negative policy, which moves against the trained one); ``variant`` names which is meant.
+Two hinges on the clean samples that the implicit policies predict: the kept region may not leave a
+reference by more than a tolerance, the edit region must leave the source by at least one. The
+released code and the paper differ, and both reverse the second hinge (it is put on the negative
+policy, which moves against the trained one); ``variant`` names which is meant.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ RING_WEIGHT = 0.2
 
 
 class RegionRegularised(Wrapper):
-    """``L = NFT + mean(r keep_weight relu(d_keep - keep_tolerance)) + mean((1 - r) edit_weight relu(edit_tolerance - d_edit))``.
+    """``L = NFT + mean(r keep_weight relu(d_keep - keep_tolerance)) + mean((1 - r) edit_weight
+    relu(edit_tolerance - d_edit))``.
 
-    ``d(a, b; W) = sum W (a - b)^2 / sum W`` over tokens, mean over channels; W is 1 in the eroded region, 0.2 in the ring that
-    erosion leaves, 0 elsewhere. r is the mean of the forward process's optimality over its regions. Weight 0 is the wrapped objective.
+    ``d(a, b; W) = sum W (a - b)^2 / sum W`` over tokens, mean over channels; W is 1 in the eroded
+    region, 0.2 in the ring that erosion leaves, 0 elsewhere. r is the mean of the forward process's
+    optimality over its regions. Weight 0 is the wrapped objective.
 
     ===========  =====================================  ========================================
     variant      d_keep compares the kept region of     d_edit compares the edit region of
@@ -39,13 +43,14 @@ class RegionRegularised(Wrapper):
     release      positive prediction and its sample     negative prediction and source
     ===========  =====================================  ========================================
 
-    On the negative prediction ``2 x_old - x_policy`` (beta 1) the edit hinge moves the policy *towards* the source, the reverse of
-    its purpose; "fixed" puts it where it acts as meant.
+    On the negative prediction ``2 x_old - x_policy`` (beta 1) the edit hinge moves the policy
+    *towards* the source, the reverse of its purpose; "fixed" puts it where it acts as meant.
 
     Attributes:
         inner: the forward process that is regularised.
         variant: a row of the table above.
-        keep_weight, edit_weight: 0.02 and 0.02 for FLUX.1-Kontext, 0.8 and 0.5 for Qwen-Image-Edit-2509.
+        keep_weight, edit_weight: 0.02 and 0.02 for FLUX.1-Kontext, 0.8 and 0.5 for
+            Qwen-Image-Edit-2509.
         keep_tolerance, edit_tolerance: 1e-3 and 3e-2.
         erosion: in tokens; 1 token is the release's radius of 2 latent pixels.
     """
@@ -92,12 +97,14 @@ class RegionRegularised(Wrapper):
     def weights(
         self, context: WrappedContext
     ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
-        """W of the kept and of the edit region. The eroded regions and the ring between them are disjoint."""
+        """W of the kept and of the edit region. The eroded regions and the ring between them are
+        disjoint."""
         edit, keep = (
             regions.eroded(mask, self.erosion) for mask in (context.edited, ~context.edited)
         )
         ring = RING_WEIGHT * (~(edit | keep)).float()
-        # A region too small to erode has no inside: its ring alone would speak for the other one too.
+        # A region too small to erode has no inside: its ring alone would speak for the other one
+        # too.
         weights = [(core.float() + ring).clamp(0, 1) * bool(core.any()) for core in (keep, edit)]
         return weights[0].flatten(), weights[1].flatten()
 

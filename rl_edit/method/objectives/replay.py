@@ -1,4 +1,5 @@
-"""The records between an objective and the learner: states to evaluate again, and what was found there."""
+"""The records between an objective and the learner: states to evaluate again, and what was found
+there."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 Policy = Literal["reference", "acting"]
-"""Weights, besides the trained ones, whose velocity a loss may read: the base editor's, or those the actors run."""
+"""Weights, besides the trained ones, whose velocity a loss may read: the base editor's, or those
+the actors run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class Velocities:
 
     Attributes:
         policy: under the current weights; the only one that takes a gradient.
-        reference, acting: under the base editor and under the acting weights; None unless the objective asks for them.
+        reference, acting: under the base editor and under the acting weights; None unless the
+            objective asks for them.
     """
 
     policy: Float[Tensor, "batch token channel"]
@@ -78,7 +81,8 @@ def parts(indices: Tensor, states_per_forward: int | None) -> tuple[Tensor, ...]
 
 
 def draw(indices: range, number: int | None, generator: torch.Generator) -> tuple[int, ...]:
-    """``number`` of the indices without replacement, ascending; all when None or no more than that."""
+    """``number`` of the indices without replacement, ascending; all when None or no more than
+    that."""
     if number is None or number >= len(indices):
         return tuple(indices)
     return tuple(

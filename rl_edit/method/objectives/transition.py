@@ -1,7 +1,7 @@
 """The clipped ratio of stochastic transitions: GRPO where each sampling step is a Gaussian policy.
 
-Flow-GRPO (arXiv 2505.05470); with a window of stochastic steps, Flow-GRPO-Fast and MixGRPO (arXiv 2507.21802); with several
-regions, SpatialFlow-GRPO (arXiv 2606.26872).
+Flow-GRPO (arXiv 2505.05470); with a window of stochastic steps, Flow-GRPO-Fast and MixGRPO (arXiv
+2507.21802); with several regions, SpatialFlow-GRPO (arXiv 2606.26872).
 """
 
 from __future__ import annotations
@@ -66,24 +66,34 @@ class TransitionContext:
 
 
 class TransitionSurrogate(BaseModel):
-    """``J = sum_r w_r mean_i min(rho_ir A_ir, clip(rho_ir) A_ir)`` over the stochastic steps of the rollout.
+    """``J = sum_r w_r mean_i min(rho_ir A_ir, clip(rho_ir) A_ir)`` over the stochastic steps of the
+    rollout.
 
-    ``rho_ir = exp(sum_n M_r[n] (log p_new - log p_old)[i, n])`` with log-densities averaged over channels and pooled over tokens by
-    the credit's rows. With one uniform row it is Flow-GRPO's ratio: the exponential of a **mean** log-density, the D-th root of the
-    likelihood ratio, which is why its clip is 1e-4 and not 0.2. Old densities come from the stored velocities by the same formula,
-    so with unchanged weights every ratio is exactly 1.
+    ``rho_ir = exp(sum_n M_r[n] (log p_new - log p_old)[i, n])`` with log-densities averaged over
+    channels and pooled over tokens by the credit's rows. With one uniform row it is Flow-GRPO's
+    ratio: the exponential of a **mean** log-density, the D-th root of the likelihood ratio, which
+    is why its clip is 1e-4 and not 0.2. Old densities come from the stored velocities by the same
+    formula, so with unchanged weights every ratio is exactly 1.
 
     Attributes:
-        clip: half-width of the trust region; 1e-4 in Flow-GRPO, 1e-5 in its fast form ("larger may crash").
-        clip_high: its upper half-width where it differs (EditScore uses 1e-4 and 5e-4); None is ``clip``.
-        clip_by_area: a region of m of N tokens averages fewer log-densities, so its ratio is sqrt(N / m) noisier; its clip grows by
-            that, or small regions always clip. Without effect for whole-image credit.
-        num_steps: stochastic steps trained per group, drawn at random; None trains them all. EditScore trains 60 %.
-        kl_weight: of the divergence from the base editor at the trained states; 0.04 or 0.01 for SD3.5 in Flow-GRPO, 0 for editors.
-        kl: "gaussian": the exact ``|mu - mu_ref|^2 / 2 deviation^2`` of the step, mean-reduced; "released": with ``s^2`` in place of
-            ``deviation^2 = -s^2 dt``, as published code has it (smaller by ``-dt``); "velocity": the plain ``|v - v_ref|^2``.
-        guard: ratio normalisation of GRPO-Guard (arXiv 2510.22319): ``rho = exp((d log p + |d mu|^2 / 2 k^2) k)`` with the step's
-            deviation k and Gaussian densities under every law; its mean is not biased below 1.
+        clip: half-width of the trust region; 1e-4 in Flow-GRPO, 1e-5 in its fast form ("larger may
+            crash").
+        clip_high: its upper half-width where it differs (EditScore uses 1e-4 and 5e-4); None is
+            ``clip``.
+        clip_by_area: a region of m of N tokens averages fewer log-densities, so its ratio is sqrt(N
+            / m) noisier; its clip grows by that, or small regions always clip. Without effect for
+            whole-image credit.
+        num_steps: stochastic steps trained per group, drawn at random; None trains them all.
+            EditScore trains 60 %.
+        kl_weight: of the divergence from the base editor at the trained states; 0.04 or 0.01 for
+            SD3.5 in Flow-GRPO, 0 for editors.
+        kl: "gaussian": the exact ``|mu - mu_ref|^2 / 2 deviation^2`` of the step, mean-reduced;
+            "released": with ``s^2`` in place of ``deviation^2 = -s^2 dt``, as published code has it
+            (smaller by ``-dt``; the same as "gaussian" under "cps", whose deviation has no dt);
+            "velocity": the plain ``|v - v_ref|^2``.
+        guard: ratio normalisation of GRPO-Guard (arXiv 2510.22319): ``rho = exp((d log p + |d mu|^2
+            / 2 k^2) k)`` with the step's deviation k and Gaussian densities under every law; its
+            mean is not biased below 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -103,11 +113,13 @@ class TransitionSurrogate(BaseModel):
     def check(self, setting: Setting) -> None:
         if setting.multistep:
             raise ValueError(
-                "needs the density of every trained step, which a multistep rollout solver does not have: use rollout.solver euler."
+                "needs the density of every trained step, which a multistep rollout solver does "
+                "not have: use rollout.solver euler."
             )
         if not setting.stochastic:
             raise ValueError(
-                "trains stochastic steps, and algorithm.step_noise makes none: use step_noise {kind: constant} or {kind: window}, "
+                "trains stochastic steps, and algorithm.step_noise makes none: use step_noise "
+                "{kind: constant} or {kind: window}, "
                 "or the objective neighbor."
             )
 
@@ -189,7 +201,8 @@ class TransitionSurrogate(BaseModel):
     def _ratio(
         self, context: TransitionContext, mean: Tensor, deviation: float
     ) -> Float[Tensor, "batch region"]:
-        # The bias that the guard takes away is the Gaussian density's, whose scale and normaliser "cps" leaves out.
+        # The bias that the guard takes away is the Gaussian density's, whose scale and normaliser
+        # "cps" leaves out.
         sde = "flow" if self.guard else context.step.sde
 
         def log_density(of: Tensor) -> Tensor:
@@ -211,6 +224,8 @@ class TransitionSurrogate(BaseModel):
         step: Step = point.context.step
         anchored, _ = step.moments(point.latents, reference)
         variance = deviation**2
-        if self.kl == "released":
+        # deviation^2 = -s^2 dt under "flow" and "dance", and published code divides by s^2. Under
+        # "cps" the deviation k has no dt in it, and published code divides by k^2 as it is.
+        if self.kl == "released" and step.sde != "cps":
             variance /= step.sigma - step.sigma_next
         return (mean - anchored).square().mean() / (2 * variance)

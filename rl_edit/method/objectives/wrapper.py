@@ -1,4 +1,5 @@
-"""What every wrapper shares: it adds a term to a plain objective's loss at that objective's own points."""
+"""What every wrapper shares: it adds a term to a plain objective's loss at that objective's own
+points."""
 
 from __future__ import annotations
 
