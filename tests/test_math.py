@@ -74,12 +74,11 @@ def test_interpolation_runs_from_clean_at_zero_to_noise_at_one() -> None:
 
 @settings(deadline=None)
 @given(sigma=st.floats(0.01, 0.99))
-def test_clean_and_noise_are_recovered_from_the_velocity_at_every_noise_level(sigma: float) -> None:
+def test_clean_is_recovered_from_the_velocity_at_every_noise_level(sigma: float) -> None:
     clean, noise = torch.linspace(-2, 2, 5).double(), torch.linspace(3, -1, 5).double()
     level = torch.tensor(sigma, dtype=torch.float64)
     state, velocity = flow.interpolate(clean, noise, level), noise - clean
     assert torch.allclose(flow.clean_from_velocity(state, velocity, level), clean, atol=1e-12)
-    assert torch.allclose(flow.noise_from_velocity(state, velocity, level), noise, atol=1e-12)
 
 
 @settings(deadline=None)
@@ -92,7 +91,7 @@ def test_an_euler_step_remixes_the_predicted_clean_and_noise(sigma: float, share
     )
     clean, noise = (
         flow.clean_from_velocity(state, velocity, now),
-        flow.noise_from_velocity(state, velocity, now),
+        state + (1 - now) * velocity,
     )
     assert torch.allclose(
         flow.euler(state, velocity, sigma=now, sigma_next=then),

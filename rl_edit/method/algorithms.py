@@ -28,7 +28,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rl_edit.method.advantages import CreditRule, GroupCredit, RegionCredit, SplitCredit
 from rl_edit.method.exploration import (
-    AdaptiveSpread,
     ConstantNoise,
     InitialNoise,
     NoiseWindow,
@@ -168,16 +167,6 @@ class Algorithm(BaseModel):
             f"algorithm.credit {self.credit.kind!r}: its needed_components",
             self.credit.needed_components,
         )
-
-    @property
-    def explores_by_region(self) -> bool:
-        """Whether the noise inside the edit region differs from the noise outside."""
-        law = (
-            self.initial_noise.start
-            if isinstance(self.initial_noise, AdaptiveSpread)
-            else self.initial_noise
-        )
-        return law.inside != law.outside or law.background_pull > 0
 
 
 @dataclass(frozen=True, kw_only=True)

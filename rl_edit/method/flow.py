@@ -52,15 +52,6 @@ def clean_from_velocity(
     return latents - sigma * velocity
 
 
-def noise_from_velocity(
-    latents: Float[Tensor, "*shape"],
-    velocity: Float[Tensor, "*shape"],
-    sigma: Float[Tensor, "*broadcast"],
-) -> Float[Tensor, "*shape"]:
-    """Predicted noise, ``x + (1 - sigma) * v``."""
-    return latents + (1 - sigma) * velocity
-
-
 def euler(
     latents: Float[Tensor, "*shape"],
     velocity: Float[Tensor, "*shape"],
