@@ -1,4 +1,4 @@
-"""Bootstrap intervals for means and for paired differences of means. Deterministic given the seed."""
+"""Computes bootstrap intervals of means and of paired differences. A seed repeats them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rl_edit.errors import InputError
 
-# Resamples are drawn in blocks of about this many indices: thousands of tasks must not need gigabytes.
+# Resamples are drawn in blocks of about this many indices: thousands of tasks must not need
+# gigabytes.
 _BLOCK = 2_000_000
 
 
@@ -32,7 +33,7 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where all of the interval lies on that side of zero, else 0."""
+        """The side of zero on which all of the interval lies, 1 or -1; else 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
@@ -44,23 +45,26 @@ def bootstrap(
     level: float = 0.95,
     groups: Sequence[Hashable] | None = None,
 ) -> Interval:
-    """Percentile bootstrap interval of the mean.
+    """Computes the percentile bootstrap interval of the mean.
 
     Args:
-        values: one per observation, finite. Failed measurements must be left out and counted by the caller.
-        groups: the unit each value belongs to (its task, when a task was measured with several seeds). Whole units
-            are resampled, because repeats of one task do not add tasks.
+        values: one per observation, finite. Failed measurements must be left out and counted by
+            the caller.
+        groups: the unit each value belongs to (its task, when a task was measured with several
+            seeds). Complete units are resampled, because repeats of one task do not add tasks.
     """
     sample = _checked(values, "values")
     if not 0 < level < 1:
         raise InputError(f"level({level}) of an interval must lie between 0 and 1; 0.95 is usual.")
     if resamples < 100:
         raise InputError(
-            f"resamples({resamples}) is too few for the ends of an interval. Use at least 100; 2000 is usual."
+            f"resamples({resamples}) is too few for the ends of an interval. Use at least 100; 2000 "
+            "is usual."
         )
     sums, counts = _clustered(sample, groups)
     n = len(sums)
     mean = float(sample.mean())
+    # One unit says nothing about the spread.
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)
     generator = np.random.default_rng(seed)
@@ -68,6 +72,7 @@ def bootstrap(
     block = max(1, _BLOCK // n)
     for start in range(0, resamples, block):
         drawn = generator.integers(0, n, size=(min(block, resamples - start), n))
+        # A ratio of sums: units of several values keep their weight.
         means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), n)
@@ -82,14 +87,16 @@ def paired_bootstrap(
     level: float = 0.95,
     groups: Sequence[Hashable] | None = None,
 ) -> Interval:
-    """Interval of the mean of ``b - a``, where ``a[i]`` and ``b[i]`` are the same task under the same noise.
+    """Computes the interval of the mean of ``b - a``.
 
-    Differences are resampled, so what makes a task easy or hard for both cancels. ``groups`` as in ``bootstrap``.
+    ``a[i]`` and ``b[i]`` are the same task under the same noise. Differences are resampled, so what
+    makes a task easy or hard for both cancels. ``groups`` as in ``bootstrap``.
     """
     first, second = _checked(a, "a"), _checked(b, "b")
     if len(first) != len(second):
         raise InputError(
-            f"A paired comparison needs the same tasks on both sides, got {len(first)} and {len(second)} values. Match them."
+            f"A paired comparison needs the same tasks on both sides, got {len(first)} and "
+            f"{len(second)} values. Match them."
         )
     return bootstrap(second - first, seed=seed, resamples=resamples, level=level, groups=groups)
 
@@ -103,7 +110,8 @@ def _checked(values: Sequence[float] | NDArray[np.floating], what: str) -> NDArr
     if not np.isfinite(sample).all():
         bad = int((~np.isfinite(sample)).sum())
         raise InputError(
-            f"{what} holds {bad} values that are not finite, so its mean means nothing. Leave failed measurements out and count them."
+            f"{what} holds {bad} values that are not finite, so its mean means nothing. Leave "
+            "failed measurements out and count them."
         )
     return sample
 
@@ -111,7 +119,7 @@ def _checked(values: Sequence[float] | NDArray[np.floating], what: str) -> NDArr
 def _clustered(
     sample: NDArray[np.float64], groups: Sequence[Hashable] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sum and count of each unit, units in order of first appearance."""
+    """Sums and counts the values of each unit, in order of first appearance."""
     if groups is None:
         return sample, np.ones_like(sample)
     if len(groups) != len(sample):

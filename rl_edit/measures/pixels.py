@@ -1,9 +1,10 @@
-"""Image metrics over a part of the picture, each with its convention named.
+"""Image metrics over a part of the image, each with its convention named.
 
-"Background PSNR" means three different numbers in the literature, up to 15 dB apart on the same images, so no
-function here has a default convention. Images are ``[..., height, width, 3]``, uint8 in 0..255 or floating point in
-0..1; ``keep`` is True where a pixel counts (the background is ``~edit_mask``). Leading dimensions broadcast: a group
-``[G, H, W, 3]`` against one source ``[H, W, 3]`` gives ``[G]``. Computed in double precision.
+"Background PSNR" means three different numbers in the literature, up to 15 dB apart on the same
+images, so no function here has a default convention. Images are ``[..., height, width, 3]``, uint8
+in 0..255 or floating point in 0..1. ``keep`` is True where a pixel counts (the background is
+``~edit_mask``). Leading dimensions broadcast: a group ``[G, H, W, 3]`` against one source
+``[H, W, 3]`` gives ``[G]``. Computed in double precision.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from torch import Tensor
 from rl_edit.errors import InputError
 
 MAX_PSNR = 60.0
-"""dB. Larger values, and the infinite one of identical images, are reported as this, so that means, differences and
-intervals stay finite. It lies above what any of the editors' autoencoders can reach."""
+"""Largest reported PSNR, in dB; that of identical images would be infinite.
+
+Means, differences and intervals stay finite. No autoencoder of the editors reaches it.
+"""
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+# (k L)^2 with k 0.01 and 0.03 and peak L = 1 (Wang et al. 2004).
 _C1 = 0.01**2
 _C2 = 0.03**2
 
@@ -32,44 +36,47 @@ SsimConvention = Literal["map_masked", "zero_filled"]
 def psnr(
     a: Tensor, b: Tensor, keep: Bool[Tensor, "*#batch height width"], convention: PsnrConvention
 ) -> Float[Tensor, "*batch"]:
-    """Peak signal-to-noise ratio in dB over the kept pixels, at most ``MAX_PSNR``.
+    """Computes the peak signal-to-noise ratio over ``keep``, in dB, at most ``MAX_PSNR``.
 
-    With d the difference (peak 1), k the kept pixels, C = 3 channels:
+    With d the difference (peak 1), k the pixels that count, C = 3 channels:
 
     * ``masked``: MSE = sum(k d^2) / (C sum k), the mean over the pixels that count.
-    * ``zero_filled``: MSE = sum(k d^2) / (C H W), both images blackened elsewhere (CompBench, PIE-Bench and the
-      tables of RC-GRPO-Editing); equals masked + 10 log10(H W / sum k), so it grows with the size of the edit.
-    * ``cocoedit``: MSE = sum(k d^2) / sum k, a three-channel sum over a one-channel count (CoCoEdit's released
-      reward); equals masked - 10 log10(3).
+    * ``zero_filled``: MSE = sum(k d^2) / (C H W), both images blackened elsewhere (CompBench,
+      PIE-Bench and the tables of RC-GRPO-Editing). It equals masked + 10 log10(H W / sum k), so it
+      grows with the size of the edit.
+    * ``cocoedit``: MSE = sum(k d^2) / sum k, a three-channel sum over a one-channel count
+      (CoCoEdit's released reward). It equals masked - 10 log10(3).
     """
     first, second, weight = _aligned(a, b, keep)
     squared = (weight[..., None] * (first - second).square()).sum(dim=(-3, -2, -1))
-    kept = weight.sum(dim=(-2, -1))
+    num_counted = weight.sum(dim=(-2, -1))
     channels = first.shape[-1]
     if convention == "masked":
-        count = channels * kept
+        count = channels * num_counted
     elif convention == "zero_filled":
-        count = torch.full_like(kept, channels * weight.shape[-2] * weight.shape[-1])
+        count = torch.full_like(num_counted, channels * weight.shape[-2] * weight.shape[-1])
     elif convention == "cocoedit":
-        count = kept
+        count = num_counted
     else:
         raise InputError(
             f"PSNR convention {convention!r} is not known. Use masked, zero_filled or cocoedit."
         )
+    # PSNR = 10 log10(peak^2 / MSE), with peak 1.
     return (-10.0 * torch.log10(squared / count)).clamp_max(MAX_PSNR)
 
 
 def ssim(
     a: Tensor, b: Tensor, keep: Bool[Tensor, "*#batch height width"], convention: SsimConvention
 ) -> Float[Tensor, "*batch"]:
-    """Structural similarity (Wang et al. 2004), Gaussian window of 11 pixels and sigma 1.5, mean over channels.
+    """Computes the structural similarity (Wang et al. 2004), mean over channels.
 
-    * ``map_masked``: the similarity map of the whole images, averaged over the kept pixels. Windows of kept pixels
+    * ``map_masked``: the similarity map of the complete images, averaged over ``keep``. Windows
       within 5 pixels of the edit still see it.
-    * ``zero_filled``: similarity of the two images blackened outside ``keep``, averaged over all pixels; the black
-      part counts as perfect agreement.
+    * ``zero_filled``: similarity of the two images blackened outside ``keep``, averaged over all
+      pixels. The black part counts as perfect agreement.
 
-    Windows are cut and renormalised at the border; images smaller than the window shrink it.
+    Windows are Gaussian, 11 pixels wide, sigma 1.5. They are cut and renormalised at the border;
+    images smaller than the window shrink it.
     """
     first, second, weight = _aligned(a, b, keep)
     if convention == "map_masked":
@@ -83,7 +90,7 @@ def ssim(
 
 
 def keep_fraction(keep: Bool[Tensor, "*batch height width"]) -> Float[Tensor, "*batch"]:
-    """Share of pixels that count. To be reported beside any zero-filled number, which depends on it."""
+    """Computes the share of pixels that count. A zero-filled number depends on it."""
     return keep.to(torch.float64).mean(dim=(-2, -1))
 
 
@@ -125,11 +132,13 @@ def _aligned(a: Tensor, b: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _ssim_map(
     a: Float[Tensor, "*batch height width channel"], b: Float[Tensor, "*batch height width channel"]
 ) -> Tensor:
-    """Similarity at every pixel and channel, same shape as the images."""
+    """Computes the similarity at every pixel and channel, in the shape of the images."""
     mean_a, mean_b = _windowed_mean(a), _windowed_mean(b)
     var_a = _windowed_mean(a * a) - mean_a * mean_a
     var_b = _windowed_mean(b * b) - mean_b * mean_b
     cov = _windowed_mean(a * b) - mean_a * mean_b
+    # SSIM = (2 ma mb + C1)(2 cov + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)). Sums in place of
+    # products by 2: identical images give exactly 1.
     luminance = (mean_a * mean_b + mean_a * mean_b + _C1) / (
         mean_a * mean_a + mean_b * mean_b + _C1
     )
@@ -146,8 +155,9 @@ def _windowed_mean(image: Float[Tensor, "*batch height width channel"]) -> Tenso
 def gaussian_mean(
     image: Float[Tensor, "*batch height width channel"], *, sigma: float, radius: int
 ) -> Float[Tensor, "*batch height width channel"]:
-    """Gaussian-weighted mean around each pixel; windows are cut and renormalised at the border."""
-    # Two products with a band matrix: a double-precision convolution takes minutes where this takes a second.
+    """Computes Gaussian means around each pixel, cut and renormalised at the border."""
+    # Two products with a band matrix: a double-precision convolution takes minutes where this takes
+    # a second.
     planes = image.movedim(-1, -3)
     rows = _band(planes.shape[-2], sigma=sigma, radius=radius, like=image)
     columns = _band(planes.shape[-1], sigma=sigma, radius=radius, like=image)
@@ -155,7 +165,7 @@ def gaussian_mean(
 
 
 def _band(size: int, *, sigma: float, radius: int, like: Tensor) -> Float[Tensor, "size size"]:
-    """Row i holds the window's weights around pixel i; rows sum to 1."""
+    """Makes the matrix whose row i holds the window's weights around pixel i; rows sum to 1."""
     position = torch.arange(size, dtype=like.dtype, device=like.device)
     offset = position[:, None] - position
     weight = torch.exp(-(offset**2) / (2 * sigma**2)) * (offset.abs() <= radius)

@@ -1,17 +1,21 @@
-"""What drives the combined reward: which term, which part of the picture, and how much of it is the judge's own noise.
+"""Statistics of the combined reward: its terms, the judge's noise, and where images differ.
 
 All numbers are about differences within groups, the only ones that credit sees.
 
-=========================================  ================================================================================
-``reward/TERM/STATUS_share``               share of scores that are invalid, timeout or refused; of terms with a cache also
-                                           cached (recalled) and uncached (could not be kept)
-``reward/TERM/variance_share``             share of the total's variance within groups that the term brings in: the covariance
-                                           of its weighted, normalised value with the total, over the total's variance.
-                                           Shares sum to 1; one below 0 pulls against the others
-``reward/TERM/noise``                      standard deviation of one measurement, from candidates that were scored twice
-``reward/TERM/noise_to_spread``            the same over the deviation within groups; at 1 the differences are nothing else
-``change/variance_inside_share``           share of the pixels' variance between candidates that lies inside the edit mask
-=========================================  ================================================================================
+===============================  ===================================================================
+``reward/TERM/STATUS_share``     share of scores that are invalid, timeout or refused; of terms with
+                                 a cache also cached (recalled) and uncached (could not be stored)
+``reward/TERM/variance_share``   share of the total's variance within groups that the term brings
+                                 in: the covariance of its weighted, normalised value with the
+                                 total, over the total's variance. Shares sum to 1; one below 0
+                                 pulls against the others
+``reward/TERM/noise``            standard deviation of one measurement, from candidates that were
+                                 scored twice
+``reward/TERM/noise_to_spread``  the same over the deviation within groups; at 1 the differences are
+                                 nothing else
+``change/variance_inside_share`` share of the pixels' variance between candidates that lies inside
+                                 the edit mask
+===============================  ===================================================================
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ Normalisation = Literal["minibatch", "group", "none"]
 
 
 def status_shares(tables: Sequence[RewardTable]) -> dict[str, float]:
-    """``TERM/STATUS_share`` over every candidate of the tables that count."""
+    """Computes ``TERM/STATUS_share`` over every candidate of the tables."""
     counts = sum((Counter(table.counts) for table in tables), Counter())
     shares: dict[str, float] = {}
     for name in tables[0].names if tables else ():
@@ -54,7 +58,11 @@ def status_shares(tables: Sequence[RewardTable]) -> dict[str, float]:
 
 
 def variance_shares(tables: Sequence[RewardTable], *, normalise: Normalisation) -> dict[str, float]:
-    """Per weighted term; empty where the total does not vary. ``normalise`` is the credit rule's."""
+    """Computes the share of each weighted term; empty where the total does not vary.
+
+    Args:
+        normalise: how the credit rule scales terms.
+    """
     deciding = (
         [index for index, weight in enumerate(tables[0].weights) if weight > 0] if tables else []
     )
@@ -63,7 +71,7 @@ def variance_shares(tables: Sequence[RewardTable], *, normalise: Normalisation) 
     raw = [table.values[:, deciding].double().T for table in tables]
     weights = torch.tensor([tables[0].weights[index] for index in deciding], dtype=torch.float64)
     parts = [weights[:, None] * terms for terms in normalised(raw, normalise)]
-    # Mean over candidates, so that a large group counts like a small one.
+    # cov(part, total) of centred values. Mean over candidates, so that a large group counts like a small one.
     shared = torch.stack([(part * part.sum(dim=0)).mean(dim=1) for part in parts]).sum(dim=0)
     total = float(shared.sum())
     return (
@@ -79,7 +87,10 @@ def variance_shares(tables: Sequence[RewardTable], *, normalise: Normalisation) 
 def normalised(
     groups: Sequence[Float[Tensor, "term _group"]], kind: Normalisation
 ) -> list[Float[Tensor, "term _group"]]:
-    """Terms as the credit rule adds them, centred in their group; a term that says nothing in a group is 0 there."""
+    """Scales terms as the credit rule adds them, centred in their group.
+
+    A term that does not vary in a group is 0 there.
+    """
     if kind == "group":
         return [standardise(terms) for terms in groups]
     scale = torch.ones(len(groups[0]), 1, dtype=torch.float64)
@@ -96,11 +107,8 @@ def normalised(
 
 
 def noise(tables: Sequence[RewardTable]) -> dict[str, float]:
-    """``TERM/noise`` and ``TERM/noise_to_spread`` of terms with repeated scores.
-
-    Two scores of one candidate differ by two measurements' noise: their difference has twice the variance of one.
-    """
-    found: dict[str, float] = {}
+    """Computes ``TERM/noise`` and ``TERM/noise_to_spread`` of terms with repeated scores."""
+    metrics: dict[str, float] = {}
     for index, name in enumerate(tables[0].names if tables else ()):
         differences = [
             difference
@@ -110,15 +118,17 @@ def noise(tables: Sequence[RewardTable]) -> dict[str, float]:
         ]
         if not differences:
             continue
+        # Two scores of one candidate differ by two measurements' noise, so their difference has
+        # twice the variance of one.
         deviation = math.sqrt(sum(d * d for d in differences) / len(differences) / 2)
         spread = math.sqrt(
             sum(float(table.values[:, index].double().var(correction=0)) for table in tables)
             / len(tables)
         )
-        found[f"{name}/noise"] = deviation
+        metrics[f"{name}/noise"] = deviation
         if spread > 0:
-            found[f"{name}/noise_to_spread"] = deviation / spread
-    return found
+            metrics[f"{name}/noise_to_spread"] = deviation / spread
+    return metrics
 
 
 def change_variance(candidates: Candidates) -> ChangeVariance | None:
@@ -132,6 +142,7 @@ def change_variance(candidates: Candidates) -> ChangeVariance | None:
     if number < 2:
         return None
     images = unit_range(candidates.images)
+    # Without n / (n - 1), the variance around the group's own mean would be too small.
     squared = (images - images.mean(dim=0)).square().mean(dim=-1) * number / (number - 1)
     inside = (squared * candidates.task.edit_mask).mean(dim=(1, 2))
     outside = (squared * ~candidates.task.edit_mask).mean(dim=(1, 2))
