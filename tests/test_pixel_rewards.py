@@ -22,11 +22,12 @@ from rl_edit.measures import pixels
 from rl_edit.rewards import Reward, available, score_candidates
 from rl_edit.rewards.clip import ClipSimilarity
 from rl_edit.rewards.composite import Composite
-from rl_edit.rewards.lpips import Lpips, PerceptualDistance, distance, network
+from rl_edit.rewards.lpips import Lpips, distance
+from rl_edit.rewards.networks import clip
+from rl_edit.rewards.networks.lpips import PerceptualDistance, network
 from rl_edit.rewards.pixel_terms import Psnr, Ssim
 from rl_edit.rewards.preservation import Preservation, Similarity, released_ssim
 from rl_edit.rewards.shapes_judge import ShapesJudge
-from rl_edit.rewards.vlm.backends import clip
 from rl_edit.types import Candidates, EditTask
 
 TASK = shapes.task("validation", 0)

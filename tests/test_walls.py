@@ -63,7 +63,8 @@ ROOMS = {
     "measures": Room(files=("rl_edit/measures/*.py",), never=("ray", "PIL", *MODEL_LIBRARIES)),
     "models": Room(files=("rl_edit/editors/*.py", "rl_edit/editors/tiny/*.py"), never=("ray",)),
     "judges": Room(
-        files=("rl_edit/rewards/vlm/backends/*.py",), never=("ray", "rl_edit.rewards.term")
+        files=("rl_edit/rewards/vlm/backends/*.py", "rl_edit/rewards/networks/*.py"),
+        never=("ray", "rl_edit.rewards.term"),
     ),
     "services": Room(
         files=tuple(

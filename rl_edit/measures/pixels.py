@@ -108,16 +108,19 @@ def unit_range(image: Tensor) -> Tensor:
 def _aligned(a: Tensor, b: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if keep.dtype != torch.bool:
         raise InputError(
-            f"keep has type {keep.dtype}: which value means 'counts' would be a guess. Pass a bool mask, True = counts."
+            f"keep has type {keep.dtype}: which value means 'counts' would be a guess. Pass a bool "
+            "mask, True = counts."
         )
     if a.shape[-3:-1] != keep.shape[-2:] or b.shape[-3:-1] != keep.shape[-2:]:
         sizes = f"{tuple(a.shape[-3:-1])}, {tuple(b.shape[-3:-1])} and {tuple(keep.shape[-2:])}"
         raise InputError(
-            f"Images and mask differ in size ({sizes}), so pixels do not correspond. Resize them first."
+            f"Images and mask differ in size ({sizes}), so pixels do not correspond. "
+            "Resize them first."
         )
     if not bool(keep.flatten(-2).any(dim=-1).all()):
         raise InputError(
-            "A mask keeps no pixel, so there is nothing to compare. The edit mask must not cover the whole image."
+            "A mask keeps no pixel, so there is nothing to compare. The edit mask must not cover "
+            "the whole image."
         )
     first, second = unit_range(a), unit_range(b)
     batch = torch.broadcast_shapes(a.shape[:-3], b.shape[:-3], keep.shape[:-2])

@@ -1,8 +1,9 @@
-"""Scores kept on disk under the hash of everything they follow from, so that a repeated or resumed run asks no judge twice.
+"""Stores scores on disk, so that a repeated or resumed run puts no question twice.
 
-An entry is one small JSON file, written whole or not at all; any number of processes may share a directory. It is never
-tidied up: delete the directory when it is no longer wanted. Only scores that passed every check are kept: a judge that
-failed is asked again.
+An entry is one small JSON file under the hash of everything its score follows from. It is written
+completely or not at all; any number of processes may share a directory. No entry is ever removed:
+delete the directory when it is no longer useful. Only scores that passed every check are stored: a
+judge that failed is asked again.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from rl_edit.provenance import code_sha256
 from rl_edit.scores import RegionScores
 from rl_edit.types import Candidates, Score
 
+# Fields of a task that no score follows from.
 _NAMES = frozenset({"task_id", "task_type"})
-"""Fields of a task that no score follows from."""
 
 
 class ScoreCache:
-    """The kept scores of one term.
+    """Stored scores of one term.
 
-    A key covers the candidate, the task (source, instruction, mask, and target, caption and regions where there are any),
-    attention if the term reads it, the term's fingerprint, and the sources of this package.
+    A key covers the candidate, the task (source, instruction, mask, and target, caption and regions
+    where there are any), attention if the term reads it, the term's fingerprint, and the sources of
+    this package.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class ScoreCache:
         self._term = json.dumps([code_sha256(), fingerprint], sort_keys=True)
 
     def keys(self, candidates: Candidates) -> list[str]:
-        """One per candidate, in their order."""
+        """Hashes every candidate, in their order."""
         shared = hashlib.sha256()
         _update(shared, self._term)
         for field in fields(candidates.task):
@@ -51,15 +53,16 @@ class ScoreCache:
             _update(shared, candidates.token_mask)
         keys = []
         for row, image in enumerate(candidates.images):
-            own = shared.copy()
-            _update(own, image)
+            # The task is hashed once; each candidate continues from there.
+            digest = shared.copy()
+            _update(digest, image)
             if self._reads_attention:
-                _update(own, candidates.attention[row])
-            keys.append(own.hexdigest())
+                _update(digest, candidates.attention[row])
+            keys.append(digest.hexdigest())
         return keys
 
     def get(self, key: str) -> Score | None:
-        """The kept score; None when there is none that can be read."""
+        """Recalls a score; None when there is none that can be read."""
         try:
             entry = json.loads(self._path(key).read_text())
             regions = entry["regions"]
@@ -73,6 +76,7 @@ class ScoreCache:
                     background=_read(regions["background"]),
                 ),
             )
+        # A damaged entry costs another question, never a wrong score.
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -92,6 +96,7 @@ class ScoreCache:
                 "background": _written(regions.background),
             },
         }
+        # A full disk must not end the run: the score is only requested again.
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps(entry))
@@ -109,11 +114,12 @@ def _written(score: float) -> float | None:
 
 
 def _read(score: object) -> float:
-    return math.nan if score is None else float(score)  # type: ignore[arg-type]  # a wrong type is caught by the caller
+    # A wrong type raises, which the caller takes for a damaged entry.
+    return math.nan if score is None else float(score)  # type: ignore[arg-type]  # see above
 
 
 def _update(digest: hashlib._Hash, value: object) -> None:
-    """Adds a value with its type and length, so that neighbouring values cannot be mistaken for one another."""
+    """Adds a value with its type and length, so that neighbours cannot merge."""
     if isinstance(value, Tensor):
         content, kind = (
             value.detach().cpu().contiguous().numpy().tobytes(),
@@ -126,7 +132,10 @@ def _update(digest: hashlib._Hash, value: object) -> None:
 
 @cache
 def content_sha256(path: str) -> str:
-    """Hash of a file, or of the settings and weights of a model directory; of the name itself when nothing is there (a hub id)."""
+    """Hashes a file, or the settings and weights of a model directory.
+
+    Where nothing is there, as for a hub id, the name itself is hashed.
+    """
     at, digest = Path(path), hashlib.sha256()
     files = [at] if at.is_file() else sorted([*at.glob("*.json"), *at.glob("*.safetensors")])
     for file in files:

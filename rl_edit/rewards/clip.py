@@ -1,4 +1,4 @@
-"""CLIP similarity of the edited place to its caption or to the correct result: CompBench's LC-T and LC-I (arXiv 2505.12200)."""
+"""Scores the edited place by CLIP: CompBench's LC-T and LC-I (arXiv 2505.12200)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from rl_edit.errors import InputError
 from rl_edit.rewards.cache import content_sha256
+from rl_edit.rewards.networks import clip
 from rl_edit.rewards.term import RewardTerm, Sides
-from rl_edit.rewards.vlm.backends import clip
 from rl_edit.types import Candidates, PairedTask, Score
 
 _SQUARE = 512
 
 
 class ClipSimilarity(RewardTerm):
-    """Looks at the bounding box of the edit mask only.
+    """Compares the bounding box of the edit mask with a caption or with the target.
 
     * ``caption`` (LC-T): ``max(100 cos(crop, caption), 0)``, 0..100; the mean over captions separated by "|".
     * ``target`` (LC-I): ``cos(crop, the target's crop)``, -1..1.
@@ -28,8 +28,8 @@ class ClipSimilarity(RewardTerm):
     Attributes:
         compare: what the crop is compared with.
         model: directory or hub id of a CLIP model; CompBench's is ViT-L/14.
-        crop: "compbench" squashes pictures to 512x512 and leaves out the box's last row and column, as its script does;
-            "exact" is the box itself.
+        crop: "compbench" squashes images to 512x512 and leaves out the box's last row and column,
+            as its script does; "exact" is the box itself.
         device: "auto" is the GPU this process was given, if any.
     """
 
@@ -62,23 +62,29 @@ class ClipSimilarity(RewardTerm):
         return {**super().fingerprint(), "model": content_sha256(self.model)}
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """Component: ``cosine``, before it is cut off at 0 (the mean over captions)."""
+        """Component: ``cosine``, the mean over captions before they are cut off at 0."""
         task = candidates.task
         if not isinstance(task, PairedTask):
             raise InputError(
-                f"Task {task.task_id!r} has neither target nor caption, and CLIP compares with one. Use data with them."
+                f"Task {task.task_id!r} has neither target nor caption, and CLIP compares with one. "
+                "Use data with them."
             )
         model = clip.loaded(self.model, self.device)
-        seen = model.pictures([self._crop(image, task.edit_mask) for image in candidates.images])
+        crops = model.image_vectors(
+            [self._crop(image, task.edit_mask) for image in candidates.images]
+        )
         if self.compare == "target":
-            cosines = seen @ model.pictures([self._crop(task.target, task.edit_mask)]).T
+            cosines = crops @ model.image_vectors([self._crop(task.target, task.edit_mask)]).T
             values = cosines.mean(dim=1).clamp(-1, 1)
         else:
             captions = [caption.strip() for caption in task.caption.split("|")]
             if not all(captions):
-                reason = f"the caption of task {task.task_id} is empty, so there is no text to compare with"
+                reason = (
+                    f"the caption of task {task.task_id} is empty, so there is no text to compare "
+                    "with"
+                )
                 return (Score(value=None, reason=reason),) * len(candidates.images)
-            cosines = seen @ model.texts(captions).T
+            cosines = crops @ model.text_vectors(captions).T
             values = (100 * cosines).clamp(0, 100).mean(dim=1)
         rows = zip(values.tolist(), cosines.mean(dim=1).tolist(), strict=True)
         return tuple(Score(value=value, components={"cosine": cosine}) for value, cosine in rows)
@@ -96,15 +102,16 @@ class ClipSimilarity(RewardTerm):
         rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
         if len(rows) <= short or len(columns) <= short:
             raise InputError(
-                "The box of the edit mask has no area left after CompBench's crop: there is nothing to look at. Use 'crop: exact'."
+                "The box of the edit mask has no area left after CompBench's crop: there is nothing "
+                "to compare. Use 'crop: exact'."
             )
         # Its script takes the last row and column, which belong to the box, as the end that does not.
         return image[rows[0] : rows[-1] + 1 - short, columns[0] : columns[-1] + 1 - short]
 
 
-def _squashed(picture: Tensor, resample: Image.Resampling) -> Tensor:
-    """512x512 whatever the shape."""
-    pixels = picture.cpu().numpy()
+def _squashed(values: Tensor, resample: Image.Resampling) -> Tensor:
+    """Resizes to 512x512, whatever the shape."""
+    pixels = values.cpu().numpy()
     image = Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == np.bool_ else pixels)
     resized = torch.from_numpy(np.array(image.resize((_SQUARE, _SQUARE), resample)))
-    return resized > 0 if picture.dtype == torch.bool else resized
+    return resized > 0 if values.dtype == torch.bool else resized

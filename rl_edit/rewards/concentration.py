@@ -1,4 +1,4 @@
-"""Attention concentration: whether the instruction's words looked at the region they may change."""
+"""Scores how much attention of the instruction lies on the region it may change."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from rl_edit.types import Candidates, Score
 
 
 class Concentration(RewardTerm):
-    """Attention concentration density of the trajectory (RC-GRPO-Editing, arXiv 2604.09386, Eq. 16-18).
+    """Measures the attention concentration density, ACD, of the trajectory.
 
-    With m(n) the text-to-image attention mass on target token n, M the edit region and N all tokens:
-    ``ACD = (1/|M|) sum_{n in M} m(n) / ((1/N) sum_n m(n))``; 1 is diffuse, N/|M| is all mass inside. Measured under
-    the behaviour weights during the rollout; no gradient passes through it.
+    RC-GRPO-Editing (arXiv 2604.09386), Eq. 16-18. With m(n) the text-to-image attention mass on
+    target token n, M the edit region and N all tokens:
+    ``ACD = (1/|M|) sum_{n in M} m(n) / ((1/N) sum_n m(n))``. 1 is diffuse, N/|M| is all mass inside.
+    It is measured under the behaviour weights during the rollout; no gradient passes through it.
 
     Attributes:
-        normalisation: the range of ACD grows with N/|M|, so that under batch-wide normalisation tasks with small
-            masks set the scale. "paper" is ACD itself; "log" is log ACD; "unit" is (ACD - 1) / (N/|M| - 1), which is
-            0 for diffuse and 1 for all mass inside, whatever the mask.
+        normalisation: the range of ACD grows with N/|M|, so under batch-wide normalisation tasks
+            with small masks set the scale. "paper" is ACD itself; "log" is log ACD; "unit" is
+            (ACD - 1) / (N/|M| - 1), which is 0 for diffuse and 1 for all mass inside, whatever the
+            mask.
     """
 
     kind: Literal["concentration"] = "concentration"
@@ -33,7 +35,7 @@ class Concentration(RewardTerm):
 
     @property
     def low(self) -> float:
-        """Attention may avoid the region: log and unit then fall below their diffuse value 0."""
+        """Lowest value: attention may avoid the region, so log and unit have none."""
         return 0.0 if self.normalisation == "paper" else -math.inf
 
     @property
@@ -41,12 +43,16 @@ class Concentration(RewardTerm):
         return 1.0 if self.normalisation == "unit" else math.inf
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """Components: ``acd`` (Eq. 16, unnormalised) and ``mass_inside`` (share of attention in the region)."""
+        """Components: ``acd`` (Eq. 16, unnormalised) and ``mass_inside`` (share in the region)."""
         inside = candidates.token_mask
         num_tokens, num_inside = inside.numel(), int(inside.sum())
         if not 0 < num_inside < num_tokens:
-            reason = f"the edit region covers {num_inside} of {num_tokens} tokens, where concentration is undefined"
+            reason = (
+                f"the edit region covers {num_inside} of {num_tokens} tokens, where concentration is "
+                "undefined"
+            )
             return (Score(value=None, reason=reason),) * len(candidates.images)
+        # ACD with all mass inside: (1/|M|) / (1/N).
         limit = num_tokens / num_inside
         return tuple(
             self._score(density, limit)

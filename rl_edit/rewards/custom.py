@@ -1,4 +1,4 @@
-"""A user's own Python function as a reward term."""
+"""Makes a Python function of the user's a reward term."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from rl_edit.types import Candidates, Score
 
 
 class PythonReward(RewardTerm):
-    """``function(candidates)`` returns one number per candidate, or None for one it could not judge.
+    """Calls ``function(candidates)``, which returns one number per candidate, or None.
 
-    It may return a ``Score`` instead of a number, to say why there is none or to name parts of it.
+    None is a candidate without a score. The function may return a ``Score`` instead of a number, to
+    give the reason, to name components or to score regions.
 
     Attributes:
         function: "package.module:name", importable by every process of the run.
-        low, high: range its values must lie in; a value outside is invalid, not clipped. ``.inf`` leaves a side open.
-        direction: which values are good. Those of "lower" are negated in the run's table, so that there higher is always better.
+        low, high: range its values must lie in; a value outside is invalid, not clipped. ``.inf``
+            leaves a side open.
+        direction: which values are good. Those of "lower" are negated in the run's table, so that
+            higher is always better there.
         requires: optional dataset fields it reads.
         needs_attention: whether it reads ``candidates.attention``.
     """
@@ -48,7 +51,8 @@ class PythonReward(RewardTerm):
     def _range_is_ordered(self) -> PythonReward:
         if math.isnan(self.low) or math.isnan(self.high) or self.low >= self.high:
             raise InputError(
-                f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could be valid. Set low < high."
+                f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could be "
+                "valid. Set low < high."
             )
         return self
 
@@ -57,7 +61,7 @@ class PythonReward(RewardTerm):
         return self.direction == "lower"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Includes the source of the function's module; what that imports is not looked at."""
+        """Adds the source of the function's module; its imports are not followed."""
         source = source_sha256(self.function.partition(":")[0])
         return {**super().fingerprint(), "requires": sorted(self.requires), "source": source}
 
@@ -66,7 +70,7 @@ class PythonReward(RewardTerm):
 
 
 def _scored(function: str, value: object) -> Score:
-    """A number of any type (Python's, NumPy's, a tensor of one element) as a score; anything else is invalid."""
+    """Accepts numbers of Python, of NumPy and in tensors of one element; nothing else."""
     if isinstance(value, Score):
         return value
     if value is not None and not isinstance(value, str | bytes):
@@ -86,22 +90,23 @@ def _resolve(function: str) -> Callable[[Candidates], Iterable[object]]:
     module_name, colon, name = function.partition(":")
     if not colon or not module_name or not name:
         raise InputError(
-            f"function({function!r}) does not say where to find the reward. Write it as 'package.module:name'."
+            f"function({function!r}) does not say where to find the reward. Write it as "
+            "'package.module:name'."
         )
     try:
         module = importlib.import_module(module_name)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # importing runs it, and what it does then can be anything
+    # An import runs code of the user's, which may raise anything.
+    except (Exception, SystemExit) as error:
         raise InputError(
-            f"The module {module_name!r} of reward function {function!r} cannot be imported ({type(error).__name__}: {error}). "
-            "Install it, put its folder on PYTHONPATH of every process, or mend it."
+            f"The module {module_name!r} of reward function {function!r} cannot be imported "
+            f"({type(error).__name__}: {error}). Install it, put its folder on PYTHONPATH of every "
+            "process, or mend it."
         ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
+    resolved = getattr(module, name, None)
+    if not callable(resolved):
         what = "is not callable" if hasattr(module, name) else "does not exist"
         raise InputError(
-            f"{name!r} {what} in {module_name!r} ({module.__file__}), so there is no reward to compute. Define it or correct 'function'."
+            f"{name!r} {what} in {module_name!r} ({module.__file__}), so there is no reward to "
+            "compute. Define it or correct 'function'."
         )
-    return found
+    return resolved

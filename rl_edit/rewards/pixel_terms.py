@@ -1,4 +1,4 @@
-"""How much of the kept region survived, pixel by pixel: PSNR and SSIM against the source, each with its convention named."""
+"""Scores the background by PSNR and SSIM against the source, conventions named."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from rl_edit.types import Candidates, Score
 
 
 class Psnr(RewardTerm):
-    """Peak signal-to-noise ratio outside the edit mask, in dB.
+    """Measures the peak signal-to-noise ratio outside the edit mask, in dB.
 
-    It saturates: what is better than ``ceiling_db`` earns no more, and candidates that all reach it say nothing. The
-    component ``saturated`` is 1 there, so its mean is the share of candidates that the term can no longer tell apart.
+    It saturates: above ``ceiling_db`` the score stays the same, and a group of such candidates
+    teaches nothing. The component ``saturated`` is 1 there, so its mean is the share of candidates
+    that the term can no longer distinguish.
 
     Attributes:
-        convention: see :func:`rl_edit.measures.pixels.psnr`. The three differ by up to 15 dB on the same picture.
-        ceiling_db: highest value; at most the one that identical pictures get.
+        convention: see :func:`rl_edit.measures.pixels.psnr`. The three differ by up to 15 dB on the
+            same image.
+        ceiling_db: highest value; at most the one that identical images get.
     """
 
     kind: Literal["psnr"] = "psnr"
@@ -34,7 +36,8 @@ class Psnr(RewardTerm):
 
     @property
     def low(self) -> float:
-        """Black against white; CoCoEdit's convention counts its error three times."""
+        """Lowest value: black against white. CoCoEdit's convention counts that error thrice."""
+        # MSE is 1, or 3 with a sum over channels: 0 dB, or -10 log10(3).
         return -10 * math.log10(3) - 1e-9 if self.convention == "cocoedit" else 0.0
 
     @property
@@ -42,20 +45,22 @@ class Psnr(RewardTerm):
         return self.ceiling_db
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """Components: ``saturated`` and ``keep_fraction``, on which the zero-filled convention depends."""
+        """Components: ``saturated`` and ``keep_fraction``; zero-filled values depend on it."""
         task = candidates.task
         values = pixels.psnr(candidates.images, task.source, ~task.edit_mask, self.convention)
         return _scores(values.clamp_min(self.low), self.ceiling_db, ~task.edit_mask)
 
 
 class Ssim(RewardTerm):
-    """Structural similarity outside the edit mask, -1..1.
+    """Measures structural similarity outside the edit mask, -1..1.
 
-    Zero-filled it grows with the edit mask, whose black counts as perfect agreement: a large mask saturates it.
+    Zero-filled, it grows with the edit mask, whose black counts as perfect agreement: a large mask
+    saturates it.
 
     Attributes:
         convention: see :func:`rl_edit.measures.pixels.ssim`.
-        ceiling: highest value; what is better earns no more. The component ``saturated`` is 1 there.
+        ceiling: highest value; better candidates get no more. The component ``saturated`` is 1
+            there.
     """
 
     kind: Literal["ssim"] = "ssim"
@@ -72,18 +77,18 @@ class Ssim(RewardTerm):
         return self.ceiling
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """Components: ``saturated`` and ``keep_fraction``, on which the zero-filled convention depends."""
+        """Components: ``saturated`` and ``keep_fraction``; zero-filled values depend on it."""
         task = candidates.task
         values = pixels.ssim(candidates.images, task.source, ~task.edit_mask, self.convention)
         return _scores(values.clamp_min(self.low), self.ceiling, ~task.edit_mask)
 
 
 def _scores(values: Tensor, ceiling: float, keep: Tensor) -> tuple[Score, ...]:
-    kept = float(pixels.keep_fraction(keep))
+    fraction = float(pixels.keep_fraction(keep))
     return tuple(
         Score(
             value=min(value, ceiling),
-            components={"saturated": float(value >= ceiling), "keep_fraction": kept},
+            components={"saturated": float(value >= ceiling), "keep_fraction": fraction},
         )
         for value in values.tolist()
     )

@@ -1,4 +1,4 @@
-"""Preservation: how well the picture outside the edit mask survived, measured against the source."""
+"""Scores how well the image outside the edit mask was preserved."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from rl_edit.measures import pixels
 from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, Score
 
+# PSNR that gets the full score in CoCoEdit.
 CEILING_DB = 40.0
-"""PSNR that earns full marks in CoCoEdit."""
-
+# Share of SSIM in CoCoEdit's similarity, by variant; PSNR has the rest.
 SSIM_WEIGHT = {"fixed": 0.35, "paper": 0.5, "release": 0.35}
-"""Share of SSIM in CoCoEdit's similarity, by variant; PSNR has the rest."""
 
 
 class Preservation(RewardTerm):
-    """``((1 - w) * clip(PSNR / ceiling, 0, 1) + w * max(SSIM, 0))`` outside the mask, in 0..1, over the kept pixels.
+    """Mixes PSNR and SSIM of the background against the source; 0..1.
 
-    The mixture is CoCoEdit's with weights of one's own; :class:`Similarity` has those of the paper and of the release.
+    ``(1 - w) * clip(PSNR / ceiling, 0, 1) + w * max(SSIM, 0)``, over pixels outside the mask. The
+    mixture is CoCoEdit's with free weights; :class:`Similarity` has those of the paper and of the
+    release.
 
-    The PSNR part saturates: above ``ceiling_db`` it is 1 whatever the background does, and only SSIM still tells
-    candidates apart. Raise the ceiling for editors whose background is better than that.
+    The PSNR part saturates: above ``ceiling_db`` it is 1 whatever the background does, and only SSIM
+    still distinguishes candidates. Raise the ceiling for editors whose background is better.
 
     Attributes:
-        ceiling_db: PSNR that earns full marks.
+        ceiling_db: PSNR that gets the full score.
         ssim_weight: w.
     """
 
@@ -52,19 +53,26 @@ class Preservation(RewardTerm):
 
 
 class Similarity(RewardTerm):
-    """CoCoEdit's pixel similarity of the kept region, r_sim (arXiv 2602.14068): clip(PSNR / 40, 0, 1) and SSIM, mixed; in 0..1.
+    """CoCoEdit's pixel similarity of the background, r_sim (arXiv 2602.14068); 0..1.
 
-    ========  ==================  ==================================================  ====================================
-    variant   PSNR : SSIM         PSNR                                                SSIM
-    ========  ==================  ==================================================  ====================================
-    fixed     .65 : .35           over kept pixels and channels                       map averaged over kept pixels
-    paper     .5 : .5             the same: the paper's words say no more             the same
-    release   .65 : .35           squared error of three channels over one channel's  see :func:`released_ssim`: saturates,
-                                  pixels: 10 log10(3) = 4.77 dB low, everywhere       so that PSNR alone tells edits apart
-    ========  ==================  ==================================================  ====================================
+    It mixes clip(PSNR / 40, 0, 1) and SSIM.
 
-    "fixed" is the release with both defects corrected. The PSNR part's constant offset leaves advantages alone until it meets the
-    ceiling (which it moves from 40 to 44.77 dB) or 0 dB; the SSIM part's flattening does not.
+    =======  ===========  ==============================  ====================================
+    variant  PSNR : SSIM  PSNR                            SSIM
+    =======  ===========  ==============================  ====================================
+    fixed    .65 : .35    over background pixels and      map averaged over background pixels
+                          channels
+    paper    .5 : .5      the same: the paper says no     the same
+                          more
+    release  .65 : .35    squared error of three          see :func:`released_ssim`: saturates,
+                          channels over one channel's     so that PSNR alone distinguishes
+                          pixels: 10 log10(3) = 4.77 dB   edits
+                          low, everywhere
+    =======  ===========  ==============================  ====================================
+
+    "fixed" is the release with both defects corrected. The constant offset of the PSNR part does
+    not change advantages until it meets the ceiling (which it moves from 40 to 44.77 dB) or 0 dB.
+    The flattening of the SSIM part does.
 
     Attributes:
         variant: whose weights and arithmetic.
@@ -97,14 +105,16 @@ def released_ssim(
     source: UInt8[Tensor, "height width 3"],
     keep: Bool[Tensor, "height width"],
 ) -> Float[Tensor, " group"]:
-    """SSIM over the kept pixels as CoCoEdit's code has it, clipped to 0..1.
+    """Computes SSIM over the background as CoCoEdit's code has it, clipped to 0..1.
 
-    Its windowed sums over kept pixels have Gaussian weights, which add up to 1, and are divided by the number of kept pixels in the
-    window, up to 121: means come out a hundred times too small, fall below the two constants of SSIM, and everything looks alike.
+    Its windowed sums have Gaussian weights, which add up to 1, and are divided by the number of
+    background pixels in the window, up to 121. So means come out a hundred times too small, fall
+    below the two constants of SSIM, and all images look alike.
     """
     weight = keep.to(torch.float64)
     rows, columns = (_offsets(side, images.device) for side in keep.shape)
     reach = pixels.SSIM_WINDOW // 2
+    # Background pixels in each window, which the released code divides by.
     area = ((rows.abs() <= reach).double() @ weight @ (columns.abs() <= reach).double()).clamp(
         min=1e-8
     )
@@ -115,25 +125,26 @@ def released_ssim(
         return _gaussian(rows) @ (planes * weight) @ _gaussian(columns) / area
 
     a, b = (
-        pixels.unit_range(picture).movedim(-1, -3)
-        for picture in (images, source[None].expand_as(images))
+        pixels.unit_range(image).movedim(-1, -3)
+        for image in (images, source[None].expand_as(images))
     )
     mean_a, mean_b = mean(a), mean(b)
     spread = mean(a * a) + mean(b * b) - mean_a**2 - mean_b**2
     shared = mean(a * b) - mean_a * mean_b
+    # SSIM of Wang et al. 2004, with C1 = 0.01^2 and C2 = 0.03^2.
     alike = (2 * mean_a * mean_b + 0.01**2) * (2 * shared + 0.03**2)
     similarity = (alike / ((mean_a**2 + mean_b**2 + 0.01**2) * (spread + 0.03**2))).mean(dim=1)
     return ((similarity * weight).sum(dim=(-2, -1)) / weight.sum()).clamp(0, 1)
 
 
 def _offsets(size: int, device: torch.device) -> Float[Tensor, "size size"]:
-    """How far every place is from every other along a side."""
+    """Lists how far every place is from every other along a side."""
     place = torch.arange(size, dtype=torch.float64, device=device)
     return place[:, None] - place
 
 
 def _gaussian(offsets: Float[Tensor, "size size"]) -> Float[Tensor, "size size"]:
-    """The window's weights along a side, which sum to 1 where the border does not cut it."""
+    """Computes the window's weights along a side; they sum to 1 inside the border."""
     reach = pixels.SSIM_WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * pixels.SSIM_SIGMA**2)) * (offsets.abs() <= reach)
     return weights / torch.exp(
@@ -148,7 +159,7 @@ def _mixed(
     ceiling_db: float,
     ssim_weight: float,
 ) -> tuple[Score, ...]:
-    """Both parts, clipped to 0..1 and mixed; as components they stay as measured."""
+    """Clips both parts to 0..1 and mixes them; components stay as measured."""
     values = (1 - ssim_weight) * (psnr / ceiling_db).clamp(0, 1) + ssim_weight * ssim.clamp(0, 1)
     rows = zip(values.clamp(0, 1).tolist(), psnr.tolist(), ssim.tolist(), strict=True)
     return tuple(

@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020) as unit vectors of pictures and texts, through transformers, on what a config names."""
+"""CLIP (arXiv 2103.00020): unit vectors of images and texts, through transformers."""
 
 from __future__ import annotations
 
@@ -39,43 +39,48 @@ class Clip:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"The CLIP model {model!r} cannot be loaded ({' '.join(str(error).split())[:200]}), so nothing could be compared. "
-                "Give a directory with its config, tokenizer and safetensors weights, or a hub id such as openai/clip-vit-large-patch14."
+                f"The CLIP model {model!r} cannot be loaded "
+                f"({' '.join(str(error).split())[:200]}), so nothing could be compared. "
+                "Give a directory with its config, tokenizer and safetensors weights, or a hub id "
+                "such as openai/clip-vit-large-patch14."
             ) from error
         self._device = device
 
     @torch.no_grad()
-    def pictures(
+    def image_vectors(
         self, images: Sequence[UInt8[Tensor, "height width 3"]]
-    ) -> Float[Tensor, "picture feature"]:
-        """Unit vectors. The shorter edge is resized to the model's input (bicubic) and the middle square is what it sees."""
+    ) -> Float[Tensor, "image feature"]:
+        """Encodes images as unit vectors.
+
+        The shorter edge is resized to the model's input (bicubic); the model sees the middle square.
+        """
         edge = self._model.config.vision_config.image_size
         pixels = torch.stack([pixel_values(image, edge) for image in images])
         return _unit(self._model.get_image_features(pixel_values=pixels.to(self._device)))
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Float[Tensor, "text feature"]:
-        """Unit vectors. A text is cut to the model's length."""
+    def text_vectors(self, texts: Sequence[str]) -> Float[Tensor, "text feature"]:
+        """Encodes texts as unit vectors. A text is cut to the model's length."""
         longest = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(self._device)
-        found = self._model.get_text_features(
+        features = self._model.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         )
-        return _unit(found)
+        return _unit(features)
 
 
 @cache
 def loaded(model: str, device: str) -> Clip:
-    """The model, once per process. ``auto`` is the GPU that this process sees, if any."""
+    """Loads a model, once per process. ``auto`` is the GPU that this process sees, if any."""
     return Clip(
         model, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
 
 
 def pixel_values(image: UInt8[Tensor, "height width 3"], edge: int) -> Float[Tensor, "3 edge edge"]:
-    """A picture as CLIP's own processor prepares it (written here: the library's default one needs torchvision)."""
+    """Prepares an image as CLIP's own processor does; the library's one needs torchvision."""
     height, width = image.shape[:2]
     short = min(height, width)
     size = (int(edge * width / short), int(edge * height / short))
@@ -88,6 +93,6 @@ def pixel_values(image: UInt8[Tensor, "height width 3"], edge: int) -> Float[Ten
 
 
 def _unit(features: Any) -> Tensor:
-    """transformers 5 wraps what transformers 4 returned."""
+    # transformers 5 wraps what transformers 4 returned.
     vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return torch.nn.functional.normalize(vectors.double().cpu(), dim=-1)

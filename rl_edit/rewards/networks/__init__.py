@@ -1,0 +1,1 @@
+"""Networks that compare images, for the terms that use them. None is a language model."""
