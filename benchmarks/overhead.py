@@ -55,7 +55,7 @@ BUDGETS = (
         threads=1,
     ),
     Budget(
-        name="the demo: 2 rollout actors x 1 thread, learner 2 threads; bare: 2 threads",
+        name="the demo: 2 rollout actors and 2 learner ranks x 1 thread; bare: 2 threads",
         overrides=("actors.threads=null",),
         threads=2,
     ),
