@@ -52,7 +52,7 @@ def _with_kind(value: Any) -> Any:
 EditorConfig = Annotated[
     FluxKontextConfig,
     # A kind with a colon goes to the class that it names, which must offer EditorFamily.
-    Plugin(where="editor", law=EditorFamily),
+    Plugin(setting="editor", protocol=EditorFamily),
     # The last annotation runs first: the kind must be there before the family is chosen.
     BeforeValidator(_with_kind),
 ]

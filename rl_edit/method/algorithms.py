@@ -44,7 +44,7 @@ from rl_edit.method.objectives import (
     TransitionSurrogate,
 )
 from rl_edit.method.objectives.replay import Policy
-from rl_edit.method.plugins import called
+from rl_edit.method.plugins import plugin_result
 from rl_edit.method.regions import MaskedRows, UniformRows
 
 
@@ -152,8 +152,8 @@ class Algorithm(BaseModel):
         )
         where = f"algorithm.objective {self.objective.kind!r}"
         try:
-            called("its check", lambda: self.objective.check(setting))
-            unknown = called("its policies", lambda: set(self.objective.policies)) - set(
+            plugin_result("its check", lambda: self.objective.check(setting))
+            unknown = plugin_result("its policies", lambda: set(self.objective.policies)) - set(
                 get_args(Policy)
             )
         except ValueError as error:
@@ -163,7 +163,7 @@ class Algorithm(BaseModel):
                 f"{where} reads the velocity of {', '.join(sorted(map(str, unknown)))}: there is "
                 f"{' and '.join(get_args(Policy))}"
             )
-        called(
+        plugin_result(
             f"algorithm.credit {self.credit.kind!r}: its needed_components",
             self.credit.needed_components,
         )

@@ -1,8 +1,8 @@
-"""Seams that are open: a class of yours takes the place of a built-in one, named by its ``kind``.
+"""Seams that are open: a plugin class takes the place of a built-in one, named by its ``kind``.
 
 ``kind: my_methods:Ratio`` imports the module ``my_methods`` and reads the mapping into its class
-    ``Ratio``, a frozen pydantic model
-whose ``kind`` is that very string. Nothing is registered anywhere.
+``Ratio``, a frozen pydantic model whose ``kind`` is that very string. Nothing is registered
+anywhere.
 """
 
 from __future__ import annotations
@@ -17,95 +17,101 @@ from pydantic_core import CoreSchema, core_schema
 
 from rl_edit.errors import InputError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Plugin:
-    """Annotation of a seam: besides its built-in kinds it takes any model that does what ``law``
-    asks.
+    """Annotation of a seam that takes plugins besides its built-in kinds.
 
     Attributes:
-        where: the setting's dotted name, for errors.
-        law: a runtime-checkable protocol.
-        usual: the kind of a mapping that names none.
+        setting: the setting's dotted name, for errors.
+        protocol: what a plugin implements; a runtime-checkable protocol.
+        default_kind: the kind of a mapping that names none; "" where a kind must be named.
     """
 
-    where: str
-    law: type
-    usual: str = ""
+    setting: str
+    protocol: type
+    default_kind: str = ""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        inner = handler(source)
-
-        def validate(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
-            if isinstance(value, Mapping) and "kind" not in value and self.usual:
-                value = {"kind": self.usual, **value}
+        def validate(value: Any, built_in: ValidatorFunctionWrapHandler) -> Any:
+            if isinstance(value, Mapping) and "kind" not in value and self.default_kind:
+                value = {"kind": self.default_kind, **value}
             kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-            return self._own(value, kind) if isinstance(kind, str) and ":" in kind else known(value)
+            # A colon marks a plugin: no built-in kind has one.
+            if isinstance(kind, str) and ":" in kind:
+                return self._plugin(value, kind)
+            return built_in(value)
 
         return core_schema.no_info_wrap_validator_function(
             validate,
-            inner,
+            handler(source),
+            # The union's own serializer knows the built-in kinds only and would warn of any other.
             serialization=core_schema.plain_serializer_function_ser_schema(_dumped, info_arg=True),
         )
 
-    def _own(self, value: Any, kind: str) -> BaseModel:
-        module, _, name = kind.partition(":")
+    def _plugin(self, value: Any, kind: str) -> BaseModel:
+        """Builds the plugin from its settings and checks what can be checked before a run."""
+        model = _imported_model(kind)
+        plugin = plugin_result(f"kind {kind!r}", lambda: model.model_validate(value))
+        # A run writes its settings into config.yaml: what has no plain form is refused now, not
+        # after the run has started.
         try:
-            made: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # importing runs it, and what it does then can be anything
-            raise ValueError(
-                f"kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: "
-                f"{error}): install it, put it on PYTHONPATH, "
-                "or mend it"
-            ) from error
-        if not (
-            isinstance(made, type)
-            and issubclass(made, BaseModel)
-            and made.model_config.get("frozen")
-        ):
-            raise ValueError(
-                f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}: define one with "
-                "that kind"
-            )
-        result = called(f"kind {kind!r}", lambda: made.model_validate(value))
-        try:
-            result.model_dump(mode="json")
+            plugin.model_dump(mode="json")
         except Exception as error:
             raise ValueError(
                 f"kind {kind!r} cannot be written into a run's config.yaml ({error}): let its "
                 "settings be plain values"
             ) from error
-        if not isinstance(result, self.law):
+        if not isinstance(plugin, self.protocol):
             lacking = [
                 member
-                for member in sorted(vars(self.law))
-                if not member.startswith("_") and not hasattr(result, member)
+                for member in sorted(vars(self.protocol))
+                if not member.startswith("_") and not hasattr(plugin, member)
             ]
             raise ValueError(
-                f"kind {kind!r} lacks {', '.join(lacking)}, which {self.where} asks for"
+                f"kind {kind!r} lacks {', '.join(lacking)}, which {self.setting} asks for"
             )
-        if made.model_config.get("extra") != "forbid":
+        if model.model_config.get("extra") != "forbid":
             raise ValueError(
                 f"kind {kind!r} takes any key, so a misspelt setting would be lost: give it "
                 "extra='forbid'"
             )
-        return result
+        return plugin
 
 
-T = TypeVar("T")
+def _imported_model(kind: str) -> type[BaseModel]:
+    """Imports the frozen pydantic model that ``module:Class`` names."""
+    module, _, name = kind.partition(":")
+    try:
+        model: Any = getattr(importlib.import_module(module), name, None)
+    # An import runs the module, which can raise anything and can even call sys.exit.
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: "
+            f"{error}): install it, put it on PYTHONPATH, or mend it"
+        ) from error
+    if not (
+        isinstance(model, type)
+        and issubclass(model, BaseModel)
+        and model.model_config.get("frozen")
+    ):
+        raise ValueError(
+            f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}: define one with "
+            "that kind"
+        )
+    return model
 
 
-def called(what: str, function: Callable[[], T]) -> T:
-    """The result of code that is not ours, whose every error is one of the configuration."""
+def plugin_result(what: str, function: Callable[[], T]) -> T:
+    """Runs code of a plugin; its every error is one of the configuration."""
     try:
         return function()
     except (ValueError, InputError):
-        raise
+        raise  # pydantic and the command line report these as they are
     except Exception as error:
         raise ValueError(f"{what} raised {type(error).__name__}: {error}") from error
 

@@ -56,5 +56,5 @@ class ObjectiveProtocol(Protocol):
 PlainObjective = Annotated[
     NeighborSurrogate | TransitionSurrogate | ForwardProcess,
     Field(discriminator="kind"),
-    Plugin("algorithm.objective.inner", ObjectiveProtocol, usual="neighbor"),
+    Plugin("algorithm.objective.inner", ObjectiveProtocol, default_kind="neighbor"),
 ]
