@@ -1,10 +1,12 @@
-"""What every test shares: few threads, no network, shape-checked mathematics, and one lazily started Ray cluster."""
+"""What every test shares: few threads, no network, shape-checked mathematics, and one lazily
+started Ray cluster."""
 
 from __future__ import annotations
 
 import os
 
-# Before torch and ray are imported. Two busy processes with several threads each on two cores run several times slower.
+# Before torch and ray are imported. Two busy processes with several threads each on two cores run
+# several times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,7 +29,8 @@ from jaxtyping import install_import_hook
 from commands import Command
 from rl_edit.structure import MATHEMATICS
 
-# Annotated shapes are checked at every call in tests; in production the annotations cost nothing. "plugins" has no shapes, and
+# Annotated shapes are checked at every call in tests; in production the annotations cost nothing.
+# "plugins" has no shapes, and
 # pydantic types that cannot be checked.
 install_import_hook(
     [f"rl_edit.{name}" for name in MATHEMATICS if name != "method.plugins"], "beartype.beartype"
@@ -44,9 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def small_editor(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with an editor of the built-in architecture whose every layer answers: random weights, none of them zero.
+    """A directory with an editor of the built-in architecture whose every layer answers: random
+    weights, none of them zero.
 
-    An untrained editor starts as the identity and has no gradient; the shipped one would tie every test to its weights.
+    An untrained editor starts as the identity and has no gradient; the shipped one would tie every
+    test to its weights.
     """
     from rl_edit.editors.tiny.architecture import new_editor
 
@@ -62,7 +67,8 @@ def small_editor(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local cluster of two CPUs without a dashboard, started by the first test that asks and ended with the session."""
+    """A local cluster of two CPUs without a dashboard, started by the first test that asks and
+    ended with the session."""
     import ray
 
     ray.init(

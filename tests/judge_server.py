@@ -1,4 +1,5 @@
-"""A judge's endpoint on loopback that speaks OpenAI's protocol, and what goes wrong with such endpoints."""
+"""A judge's endpoint on loopback that speaks OpenAI's protocol, and what goes wrong with such
+endpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Answer = tuple[int, bytes | None]
 
 @dataclass
 class JudgeServer:
-    """``reply`` decides, from the request and its number, what is sent; ``requests`` and ``headers`` keep what came."""
+    """``reply`` decides, from the request and its number, what is sent; ``requests`` and
+    ``headers`` keep what came."""
 
     reply: Callable[[dict[str, Any], int], Answer]
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -99,7 +101,8 @@ def serving(
 def completion(
     content: Any, *, tokens: Sequence[dict[str, float]] | None = None, **message: Any
 ) -> bytes:
-    """A chat completion. ``tokens`` are its token log-probabilities: at each place the alternatives, what was said first."""
+    """A chat completion. ``tokens`` are its token log-probabilities: at each place the
+    alternatives, what was said first."""
     finish = message.pop("finish_reason", "stop")
     choice: dict[str, Any] = {
         "message": {"role": "assistant", "content": content, **message},

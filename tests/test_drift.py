@@ -1,4 +1,5 @@
-"""The drift panel: each measure answers to its own kind of damage to the background, in its unit, and to nothing in the edit."""
+"""The drift panel: each measure answers to its own kind of damage to the background, in its unit,
+and to nothing in the edit."""
 
 from __future__ import annotations
 
@@ -156,7 +157,7 @@ def test_a_picture_need_not_be_square_nor_even() -> None:
     )
 
 
-def test_the_panel_has_a_place_of_its_own_in_the_report_and_a_perceptual_distance_stands_with_the_background(
+def test_the_panel_has_a_place_of_its_own_in_the_report_and_a_perceptual_distance_stands(
     tmp_path: Path,
 ) -> None:
     keys = [

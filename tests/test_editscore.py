@@ -1,4 +1,5 @@
-"""Rewards that ask a language model: EditScore and the region judge, and that what cannot be read is never a number."""
+"""Rewards that ask a language model: EditScore and the region judge, and that what cannot be read
+is never a number."""
 
 from __future__ import annotations
 
@@ -108,7 +109,8 @@ def client(judge: JudgeServer, term: type[Any] = EditScore, **changes: Any) -> A
     return term(transport=transport, backoff_s=changes.pop("backoff_s", 0.0), **changes)
 
 
-# --- EditScore --------------------------------------------------------------------------------------------------------
+# --- EditScore
+# --------------------------------------------------------------------------------------------------
 
 
 def test_editscore_composes_scores_on_a_scale_of_ten(judge_server: Serve) -> None:
@@ -279,7 +281,7 @@ def by_picture(body: dict[str, Any], number: int) -> Answer:
     return 200, completion(json.dumps({"reasoning": "", "score": score}))
 
 
-def test_a_judge_that_never_answers_about_one_group_costs_that_group_and_neither_freezes_nor_kills_the_run(
+def test_a_judge_that_never_answers_about_one_group_costs_that_group(
     small_editor: str, tmp_path: Path, judge_server: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience: list[float] = []
@@ -527,7 +529,8 @@ def test_a_transport_without_a_kind_is_over_http_and_one_without_probabilities_o
         )
 
 
-# --- reading an answer ------------------------------------------------------------------------------------------------
+# --- reading an answer
+# ------------------------------------------------------------------------------------------------
 
 pair = partial(scores_in, schema=pair_schema(25))
 
@@ -606,7 +609,8 @@ def test_an_answer_of_another_form_than_asked_for_is_unreadable(answer: Any, rea
         scores_in(json.dumps(answer), region_schema(2, 25))
 
 
-# --- expected scores --------------------------------------------------------------------------------------------------
+# --- expected scores
+# --------------------------------------------------------------------------------------------------
 
 
 def spelled(*places: str | dict[str, float]) -> list[Token]:
@@ -632,7 +636,8 @@ def test_the_expected_score_weighs_every_number_by_its_probability() -> None:
 
 
 def test_a_number_of_several_tokens_is_weighed_along_them() -> None:
-    """At 2: 20 with 0.6, 21 with 0.3, 2 alone with 0.1. 3 stands for itself, as nothing from 30 on is on the scale."""
+    """At 2: 20 with 0.6, 21 with 0.3, 2 alone with 0.1. 3 stands for itself, as nothing from 30 on
+    is on the scale."""
     tokens = spelled(
         *HEAD, {"2": 0.8, "3": 0.2}, {"0": 0.6, "1": 0.3, ",": 0.1}, ",", " ", {"4": 1.0}, "]}"
     )
@@ -711,7 +716,8 @@ def test_an_endpoint_that_withholds_probabilities_gives_no_expected_score(
     assert score.value is None and "do not spell" in score.reason
 
 
-# --- the region judge -------------------------------------------------------------------------------------------------
+# --- the region judge
+# -------------------------------------------------------------------------------------------------
 
 REGIONS = {"reasoning": "", "regions": [[20, 10], [25, 25]], "background": 5, "overall": [10, 15]}
 
@@ -819,7 +825,8 @@ def test_a_task_without_regions_has_its_mask_as_the_one_region(judge_server: Ser
     assert "the 1 numbered region is" in words_of(judge.requests[0])
 
 
-# --- parity with the published package --------------------------------------------------------------------------------
+# --- parity with the published package
+# --------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The language of the house: words, first sentences, comments, widths and lengths.
 
-One word per concept, the field's own. A word that is not to be used stands in a table below with what
-to say instead, so that the failure is also the remedy.
+One word per concept, the field's own. A word that is not to be used stands in a table below with
+what to say instead, so that the failure is also the remedy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Rewards of the kept region and of the edited place: PSNR, SSIM, LPIPS, CLIP, and any of them on the composite."""
+"""Rewards of the kept region and of the edited place: PSNR, SSIM, LPIPS, CLIP, and any of them on
+the composite."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def values(term: Reward, images: Sequence[torch.Tensor], task: EditTask = TASK) 
     return [float(value) for value in table.values[:, 0]]
 
 
-# --- PSNR and SSIM --------------------------------------------------------------------------------------------------
+# --- PSNR and SSIM
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("convention", ["masked", "zero_filled", "cocoedit"])
@@ -127,7 +129,8 @@ def test_what_happens_inside_the_mask_does_not_reach_psnr_and_zero_filled_ssim()
         assert first == second
 
 
-# --- CoCoEdit's similarity ------------------------------------------------------------------------------------------
+# --- CoCoEdit's similarity
+# ------------------------------------------------------------------------------------------
 
 
 def similarity(
@@ -173,9 +176,7 @@ def test_the_released_psnr_lies_ten_log_ten_three_below_the_fixed_one() -> None:
     assert (fixed - released).tolist() == pytest.approx([10 * math.log10(3)] * 3, abs=1e-6)
 
 
-def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_picture_where_the_fixed_one_does_not() -> (
-    None
-):
+def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_picture() -> None:
     """On a textured source without a mask: noise of 0.1 and a flat grey."""
     generator = torch.Generator().manual_seed(0)
     texture = (255 * torch.rand(64, 64, 3, generator=generator)).byte()
@@ -239,12 +240,14 @@ def test_similarity_is_a_reward_of_the_config_and_does_not_see_the_inside() -> N
         assert first == second
 
 
-# --- LPIPS ----------------------------------------------------------------------------------------------------------
+# --- LPIPS
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Random weights under the names that the lpips package gives them; channel weights not negative, as published."""
+    """Random weights under the names that the lpips package gives them; channel weights not
+    negative, as published."""
     torch.manual_seed(0)
     net, starts = PerceptualDistance(), (0, 2, 5, 8, 10, 11, 12, 13)
     stored = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
@@ -312,7 +315,8 @@ def test_what_happens_inside_the_mask_does_not_reach_lpips(convention: Any, weig
 
 
 def test_lpips_without_a_mask_is_the_published_mean_over_positions(weights: str) -> None:
-    """With nothing masked, both conventions are sums over layers of a mean; zero_filled is the published one exactly."""
+    """With nothing masked, both conventions are sums over layers of a mean; zero_filled is the
+    published one exactly."""
     net, everything = network(weights), torch.ones_like(TASK.edit_mask)
     a, b = (
         (2 * image.float() / 255 - 1).permute(2, 0, 1)[None] for image in (noise(0.2), TASK.source)
@@ -374,7 +378,8 @@ def test_a_picture_too_small_for_lpips_is_invalid_not_zero(weights: str) -> None
     assert not table.valid.any() and "too small for LPIPS" in table.reasons[0]
 
 
-# --- CLIP -----------------------------------------------------------------------------------------------------------
+# --- CLIP
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -524,7 +529,8 @@ def test_clip_needs_what_it_compares_with_and_a_model_that_is_there(tmp_path: Pa
         clip.loaded(str(tmp_path), "cpu")
 
 
-# --- composite ------------------------------------------------------------------------------------------------------
+# --- composite
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_composite_scores_the_edit_on_the_untouched_source() -> None:

@@ -1,4 +1,5 @@
-"""Kept scores: the same content is scored once, other content never shares a score, and nothing but ok scores is kept."""
+"""Kept scores: the same content is scored once, other content never shares a score, and nothing but
+ok scores is kept."""
 
 from __future__ import annotations
 

@@ -95,9 +95,7 @@ def test_shares_of_statuses_count_groups_that_are_dropped_too() -> None:
     assert reward_metrics([torn])["reward/a/timeout_share"] == 0.5
 
 
-def test_shares_of_the_totals_variance_add_up_to_one_and_a_term_that_pulls_against_it_is_negative() -> (
-    None
-):
+def test_shares_of_the_totals_variance_add_up_to_one() -> None:
     apart = table([[0.0, 4.0], [2.0, 0.0], [4.0, 0.0], [2.0, 4.0]])
     metrics = reward_metrics([apart], normalise="none")
     total = apart.values.double() @ torch.tensor([1.0, 0.5], dtype=torch.float64)

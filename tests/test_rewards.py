@@ -69,7 +69,8 @@ def small_group(num: int = 3) -> Candidates:
     return candidates(task, images)
 
 
-# --- the boundary ---------------------------------------------------------------------------------------------------
+# --- the boundary
+# --------------------------------------------------------------------------------------------------
 
 ANSWERS: list[Any] = []
 """What ``told`` gives: the property test writes it, so that a reward can misbehave in any way."""
@@ -259,7 +260,8 @@ def test_no_reward_left_and_only_zero_weights_are_errors() -> None:
         available([Preservation(weight=0)], set())
 
 
-# --- failures and credit ----------------------------------------------------------------------------------------------
+# --- failures and credit
+# ----------------------------------------------------------------------------------------------
 
 NUM_GROUPS, NUM_CANDIDATES = 15, 4
 FAILED_SHARE = 0.05
@@ -312,7 +314,8 @@ def marked(index: int) -> Candidates:
 
 
 def tables_of(failing: dict[tuple[int, int, str], str]) -> list[RewardTable]:
-    """Every group scored by a judge behind HTTP and by pixel rewards; ``failing`` is the fault of (group, candidate, question)."""
+    """Every group scored by a judge behind HTTP and by pixel rewards; ``failing`` is the fault of
+    (group, candidate, question)."""
 
     def reply(body: dict[str, Any], number: int) -> Answer:
         group, row = images_of(body)[-1][0, 0, :2].tolist()
@@ -324,7 +327,8 @@ def tables_of(failing: dict[tuple[int, int, str], str]) -> list[RewardTable]:
         )
 
     with serving(reply) as judge:
-        # The server's queue holds five connections: one more would wait a second for its second try.
+        # The server's queue holds five connections: one more would wait a second for its second
+        # try.
         judged = EditScore(
             transport={"base_url": judge.url, "model": "judge", "concurrency": 4}, retries=0
         )
@@ -337,7 +341,8 @@ def tables_of(failing: dict[tuple[int, int, str], str]) -> list[RewardTable]:
 
 @pytest.fixture(scope="module")
 def clean_and_failing() -> tuple[list[RewardTable], list[RewardTable]]:
-    """The same groups scored without a fault, and with 5 % of the judge's answers failing in every way there is."""
+    """The same groups scored without a fault, and with 5 % of the judge's answers failing in every
+    way there is."""
     questions = [
         (group, row, name)
         for group in range(NUM_GROUPS)
@@ -361,7 +366,8 @@ def credited(rule: CreditRule, tables: Sequence[RewardTable]) -> list[Advantages
 
 
 def survivors(rule: CreditRule, tables: Sequence[RewardTable]) -> dict[int, torch.Tensor]:
-    """Advantages of the groups that are trained, by the group's place; the others must be those without a score."""
+    """Advantages of the groups that are trained, by the group's place; the others must be those
+    without a score."""
     results = credited(rule, tables)
     for table, result in zip(tables, results, strict=True):
         assert isinstance(result, Advantages) == bool(table.valid.all())
@@ -374,7 +380,7 @@ def survivors(rule: CreditRule, tables: Sequence[RewardTable]) -> dict[int, torc
 
 
 @pytest.mark.parametrize("rule", OWN_STATISTICS, ids=named)
-def test_five_percent_injected_failures_leave_the_advantages_of_surviving_groups_identical_to_the_clean_run(
+def test_five_percent_injected_failures_leave_the_advantages(
     rule: CreditRule, clean_and_failing: tuple[list[RewardTable], list[RewardTable]]
 ) -> None:
     clean, failing = (survivors(rule, tables) for tables in clean_and_failing)
@@ -384,10 +390,11 @@ def test_five_percent_injected_failures_leave_the_advantages_of_surviving_groups
 
 
 @pytest.mark.parametrize("rule", POOLED_STATISTICS, ids=named)
-def test_under_pooled_statistics_survivors_of_failures_are_credited_as_in_a_clean_run_of_the_survivors_alone(
+def test_under_pooled_statistics_survivors_of_failures_are_credited_as_in_a_clean_run(
     rule: CreditRule, clean_and_failing: tuple[list[RewardTable], list[RewardTable]]
 ) -> None:
-    """What a lost group would have scored is unknown, so it has no share in the scale: that may differ from the whole clean run's."""
+    """What a lost group would have scored is unknown, so it has no share in the scale: that may
+    differ from the whole clean run's."""
     clean, failing = clean_and_failing
     found = survivors(rule, failing)
     alone = survivors(rule, [clean[index] for index in found])
@@ -398,7 +405,7 @@ def test_under_pooled_statistics_survivors_of_failures_are_credited_as_in_a_clea
 
 
 @pytest.mark.parametrize("normalise", ["group", "none"])
-def test_under_a_batch_deviation_failures_change_the_advantages_of_all_survivors_by_one_common_factor(
+def test_under_a_batch_deviation_failures_change_the_advantages_of_all_survivors(
     normalise: Any, clean_and_failing: tuple[list[RewardTable], list[RewardTable]]
 ) -> None:
     clean, failing = (
@@ -412,7 +419,8 @@ def test_under_a_batch_deviation_failures_change_the_advantages_of_all_survivors
 def test_a_single_term_has_the_clean_runs_advantages_under_minibatch_statistics_too_up_to_rounding(
     clean_and_failing: tuple[list[RewardTable], list[RewardTable]],
 ) -> None:
-    """Pooled mean and deviation of one term cancel in its group; of several terms the deviations decide the mixture."""
+    """Pooled mean and deviation of one term cancel in its group; of several terms the deviations
+    decide the mixture."""
     only = [
         [replace(table, weights=(1.0, 0.0, 0.0)) for table in tables]
         for tables in clean_and_failing
@@ -465,7 +473,8 @@ def unwatched(table: RewardTable) -> RewardTable:
 def test_no_invalid_value_ever_reaches_an_advantage(
     updates: list[tuple[list[Any], list[Any], list[Any]]],
 ) -> None:
-    """Whatever stands where a score should: its group is declined, and every other group is credited as if that one had not been.
+    """Whatever stands where a score should: its group is declined, and every other group is
+    credited as if that one had not been.
 
     The third term has weight 0: it is measured, and may fail as it likes.
     """
@@ -499,7 +508,8 @@ def test_no_invalid_value_ever_reaches_an_advantage(
                 )
 
 
-# --- in the report ----------------------------------------------------------------------------------------------------
+# --- in the report
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_report_draws_what_drives_the_reward_with_one_line_a_term(tmp_path: Path) -> None:
@@ -537,7 +547,8 @@ def test_the_report_draws_what_drives_the_reward_with_one_line_a_term(tmp_path: 
     )
 
 
-# --- the judge ------------------------------------------------------------------------------------------------------
+# --- the judge
+# --------------------------------------------------------------------------------------------------
 
 
 def judged(task: PairedTask, images: Sequence[torch.Tensor], **options: Any) -> list[float]:
@@ -702,9 +713,7 @@ def test_the_coarse_judge_answers_in_steps_of_a_25_point_scale_and_stays_close()
                 assert abs(rough.components[name] - fine.components[name]) <= 0.2 + 1e-9
 
 
-def test_a_task_of_two_regions_edited_in_one_of_them_is_half_followed_with_or_without_listed_regions() -> (
-    None
-):
+def test_a_task_of_two_regions_edited_in_one_of_them_is_half_followed_with() -> None:
     listed = shapes.task("validation", 0, task_type="two_regions")
     first = listed.regions[0]
     half = torch.where(first[..., None], listed.target, listed.source)
@@ -790,7 +799,8 @@ def test_overall_is_the_geometric_mean_of_minima_and_refuses_bad_numbers() -> No
         overall((math.nan, 1.0), (1.0, 1.0))
 
 
-# --- preservation, concentration, a user's function -----------------------------------------------------------------
+# --- preservation, concentration, a user's function
+# -----------------------------------------------------------------
 
 
 def test_preservation_is_one_for_an_untouched_background_whatever_happens_inside() -> None:

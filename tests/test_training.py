@@ -1,4 +1,5 @@
-"""``rl_edit.training``: a run from the library, and the path from the command to the optimizer's step."""
+"""``rl_edit.training``: a run from the library, and the path from the command to the optimizer's
+step."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def project_files(frames: traceback.StackSummary) -> list[str]:
 def test_six_files_lead_from_the_command_to_the_optimizer_step(
     small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counts the frames of a real run. Awaited coroutines stand on the same stack as the command."""
+    """Counts the frames of a real run. Awaited coroutines stand on the same stack as the
+    command."""
     seen: list[list[str]] = []
     step = torch.optim.AdamW.step
 

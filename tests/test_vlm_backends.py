@@ -1,4 +1,5 @@
-"""Transports of judges: real models of both families made small, the OpenAI protocol, and what none of them may do."""
+"""Transports of judges: real models of both families made small, the OpenAI protocol, and what none
+of them may do."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def make_judge(family: str, directory: Path) -> Path:
             Qwen2_5_VLConfig(text_config=text, vision_config=vision, **places)
         )
     model.generation_config.eos_token_id = ids["<|im_end|>"]
-    # A hidden default of the checkpoint, which must not act: Qwen2.5-VL ships a repetition penalty as well.
+    # A hidden default of the checkpoint, which must not act: Qwen2.5-VL ships a repetition penalty
+    # as well.
     model.generation_config.repetition_penalty = 5.0
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -155,7 +157,8 @@ def asked(transport: Any, *questions: Question) -> Sequence[Reply]:
     return replies
 
 
-# --- a model in this process ------------------------------------------------------------------------------------------
+# --- a model in this process
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schema", [pair_schema(25), region_schema(3, 25)], ids=["pair", "regions"])
@@ -226,7 +229,8 @@ def test_an_answer_past_its_time_is_a_timeout(judge_path: str) -> None:
 
 
 def test_our_prompt_is_what_the_checkpoints_own_processor_makes_of_it(judge_path: str) -> None:
-    """The processor class without its video half, which needs torchvision, on the template that Qwen3-VL ships."""
+    """The processor class without its video half, which needs torchvision, on the template that
+    Qwen3-VL ships."""
     from transformers import Qwen3VLProcessor
 
     from rl_edit.rewards.vlm.backends.transformers import _loaded
@@ -296,14 +300,17 @@ def test_a_model_that_is_no_known_judge_is_refused(tmp_path: Path) -> None:
         asked(Transformers(path=str(tmp_path)), question())
 
 
-# --- the form of an answer --------------------------------------------------------------------------------------------
+# --- the form of an answer
+# --------------------------------------------------------------------------------------------
 
 TEXTS = [*(chr(code) for code in range(32, 127)), '": [2', "25", ""]
-"""A vocabulary: single characters, tokens that cross parts of the form, and the end, which has no text."""
+"""A vocabulary: single characters, tokens that cross parts of the form, and the end, which has no
+text."""
 
 
 def written(form: Form, choices: Sequence[str], max_tokens: int) -> str:
-    """What a constrained writer says who wants ``choices``, and takes the first allowed token where it may not have its way."""
+    """What a constrained writer says who wants ``choices``, and takes the first allowed token where
+    it may not have its way."""
     end = len(TEXTS) - 1
     constraint = Constraint(
         form, Vocabulary(TEXTS), prompt_tokens=3, max_tokens=max_tokens, end=end
@@ -345,7 +352,8 @@ def test_too_few_tokens_for_any_answer_are_refused() -> None:
         Constraint(Form(pair_schema(25)), Vocabulary(TEXTS), prompt_tokens=0, max_tokens=20, end=0)
 
 
-# --- families ---------------------------------------------------------------------------------------------------------
+# --- families
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -370,16 +378,15 @@ def test_words_of_an_instruction_cannot_end_the_turn_or_add_a_picture() -> None:
         ).count("<|im_end|>")  # type: ignore[arg-type]
 
 
-# --- over HTTP --------------------------------------------------------------------------------------------------------
+# --- over HTTP
+# --------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> Any:
     return lambda body, number: (200, completion(text))
 
 
-def test_qwen_2_5_judges_get_their_system_prompt_and_announced_pictures_and_others_pictures_then_words() -> (
-    None
-):
+def test_qwen_2_5_judges_get_their_system_prompt_and_announced_pictures() -> None:
     with serving(say("fine")) as server:
         asked(OpenAI(base_url=server.url, model="EditScore-7B"), question())
         asked(OpenAI(base_url=server.url, model="EditScore-7B", family="qwen3_vl"), question())
@@ -490,7 +497,8 @@ def test_a_certificate_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
     assert received[0][:1] == b"\x16"  # a TLS handshake, and no request in the clear
 
 
-# --- packages that are not installed here -----------------------------------------------------------------------------
+# --- packages that are not installed here
+# -----------------------------------------------------------------------------
 
 
 def test_vllm_gets_pictures_prompt_and_sampling_of_each_question_and_its_answers_are_read(
@@ -593,7 +601,8 @@ def test_a_transport_survives_its_own_config_file() -> None:
         assert adapter.validate_python(transport.model_dump(mode="json")) == transport
 
 
-# --- merging ----------------------------------------------------------------------------------------------------------
+# --- merging
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The walls between the rooms: who may import what, read from the sources themselves.
 
-Imports inside functions and under ``TYPE_CHECKING`` count like all others, and so does ``import_module("name")``.
+Imports inside functions and under ``TYPE_CHECKING`` count like all others, and so does
+``import_module("name")``.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ def test_torchvision_is_imported_nowhere() -> None:
 
 
 def test_the_product_neither_unpickles_nor_evaluates() -> None:
-    """A checkpoint, a blob or a reply of a judge is data: reading it must not be able to run code."""
+    """A checkpoint, a blob or a reply of a judge is data: reading it must not be able to run
+    code."""
     modules = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
     found = [breach for path in PRODUCT for breach in breaches(path, modules)]
     for path in PRODUCT:
@@ -291,7 +293,8 @@ def test_no_loop_knows_the_name_of_a_method(path: Path) -> None:
 
 
 def test_only_the_update_steps_the_policy_optimizer() -> None:
-    """Making a base from nothing is another activity, with an optimizer of its own; it is the one exception."""
+    """Making a base from nothing is another activity, with an optimizer of its own; it is the one
+    exception."""
     steps = {
         name_of(path)
         for path in PRODUCT
@@ -308,7 +311,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def proves(function: ast.AST, helpers: dict[str, Function]) -> bool:
-    """Whether a function asserts: by statement, ``pytest.raises``, a library's ``assert_...``, or a helper beside it that does."""
+    """Whether a function asserts: by statement, ``pytest.raises``, a library's ``assert_...``, or a
+    helper beside it that does."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant):
             return True
