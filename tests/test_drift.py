@@ -157,7 +157,7 @@ def test_a_picture_need_not_be_square_nor_even() -> None:
     )
 
 
-def test_the_panel_has_a_place_of_its_own_in_the_report_and_a_perceptual_distance_stands(
+def test_the_panel_of_drift_has_a_place_of_its_own_in_the_report(
     tmp_path: Path,
 ) -> None:
     keys = [

@@ -517,9 +517,7 @@ def test_an_address_that_is_no_endpoint_is_refused_and_a_full_one_is_accepted() 
     )
 
 
-def test_a_transport_without_a_kind_is_over_http_and_one_without_probabilities_offers_no_expectation() -> (
-    None
-):
+def test_a_transport_without_a_kind_is_over_http_and_offers_what_it_can() -> None:
     term = EditScore(transport={"base_url": "http://host/v1", "model": "m"})
     assert isinstance(term.transport, OpenAI) and EditScore(**term.model_dump()) == term
     with pytest.raises(ValidationError, match="does not give them"):

@@ -264,7 +264,7 @@ def test_statistics_refuse_what_has_no_interval() -> None:
         bootstrap([1.0, 2.0], seed=0, resamples=1)
 
 
-def test_a_comparison_has_every_metric_that_any_task_has_and_counts_the_tasks() -> None:
+def test_a_comparison_has_every_metric_of_any_task_and_counts_tasks_with_both_sides() -> None:
     values = [
         ({"reward": 1.0}, {"reward": 2.0}),
         ({"reward": 2.0, "instruction": 4.0}, {"reward": 4.0, "instruction": 7.0}),

@@ -380,7 +380,7 @@ def survivors(rule: CreditRule, tables: Sequence[RewardTable]) -> dict[int, torc
 
 
 @pytest.mark.parametrize("rule", OWN_STATISTICS, ids=named)
-def test_five_percent_injected_failures_leave_the_advantages(
+def test_five_percent_injected_failures_leave_the_advantages_of_survivors_as_they_are(
     rule: CreditRule, clean_and_failing: tuple[list[RewardTable], list[RewardTable]]
 ) -> None:
     clean, failing = (survivors(rule, tables) for tables in clean_and_failing)
@@ -713,7 +713,7 @@ def test_the_coarse_judge_answers_in_steps_of_a_25_point_scale_and_stays_close()
                 assert abs(rough.components[name] - fine.components[name]) <= 0.2 + 1e-9
 
 
-def test_a_task_of_two_regions_edited_in_one_of_them_is_half_followed_with() -> None:
+def test_a_task_of_two_regions_edited_in_one_of_them_is_half_followed() -> None:
     listed = shapes.task("validation", 0, task_type="two_regions")
     first = listed.regions[0]
     half = torch.where(first[..., None], listed.target, listed.source)
