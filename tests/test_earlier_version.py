@@ -228,6 +228,13 @@ def test_a_run_of_the_version_before_is_reported_and_compared(
     assert arm["gain"]["reward"]["mean"] == pytest.approx(delta["mean"])
 
 
+def test_a_reward_s_setting_that_was_renamed_is_the_same_run() -> None:
+    present = load_config(preset="kontext-rc-grpo").identity()
+    stored = json.loads(json.dumps(present).replace('"score_from"', '"readout"'))
+    assert stored != present
+    assert modern(stored) == present
+
+
 def test_a_renamed_setting_of_every_reward_is_found_under_its_old_name() -> None:
     term = {"kind": "editscore", "readout": "expected"}
     settings = {"rewards": {"a": term, "b": {"kind": "composite", "of": term}, "c": None}}
