@@ -496,6 +496,8 @@ def test_kendall_is_plus_one_for_falling_scores_and_changes_sign_when_reversed(
 def test_the_response_of_a_term_must_be_declared() -> None:
     with pytest.raises(InputError, match="--expects inside, outside or both"):
         expected_of(bad("constant"), None)
+    with pytest.raises(InputError, match="--expects up is no side of the mask"):
+        expected_of(Preservation(), "up")
     assert expected_of(Preservation(), None).sides == ("outside",)
     assert expected_of(ShapesJudge(), None).sides == SIDES
     assert expected_of(ShapesJudge(), "inside").sides == ("inside",)

@@ -203,6 +203,11 @@ def test_there_must_be_something_to_resume(
     )
 
 
+def test_resume_without_a_run_says_how_to_name_one(rl_edit: Command) -> None:
+    for option in ("--resume", "--auto-resume"):
+        assert_refused(rl_edit("train", option), None, "nothing to continue", "--run-dir")
+
+
 def test_the_same_command_with_auto_resume_starts_a_run_and_then_continues_it(
     rl_edit: Command, small_editor: str, tmp_path: Path
 ) -> None:

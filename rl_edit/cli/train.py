@@ -20,6 +20,7 @@ from rich.progress import (
 
 from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, config_and_overrides
 from rl_edit.config import RunConfig, load_config, modern_name
+from rl_edit.errors import InputError
 from rl_edit.training import train
 
 
@@ -66,9 +67,8 @@ def train_command(
     """
     config, changes = config_and_overrides(config, overrides)
     # A run that goes on needs no config on the command line: its directory has one.
-    going_on = (resume or auto_resume) and config is None and preset is None
-    if going_on and run_dir is not None and (run_dir / "config.yaml").is_file():
-        config = run_dir / "config.yaml"
+    if (resume or auto_resume) and config is None and preset is None:
+        config = _config_of_run(run_dir)
     settings = load_config(config, preset=preset, overrides=changes)
     directory = run_dir or Path("runs") / settings.name
     # An empty directory is a place to start in, such as a volume that was just mounted.
@@ -82,6 +82,17 @@ def train_command(
         allow_drift=frozenset(map(modern_name, allow_config_drift or ())),
         allow_skew=allow_version_skew,
     )
+
+
+def _config_of_run(run_dir: Path | None) -> Path | None:
+    """Finds the configuration that a run wrote; None where none has begun."""
+    if run_dir is None:
+        raise InputError(
+            "There is nothing to continue: neither a run directory nor a configuration is given. "
+            "Add --run-dir, or a YAML file or --preset whose run lies in runs/NAME."
+        )
+    config = run_dir / "config.yaml"
+    return config if config.is_file() else None
 
 
 class LiveProgress:

@@ -90,7 +90,7 @@ def _preset(name: str) -> tuple[str, str]:
     known = presets()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = f", did you mean {near[0]!r}?" if near else "."
         raise InputError(f"unknown preset {name!r}{hint} Known: {', '.join(known)}.")
     return (resources.files("rl_edit.presets") / f"{name}.yaml").read_text(), f"preset {name}"
 

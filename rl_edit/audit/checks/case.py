@@ -47,15 +47,22 @@ def expected_of(
     caption.
 
     Raises:
-        InputError: nothing declares what the term responds to.
+        InputError: nothing declares what the term responds to, or not in these words.
     """
+    if declared is not None and declared not in get_args(Sides):
+        raise InputError(
+            f"--expects {declared} is no side of the mask. Use inside, outside or both."
+        )
     expects = declared or term.responds_to
     if expects not in get_args(Sides):
-        what = f"declares {expects!r}" if expects else "declares nothing"
+        problem = (
+            f"declares that it responds to {expects!r}"
+            if expects
+            else "does not declare what it responds to"
+        )
         raise InputError(
-            f"Reward {term.name!r} {what} as what it responds to, so the audit cannot know which "
-            "scores are correct. Give --expects inside, outside or both, with --term NAME when the "
-            "rewards differ."
+            f"Reward {term.name!r} {problem}, so the audit cannot know which scores are correct. "
+            "Give --expects inside, outside or both, with --term NAME when the rewards differ."
         )
     sides = SIDES if expects == "both" else tuple(side for side in SIDES if side == expects)
     if reads_instruction is None:
