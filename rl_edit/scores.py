@@ -16,7 +16,7 @@ PerCandidate = tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RegionScores:
-    """Scores one candidate by region.
+    """Scores of one candidate by region.
 
     Attributes:
         areas: one score per edit area of the task, in their order; NaN where there is none.
@@ -26,6 +26,7 @@ class RegionScores:
         >>> RegionScores(areas=(0.8, 0.1), background=0.97)
     """
 
+    # NaN rather than None: scores by region go into tensors as they are.
     areas: tuple[float, ...]
     background: float
 
@@ -52,6 +53,7 @@ class RegionTable:
 
     def columns(self) -> dict[str, PerCandidate]:
         """Names the columns, as :meth:`RegionScores.named` does."""
+        # One tuple per area: tables, logs and files hold a number per candidate under a name.
         areas = self.areas.T.tolist()
         named = {f"region.{number}": tuple(column) for number, column in enumerate(areas)}
         return {**named, "background": tuple(self.background.tolist())}
@@ -59,7 +61,7 @@ class RegionTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeVariance:
-    """Squared distances of candidates from the mean image of their group.
+    """Squared distances from the mean image of a group.
 
     Their means over candidates are unbiased variances. Intensities are 0..1.
 
@@ -76,7 +78,7 @@ class ChangeVariance:
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Numbers that every run measures, whatever its rewards are.
+    """Measures of every run, whatever its rewards are.
 
     Attributes:
         background: outside the mask against the source, by measure: "psnr", "psnr_zero_filled",
@@ -97,4 +99,5 @@ class Measures:
     background: dict[str, PerCandidate]
     change_inside: PerCandidate
     concentration: PerCandidate
+    # A variance belongs to a whole group: chunks that are joined lose it.
     variance: ChangeVariance | None
