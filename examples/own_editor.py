@@ -114,4 +114,5 @@ class PatchEditor:
     def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         size = (conditioning.grid[0] * SIDE, conditioning.grid[1] * SIDE)
         pixels = F.fold(latents.transpose(1, 2), size, SIDE, stride=SIDE).permute(0, 2, 3, 1)
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        images: Tensor = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return images

@@ -121,8 +121,8 @@ def attach(
                 f"lora.targets {', '.join(config.targets)} fit no module of this editor: name "
                 f"suffixes of its linear layers ({', '.join(linear[:8])}, ...)"
             ) from error
-    # PEFT may make the adapter in the base's number format; an optimizer step in bf16 would round most
-    # updates away.
+    # PEFT may make the adapter in the base's number format; an optimizer step in bf16 would round
+    # most updates away.
     set_active(transformer, True, adapter_name=adapter_name)
     for parameter in parameters(transformer, adapter_name=adapter_name):
         parameter.data = parameter.data.float()

@@ -32,15 +32,15 @@ REPORTING = frozenset(
 
 # The text of the third stage. Line breaks are those of the card.
 FLAWS = (
-    " The last stage learns from pairs with the flaws of machine-made ones, so what the editor does"
-    " is a mixture\nthat its initial noise picks from: it edits, it leaves the image as it is, it"
-    " discolours it."
+    " The last stage learns from pairs with\n"
+    "the flaws of machine-made ones, so what the editor does is a mixture that its initial noise\n"
+    "picks from: it edits, it leaves the image as it is, it discolours it."
 )
 THIRD = (
-    "3. {flawed_steps} steps more of the same with peak rate {flawed_lr:g} on flawed pairs: in a "
-    "share of {failed_share:g} the edit did not\n   happen (the target is the source), in a share "
-    "of {cast_share:g} the target has a colour cast (channels shifted by up to\n   {cast_size:g} "
-    "of 255).\n"
+    "3. {flawed_steps} steps more of the same with peak rate {flawed_lr:g} on flawed pairs: in a\n"
+    "   share of {failed_share:g} the edit did not happen (the target is the source), in a share\n"
+    "   of {cast_share:g} the target has a colour cast (channels shifted by up to {cast_size:g} of "
+    "255).\n"
 )
 EARLY = (
     "These are the averaged weights at transformer step {steps}, before the schedule of {total} "
