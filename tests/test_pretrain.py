@@ -406,5 +406,13 @@ class TestShippedWeights:
         assert "license: apache-2.0" in card
         assert "rl-edit pretrain OUT" in card
 
+    def test_their_card_is_the_text_of_today_with_their_numbers(self) -> None:
+        pipeline = FluxKontextPipeline.from_pretrained(BUILTIN_WEIGHTS, local_files_only=True)
+        metrics = EditMetrics(**json.loads((BUILTIN_WEIGHTS / "metrics.json").read_text()))
+        config = PretrainConfig()
+        steps = config.transformer_steps + config.flawed_steps
+        card = (BUILTIN_WEIGHTS / "README.md").read_text(encoding="utf-8")
+        assert model_card(pipeline, config, metrics, steps=steps) == card
+
     def test_they_hold_no_checkpoint(self) -> None:
         assert not (BUILTIN_WEIGHTS / CHECKPOINT_DIR).exists()
