@@ -1,4 +1,4 @@
-"""Errors that the command line turns into a single line and an exit code of their own."""
+"""Errors that the command line turns into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ class ResourcesInfeasible(RuntimeError):
 
 
 class InputError(ValueError):
-    """Bad input, exit code 2: the message names the value, why it matters, and what to do
-    instead."""
+    """Bad input. Exit code 2.
+
+    The message names the value, why it matters, and what to do instead.
+    """
 
 
 class Fenced(RuntimeError):
-    """A newer attempt holds the run directory: this process must not write there any more. Exit
-    code 75."""
+    """A newer attempt owns the run directory. Exit code 75.
+
+    This process must not write there any more.
+    """
 
 
 class Interrupted(RuntimeError):
@@ -30,15 +34,21 @@ class Interrupted(RuntimeError):
 
 
 class WorkerLost(RuntimeError):
-    """A process or machine is gone, or did not answer in time. The same call on another worker may
-    well succeed."""
+    """A process or machine is gone, or did not answer in time.
+
+    The same call on another worker may well succeed.
+    """
 
 
 class WorkFailed(RuntimeError):
-    """The work itself raised inside a sound worker. The same work will most likely fail elsewhere
-    too."""
+    """The work itself raised inside a healthy worker.
+
+    The same work will most likely fail elsewhere too.
+    """
 
 
 class BlobLost(RuntimeError):
-    """An array is gone with the machine that held it. Whoever made it can make it again: work is
-    repeatable."""
+    """An array is gone with the machine that stored it.
+
+    The work that made it can be repeated, and gives the same bytes.
+    """

@@ -22,7 +22,8 @@ import runs
 from actors.local_executor import LocalExecutor
 from fakes import Crash, FakeReward, FakeRollout, Fault, as_array, as_content, fake_roles, faulty
 from learner.controller import checkpoint, heldout
-from learner.controller.heldout import BEST, HELDOUT, Evaluation, alarm, read_best
+from learner.controller.alarm import Evaluation, alarm
+from learner.controller.heldout import BEST, HELDOUT, read_best
 from learner.controller.run import Outcome
 from learner.controller.supervisor import Supervisor
 from rl_edit import wire

@@ -1,5 +1,4 @@
-"""What the workers of a run occupy, so that their time can be compared with what the hardware could
-have done."""
+"""The devices that a run's workers occupy, and how efficiently they are used."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ class Capacity:
     Attributes:
         rollout, reward, learner: devices that one worker of the role keeps busy while it works.
         total: devices that the run has.
-        divisible: whether workers of the roles could be exchanged one for one, so that advice on
-            the split makes sense.
+        divisible: True when workers of the roles could be exchanged one for one. Only then does
+            advice on the split make sense.
     """
 
     rollout: float = 1
@@ -40,7 +39,8 @@ class Capacity:
         colocated = actors.placement == "colocated"
         learner_gpus = actors.rollout_gpus if colocated else actors.learner_gpus
         total = actors.num_rollout * actors.rollout_gpus + actors.num_reward * actors.reward_gpus
-        if not colocated:  # else the learner's GPUs are those of the rollout actors
+        # Colocated ranks learn on the GPUs of the rollout actors, which are counted already.
+        if not colocated:
             total += actors.num_learner * learner_gpus
         if total:
             return cls(
@@ -58,7 +58,8 @@ class Capacity:
         )
 
     def efficiency(self, cost: GroupCost, groups: int, measured_s: float) -> float:
-        """Ideal work-conserving time over the measured one: 1 when no device ever waited."""
+        """Returns the ideal time over the measured one: 1 when no device ever waited."""
+        # Worker seconds become device seconds, because a worker may occupy several devices or none.
         occupied = GroupCost(
             rollout_s=cost.rollout_s * self.rollout,
             reward_s=cost.reward_s * self.reward,

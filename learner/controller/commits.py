@@ -1,4 +1,4 @@
-"""Committing: checkpoints of the learner's snapshots, and what a full disk costs."""
+"""Commits: checkpoints of the learner's snapshots, also on a disk that is full."""
 
 from __future__ import annotations
 
@@ -47,14 +47,13 @@ class Commits:
         self.updates_done = 0
         self.failed_in_a_row = 0
 
-    def due(self, updates_done: int) -> bool:
+    def is_due(self, updates_done: int) -> bool:
         """Returns True when a checkpoint follows so many updates."""
         train = self.config.train
         return updates_done % train.checkpoint_every == 0 or updates_done == train.updates
 
     async def require_space(self, snapshot: LearnerSnapshot) -> None:
-        """Refuses a disk that cannot take a checkpoint, before hours go into what could not be
-        stored.
+        """Refuses a disk that cannot take a checkpoint, before hours of work could not be stored.
 
         Raises:
             InputError: with the sizes.
@@ -68,7 +67,7 @@ class Commits:
             raise InputError(f"{problem} Free space, or give another --run-dir.")
 
     async def commit(self, snapshot: LearnerSnapshot, acting: Acting) -> None:
-        """Writes a checkpoint. A full disk costs a warning; the next one tries again, a few times.
+        """Writes a checkpoint. A full disk costs a warning, and the next commit tries again.
 
         Args:
             acting: weights in use; those within the lag go into the checkpoint.
@@ -78,6 +77,7 @@ class Commits:
             Fenced: a newer attempt owns the run directory.
         """
         content = await self._content(snapshot, acting)
+        # In a thread: syncing takes seconds, and rollouts of the next update go on meanwhile.
         writing = asyncio.ensure_future(
             asyncio.to_thread(checkpoint.write, self.directory, content, lease=self.lease)
         )
@@ -94,11 +94,13 @@ class Commits:
         try:
             checkpoint.prune(self.directory, self.config.train.keep_checkpoints, lease=self.lease)
         except OSError as error:
+            # Too many checkpoints are no reason to stop; the next commit prunes again.
             self.events("prune_failed", reason=str(error))
         self.lease.renew()
         self.events("checkpoint", path=path.name, adapter=str(snapshot.id), chain=self.ledger.chain)
 
     async def _content(self, snapshot: LearnerSnapshot, acting: Acting) -> checkpoint.Checkpoint:
+        """Fetches what a checkpoint of a snapshot holds."""
         done = snapshot.updates_done
         weights = {named.step: (named, ref) for named, ref in acting.values()}
         weights[done] = (snapshot.id, snapshot.adapter)
@@ -117,6 +119,11 @@ class Commits:
         )
 
     def _failed(self, updates_done: int, error: OSError) -> None:
+        """Reports a checkpoint that could not be written.
+
+        Raises:
+            TrainingFailed: too many in a row, or the last of the run.
+        """
         train = self.config.train
         self.failed_in_a_row += 1
         self.events(
@@ -132,8 +139,6 @@ class Commits:
         if self.failed_in_a_row >= train.max_failed_commits or updates_done == train.updates:
             raise TrainingFailed(
                 f"{self.failed_in_a_row} checkpoints in a row could not be written to "
-                f"{self.directory} "
-                f"({error}): free space or give another --run-dir, then continue with --resume "
-                "from "
-                f"update {self.updates_done}"
+                f"{self.directory} ({error}): free space or give another --run-dir, then continue "
+                f"with --resume from update {self.updates_done}"
             ) from error

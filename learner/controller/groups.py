@@ -117,6 +117,7 @@ class GroupCollector:
             TrainingFailed: more groups were lost or have an invalid reward than may be dropped.
         """
         train = self.config.train
+        # The next updates within the lag start first, so that actors work while the learner learns.
         for ahead in range(update, min(update + train.max_lag, train.updates - 1) + 1):
             self.dispatch(ahead)
         tasks = self._in_flight[update]
@@ -136,7 +137,7 @@ class GroupCollector:
         """Rolls out and scores one group, its chunks side by side. The group is complete or lost.
 
         Args:
-            kind: of what usual duration its calls are; a call's method unless set.
+            kind: the usual duration that its calls' deadlines follow; by default the method's.
         """
         for item in items:
             self.ledger.plan(item)
@@ -149,12 +150,12 @@ class GroupCollector:
             self.events("group_lost", group_id=group_id, update=items[0].update, reason=str(error))
             return ScoredGroup(group_id=group_id, task_type=task_type, lost=str(error))
         finally:
+            # When one chunk is given up, the work of the others is of no use.
             for chunk in chunks:
                 chunk.cancel()
 
     async def _chunk(self, item: WorkItem, kind: str) -> ScoredChunk:
-        """Rolls out and scores one item; rolls it out again when its blob is lost before it is
-        scored."""
+        """Rolls out and scores one item, again when its blob is lost before it is scored."""
         lost = 0
         while True:
             result, blob = await self._rollout(item, kind)
@@ -189,6 +190,7 @@ class GroupCollector:
                 blobs=1,
                 kind=kind,
                 check=problem,
+                # A late result is as good as any: the ledger takes whichever is valid first.
                 late=problem,
             )
         except GivenUp:
@@ -207,14 +209,16 @@ class GroupCollector:
         """
         verdict = self.ledger.offer(item.work_id, result, blob)
         if verdict not in (Verdict.TAKEN, Verdict.DUPLICATE):
-            self.events(
-                f"result_{verdict.value}",
-                work_id=item.work_id,
-                update=item.update,
-                wanted=str(item.adapter),
-                loaded=str(result.adapter),
-                sha256=result.sha256,
-            )
+            details = {
+                "work_id": item.work_id,
+                "update": item.update,
+                # Names in events.jsonl, which stay as they are.
+                "wanted": str(item.adapter),
+                "loaded": str(result.adapter),
+                "sha256": result.sha256,
+            }
+            self.events(f"result_{verdict.value}", **details)
+        # A conflict is no fault of this worker alone: the first result counts, and the run goes on.
         if verdict is Verdict.NOT_FINITE:
             raise WorkFailed("latents or velocities are not finite")
         return {
@@ -243,7 +247,11 @@ class GroupCollector:
         return tables[-1], packed
 
     def _refuse_too_few(self, update: int, groups: Sequence[ScoredGroup]) -> None:
-        """Stops the run before anything is learnt from an update with too few usable groups."""
+        """Stops the run before it learns from an update with too few usable groups.
+
+        Raises:
+            InputError, TrainingFailed: as :meth:`gather`.
+        """
         tables = [group.table() for group in groups if not group.lost]
         invalid = [
             reason
@@ -287,6 +295,7 @@ def _read_table(item: WorkItem, packed: NDArray[np.uint8]) -> RewardTable:
 
 def learn_order(update: int, groups: Sequence[ScoredGroup]) -> LearnOrder:
     """Returns the learner's order, named by its content in canonical order."""
+    # Slot order, not arrival order: the same update has the same name in every attempt.
     content = hashlib.sha256(str(update).encode())
     for group in groups:
         content.update(f"{group.group_id} {group.lost}".encode())

@@ -1,29 +1,27 @@
-"""LearnerSnapshot-out tasks during training: does the reward that is trusted (gold) still rise with
-the one that is trained on?
+"""Held-out evaluation during training: the trusted reward against the trained one.
 
-A reward that is optimised for long is earned by what it overlooks. Every ``evaluation.every``
-updates one candidate of each probe is rolled out and scored like any group; here is what is looked
-at, what was seen, and when to raise the alarm. Nothing is kept in
-memory: the history is ``heldout.jsonl``, the best adapter by gold is ``best/``, and a resumed run
-    reads both.
+A reward that is optimised for long enough is eventually hacked. The trained reward then rises while
+the trusted one (gold) falls. Every ``evaluation.every`` updates one candidate of each probe is
+rolled out and scored like any group. This file says which tasks are evaluated, records the results
+and raises the alarm. Nothing stays in memory: the history is ``heldout.jsonl``, the best adapter by
+gold is ``best/``, and a resumed run reads both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from learner.controller.alarm import Alarm, Evaluation, alarm
 from learner.controller.executor import Executor
 from learner.controller.groups import GroupCollector
 from learner.controller.learner_ranks import LearnerSnapshot
@@ -46,42 +44,24 @@ BEST, RECORD = "best", "best.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Probes:
-    """The held-out tasks that are looked at, and the name of the reward term that is trusted
-    there."""
+    """The held-out tasks to evaluate.
+
+    Attributes:
+        number: of tasks, from the first.
+        gold: name of the reward term that is trusted.
+    """
 
     dataset: Dataset
     number: int
     gold: str
 
 
-class Evaluation(BaseModel):
-    """One look: a line of ``heldout.jsonl``.
+class Best(BaseModel):
+    """The evaluation with the highest gold: ``best/best.json``.
 
     Attributes:
-        update: the last one applied.
-        gold, total: means of the gold term and of the weighted sum of all terms.
-        training: mean total reward of the training groups since the evaluation before; None when
-            none was scored.
-        n: tasks with a valid score of every term that weighs and of gold, the only ones that count.
-        background_psnr: dB, masked convention; None where it was not measured.
-        protocol: what decides gold besides the adapter. Evaluations under different ones are not
-            compared.
+        file: of the packed adapter, named by the hash of its bytes.
     """
-
-    model_config = ConfigDict(frozen=True)
-    update: int
-    gold: float
-    total: float
-    training: float | None
-    n: int
-    background_psnr: float | None
-    seconds: float
-    protocol: str
-
-
-class Best(BaseModel):
-    """``best/best.json``: the evaluation that had the most gold, and the packed adapter's file,
-    named by the hash of its bytes."""
 
     model_config = ConfigDict(frozen=True)
     update: int
@@ -91,71 +71,28 @@ class Best(BaseModel):
     file: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alarm:
-    """Training reward rose and gold fell, ``in_a_row`` evaluations long; ``before`` is the
-    evaluation that they started from."""
-
-    before: Evaluation
-    last: Evaluation
-    in_a_row: int
-
-    def __str__(self) -> str:
-        # An alarm is raised over evaluations whose training reward is known.
-        first, last = cast("float", self.before.training), cast("float", self.last.training)
-        return (
-            f"training reward rose from {_apart(first, last)} while held-out gold fell from "
-            f"{_apart(self.before.gold, self.last.gold)}, {self.in_a_row} evaluations in a row "
-            f"(updates {self.before.update + 1} to "
-            f"{self.last.update + 1})"
-        )
-
-
-def _apart(before: float, after: float) -> str:
-    """Both numbers, with as many digits as it takes to tell them apart."""
-    digits = next(
-        (digits for digits in range(4, 17) if f"{before:.{digits}g}" != f"{after:.{digits}g}"), 17
-    )
-    return f"{before:.{digits}g} to {after:.{digits}g}"
-
-
-def alarm(history: Sequence[Evaluation], patience: int) -> Alarm | None:
-    """The alarm that stands after the last evaluation, if any: ``patience`` or more in a row, each
-    compared with the one before."""
-    in_a_row = 0
-    for after, before in itertools.pairwise(reversed(history)):
-        if (
-            before.training is None
-            or after.training is None
-            or after.training <= before.training
-            or after.gold >= before.gold
-        ):
-            break
-        in_a_row += 1
-    if in_a_row < patience:
-        return None
-    return Alarm(before=history[-1 - in_a_row], last=history[-1], in_a_row=in_a_row)
-
-
 def probes(config: RunConfig, terms: Sequence[Reward], *, pixels_per_token: int) -> Probes | None:
-    """What a run with these usable terms looks at; None when ``evaluation.every`` is 0.
+    """Returns the probes of a run; None when ``evaluation.every`` is 0.
+
+    Args:
+        terms: the reward terms that the data can feed.
 
     Raises:
         InputError: ``evaluation.gold`` is no term of the run, or the held-out tasks cannot feed
             every term.
     """
-    wanted = config.evaluation
-    if not wanted.every:
+    evaluation = config.evaluation
+    if not evaluation.every:
         return None
     names = [term.name for term in terms]
-    gold = wanted.gold or next(
+    # A judge of the instruction is the natural gold: measures of preservation favour no change.
+    gold = evaluation.gold or next(
         (term.name for term in terms if isinstance(term, ShapesJudge | JudgeReward)), names[0]
     )
     if gold not in names:
         raise InputError(
             f"evaluation.gold {gold!r} is no reward of this run, so held-out tasks could not be "
-            "judged by it. Name one of "
-            f"{', '.join(names)}, or add it to rewards with weight 0."
+            f"scored by it. Name one of {', '.join(names)}, or add it to rewards with weight 0."
         )
     dataset = open_dataset(
         config.data, "heldout", resolution=config.editor.resolution, multiple=pixels_per_token
@@ -165,14 +102,14 @@ def probes(config: RunConfig, terms: Sequence[Reward], *, pixels_per_token: int)
             raise InputError(
                 f"reward {term.name!r} needs the field {' and '.join(missing)} of every held-out "
                 "task and the data does not have it, so "
-                f"evaluation.every({wanted.every}) could compare nothing. Add it, change "
+                f"evaluation.every({evaluation.every}) could compare nothing. Add it, change "
                 "data.heldout_path, or set evaluation.every=0."
             )
-    return Probes(dataset=dataset, number=min(wanted.probe_tasks, len(dataset)), gold=gold)
+    return Probes(dataset=dataset, number=min(evaluation.probe_tasks, len(dataset)), gold=gold)
 
 
 def read_best(directory: Path) -> tuple[Best, AdapterWeights] | None:
-    """What ``directory`` (``RUN/best``) holds; None when nothing was evaluated.
+    """Reads the best adapter from ``RUN/best``; None when nothing was evaluated.
 
     Raises:
         InputError: the adapter's bytes are not those that were written.
@@ -191,11 +128,11 @@ def read_best(directory: Path) -> tuple[Best, AdapterWeights] | None:
 
 
 class HeldoutMonitor:
-    """The held-out side of a run: when to look, at what, and what to make of it.
+    """Plans, records and compares the held-out evaluations of a run.
 
     Args:
-        probes: None never looks.
-        note: told what a person should know.
+        probes: None evaluates nothing.
+        note: called with what a person should know.
     """
 
     def __init__(
@@ -209,12 +146,8 @@ class HeldoutMonitor:
         events: Callable[..., None],
         note: Callable[[str], None],
     ) -> None:
-        self.probes, self.config, self.directory, self.pixels_per_token = (
-            probes,
-            config,
-            directory,
-            pixels_per_token,
-        )
+        self.probes, self.config, self.directory = probes, config, directory
+        self.pixels_per_token = pixels_per_token
         self.lease, self.event, self.note = lease, events, note
         self.file = JsonLines(directory / HELDOUT)
 
@@ -224,19 +157,22 @@ class HeldoutMonitor:
             self.file.rewind(updates_done)
 
     def history(self) -> list[Evaluation]:
-        """Every evaluation that compares with the next one, oldest first."""
+        """Returns the evaluations that the next one is comparable with, oldest first."""
         lines = (Evaluation.model_validate(line) for line in read_json_lines(self.file.path))
         return [line for line in lines if line.protocol == self._protocol()]
 
     def is_due(self, updates_done: int) -> bool:
-        """Whether the weights after so many updates are to be looked at, and have not been."""
+        """Returns True when the weights after so many updates are still to be evaluated."""
         if self.probes is None or not updates_done or updates_done % self.config.evaluation.every:
             return False
+        # A run that was killed between the evaluation and the commit finds its line already there.
         return all(seen.update != updates_done - 1 for seen in self.history())
 
     def items(self, updates_done: int, adapter: AdapterId) -> list[WorkItem]:
-        """Candidate 0 of every probe, from the same noise and by the same ODE at every
-        evaluation."""
+        """Returns the work: candidate 0 of every probe.
+
+        Noise and ODE are the same at every evaluation, so that only the adapter differs.
+        """
         assert self.probes is not None
         seed, resolution = self.config.evaluation.seed, self.config.editor.resolution
         return [
@@ -266,13 +202,16 @@ class HeldoutMonitor:
         *,
         seconds: float,
     ) -> None:
-        """Takes an evaluation of the adapter, packed as published, down; keeps the best; raises the
-        alarm."""
+        """Records an evaluation, saves the best adapter and raises the alarm.
+
+        Args:
+            packed: the adapter, as published.
+            tables: one per probe.
+        """
         assert self.probes is not None
         update = adapter.step - 1
-        gold = self.probes.gold
-        sound = [table for table in tables if table.complete(gold)]
-        if not sound:
+        valid = [table for table in tables if table.complete(self.probes.gold)]
+        if not valid:
             reason = next(
                 (reason for table in tables for reason in table.reasons), "no reason given"
             )
@@ -283,32 +222,12 @@ class HeldoutMonitor:
             )
             return
         before = self.history()
-        seen = Evaluation(
-            update=update,
-            gold=fmean(float(table.values[0, table.names.index(gold)]) for table in sound),
-            total=fmean(
-                sum(
-                    w * float(v)
-                    for w, v in zip(table.weights, table.values[0], strict=True)
-                    if w > 0
-                )
-                for table in sound
-            ),
-            training=self._training(before[-1].update if before else -1, update),
-            n=len(sound),
-            background_psnr=_mean(
-                table.measures.background["psnr"][0]
-                for table in sound
-                if table.measures is not None
-            ),
-            seconds=seconds,
-            protocol=self._protocol(),
-        )
+        seen = self._evaluation(update, valid, before, seconds=seconds)
         self.lease.check()
         try:
             # The line comes last: an evaluation without it is done again, and then finds the rest
             # as it would write it.
-            self._keep_if_best(seen, adapter, packed)
+            self._save_if_best(seen, adapter, packed)
             raised = alarm([*before, seen], self.config.evaluation.patience)
             if raised is not None and raised.in_a_row == self.config.evaluation.patience:
                 self._raise(raised)
@@ -317,8 +236,42 @@ class HeldoutMonitor:
             self.event("evaluation_unwritten", update=update, reason=str(error))
             self.note(f"the evaluation after update {update + 1} could not be written ({error})")
 
+    def _evaluation(
+        self,
+        update: int,
+        valid: Sequence[RewardTable],
+        before: Sequence[Evaluation],
+        *,
+        seconds: float,
+    ) -> Evaluation:
+        """Averages the tables of an evaluation, each of one candidate."""
+        assert self.probes is not None
+        gold = self.probes.gold
+        return Evaluation(
+            update=update,
+            gold=fmean(float(table.values[0, table.names.index(gold)]) for table in valid),
+            # Terms of weight 0 are measured only; their values may be missing.
+            total=fmean(
+                sum(
+                    w * float(v)
+                    for w, v in zip(table.weights, table.values[0], strict=True)
+                    if w > 0
+                )
+                for table in valid
+            ),
+            training=self._training(before[-1].update if before else -1, update),
+            n=len(valid),
+            background_psnr=_mean(
+                table.measures.background["psnr"][0]
+                for table in valid
+                if table.measures is not None
+            ),
+            seconds=seconds,
+            protocol=self._protocol(),
+        )
+
     def stop_reason(self, updates_done: int) -> str:
-        """Why the run should end here, with ``evaluation.stop_on_alarm``; else ""."""
+        """Says why the run should end here, with ``evaluation.stop_on_alarm``; else ""."""
         if self.probes is None or not self.config.evaluation.stop_on_alarm:
             return ""
         history = self.history()
@@ -332,16 +285,20 @@ class HeldoutMonitor:
         )
 
     def _training(self, after: int, upto: int) -> float | None:
+        """Averages the training reward of the updates between two evaluations."""
         lines = read_json_lines(self.directory / METRICS)
         return _mean(
             line.get("reward/total/mean") for line in lines if after < line["update"] <= upto
         )
 
-    def _keep_if_best(self, seen: Evaluation, adapter: AdapterId, packed: np.ndarray) -> None:
+    def _save_if_best(self, seen: Evaluation, adapter: AdapterId, packed: np.ndarray) -> None:
+        """Saves an adapter whose gold is higher than any before, or under another protocol."""
         folder = self.directory / BEST
-        there = _stored_best(folder)
-        if there is not None and there.protocol == seen.protocol and there.gold >= seen.gold:
-            return
+        best_before = _stored_best(folder)
+        if best_before is not None and best_before.protocol == seen.protocol:
+            # Of equals the earlier one stays: it was trained for a shorter time.
+            if best_before.gold >= seen.gold:
+                return
         best = Best(
             update=seen.update,
             gold=seen.gold,
@@ -350,6 +307,7 @@ class HeldoutMonitor:
             file=_name(packed),
         )
         folder.mkdir(exist_ok=True)
+        # The weights precede the record: a record never names a file that is not there.
         replace_file(folder / best.file, packed.data, durable=True)
         replace_file(folder / RECORD, best.model_dump_json(indent=2) + "\n", durable=True)
         # Earlier adapters, and what a killed writer left beside them.
@@ -359,7 +317,7 @@ class HeldoutMonitor:
 
     def _raise(self, raised: Alarm) -> None:
         best = _stored_best(self.directory / BEST)
-        kept = (
+        remedy = (
             f"the best adapter by gold, after update {best.update + 1}, is kept in {BEST}/"
             if best is not None
             else "no adapter was kept"
@@ -372,7 +330,7 @@ class HeldoutMonitor:
             training=[raised.before.training, raised.last.training],
             gold=[raised.before.gold, raised.last.gold],
         )
-        self.note(f"{raised}: what is trained on may no longer be what is wanted; {kept}")
+        self.note(f"{raised}: what is trained on may no longer be what is wanted; {remedy}")
 
 
 def _stored_best(directory: Path) -> Best | None:
@@ -387,7 +345,7 @@ def _name(packed: np.ndarray) -> str:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Of those that were measured; None when none was."""
+    """Averages the values that were measured; None when none was."""
     measured = [value for value in values if value is not None and math.isfinite(value)]
     return fmean(measured) if measured else None
 
@@ -398,7 +356,7 @@ async def evaluate(
     snapshot: LearnerSnapshot,
     executor: Executor,
 ) -> None:
-    """Rolls out and scores the held-out tasks under a snapshot's resulting weights, and records it.
+    """Rolls out and scores the held-out tasks under a snapshot's resulting weights.
 
     The calls and checks are those of every group. An evaluation that lost a task is skipped, and an
     event says so.
@@ -413,6 +371,7 @@ async def evaluate(
             await task
             collector.progress.moved()
     finally:
+        # Probes are no part of the run's story: their items are forgotten, not consumed.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

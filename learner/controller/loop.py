@@ -2,18 +2,18 @@
 
 ::
 
-    stage      consumes                     produces                waits for              unblocked
-    by ---------  ---------------------------  ----------------------  ---------------------
-    ------------- plan       task cursor (update, slot)   WorkItems of a group    adapter of its
-    version broadcast rollout    WorkItem                     chunk blob, its hash    idle rollout
-    actor     a free actor score      chunk blob                   RewardTable             idle
-    reward actor      a free actor
-    learn      groups of an update, in      LearnerSnapshot: packed every group            last
-        score slot order                   adapter and state
-    commit     LearnerSnapshot              checkpoint directory    the disk               -
-    broadcast  packed adapter               -                       -                      next item
-    evaluate   adapter, held-out tasks      line of heldout.jsonl   every task, if due     last
-    score
+    stage      consumes                    produces                waits for       unblocked by
+    ---------  --------------------------  ----------------------  --------------  ----------------
+    plan       task cursor (update, slot)  WorkItems of a group    its adapter     broadcast
+    rollout    WorkItem                    chunk blob, its hash    rollout actor   a free actor
+    score      chunk blob                  RewardTable             reward actor    a free actor
+    learn      groups in slot order        LearnerSnapshot         every group     last score
+    commit     LearnerSnapshot             checkpoint directory    the disk        -
+    broadcast  packed adapter              -                       -               next item
+    evaluate   adapter, held-out tasks     line of heldout.jsonl   every task      last score
+
+The plan waits for the adapter version that its update names. A LearnerSnapshot is packed adapter
+and state. An evaluation takes place only when it is due.
 
 Groups belong to updates, slots and adapter versions by number: arrival order and the number of
 actors never change a result. A snapshot is taken (or committed) before its weights are broadcast,
@@ -52,7 +52,7 @@ from rl_edit.types import AdapterId, AdapterWeights
 
 
 class LearnerPort(Protocol):
-    """What the loop asks of the learner: :class:`LearnerRanks`, or one in this process."""
+    """The learner's side of the loop: :class:`LearnerRanks`, or one in this process."""
 
     async def start(self) -> None: ...
     async def export(self, updates_done: int) -> LearnerSnapshot: ...
@@ -120,32 +120,19 @@ class TrainingLoop:
         self.of, self.config, self.executor, self.lease = run, config, executor, lease
         self.events, self.observer, self.stop = events, observer, stop or Stop()
         self.progress, self.ledger = Progress(), Ledger()
+        self.acting: dict[int, tuple[AdapterId, Ref]] = {}
+        self.snapshot: LearnerSnapshot | None = None
+        self._commit_s = 0.0
+        self._applying = False
         self.supervisor = Supervisor(
             executor, config.actors, on_event=events, judge_timeout_s=config.judge_timeout_s()
         )
+        # Created before anything that counts on workers: this is where they are spawned.
         self.learners = self._learner_port()
         self.supervisor.open("rollout", config.actors.num_rollout, prepare=self._hand_over)
         self.supervisor.open("reward", config.actors.num_reward)
-        self.groups = GroupCollector(
-            config,
-            self.supervisor,
-            self.ledger,
-            WorkPlan(config, run.dataset, pixels_per_token=run.pixels_per_token),
-            version=self._version,
-            events=events,
-            progress=self.progress,
-            on_scored=observer.group_scored,
-        )
-        self.commits = Commits(
-            config,
-            run.directory / "checkpoints",
-            identity=(run.settings, run.code_version),
-            executor=executor,
-            ledger=self.ledger,
-            lease=lease,
-            events=events,
-            note=observer.note,
-        )
+        self.groups = self._group_collector()
+        self.commits = self._commits()
         self.log = UpdateLog(run, executor, events=events, observer=observer)
         self.heldout = heldout.HeldoutMonitor(
             run.probes,
@@ -156,10 +143,31 @@ class TrainingLoop:
             events=events,
             note=observer.note,
         )
-        self.acting: dict[int, tuple[AdapterId, Ref]] = {}
-        self.snapshot: LearnerSnapshot | None = None
-        self._commit_s = 0.0
-        self._applying = False
+
+    def _group_collector(self) -> GroupCollector:
+        run = self.of
+        return GroupCollector(
+            self.config,
+            self.supervisor,
+            self.ledger,
+            WorkPlan(self.config, run.dataset, pixels_per_token=run.pixels_per_token),
+            version=self._version,
+            events=self.events,
+            progress=self.progress,
+            on_scored=self.observer.group_scored,
+        )
+
+    def _commits(self) -> Commits:
+        return Commits(
+            self.config,
+            self.of.directory / "checkpoints",
+            identity=(self.of.settings, self.of.code_version),
+            executor=self.executor,
+            ledger=self.ledger,
+            lease=self.lease,
+            events=self.events,
+            note=self.observer.note,
+        )
 
     def _learner_port(self) -> LearnerPort:
         direct = self.executor.direct("learner")
@@ -210,8 +218,7 @@ class TrainingLoop:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _outcome(self, work: asyncio.Task[None]) -> Outcome:
-        """Waits for the work and commits what is not committed yet, also when the workers are
-        gone."""
+        """Waits for the work and commits the rest, also when the workers are gone."""
         try:
             await work
         except asyncio.CancelledError:
@@ -228,8 +235,7 @@ class TrainingLoop:
                 raise
             raise TrainingFailed(
                 f"the workers cannot go on ({error}): see events.jsonl and the Ray logs, then "
-                "continue "
-                f"with --resume from update {self.commits.updates_done}"
+                f"continue with --resume from update {self.commits.updates_done}"
             ) from error
         await self._commit_newest()
         newest = self._newest()
@@ -244,6 +250,7 @@ class TrainingLoop:
         updates = self.config.train.updates
         if self.config.actors.preflight and self._newest().updates_done < updates:
             await self._preflight()
+        # A resumed run may have been killed between a commit and its evaluation.
         await self._evaluate_heldout()
         while self._newest().updates_done < updates and not self.stop.requested:
             if self.heldout.stop_reason(self._newest().updates_done):
@@ -294,9 +301,8 @@ class TrainingLoop:
             if resume and (corrupt := [path.name for path in directory.glob(".corrupt-*")]):
                 raise InputError(
                     f"no sound checkpoint is left in {directory} ({', '.join(sorted(corrupt))} did "
-                    "not "
-                    "verify): starting over here would erase the run's curves. Restore a copy, or "
-                    "start a new --run-dir."
+                    "not verify): starting over here would erase the run's curves. Restore a copy, "
+                    "or start a new --run-dir."
                 )
             self.snapshot = await self.learners.export(0)
             self.acting = {0: (self.snapshot.id, self.snapshot.adapter)}
@@ -332,13 +338,12 @@ class TrainingLoop:
         )
         self.lease.check()  # a newer attempt may have reported this update already
         # The line precedes the commit: a resumed run rewinds lines of updates that it does again,
-        # but
-        # could never write one that was left out.
+        # but could never write one that was left out.
         spent = {kind: n - retries[kind] for kind, n in self.supervisor.retries.items()}
         await self.log.write(update, groups, report, times, spent)
         written = time.perf_counter()
         newest = self._newest()
-        if self.commits.due(newest.updates_done):
+        if self.commits.is_due(newest.updates_done):
             await self.commits.commit(newest, self.acting)
         self._broadcast(newest)
         self._commit_s = time.perf_counter() - written
@@ -347,6 +352,7 @@ class TrainingLoop:
     def _broadcast(self, newest: LearnerSnapshot) -> None:
         """Puts the new acting weights into use and sends them, unless no rollout follows."""
         done, train = newest.updates_done, self.config.train
+        # A group in flight may still name weights as old as the lag; older ones are dropped.
         self.acting[done] = (newest.id, newest.adapter)
         for old in [step for step in self.acting if step < done - train.max_lag]:
             del self.acting[old]
@@ -380,11 +386,10 @@ class TrainingLoop:
                 if lost > actors.infra_retries:
                     raise TrainingFailed(
                         f"groups of update {update} were lost {lost} times before they were learnt "
-                        "from "
-                        f"(actors.infra_retries): {error}. The object store or a node does not "
-                        "hold "
-                        "them; see ray memory. Continue with --resume."
+                        f"from (actors.infra_retries): {error}. The object store or a node does "
+                        "not hold them; see ray memory. Continue with --resume."
                     ) from error
+                # All groups of the update are made again: their seeds give the same bytes.
                 self.ledger.close(update)
                 groups = await self.groups.gather(update)
             finally:

@@ -1,10 +1,8 @@
-"""What is proven on the real actors before the first update: seconds now instead of a run that
-learns nothing.
+"""Preflight: proofs on the real actors before the first update.
 
-An adapter that is attached but never applied, weights that do not arrive, an actor and a learner
-that compute different
-functions, groups that do not fit the object store: each of these has cost somebody weeks, and each
-    shows in one small group.
+An adapter may be attached but never applied. Weights may not arrive. Actor and learner may compute
+different functions. Groups may not fit the object store. Each of these errors is expensive when it
+is found late, and each shows in one small group within seconds.
 """
 
 from __future__ import annotations
@@ -22,25 +20,27 @@ from rl_edit.method.update import TrainingFailed
 from rl_edit.types import WorkItem
 
 STORE_SHARE = 0.5
-"""Part of the object store that groups in flight may fill: the rest is for adapters, states and
-Ray's own copies."""
+"""Share of the object store that groups in flight may fill.
+
+The rest is for adapters, states and Ray's own copies.
+"""
 
 
 class RatioCheck(Protocol):
-    """What is asked of the learner."""
+    """The part of the learner that the preflight calls."""
 
     async def ratio(self, group: Ref) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was seen.
+    """The measurements of a preflight.
 
     Attributes:
         ratio_deviation: largest |ratio - 1| with equal weights; None when the probe was not
             on-policy.
-        bytes_in_flight: of all groups that may be in flight at once; ``store_bytes``: what the
-            object store holds.
+        bytes_in_flight: size of all groups that may be in flight at once.
+        store_bytes: size of the object store.
     """
 
     adapter: str
@@ -61,9 +61,10 @@ async def prove(
     """Rolls out one micro-batch of the run's first group and compares actor, learner and store.
 
     Raises:
-        TrainingFailed: with what was seen and what to change.
+        TrainingFailed: with what was measured and what to change.
         ResourcesInfeasible: groups in flight do not fit the object store.
     """
+    # Every actor, not only the one that takes the probe: an adapter may be broken on one node.
     for slot, wrong in await supervisor.broadcast("rollout", "adapter canary", "canary"):
         if wrong:
             raise TrainingFailed(
@@ -71,32 +72,56 @@ async def prove(
                 "editor's module names."
             )
     size = min(max(config.editor.micro_batch, 2), item.num_candidates)
+    # Another id than the group's: the ledger must not take the probe for its work.
     probe = replace(item, group_id=f"preflight-{item.group_id}", chunk=(0, size))
+    result, blob = await _rollout(supervisor, probe)
+    deviation = await learners.ratio(blob) if on_policy else None
+    # Written so that a NaN is refused too.
+    if deviation is not None and not deviation <= config.train.ratio_tolerance:
+        raise TrainingFailed(
+            f"preflight: policy ratio deviates from 1 by {deviation:.3g} with equal weights "
+            f"(train.ratio_tolerance {config.train.ratio_tolerance:g}): actor and learner do not "
+            "compute the same velocity. Use the same editor.dtype, device kind and "
+            "editor.micro_batch in both, or raise the tolerance."
+        )
+    return Proof(
+        adapter=str(result.adapter),
+        ratio_deviation=deviation,
+        bytes_in_flight=_require_store(executor, result.nbytes / size, config),
+        store_bytes=executor.store_bytes(),
+    )
+
+
+async def _rollout(supervisor: Supervisor, probe: WorkItem) -> tuple[RolloutResult, Ref]:
+    """Rolls out the probe with the published weights.
+
+    Raises:
+        TrainingFailed: no actor could.
+    """
     try:
-        answer = await supervisor.call(
+        answer: tuple[RolloutResult, Ref] = await supervisor.call(
             "rollout",
             "preflight rollout",
             "run",
             lambda: (wire.pack(probe),),
             blobs=1,
-            check=lambda a: _stale(a, probe),
+            check=lambda answer: _problem(answer[0], probe),
         )
     except GivenUp as error:
         raise TrainingFailed(
             f"preflight: {error}. The published adapter or the editor does not work on the actors; "
             "see their logs."
         ) from error
-    rolled, blob = answer
-    deviation = await learners.ratio(blob) if on_policy else None
-    if deviation is not None and not deviation <= config.train.ratio_tolerance:
-        raise TrainingFailed(
-            f"preflight: policy ratio deviates from 1 by {deviation:.3g} with equal weights "
-            "(train.ratio_tolerance "
-            f"{config.train.ratio_tolerance:g}): actor and learner do not compute the same "
-            "velocity. Use the same editor.dtype, device "
-            "kind and editor.micro_batch in both, or raise the tolerance."
-        )
-    per_group = rolled.nbytes / size * item.num_candidates
+    return answer
+
+
+def _require_store(executor: Executor, bytes_per_candidate: float, config: RunConfig) -> int:
+    """Returns the bytes of all groups that may be in flight at once.
+
+    Raises:
+        ResourcesInfeasible: they exceed their share of the object store.
+    """
+    per_group = bytes_per_candidate * config.rollout.group_size
     in_flight = int(per_group * config.train.groups_per_update * (config.train.max_lag + 1))
     store = executor.store_bytes()
     if in_flight > STORE_SHARE * store:
@@ -107,16 +132,14 @@ async def prove(
             f"({store / 2**20:.0f} MiB): lower groups_per_update, "
             "group_size, trained steps or max_lag, or give Ray a larger --object-store-memory."
         )
-    return Proof(
-        adapter=str(rolled.adapter),
-        ratio_deviation=deviation,
-        bytes_in_flight=in_flight,
-        store_bytes=store,
-    )
+    return in_flight
 
 
-def _stale(answer: tuple[RolloutResult, object], probe: WorkItem) -> str:
-    rolled, _ = answer
-    if rolled.adapter != probe.adapter:
-        return f"it rolled out with {rolled.adapter}, published is {probe.adapter}: a weight update did not reach it"
-    return "" if rolled.finite else "its latents or velocities are not finite"
+def _problem(result: RolloutResult, probe: WorkItem) -> str:
+    """Returns what is wrong with the actor that made a result, or ""."""
+    if result.adapter != probe.adapter:
+        return (
+            f"it rolled out with {result.adapter}, published is {probe.adapter}: a weight update "
+            "did not reach it"
+        )
+    return "" if result.finite else "its latents or velocities are not finite"

@@ -65,6 +65,7 @@ def group_cost(
 ) -> GroupCost:
     """Returns the mean worker seconds of a group, by role."""
     chunks = [chunk for group in groups for chunk in group.chunks]
+    # Worker seconds, not waiting time: ranks learn together, so theirs are multiplied.
     return GroupCost(
         rollout_s=sum(sum(chunk.result.seconds.values()) for chunk in chunks) / len(groups),
         reward_s=sum(group.table().seconds for group in groups if not group.lost) / len(groups),
@@ -170,6 +171,7 @@ class UpdateLog:
         try:
             self.metrics.append(metrics)
         except OSError as error:
+            # A full disk costs the line; the checkpoint decides whether the run can go on.
             self.observer.note(f"the metrics of update {update} could not be written ({error})")
         self.executor.mirror(metrics)
         self.observer.update_done(metrics)
@@ -177,6 +179,7 @@ class UpdateLog:
 
     def advise(self, cost: GroupCost) -> None:
         """Says after two updates how the workers would best be divided among the roles."""
+        # The first update also pays for warm-up; the second one is typical.
         self._costs.append(cost)
         config = self.run.config
         actors, train = config.actors, config.train
@@ -207,8 +210,7 @@ async def write_evidence(
     report: LearnReport,
     executor: Executor,
 ) -> None:
-    """Writes what led to a skipped step, for later diagnosis: the groups as on the wire, and
-    facts."""
+    """Writes what led to a skipped step: the groups as on the wire, and facts."""
     folder = directory / "diagnostics" / f"update_{update:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
