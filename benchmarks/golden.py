@@ -1,9 +1,11 @@
-"""One fault anywhere, and the same bytes at the end: every crash point times every way to die, against a run without a fault.
+"""One fault anywhere, and the same bytes at the end: every crash point times every way to die,
+against a run without a fault.
 
-Each cell is ``rl-edit train`` on a Ray cluster of its own that fails once, at one point of one update; where the driver ends
-before its work is done, the same command is given again with ``--resume``. Required of every cell: the same adapter file, the
-same chain of groups trained on, every update exactly once in ``events.jsonl``, and no process left but Ray's own agents, which
-look for their parent once a minute. Finished cells are kept under ``--work`` and never repeated::
+Each cell is ``rl-edit train`` on a Ray cluster of its own that fails once, at one point of one
+update; where the driver ends before its work is done, the same command is given again with
+``--resume``. Required of every cell: the same adapter file, the same chain of groups trained on,
+every update exactly once in ``events.jsonl``, and no process left but Ray's own agents, which look
+for their parent once a minute. Finished cells are kept under ``--work`` and never repeated::
 
     python benchmarks/golden.py            # writes benchmarks/results/golden.md
 """
@@ -30,7 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from crashing import POINTS, WORKER_POINTS, Fault, Launched  # noqa: E402 - the tests are no package: found by the path above
 
 UPDATE = 3
-"""The update with the fault, from 0. Checkpoints are made every 2 updates, so a driver that dies in it has an update to repeat."""
+"""The update with the fault, from 0. Checkpoints are made every 2 updates, so a driver that dies in
+it has an update to repeat."""
 
 RUN = (
     *(
@@ -64,8 +67,10 @@ class Cell:
     """What one run ended with.
 
     Attributes:
-        adapter: sha256 of the adapter file; ``chain``: of the groups trained on; ``updates``: every ``update_applied`` event.
-        codes: exit codes of the attempts; ``struck``: whether the fault happened; ``left``: processes that outlived an attempt.
+        adapter: sha256 of the adapter file; ``chain``: of the groups trained on; ``updates``: every
+            ``update_applied`` event.
+        codes: exit codes of the attempts; ``struck``: whether the fault happened; ``left``:
+            processes that outlived an attempt.
     """
 
     adapter: str
@@ -79,11 +84,12 @@ class Cell:
 
 
 def run_cell(work: Path, point: str, kind: str) -> Cell:
-    """The run with a fault (without one when ``point`` is ""), resumed until it is done; kept in ``work``."""
+    """The run with a fault (without one when ``point`` is ""), resumed until it is done; kept in
+    ``work``."""
     name = f"{point}-{kind}" if point else "golden"
-    kept, folder = work / f"{name}.json", work / name
-    if kept.is_file():
-        return Cell(**json.loads(kept.read_text()))
+    retained, folder = work / f"{name}.json", work / name
+    if retained.is_file():
+        return Cell(**json.loads(retained.read_text()))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     run, fault = (
@@ -105,7 +111,7 @@ def run_cell(work: Path, point: str, kind: str) -> Cell:
         struck=fault is not None and fault.marker.is_file(),
         left=left,
     )
-    kept.write_text(json.dumps(asdict(cell), indent=2) + "\n")
+    retained.write_text(json.dumps(asdict(cell), indent=2) + "\n")
     return cell
 
 
@@ -133,7 +139,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def problems(cell: Cell, golden: Cell) -> list[str]:
     """In words, what is not as it was without a fault."""
-    found = {
+    match = {
         "the fault did not happen": not cell.struck,
         f"it ended with {cell.codes[-1]}": cell.codes[-1] != 0,
         "another adapter": cell.adapter != golden.adapter,
@@ -141,7 +147,7 @@ def problems(cell: Cell, golden: Cell) -> list[str]:
         "other updates": cell.updates != golden.updates,
         f"{len(cell.left)} processes left": bool(cell.left),
     }
-    return [words for words, seen in found.items() if seen]
+    return [words for words, seen in match.items() if seen]
 
 
 def row(point: str, kind: str, cell: Cell, golden: Cell) -> str:
@@ -149,7 +155,10 @@ def row(point: str, kind: str, cell: Cell, golden: Cell) -> str:
     codes = ", ".join(map(str, cell.codes))
     events = ", ".join(f"{name} {count}" for name, count in sorted(cell.events.items())) or "-"
     verdict = "; ".join(problems(cell, golden)) or "same"
-    return f"| {point} | {where} | {kind} | `{cell.adapter[:12]}` | {verdict} | {codes} | {events} | {cell.seconds:.0f} |"
+    return (
+        f"| {point} | {where} | {kind} | `{cell.adapter[:12]}` | {verdict} | {codes} | {events} "
+        f"| {cell.seconds:.0f} |"
+    )
 
 
 def table(golden: Cell, cells: dict[tuple[str, str], Cell]) -> str:
@@ -159,26 +168,32 @@ def table(golden: Cell, cells: dict[tuple[str, str], Cell]) -> str:
         text=True,
         check=False,
     ).stdout.strip()
-    sound = sum(not problems(cell, golden) for cell in cells.values())
+    equal = sum(not problems(cell, golden) for cell in cells.values())
     return "\n".join(
         [
             "# One fault, the same bytes",
             "",
-            f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {os.cpu_count()} cores, no GPU. "
+            f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
+            f"{os.cpu_count()} cores, no GPU. "
             "Command: `python benchmarks/golden.py`.",
-            f"Run: `rl-edit {' '.join(RUN)}`. Each row fails once, in update {UPDATE} (from 0); where the driver ended, the command is "
+            f"Run: `rl-edit {' '.join(RUN)}`. Each row fails once, in update {UPDATE} (from 0); "
+            "where the driver ended, the command is "
             "given again with `--resume`.",
             "",
-            f"Without a fault: adapter `{golden.adapter}`, chain `{golden.chain}`, {len(golden.updates)} updates, {golden.seconds:.0f} s.",
+            f"Without a fault: adapter `{golden.adapter}`, chain `{golden.chain}`, "
+            f"{len(golden.updates)} updates, {golden.seconds:.0f} s.",
             "",
-            f"**{sound} of {len(cells)} cells end with the same adapter file, the same chain, and every update exactly once, with no "
+            f"**{equal} of {len(cells)} cells end with the same adapter file, the same chain, and "
+            "every update exactly once, with no "
             "process left.**",
             "",
-            "| point | process | fault | adapter | against the golden run | exit codes | events | seconds |",
+            "| point | process | fault | adapter | against the golden run | exit codes | events | "
+            "seconds |",
             "|---|---|---|---|---|---|---|---|",
             *[row(point, kind, cell, golden) for (point, kind), cell in cells.items()],
             "",
-            "Exit codes: -9 and 143 are the driver's own end by SIGKILL and SIGTERM, 1 an error nobody expected, 3 a failed learner; "
+            "Exit codes: -9 and 143 are the driver's own end by SIGKILL and SIGTERM, 1 an error "
+            "nobody expected, 3 a failed learner; "
             "a negative or nonzero code is followed by the attempt that resumes.",
             "",
         ]
@@ -198,24 +213,24 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "golden.md")
     parser.add_argument("--points", nargs="+", choices=POINTS, default=POINTS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    asked = parser.parse_args()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    golden = run_cell(asked.work, "", "")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    golden = run_cell(arguments.work, "", "")
     print(f"golden: adapter {golden.adapter[:12]}, {golden.seconds:.0f} s", flush=True)
     if golden.codes != [0]:
         print(
-            f"the run without a fault ended with {golden.codes}: see {asked.work / 'golden'}",
+            f"the run without a fault ended with {golden.codes}: see {arguments.work / 'golden'}",
             file=sys.stderr,
         )
         return 1
     cells = {}
-    for point in asked.points:
-        for kind in asked.kinds:
-            cells[point, kind] = run_cell(asked.work, point, kind)
+    for point in arguments.points:
+        for kind in arguments.kinds:
+            cells[point, kind] = run_cell(arguments.work, point, kind)
             print(row(point, kind, cells[point, kind], golden), flush=True)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(table(golden, cells))
-    print(asked.out.read_text())
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(table(golden, cells))
+    print(arguments.out.read_text())
     return int(any(problems(cell, golden) for cell in cells.values()))
 
 

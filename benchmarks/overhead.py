@@ -1,7 +1,10 @@
-"""What the system costs: the demo's updates through Ray against the same tensor work in a plain loop in one process.
+"""What the system costs: the demo's updates through Ray against the same tensor work in a plain
+loop in one process.
 
-Pairs alternate: after each update through Ray, while its actors are idle, the driver does the same update by itself, without
-controller, wire and processes. The adapters of both are compared, so it is known whether they did the same work::
+Pairs alternate: after each update through Ray, while its actors are idle, the driver does the same
+    update by itself, without
+controller, wire and processes. The adapters of both are compared, so it is known whether they did
+the same work::
 
     python benchmarks/overhead.py           # writes benchmarks/results/overhead.md
 
@@ -41,7 +44,8 @@ WARM = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """One comparison: settings of the run through Ray, and the threads that the bare process gets."""
+    """One comparison: settings of the run through Ray, and the threads that the bare process
+    gets."""
 
     name: str
     overrides: tuple[str, ...]
@@ -64,7 +68,8 @@ BUDGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Seconds of one update, both ways, and whether the adapters after it are equal to the last bit."""
+    """Seconds of one update, both ways, and whether the adapters after it are equal to the last
+    bit."""
 
     ray_s: float
     bare_s: float
@@ -93,7 +98,8 @@ class Bare:
         )  # of the process: constructing the others may have changed it
 
     def update(self, update: int) -> float:
-        """Applies an update. Returns the seconds of its tensor work: packing what the learner takes packed is not in it."""
+        """Applies an update. Returns the seconds of its tensor work: packing what the learner takes
+        packed is not in it."""
         slots, blobs, seconds = [], [], 0.0
         for slot in range(self.config.train.groups_per_update):
             item = self.plan.item(update, slot, self.adapter)
@@ -118,7 +124,8 @@ class Bare:
 
 @dataclass
 class Alternating:
-    """An observer that does each update once more, bare, before the controller goes on to the next."""
+    """An observer that does each update once more, bare, before the controller goes on to the
+    next."""
 
     bare: Bare
     pairs: list[Pair] = field(default_factory=list)
@@ -127,14 +134,16 @@ class Alternating:
     def group_scored(self, update: int, done: int, total: int) -> None: ...
 
     def update_done(self, metrics: dict[str, Any]) -> None:
-        # The first update began before this observer saw anything; it is not counted, so its own measure will do.
+        # The first update began before this observer saw anything; it is not counted, so its own
+        # measure will do.
         ray_s = time.perf_counter() - self.went_on if self.went_on else metrics["seconds/update"]
         bare_s = self.bare.update(metrics["update"])
         self.pairs.append(
             Pair(ray_s=ray_s, bare_s=bare_s, same=str(self.bare.adapter) == metrics["adapter"])
         )
         print(
-            f"  update {metrics['update']}: Ray {ray_s:.2f} s, bare {bare_s:.2f} s, ratio {self.pairs[-1].ratio:.3f}",
+            f"  update {metrics['update']}: Ray {ray_s:.2f} s, bare {bare_s:.2f} s, ratio "
+            f"{self.pairs[-1].ratio:.3f}",
             flush=True,
         )
         self.went_on = time.perf_counter()
@@ -172,7 +181,8 @@ def compared(budget: Budget, pairs: int, *overrides: str) -> list[Pair]:
 
 
 def own_ms(runtime: str, updates: int, *overrides: str) -> tuple[float, float]:
-    """Milliseconds an item (by the clock, computed by the controller's thread) when workers answer at once."""
+    """Milliseconds an item (by the clock, computed by the controller's thread) when workers answer
+    at once."""
     config = demo(updates, *overrides, "actors.preflight=false")
     roles, dataset, watch = sleeping_roles(Naps()), open_dataset(config.data, "train"), Stopwatch()
     executor = (
@@ -219,29 +229,34 @@ def main() -> None:
         help="of the runs whose workers answer at once; 7 or more",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.md")
-    given = parser.parse_args()
-    if given.pairs < 1 or given.empty_updates < 7:
+    arguments = parser.parse_args()
+    if arguments.pairs < 1 or arguments.empty_updates < 7:
         parser.error(
-            f"--pairs {given.pairs} --empty-updates {given.empty_updates} leave nothing to count: give 1 and 7, or more"
+            f"--pairs {arguments.pairs} --empty-updates {arguments.empty_updates} leave nothing "
+            "to count: give 1 and 7, or more"
         )
     rows = []
     for budget in BUDGETS:
         print(budget.name, flush=True)
-        rows.append(summary(budget, compared(budget, given.pairs)))
+        rows.append(summary(budget, compared(budget, arguments.pairs)))
     empty = []
     for runtime in ("inline", "thread", "ray"):
-        clock, busy = own_ms(runtime, given.empty_updates)
+        clock, busy = own_ms(runtime, arguments.empty_updates)
         empty.append(f"| {runtime} | {clock:.2f} | {busy:.2f} |")
         print(empty[-1], flush=True)
     config = demo(1)
     lines = [
         "",
-        f"Updates of the demo (`tiny-rc-grpo`: {config.train.groups_per_update} groups of {config.rollout.group_size}) through Ray, each "
+        f"Updates of the demo (`tiny-rc-grpo`: {config.train.groups_per_update} groups of "
+        f"{config.rollout.group_size}) through Ray, each "
         "followed by the same update in one bare process;",
-        f"{given.pairs} pairs after {WARM} to warm up, ratio as median [smallest, largest]. Checkpoints and start-up are not in it,",
-        "nor is the wire in the bare process. Below 1, several processes gain more than the system costs.",
+        f"{arguments.pairs} pairs after {WARM} to warm up, ratio as median [smallest, largest]. "
+        "Checkpoints and start-up are not in it,",
+        "nor is the wire in the bare process. Below 1, several processes gain more than the system "
+        "costs.",
         "",
-        "| threads | Ray, s an update | bare, s an update | Ray / bare | of each pair | same adapter |",
+        "| threads | Ray, s an update | bare, s an update | Ray / bare | of each pair | same "
+        "adapter |",
         "|---|---|---|---|---|---|",
         *rows,
         "",
@@ -253,7 +268,7 @@ def main() -> None:
         "",
         "Inline, the workers' own packing of masks and tables is in both columns.",
     ]
-    report(given.out, "What the system costs", lines)
+    report(arguments.out, "What the system costs", lines)
 
 
 if __name__ == "__main__":

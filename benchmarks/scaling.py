@@ -1,10 +1,13 @@
-"""Whether the controller keeps up: its seconds per update, over workers that sleep, against the cost model of the same run.
+"""Whether the controller keeps up: its seconds per update, over workers that sleep, against the
+cost model of the same run.
 
-The controller, its checks, its files and its executors are the real ones. Workers sleep the seconds of ``profiles.py``, shrunk so
-that the model's update takes ``--seconds``. The controller's own work does not shrink, so the shares are worse than in real time::
+The controller, its checks, its files and its executors are the real ones. Workers sleep the seconds
+of ``profiles.py``, shrunk so that the model's update takes ``--seconds``. The controller's own work
+does not shrink, so the shares are worse than in real time::
 
     python benchmarks/scaling.py            # writes benchmarks/results/scaling.md; some ten minutes
-    python benchmarks/scaling.py --profile kontext-1024-28-64-lag1     # where the controller's time goes in one case
+    python benchmarks/scaling.py --profile kontext-1024-28-64-lag1     # where the controller's time
+    goes in one case
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ PIXELS_PER_TOKEN = 16
 CHUNKS = 3
 ROLLOUT_ACTORS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FILL = 2
-"""Updates at the start, while the pipeline fills, and at the end, while it empties, that are not counted."""
+"""Updates at the start, while the pipeline fills, and at the end, while it empties, that are not
+counted."""
 FEWEST_UPDATES = 2 * FILL + 3
 
 TARGET_SHARE, TARGET_MS = 0.9, 5.0
@@ -68,7 +72,7 @@ class Case:
 
     name: str
     profile: str
-    seats: WorkerCounts
+    counts: WorkerCounts
     groups: int
     max_lag: int
     colocated: bool = False
@@ -87,8 +91,8 @@ class Case:
     def model_s(self) -> float:
         """An update in real time, as the cost model has it."""
         if self.colocated:
-            return colocated_seconds(self.cost, self.seats.rollout, self.groups, 0, CHUNKS)
-        return iteration_seconds(self.cost, self.seats, self.groups, self.max_lag, CHUNKS)
+            return colocated_seconds(self.cost, self.counts.rollout, self.groups, 0, CHUNKS)
+        return iteration_seconds(self.cost, self.counts, self.groups, self.max_lag, CHUNKS)
 
     @property
     def pixels(self) -> int:
@@ -97,7 +101,8 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of a case, per update: as the shrunken model has it, as measured, and what the controller's thread computed."""
+    """Seconds of a case, per update: as the shrunken model has it, as measured, and what the
+    controller's thread computed."""
 
     case: Case
     model_s: float
@@ -143,7 +148,8 @@ class OneTask:
 
 @dataclass
 class Stopwatch:
-    """An observer that notes when each update ended: by the clock, and in seconds that this thread had computed by then."""
+    """An observer that notes when each update ended: by the clock, and in seconds that this thread
+    had computed by then."""
 
     ended: list[tuple[float, float]] = field(default_factory=list)
 
@@ -156,7 +162,8 @@ class Stopwatch:
         print(text, file=sys.stderr)
 
     def per_update(self) -> tuple[float, float]:
-        """Median (seconds, computing seconds) of the steady updates, each with its successor: one step off they alternate."""
+        """Median (seconds, computing seconds) of the steady updates, each with its successor: one
+        step off they alternate."""
         steady = self.ended[FILL - 1 : len(self.ended) - FILL]
         pairs = list(zip(steady, steady[2:], strict=False))
         clock, busy = (
@@ -166,68 +173,71 @@ class Stopwatch:
 
 
 def cases() -> list[Case]:
-    """FLUX.1 Kontext on 8 and 64 GPUs, a sweep of rollout actors, and as many Ray actors as a small machine holds."""
-    found = []
+    """FLUX.1 Kontext on 8 and 64 GPUs, a sweep of rollout actors, and as many Ray actors as a small
+    machine holds."""
+    listed = []
     for profile in ("kontext-512-6", "kontext-1024-28"):
         for gpus in (8, 64):
             groups = 2 * gpus
             for max_lag in (0, 1):
-                seats = recommend(PROFILES[profile].cost, gpus, groups, max_lag, CHUNKS).seats
-                found.append(
+                counts = recommend(PROFILES[profile].cost, gpus, groups, max_lag, CHUNKS).counts
+                listed.append(
                     Case(
                         name=f"{profile}-{gpus}-lag{max_lag}",
                         profile=profile,
-                        seats=seats,
+                        counts=counts,
                         groups=groups,
                         max_lag=max_lag,
                     )
                 )
-            seats = WorkerCounts(rollout=gpus, reward=gpus, learner=gpus)
-            found.append(
+            counts = WorkerCounts(rollout=gpus, reward=gpus, learner=gpus)
+            listed.append(
                 Case(
                     name=f"{profile}-{gpus}-colocated",
                     profile=profile,
-                    seats=seats,
+                    counts=counts,
                     groups=groups,
                     max_lag=0,
                     colocated=True,
                 )
             )
-    found += [swept(rollout) for rollout in ROLLOUT_ACTORS]
-    seats = recommend(PROFILES["kontext-512-6"].cost, 8, 16, 1, CHUNKS).seats
-    found += [
+    listed += [swept(rollout) for rollout in ROLLOUT_ACTORS]
+    counts = recommend(PROFILES["kontext-512-6"].cost, 8, 16, 1, CHUNKS).counts
+    listed += [
         Case(
             name=f"ray-8-lag{max_lag}",
             profile="kontext-512-6",
-            seats=seats,
+            counts=counts,
             groups=16,
             max_lag=max_lag,
             ray=True,
         )
         for max_lag in (0, 1)
     ]
-    return found
+    return listed
 
 
 def swept(rollout: int) -> Case:
-    """So many rollout actors, two groups for each, and of the other roles as many as keep up with them."""
+    """So many rollout actors, two groups for each, and of the other roles as many as keep up with
+    them."""
     cost = PROFILES["kontext-1024-28"].cost
     reward, learner = (
         max(1, round(rollout * seconds / cost.rollout_s))
         for seconds in (cost.reward_s, cost.learn_s)
     )
-    seats = WorkerCounts(rollout=rollout, reward=reward, learner=learner)
+    counts = WorkerCounts(rollout=rollout, reward=reward, learner=learner)
     return Case(
         name=f"sweep-{rollout}",
         profile="kontext-1024-28",
-        seats=seats,
+        counts=counts,
         groups=2 * rollout,
         max_lag=1,
     )
 
 
 def config_of(case: Case, updates: int) -> RunConfig:
-    """The controller's settings. Only the caller of the loop reads ``actors.runtime``; its default allows any number of ranks."""
+    """The controller's settings. Only the caller of the loop reads ``actors.runtime``; its default
+    allows any number of ranks."""
     return load_config(
         preset="tiny-rc-grpo",
         overrides=[
@@ -238,9 +248,9 @@ def config_of(case: Case, updates: int) -> RunConfig:
             f"train.updates={updates}",
             f"train.checkpoint_every={updates}",
             f"actors.placement={'colocated' if case.colocated else 'disaggregated'}",
-            f"actors.num_rollout={case.seats.rollout}",
-            f"actors.num_reward={case.seats.reward}",
-            f"actors.num_learner={case.seats.learner}",
+            f"actors.num_rollout={case.counts.rollout}",
+            f"actors.num_reward={case.counts.reward}",
+            f"actors.num_learner={case.counts.learner}",
             "actors.preflight=false",
         ],
     )
@@ -286,7 +296,7 @@ def control(
 ) -> None:
     """The real loop from its first update to its last, in a directory that is thrown away."""
 
-    async def whole(directory: Path) -> None:
+    async def full(directory: Path) -> None:
         run = Run(
             config=config,
             dataset=dataset,
@@ -303,7 +313,7 @@ def control(
             await executor.close()
 
     with tempfile.TemporaryDirectory() as temporary:
-        asyncio.run(whole(Path(temporary)))
+        asyncio.run(full(Path(temporary)))
 
 
 def profiled(case: Case, *, seconds: float, updates: int, top: int = 25) -> None:
@@ -315,7 +325,8 @@ def profiled(case: Case, *, seconds: float, updates: int, top: int = 25) -> None
 
 
 HEADER = [
-    "| case | rollout:reward:learner | items | model, s | measured, s | model / measured | lost, ms an item "
+    "| case | rollout:reward:learner | items | model, s | measured, s | model / measured | lost, "
+    "ms an item "
     "| controller computes, ms an item | model / measured in real time |",
     "|---|---|---|---|---|---|---|---|---|",
 ]
@@ -325,7 +336,7 @@ def row(timing: Timing) -> str:
     case = timing.case
     cells = [
         case.name,
-        f"{case.seats.rollout} in all roles" if case.colocated else str(case.seats),
+        f"{case.counts.rollout} in all roles" if case.colocated else str(case.counts),
         str(case.items),
         f"{timing.model_s:.2f}",
         f"{timing.measured_s:.2f}",
@@ -342,8 +353,10 @@ def verdict(timings: Sequence[Timing]) -> list[str]:
     slowest = min(timings, key=lambda timing: timing.share)
     dearest = max(timings, key=lambda timing: timing.overhead_ms)
     return [
-        f"Worst share: {slowest.share:.3f} ({slowest.case.name}); aimed at {TARGET_SHARE} or more at 64 actors.",
-        f"Most lost: {dearest.overhead_ms:.2f} ms an item ({dearest.case.name}); aimed at {TARGET_MS:g} ms or less.",
+        f"Worst share: {slowest.share:.3f} ({slowest.case.name}); aimed at {TARGET_SHARE} or more "
+        "at 64 actors.",
+        f"Most lost: {dearest.overhead_ms:.2f} ms an item ({dearest.case.name}); aimed at "
+        f"{TARGET_MS:g} ms or less.",
     ]
 
 
@@ -354,7 +367,10 @@ def report(path: Path, title: str, lines: Iterable[str]) -> None:
         subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     )
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    origin = f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, {os.cpu_count()} cores. Command: `{command}`."
+    origin = (
+        f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
+        f"{os.cpu_count()} cores. Command: `{command}`."
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([f"# {title}", "", origin, *lines, ""]))
     print(f"wrote {path}")
@@ -377,38 +393,44 @@ def main() -> None:
         "--profile", help="profile the controller in this case instead of writing results"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.md")
-    given = parser.parse_args()
-    if given.updates < FEWEST_UPDATES:
+    arguments = parser.parse_args()
+    if arguments.updates < FEWEST_UPDATES:
         parser.error(
-            f"--updates {given.updates} leaves no steady pair of updates: give {FEWEST_UPDATES} or more"
+            f"--updates {arguments.updates} leaves no steady pair of updates: give "
+            f"{FEWEST_UPDATES} or more"
         )
-    words = [given.profile] if given.profile else given.cases
+    words = [arguments.profile] if arguments.profile else arguments.cases
     chosen = [case for case in cases() if not words or any(word in case.name for word in words)]
     if not chosen:
         parser.error(f"no case contains {words}: {', '.join(case.name for case in cases())}")
-    if given.profile:
-        profiled(chosen[0], seconds=given.seconds, updates=given.updates)
+    if arguments.profile:
+        profiled(chosen[0], seconds=arguments.seconds, updates=arguments.updates)
         return
     print("\n".join(HEADER))
     timings = []
     for case in chosen:
-        timings.append(timed(case, seconds=given.seconds, updates=given.updates))
+        timings.append(timed(case, seconds=arguments.seconds, updates=arguments.updates))
         print(row(timings[-1]), flush=True)
     lines = [
         "",
-        f"The real training loop over workers that sleep (assumed seconds of `profiles.py`, shrunk until the model's update takes "
-        f"{given.seconds:g} s). Median of {given.updates - 2 * FILL} steady updates; checkpoints are not in it. Threads of one process,",
-        "except for the cases named ray. An item is a third of a group of 12; its task carries a picture of the profile's size.",
+        "The real training loop over workers that sleep (assumed seconds of `profiles.py`, shrunk "
+        "until the model's update takes "
+        f"{arguments.seconds:g} s). Median of {arguments.updates - 2 * FILL} steady updates; "
+        "checkpoints are not in it. Threads of one process,",
+        "except for the cases named ray. An item is a third of a group of 12; its task carries a "
+        "picture of the profile's size.",
         "",
         *HEADER,
         *[row(timing) for timing in timings],
         "",
         *verdict(timings),
         "",
-        '"Lost" is what the model does not know of: the controller, the executor, and waiting that the model leaves out. "In real time"',
-        "takes what was lost for constant. The sweep has two groups for each rollout actor, and other roles in proportion to their work.",
+        '"Lost" is what the model does not know of: the controller, the executor, and waiting that '
+        'the model leaves out. "In real time"',
+        "takes what was lost for constant. The sweep has two groups for each rollout actor, and "
+        "other roles in proportion to their work.",
     ]
-    report(given.out, "The controller against the cost model", lines)
+    report(arguments.out, "The controller against the cost model", lines)
 
 
 if __name__ == "__main__":

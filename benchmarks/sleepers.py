@@ -1,7 +1,8 @@
-"""Workers that sleep as long as real ones would work: the real controller can be timed without the hardware.
+"""Workers that sleep as long as real ones would work: the real controller can be timed without the
+hardware.
 
-What the controller reads (tables, masks, names) has its real size. Groups and adapters, which it only passes on by reference,
-are a few bytes.
+What the controller reads (tables, masks, names) has its real size. Groups and adapters, which it
+only passes on by reference, are a few bytes.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Naps:
 
 
 class Sleeper:
-    """Rollout actor, reward actor and learner rank, whichever is asked; what it computes meanwhile is part of its time."""
+    """Rollout actor, reward actor and learner rank, whichever is asked; what it computes meanwhile
+    is part of its time."""
 
     def __init__(self, naps: Naps) -> None:
         self.naps = naps
@@ -74,7 +76,7 @@ class Sleeper:
         areas = torch.zeros(1, 1, self.naps.tokens, dtype=torch.bool)
         areas[0, 0, 0] = True
         _sleep_until(began + self.naps.rollout_s)
-        rolled = RolloutResult(
+        rollout_result = RolloutResult(
             work_id=work_id,
             adapter=AdapterId(**item["adapter"]["fields"]),
             sha256=hashlib.sha256(work_id.encode()).hexdigest(),
@@ -83,7 +85,7 @@ class Sleeper:
             areas=areas,
             seconds={"denoise": time.perf_counter() - began},
         )
-        return rolled, group
+        return rollout_result, group
 
     def score(self, blob: np.ndarray) -> np.ndarray:
         began = time.perf_counter()
@@ -95,7 +97,10 @@ class Sleeper:
             weights=tuple(REWARDS.values()),
             values=values,
             valid=values.isfinite(),
-            components={name: tuple(values[:, 0].tolist()) for name in COMPONENTS},
+            # As many numbers as a real table carries, under one term: here only their size counts.
+            components={
+                next(iter(REWARDS)): {name: tuple(values[:, 0].tolist()) for name in COMPONENTS}
+            },
             seconds=self.naps.reward_s,
         )
         packed = wire.pack(table)
@@ -140,7 +145,8 @@ def sleeping_roles(naps: Naps, *, colocated: bool = False) -> Roles:
 
 
 def _fields(blob: np.ndarray) -> dict[str, Any]:
-    """What a packed record says besides its tensors. A worker in a thread would take from the controller the time that copies need."""
+    """What a packed record says besides its tensors. A worker in a thread would take from the
+    controller the time that copies need."""
     size = int.from_bytes(blob[:8].tobytes(), "little")
     header = json.loads(blob[8 : 8 + size].tobytes())["__metadata__"]["rl-edit"]
     fields: dict[str, Any] = json.loads(header)["record"]["fields"]

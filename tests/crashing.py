@@ -1,11 +1,12 @@
-"""Runs of ``rl-edit`` that fail at a named point, once: workers and a driver with a fault in them, and the process that holds the run.
+"""Runs of ``rl-edit`` that fail at a named point, once: workers and a driver with a fault in them,
+and the process that holds the run.
 
 ::
 
     python tests/crashing.py POINT KIND UPDATE MARKER train --preset tiny-rc-grpo --run-dir DIR ...
 
-is ``rl-edit train ...`` that fails at POINT of update UPDATE. The marker file says that it has failed, so that the next worker or
-the next attempt passes the same point unharmed.
+is ``rl-edit train ...`` that fails at POINT of update UPDATE. The marker file says that it has
+failed, so that the next worker or the next attempt passes the same point unharmed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ MIDWAY = 2
 """Solver steps that an interrupted rollout has behind it."""
 
 TAG = "RL_EDIT_TEST_RUN"
-"""Environment variable that every process of a launched run inherits, whoever adopts it when its parent dies."""
+"""Environment variable that every process of a launched run inherits, whoever adopts it when its
+parent dies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,8 @@ class CrashingRollout(RolloutActor):
 
 
 class DeafRollout(RolloutActor):
-    """Takes the first update's weights, answers with their name, and goes on with those from before; once."""
+    """Takes the first update's weights, answers with their name, and goes on with those from
+    before; once."""
 
     def __init__(self, marker: Path, *given: Any) -> None:
         super().__init__(*given)
@@ -128,7 +131,8 @@ class DeafRollout(RolloutActor):
 
 
 class CrashingReward(RewardActor):
-    """Fails before it scores. A group says which weights it is of; on-policy, that is its update."""
+    """Fails before it scores. A group says which weights it is of; on-policy, that is its
+    update."""
 
     def __init__(self, fault: Fault, *given: Any) -> None:
         super().__init__(*given)
@@ -140,7 +144,8 @@ class CrashingReward(RewardActor):
 
 
 class CrashingLearner(Learner):
-    """Fails between the gradients of two groups, after the optimizer's step, or with the answer in its hands."""
+    """Fails between the gradients of two groups, after the optimizer's step, or with the answer in
+    its hands."""
 
     def __init__(self, fault: Fault, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
@@ -214,7 +219,7 @@ def inject(fault: Fault) -> None:
         return path
 
     class CrashingSupervisor(Supervisor):
-        def announce(self, role: str, what: str, method: str, *args: Any) -> None:
+        def broadcast_when_idle(self, role: str, what: str, method: str, *args: Any) -> None:
             fault.strike("pre-publish", int(what.removeprefix("publishing ").partition(":")[0]) - 1)
             super().broadcast_when_idle(role, what, method, *args)
 
@@ -223,7 +228,8 @@ def inject(fault: Fault) -> None:
 
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own agents of a node: they look for their parent now and then, and outlive a killed driver by about a minute."""
+"""Ray's own agents of a node: they look for their parent now and then, and outlive a killed driver
+by about a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +244,8 @@ class Ended:
 
 
 class Launched:
-    """``rl-edit ARGUMENTS`` in a process of its own, with a cluster of its own, and maybe a fault. Ends with the ``with`` block."""
+    """``rl-edit ARGUMENTS`` in a process of its own, with a cluster of its own, and maybe a fault.
+    Ends with the ``with`` block."""
 
     def __init__(
         self,
@@ -253,7 +260,7 @@ class Launched:
             if fault
             else ["-m", "rl_edit"]
         )
-        settled = {
+        inherited = {
             name: value
             for name, value in os.environ.items()
             if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -274,7 +281,7 @@ class Launched:
                 [sys.executable, *map(str, faulty), *map(str, arguments)],
                 cwd=ROOT,
                 env={
-                    **settled,
+                    **inherited,
                     **quiet,
                     **shown,
                     "HF_HUB_OFFLINE": "1",
@@ -284,7 +291,8 @@ class Launched:
                 },
                 stdout=out,
                 stderr=err,
-                start_new_session=True,  # a process group of its own, as a shell gives it: Ctrl-C is a signal to all of it
+                # A process group, as a shell makes one: Ctrl-C is a signal to all of it.
+                start_new_session=True,
             )
 
     def __enter__(self) -> Launched:
@@ -297,7 +305,8 @@ class Launched:
         self.process.wait()
 
     def living(self) -> dict[int, str]:
-        """Command line of every process of this run, the driver's among them, but for Ray's agents."""
+        """Command line of every process of this run, the driver's among them, but for Ray's
+        agents."""
         return {pid: words for pid, words in _tagged(self.tag) if words not in AGENTS}
 
     def ended(self, timeout_s: float = 300, judge_timeout_s: float = 30) -> Ended:
@@ -318,12 +327,12 @@ class Launched:
 
 def _tagged(tag: str) -> Iterator[tuple[int, str]]:
     """(pid, command line) of every process that inherited a tag and is not a zombie."""
-    wanted = f"{TAG}={tag}".encode()
+    expected = f"{TAG}={tag}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if state != "Z" and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                if state != "Z" and expected in (entry / "environ").read_bytes().split(b"\0"):
                     yield (
                         int(entry.name),
                         (entry / "cmdline").read_text().replace("\0", " ").strip(),

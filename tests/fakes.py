@@ -1,7 +1,9 @@
-"""Workers whose results are small pure functions, and an executor that misbehaves on cue: the controller's tests in milliseconds.
+"""Workers whose results are small pure functions, and an executor that misbehaves on cue: the
+controller's tests in milliseconds.
 
-The controller under test is the real one; only what it sends work to is replaced. A fake adapter is the hash of everything it
-was trained on, so two runs end with equal adapters exactly when they trained on the same groups in the same order.
+The controller under test is the real one; only what it sends work to is replaced. A fake adapter is
+the hash of everything it was trained on, so two runs end with equal adapters exactly when they
+trained on the same groups in the same order.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class FakeRollout:
                 "rows": item.chunk[1] - item.chunk[0],
             }
         )
-        rolled = RolloutResult(
+        rollout_result = RolloutResult(
             work_id=item.work_id,
             adapter=item.adapter,
             sha256=hashlib.sha256(group.tobytes()).hexdigest(),
@@ -74,7 +76,7 @@ class FakeRollout:
             areas=torch.tensor([[[True, False]]]),
             seconds={"denoise": 0.001},
         )
-        return rolled, group
+        return rollout_result, group
 
 
 class FakeReward:
@@ -105,7 +107,7 @@ class FakeLearner:
 
     def __init__(self) -> None:
         self.updates_done, self.weight = 0, torch.zeros(4)
-        self.answers: dict[str, Any] = {}
+        self.responses: dict[str, Any] = {}
 
     def ready(self) -> int:
         return 0
@@ -136,8 +138,8 @@ class FakeLearner:
         self.updates_done, self.weight = state.updates_done, state.tensors["weight"].clone()
 
     def learn(self, order: LearnOrder, *blobs: np.ndarray) -> LearnAnswer:
-        if order.update == self.updates_done - 1 and order.plan in self.answers:
-            answer: LearnAnswer = self.answers[order.plan]
+        if order.update == self.updates_done - 1 and order.plan in self.responses:
+            answer: LearnAnswer = self.responses[order.plan]
             return answer
         if order.update != self.updates_done:
             raise RuntimeError(f"asked for update {order.update}, done {self.updates_done}")
@@ -150,10 +152,10 @@ class FakeLearner:
         self.weight = torch.tensor([float(byte) for byte in content.digest()[:4]])
         self.updates_done += 1
         lost = tuple(slot.lost for slot in order.slots if slot.lost)
-        self.answers = {
+        self.responses = {
             order.plan: self.answer(plan=order.plan, used=len(order.slots) - len(lost), lost=lost)
         }
-        return self.answers[order.plan]
+        return self.responses[order.plan]
 
 
 def fake_roles(**classes: Callable[[], Any]) -> Callable[[Roles], Roles]:
@@ -175,12 +177,13 @@ class Crash(Exception):
 
 @dataclass
 class Fault:
-    """What goes wrong with the ``nth`` call of a method (1 is the first), counted over all workers of the role or over one seat.
+    """What goes wrong with the ``nth`` call of a method (1 is the first), counted over all workers
+    of the role or over one worker slot.
 
     Attributes:
-        kind: the worker dies before its work, or after it and before it answers; the method raises; it never answers; it
-            answers after its deadline; the answer is changed by ``change``; the blobs it is given are gone; the driver dies
-            before the call, or after it.
+        kind: the worker dies before its work, or after it and before it answers; the method raises;
+            it never answers; it answers after its deadline; the answer is changed by ``change``;
+            the blobs it is given are gone; the driver dies before the call, or after it.
         until: a late answer waits until so many calls of the method have begun.
     """
 
@@ -190,13 +193,14 @@ class Fault:
     kind: Kind
     change: Callable[[Any], Any] = lambda answer: answer
     times: int = 1
-    seat: int | None = None
+    worker_slot: int | None = None
     until: int = 0
 
 
 @dataclass
 class FaultyExecutor:
-    """An executor whose calls fail as planned, or take as long as ``latency`` says. Everything else goes to the one inside."""
+    """An executor whose calls fail as planned, or take as long as ``latency`` says. Everything else
+    goes to the one inside."""
 
     inside: Any
     faults: list[Fault]
@@ -207,27 +211,30 @@ class FaultyExecutor:
     def direct(self, role: str) -> None:
         return None
 
-    def spawn(self, role: str, seat: int) -> Any:
-        self.spawned.append((role, seat))
-        return _FaultyWorker(self, role, seat, self.inside.spawn(role, seat))
+    def spawn(self, role: str, worker_slot: int) -> Any:
+        self.spawned.append((role, worker_slot))
+        return _FaultyWorker(self, role, worker_slot, self.inside.spawn(role, worker_slot))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inside, name)
 
-    def fault(self, role: str, method: str, seat: int) -> Fault | None:
+    def fault(self, role: str, method: str, worker_slot: int) -> Fault | None:
         number: dict[int | None, int] = {}
-        for counted in (None, seat):
+        for counted in (None, worker_slot):
             number[counted] = self.calls[role, method, counted] = (
                 self.calls.get((role, method, counted), 0) + 1
             )
         meant = (
-            f for f in self.faults if (f.role, f.method) == (role, method) and f.seat in number
+            f
+            for f in self.faults
+            if (f.role, f.method) == (role, method) and f.worker_slot in number
         )
-        return next((f for f in meant if f.nth <= number[f.seat] < f.nth + f.times), None)
+        return next((f for f in meant if f.nth <= number[f.worker_slot] < f.nth + f.times), None)
 
 
 class Chaos(FaultyExecutor):
-    """Random faults at random calls, a limited number of them, and random latencies: everything follows from the seed."""
+    """Random faults at random calls, a limited number of them, and random latencies: everything
+    follows from the seed."""
 
     KINDS: ClassVar[dict[str, tuple[Kind, ...]]] = {
         "run": ("lose", "die_after", "raise", "hang", "late"),
@@ -238,13 +245,14 @@ class Chaos(FaultyExecutor):
         "ready": ("lose",),
     }
 
-    def __init__(self, inside: Any, *, seed: int, share: float, most: int) -> None:
-        self.random, self.share, self.left = random.Random(seed), share, most
+    def __init__(self, inside: Any, *, seed: int, share: float, max_faults: int) -> None:
+        self.random, self.share, self.left = random.Random(seed), share, max_faults
         super().__init__(inside, [], latency=lambda: self.random.choice((0.0, 0.0, 0.001, 0.003)))
         self.started = 0
 
-    def fault(self, role: str, method: str, seat: int) -> Fault | None:
-        # A worker that dies during the very first start ends the run with a clear message, which is another test's subject.
+    def fault(self, role: str, method: str, worker_slot: int) -> Fault | None:
+        # A worker that dies during the very first start ends the run with a clear message, which is
+        # another test's subject.
         self.started += method == "load"
         if (
             not self.started
@@ -258,14 +266,14 @@ class Chaos(FaultyExecutor):
 
 
 class _FaultyWorker:
-    def __init__(self, executor: FaultyExecutor, role: str, seat: int, inside: Any) -> None:
-        self._executor, self._role, self._seat, self._inside = executor, role, seat, inside
+    def __init__(self, executor: FaultyExecutor, role: str, worker_slot: int, inside: Any) -> None:
+        self._executor, self._role, self._slot, self._inside = executor, role, worker_slot, inside
         self._dead = asyncio.Event()
 
     async def call(self, method: str, *args: Any, blobs: int = 0) -> Any:
         if self._dead.is_set():
             raise WorkerLost("it is dead")
-        fault = self._executor.fault(self._role, method, self._seat)
+        fault = self._executor.fault(self._role, method, self._slot)
         if self._executor.latency is not None:
             await asyncio.sleep(self._executor.latency())
         if fault is None:
@@ -305,5 +313,5 @@ def faulty(
     return lambda inside: FaultyExecutor(inside, list(faults), latency)
 
 
-def chaos(seed: int, *, share: float, most: int) -> Callable[[Any], Chaos]:
-    return lambda inside: Chaos(inside, seed=seed, share=share, most=most)
+def chaos(seed: int, *, share: float, max_faults: int) -> Callable[[Any], Chaos]:
+    return lambda inside: Chaos(inside, seed=seed, share=share, max_faults=max_faults)

@@ -1,4 +1,5 @@
-"""Small whole runs for tests: the real loop, learner and rollout actor in this process, on 32-pixel tasks."""
+"""Small whole runs for tests: the real loop, learner and rollout actor in this process, on 32-pixel
+tasks."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ PRESERVATION: dict[str, Any] = {"kind": "preservation", "weight": 1.0}
 ATTENTION: dict[str, Any] = {"kind": "concentration", "weight": 0.3}
 
 
-class Nobody:
+class SilentObserver:
     """An observer that looks away."""
 
     def group_scored(self, update: int, done: int, total: int) -> None:
@@ -49,7 +50,8 @@ def small_config(
     rewards: dict[str, Any] | None = None,
     directory: Path | None = None,
 ) -> RunConfig:
-    """RC-GRPO at its smallest: 2 groups of 4 candidates, 3 solver steps, 32 pixels. ``directory`` is where to leave it as YAML."""
+    """RC-GRPO at its smallest: 2 groups of 4 candidates, 3 solver steps, 32 pixels. ``directory``
+    is where to leave it as YAML."""
     raw = {
         "name": "small",
         "editor": {
@@ -106,7 +108,7 @@ def colocated(config: RunConfig) -> tuple[RolloutActor, Learner]:
     return workers["rollout"], workers["learner"]
 
 
-class StopAfter(Nobody):
+class StopAfter(SilentObserver):
     """Asks the run to stop once so many updates are done."""
 
     def __init__(self, updates: int) -> None:
@@ -141,7 +143,8 @@ def run_inline(
     change: Callable[[Roles], Roles] = lambda roles: roles,
     executor: Callable[[Any], Any] = lambda executor: executor,
 ) -> Outcome:
-    """A run in this process. ``change`` may give roles to other classes, ``executor`` may wrap what runs them."""
+    """A run in this process. ``change`` may give roles to other classes, ``executor`` may wrap what
+    runs them."""
     run = run_of(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     roles = change(worker_roles(config, run.dataset.fields, Learner))

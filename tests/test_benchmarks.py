@@ -32,9 +32,14 @@ def overhead(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def small(scaling: Any, *, colocated: bool = False) -> Any:
-    seats = scaling.WorkerCounts(rollout=2, reward=2, learner=2)
+    counts = scaling.WorkerCounts(rollout=2, reward=2, learner=2)
     return scaling.Case(
-        name="small", profile="kontext-512-6", seats=seats, groups=2, max_lag=0, colocated=colocated
+        name="small",
+        profile="kontext-512-6",
+        counts=counts,
+        groups=2,
+        max_lag=0,
+        colocated=colocated,
     )
 
 
@@ -68,7 +73,7 @@ def test_the_cases_hold_8_and_64_gpus_both_lags_both_placements_and_every_rollou
     for gpus in (8, 64):
         for kind in ("lag0", "lag1", "colocated"):
             assert {f"kontext-512-6-{gpus}-{kind}", f"kontext-1024-28-{gpus}-{kind}"} <= set(names)
-    assert [case.seats.rollout for case in cases if case.name.startswith("sweep-")] == list(
+    assert [case.counts.rollout for case in cases if case.name.startswith("sweep-")] == list(
         scaling.ROLLOUT_ACTORS
     )
     assert all(case.max_lag == 0 for case in cases if case.colocated)

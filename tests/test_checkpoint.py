@@ -70,7 +70,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-class Heard:
+class EventLog:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
@@ -80,23 +80,23 @@ class Heard:
 
 def newest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint, where all are sound."""
-    heard = Heard()
-    found = checkpoint.newest(directory, heard)
-    assert heard.events == []
-    return found
+    log = EventLog()
+    stored = checkpoint.newest(directory, log)
+    assert log.events == []
+    return stored
 
 
 def test_what_is_read_is_what_was_written(directory: Path, lease: Lease) -> None:
-    given = example(7)
-    checkpoint.write(directory, given, lease=lease)
-    found = newest(directory)
-    assert found is not None
-    assert replace(found, learner=given.learner, acting=given.acting) == given
-    assert found.learner.tobytes() == given.learner.tobytes()
-    assert [(name, packed.tobytes()) for name, packed in found.acting.items()] == [
-        (n, p.tobytes()) for n, p in given.acting.items()
+    written = example(7)
+    checkpoint.write(directory, written, lease=lease)
+    stored = newest(directory)
+    assert stored is not None
+    assert replace(stored, learner=written.learner, acting=written.acting) == written
+    assert stored.learner.tobytes() == written.learner.tobytes()
+    assert [(name, packed.tobytes()) for name, packed in stored.acting.items()] == [
+        (n, p.tobytes()) for n, p in written.acting.items()
     ]
-    assert given.nbytes == sum(
+    assert written.nbytes == sum(
         file.stat().st_size for file in (directory / "step_000007").glob("*.safetensors")
     )
 
@@ -117,20 +117,20 @@ def test_a_checkpoint_tells_its_parent_its_lease_and_that_seeds_are_keyed(
 
 
 def test_settings_without_bounds_come_back_as_they_were(directory: Path, lease: Lease) -> None:
-    given = replace(
+    written = replace(
         example(1), settings={"rewards": {"custom": {"low": -float("inf"), "high": float("inf")}}}
     )
-    checkpoint.write(directory, given, lease=lease)
-    found = newest(directory)
-    assert found is not None and found.settings == given.settings
+    checkpoint.write(directory, written, lease=lease)
+    stored = newest(directory)
+    assert stored is not None and stored.settings == written.settings
 
 
 @pytest.mark.parametrize("order", [(2, 10, 9), (999_999, 1_000_000)])
 def test_the_newest_step_is_read(directory: Path, lease: Lease, order: tuple[int, ...]) -> None:
     for step in order:
         checkpoint.write(directory, example(step), lease=lease)
-    found = newest(directory)
-    assert found is not None and found.updates_done == max(order)
+    stored = newest(directory)
+    assert stored is not None and stored.updates_done == max(order)
 
 
 def test_without_checkpoints_there_is_nothing_to_read(directory: Path) -> None:
@@ -144,11 +144,11 @@ def test_a_flipped_bit_anywhere_in_any_file_is_found(
     directory: Path, lease: Lease, name: str
 ) -> None:
     path = checkpoint.write(directory, example(2), lease=lease)
-    sound = (path / name).read_bytes()
+    valid = (path / name).read_bytes()
     assert checkpoint.read(path).updates_done == 2
     # Every byte of the manifest, of which no other file has a hash.
-    for at in range(0, len(sound), 1 if name == MANIFEST else 23):
-        (path / name).write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+    for at in range(0, len(valid), 1 if name == MANIFEST else 23):
+        (path / name).write_bytes(valid[:at] + bytes([valid[at] ^ 1]) + valid[at + 1 :])
         with pytest.raises(CorruptCheckpoint):
             checkpoint.read(path)
 
@@ -199,7 +199,8 @@ def renew_manifest(path: Path, **changes: Any) -> None:
 
 
 def put(path: Path, name: str, content: bytes) -> None:
-    """Puts a file into a checkpoint as someone does who knows the format: the manifest vouches for it."""
+    """Puts a file into a checkpoint as someone does who knows the format: the manifest vouches for
+    it."""
     (path / name).write_bytes(content)
     files = json.loads((path / MANIFEST).read_text())["files"]
     renew_manifest(
@@ -229,10 +230,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     before = checkpoint.peek(directory)
     assert before is not None and before.updates_done == 2
     assert names(directory) == ["step_000002", "step_000004"]
-    heard = Heard()
-    found = checkpoint.newest(directory, heard)
-    assert found is not None and found.updates_done == 2
-    ((event, details),) = heard.events
+    log = EventLog()
+    stored = checkpoint.newest(directory, log)
+    assert stored is not None and stored.updates_done == 2
+    ((event, details),) = log.events
     assert (event, details["path"]) == ("checkpoint_corrupt", "step_000004")
     assert says in details["problem"]
     assert names(directory) == [".corrupt-step_000004", "step_000002"]
@@ -242,7 +243,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
 def test_the_same_step_may_be_damaged_twice(directory: Path, lease: Lease) -> None:
     for _ in range(2):
         flip(checkpoint.write(directory, example(4), lease=lease))
-        assert checkpoint.newest(directory, Heard()) is None
+        assert checkpoint.newest(directory, EventLog()) is None
     assert names(directory) == [".corrupt-step_000004", ".corrupt-step_000004-1"]
 
 
@@ -257,7 +258,7 @@ def test_a_disk_that_cannot_be_read_does_not_make_a_checkpoint_corrupt(
 
     monkeypatch.setattr(np, "fromfile", unreadable)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoint.newest(directory, Heard())
+        checkpoint.newest(directory, EventLog())
     assert names(directory) == ["step_000004"]
 
 
@@ -330,10 +331,10 @@ def test_a_pickle_in_a_checkpoint_is_refused_by_magic_and_by_name_and_never_runs
         name,
         as_zip(tmp_path, content) if zipped else content,
     )
-    heard = Heard()
-    found = checkpoint.newest(directory, heard)
-    assert found is not None and found.updates_done == 2
-    assert says in heard.events[0][1]["problem"]
+    log = EventLog()
+    stored = checkpoint.newest(directory, log)
+    assert stored is not None and stored.updates_done == 2
+    assert says in log.events[0][1]["problem"]
     assert not mark.exists()
     pickle.loads(content)
     assert mark.exists(), "the payload would not have shown anything"
@@ -346,10 +347,10 @@ def test_a_directory_of_pickles_is_not_a_checkpoint_and_the_problem_names_them(
     foreign, mark = directory / "step_000009", tmp_path / "executed"
     foreign.mkdir(parents=True)
     (foreign / "model.pt").write_bytes(pickle.dumps(Payload(mark)))
-    heard = Heard()
-    assert checkpoint.newest(directory, heard) is None
+    log = EventLog()
+    assert checkpoint.newest(directory, log) is None
     assert (
-        heard.events[0][1]["problem"]
+        log.events[0][1]["problem"]
         == "MANIFEST.json is missing; it holds model.pt, and pickles are never opened"
     )
     assert not mark.exists()
@@ -385,8 +386,8 @@ def test_safetensors_that_begin_like_a_pickle_are_safetensors(
     checkpoint.write(
         directory, replace(example(1), learner=np.frombuffer(content, dtype=np.uint8)), lease=lease
     )
-    found = newest(directory)
-    assert found is not None and found.learner.tobytes() == content
+    stored = newest(directory)
+    assert stored is not None and stored.learner.tobytes() == content
 
 
 def test_bytes_that_would_be_refused_when_read_are_not_written(
@@ -417,8 +418,8 @@ def test_a_checkpoint_is_safetensors_and_json_and_no_pickle_beside_them_is_opene
         (pickle, "Unpickler"),
     ):
         monkeypatch.setattr(module, name, opened)
-    found = newest(directory)
-    assert found is not None and found.updates_done == 3
+    stored = newest(directory)
+    assert stored is not None and stored.updates_done == 3
 
 
 def test_whose_a_run_is_says_its_newest_sound_checkpoint_and_nothing_is_moved_to_find_out(
@@ -426,8 +427,8 @@ def test_whose_a_run_is_says_its_newest_sound_checkpoint_and_nothing_is_moved_to
 ) -> None:
     checkpoint.write(directory, example(2, "a"), lease=lease)
     flip(checkpoint.write(directory, example(4, "b"), lease=lease))
-    found = checkpoint.peek(directory)
-    assert found is not None and found.code_version == "a"
+    stored = checkpoint.peek(directory)
+    assert stored is not None and stored.code_version == "a"
     assert names(directory) == ["step_000002", "step_000004"]
 
 
@@ -465,7 +466,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(
 ) -> None:
     with pytest.raises(
         InputError,
-        match=r"belongs to another run \(seed: 0 there, 1 here; train.learning_rate: 0.001 there, 0.0001 here\)",
+        match=r"belongs to another run \(seed: 0 there, 1 here; train.learning_rate: 0.001 there, "
+        r"0.0001 here\)",
     ):
         require_same_run(example(1), HERE, tmp_path)
 
@@ -473,14 +475,14 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_settings_that_differ(
 def test_a_setting_that_did_not_exist_when_the_checkpoint_was_made_is_accepted_at_its_default(
     tmp_path: Path,
 ) -> None:
-    found = example(1)
-    section = found.settings["train"]
+    stored = example(1)
+    section = stored.settings["train"]
     assert "minibatches" not in section
-    here = {**found.settings, "train": {**section, "minibatches": 1}}
-    assert require_same_run(found, here, tmp_path) is None
+    here = {**stored.settings, "train": {**section, "minibatches": 1}}
+    assert require_same_run(stored, here, tmp_path) is None
     here["train"]["minibatches"] = 2
     with pytest.raises(InputError, match=r"train.minibatches: absent there, 2 here"):
-        require_same_run(found, here, tmp_path)
+        require_same_run(stored, here, tmp_path)
 
 
 def test_a_drift_is_accepted_only_for_the_settings_that_are_named(tmp_path: Path) -> None:
@@ -503,8 +505,9 @@ def test_a_checkpoint_of_other_settings_is_refused(small_editor: str, tmp_path: 
 def test_more_updates_other_places_and_other_names_are_the_same_settings(small_editor: str) -> None:
     base = small_config(small_editor).sha256()
     same = (
-        "train.updates=99", "name=other", "actors.num_rollout=2", "evaluation.num_tasks=5", "train.checkpoint_every=7",
-        "train.keep_checkpoints=5", "train.max_dropped_groups=1", "data.path=elsewhere", "editor.path=elsewhere", "editor.device=auto",
+        "train.updates=99", "name=other", "actors.num_rollout=2", "evaluation.num_tasks=5",
+        "train.checkpoint_every=7", "train.keep_checkpoints=5", "train.max_dropped_groups=1",
+        "data.path=elsewhere", "editor.path=elsewhere", "editor.device=auto",
     )  # fmt: skip
     other = (
         "seed=1",
@@ -551,8 +554,8 @@ def test_pruning_removes_what_killed_attempts_left_but_not_what_a_newer_one_writ
 def test_a_step_written_again_replaces_the_old_one(directory: Path, lease: Lease) -> None:
     checkpoint.write(directory, example(2, "a"), lease=lease)
     checkpoint.write(directory, example(2, "b"), lease=lease)
-    found = newest(directory)
-    assert found is not None and found.code_version == "b"
+    stored = newest(directory)
+    assert stored is not None and stored.code_version == "b"
     assert names(directory) == ["step_000002"]
 
 
@@ -588,8 +591,8 @@ def test_an_attempt_fenced_while_it_writes_commits_nothing(
     for step in (2, 4):
         with pytest.raises(Fenced):
             checkpoint.write(directory, example(step, "b"), lease=lease)
-    found = newest(directory)
-    assert found is not None and found.code_version == "a"
+    stored = newest(directory)
+    assert stored is not None and stored.code_version == "a"
     assert names(directory) == ["step_000002"]
 
 
@@ -618,13 +621,13 @@ def test_a_write_that_fails_leaves_neither_a_step_nor_a_remainder(
         checkpoint.write(directory, example(2), lease=lease)
     assert len(calls) == at + 1
     assert names(directory) == ["step_000001"]
-    found = newest(directory)
-    assert found is not None and found.updates_done == 1
+    stored = newest(directory)
+    assert stored is not None and stored.updates_done == 1
 
 
 def killed_at(point: int, directory: Path, work: Callable[[], object]) -> bool:
-    """Runs ``work`` in a process of its own that dies, without cleaning up, before its ``point``-th call that names a path in
-    ``directory``; False when there were not as many."""
+    """Runs ``work`` in a process of its own that dies, without cleaning up, before its ``point``-th
+    call that names a path in ``directory``; False when there were not as many."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -661,8 +664,8 @@ def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_checkpoint_or_t
         run = tmp_path / str(point)
         run.mkdir()
         lease, directory = Lease.take(run), run / "checkpoints"
-        for sound in (1, 2):
-            checkpoint.write(directory, example(sound, "a"), lease=lease)
+        for valid in (1, 2):
+            checkpoint.write(directory, example(valid, "a"), lease=lease)
         again = example(step, "b")
         killed = killed_at(
             point,
@@ -671,10 +674,10 @@ def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_checkpoint_or_t
                 directory, again, lease=lease
             ),
         )
-        found = newest(directory)
-        assert found is not None
-        assert (found.code_version, found.updates_done) in {("a", 2), ("b", step)}
-        outcomes.append((killed, found.code_version))
+        stored = newest(directory)
+        assert stored is not None
+        assert (stored.code_version, stored.updates_done) in {("a", 2), ("b", step)}
+        outcomes.append((killed, stored.code_version))
 
         after = Lease.take(run)
         checkpoint.write(directory, example(step, "b"), lease=after)
@@ -706,13 +709,13 @@ def test_the_remainder_of_a_killed_write_is_not_taken_for_a_checkpoint_and_is_re
 def test_a_disk_without_room_for_two_checkpoints_is_told_before_one_is_written(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    requested = []
 
     def usage(path: Path) -> Any:
-        asked.append(path)
+        requested.append(path)
         return type("Usage", (), {"free": 3_000_000_000})
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     assert checkpoint.disk_space_problem(directory, 1_500_000_000) == ""
     assert "3.00 GB are free" in checkpoint.disk_space_problem(directory, 1_500_000_001)
-    assert asked == [directory.parent, directory.parent]
+    assert requested == [directory.parent, directory.parent]

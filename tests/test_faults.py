@@ -1,7 +1,10 @@
-"""The fault matrix on the real controller, with fake workers and without Ray: every promise of docs/reliability.md in milliseconds.
+"""The fault matrix on the real controller, with fake workers and without Ray: every promise of
+docs/reliability.md in milliseconds.
 
-A run's story is its adapter, what each update was made of, and the chain of consumed groups. A fault was survived when the
-story is the one of the undisturbed run: nothing lost, nothing trained on twice, no update applied twice.
+A run's story is its adapter, what each update was made of, and the chain of consumed groups. A
+fault was survived when the
+story is the one of the undisturbed run: nothing lost, nothing trained on twice, no update applied
+    twice.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from rl_edit.provenance import differences
 from rl_edit.rewards import score_candidates
 from rl_edit.types import AdapterId
 from runs import (
-    Nobody,
+    SilentObserver,
     StopAfter,
     adapter_bytes,
     command,
@@ -88,13 +91,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Story
     """The story of a run without faults, by its overrides."""
     known: dict[tuple[str, ...], Story] = {}
 
-    def told(*overrides: str) -> Story:
+    def log(*overrides: str) -> Story:
         if overrides not in known:
             directory = tmp_path_factory.mktemp("undisturbed")
             known[overrides] = story(fakes(directory, *overrides), directory)
         return known[overrides]
 
-    return told
+    return log
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -107,7 +110,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-class Notes(Nobody):
+class Notes(SilentObserver):
     """Keeps what a person would have been told."""
 
     def __init__(self) -> None:
@@ -124,7 +127,7 @@ def test_faults_would_show(tmp_path: Path, undisturbed: Callable[..., Story]) ->
         assert undisturbed(override)[0] != undisturbed()[0]
 
 
-# --- 2, 3: results that never arrive, workers that hang -------------------------------------------------------------
+# --- 2, 3: results that never arrive, workers that hang -------------------------------------------
 
 
 def test_a_result_that_never_arrives_is_made_again_and_the_stall_names_it_with_its_age(
@@ -149,10 +152,10 @@ def test_a_result_that_never_arrives_is_made_again_and_the_stall_names_it_with_i
     assert any(lost["during"] in note and lost["worker"] in note for note in notes.notes)
 
 
-def test_a_seat_that_hangs_again_and_again_is_given_up_and_the_run_goes_on_with_one_less(
+def test_a_slot_that_hangs_again_and_again_is_closed_and_the_run_goes_on_with_one_less(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
-    hangs = Fault("rollout", "run", 1, "hang", times=1000, seat=0)
+    hangs = Fault("rollout", "run", 1, "hang", times=1000, worker_slot=0)
     outcome = fakes(
         tmp_path,
         "actors.deadline_s=0.1",
@@ -176,7 +179,8 @@ def test_fewer_rollout_actors_than_the_minimum_end_the_run_and_say_why_and_what_
     hangs = Fault("rollout", "run", 3, "hang", times=1000)
     with pytest.raises(
         TrainingFailed,
-        match=r"lost 2 times .*no answer within 0\.1 s.* fewer than actors\.min_rollout 1.*--resume",
+        match=r"lost 2 times .*no answer within 0\.1 s.* fewer than actors\.min_rollout 1.*"
+        "--resume",
     ):
         fakes(tmp_path, "actors.deadline_s=0.1", "actors.quarantine_after=2", faults=(hangs,))
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
@@ -186,7 +190,8 @@ def test_fewer_rollout_actors_than_the_minimum_end_the_run_and_say_why_and_what_
 def test_too_few_actors_end_the_run_although_an_earlier_update_still_waits_for_one(
     tmp_path: Path, role: str
 ) -> None:
-    """The last seat is lost on work for update 1 while update 0 waits for it: waiting would never end."""
+    """The last seat is lost on work for update 1 while update 0 waits for it: waiting would never
+    end."""
     overrides = (
         "train.max_lag=1",
         "train.groups_per_update=1",
@@ -204,7 +209,7 @@ def test_too_few_actors_end_the_run_although_an_earlier_update_still_waits_for_o
         fakes(tmp_path, *overrides, faults=faults[role])
 
 
-# --- 4, 5: judges -----------------------------------------------------------------------------------------------------
+# --- 4, 5: judges ---------------------------------------------------------------------------------
 
 
 def test_a_judge_that_hangs_is_asked_again_elsewhere(
@@ -227,7 +232,7 @@ def test_a_group_that_no_judge_answers_for_is_dropped_within_the_budget_and_neve
         tmp_path,
         *SLOW,
         "train.max_dropped_groups=1",
-        faults=(Fault("reward", "score", 1, "hang", times=2, seat=0),),
+        faults=(Fault("reward", "score", 1, "hang", times=2, worker_slot=0),),
     )
     lines = metrics_of(tmp_path)
     assert outcome.updates_done == 3
@@ -252,7 +257,8 @@ def test_a_group_that_no_judge_answers_for_is_dropped_within_the_budget_and_neve
 def test_more_groups_without_an_answer_than_the_budget_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingFailed,
-        match=r"1 of 2 groups of update 0 are lost .*max_dropped_groups is 0: scoring of .* lost its worker",
+        match=r"1 of 2 groups of update 0 are lost .*max_dropped_groups is 0: scoring of .* lost "
+        "its worker",
     ):
         fakes(tmp_path, *SLOW, faults=(Fault("reward", "score", 1, "hang", times=2),))
     assert metrics_of(tmp_path) == []
@@ -277,11 +283,11 @@ CREDITS = [
         max_size=6,
     )
 )
-def test_whatever_a_judge_answers_no_advantage_is_anything_but_finite(answers: list[Any]) -> None:
+def test_whatever_a_judge_answers_no_advantage_is_anything_but_finite(responses: list[Any]) -> None:
     terms = [python_reward(name="one"), python_reward(name="two")]
     tables = []
-    for said in (answers, [0.1, 0.4, 0.2, 0.9]):
-        ANSWERS[:] = said
+    for stated in (responses, [0.1, 0.4, 0.2, 0.9]):
+        ANSWERS[:] = stated
         tables.append(score_candidates(terms, small_group(4), group_id="w"))
     areas = torch.tensor([[[True, True, False, False]]])
     for credit in CREDITS:
@@ -350,7 +356,7 @@ def test_a_reward_reply_that_is_no_table_is_a_failed_item_and_a_pickle_in_it_doe
     assert not Payload.mark.exists()
 
 
-# --- 6: losses that are not finite ----------------------------------------------------------------------------------
+# --- 6: losses that are not finite ----------------------------------------------------------------
 
 
 class Skipping(FakeLearner):
@@ -388,8 +394,8 @@ def test_a_skipped_step_is_told_and_its_evidence_kept_and_the_run_goes_on(tmp_pa
         path.name for path in folder.glob("*.safetensors")
     }
     assert len(facts["groups"]) == 2
-    for kept in facts["groups"].values():
-        assert np.isfinite(kept["values"]).all()
+    for retained in facts["groups"].values():
+        assert np.isfinite(retained["values"]).all()
 
 
 class Refusing(FakeLearner):
@@ -408,7 +414,7 @@ def test_a_learner_that_stops_the_run_leaves_every_update_before_in_a_checkpoint
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
 
 
-# --- 7: the learner dies ----------------------------------------------------------------------------------------------
+# --- 7: the learner dies --------------------------------------------------------------------------
 
 DEATHS = {
     "before the step": (Fault("learner", "learn", 2, "lose"),),
@@ -498,10 +504,10 @@ def test_a_learner_whose_held_state_is_gone_too_ends_the_run_and_names_the_way_o
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
 
 
-# --- the driver dies: resume equality ---------------------------------------------------------------------------------
+# --- the driver dies: resume equality -------------------------------------------------------------
 
 
-class CrashingObserver(Nobody):
+class CrashingObserver(SilentObserver):
     def update_done(self, metrics: dict[str, Any]) -> None:
         if metrics["update"] == 1:
             raise Crash
@@ -570,7 +576,8 @@ def crashing(real: Callable[..., Any], when: Callable[..., bool]) -> Callable[..
 def test_a_stop_during_a_commit_waits_for_it_instead_of_writing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Story]
 ) -> None:
-    """A thread that writes cannot be cancelled, so the commit at the end must not begin before it is done."""
+    """A thread that writes cannot be cancelled, so the commit at the end must not begin before it
+    is done."""
     stopper, real, inside = StopAfter(99), checkpoint.write, threading.Semaphore()
     overlapping: list[bool] = []
 
@@ -591,16 +598,17 @@ def test_a_stop_during_a_commit_waits_for_it_instead_of_writing_beside_it(
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
 
 
-# --- 11: two attempts in one directory ------------------------------------------------------------------------------
+# --- 11: two attempts in one directory ------------------------------------------------------------
 
 
-class SecondAttempt(Nobody):
-    """While the first attempt is held up at some point, another one resumes the run and finishes it."""
+class SecondAttempt(SilentObserver):
+    """While the first attempt is held up at some point, another one resumes the run and finishes
+    it."""
 
     def __init__(self, directory: Path, at: str) -> None:
         self.directory, self.at = directory, at
-        self.found: dict[str, bytes] = {}
-        self.told: Story | None = None
+        self.stored: dict[str, bytes] = {}
+        self.log: Story | None = None
 
     def group_scored(self, update: int, done: int, total: int) -> None:
         if self.at == "rolled out" and (update, done) == (1, total):
@@ -612,12 +620,12 @@ class SecondAttempt(Nobody):
 
     def _overtake(self) -> None:
         def second() -> None:
-            self.told = story(fakes(self.directory, resume=True), self.directory)
+            self.log = story(fakes(self.directory, resume=True), self.directory)
 
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-        self.found = contents(self.directory)
+        self.stored = contents(self.directory)
 
 
 @pytest.mark.parametrize("every", [1, 10])
@@ -628,8 +636,8 @@ def test_of_two_attempts_in_one_directory_the_first_is_fenced_and_writes_nothing
     observer = SecondAttempt(tmp_path, at)
     with pytest.raises(Fenced, match=r"writes nothing more there and ends with exit code 75"):
         fakes(tmp_path, f"train.checkpoint_every={every}", observer=observer)
-    assert observer.told == undisturbed()
-    assert contents(tmp_path) == observer.found
+    assert observer.log == undisturbed()
+    assert contents(tmp_path) == observer.stored
 
 
 def test_a_fenced_command_leaves_with_75_and_touches_neither_record_nor_adapter(
@@ -665,7 +673,7 @@ def test_a_fenced_command_leaves_with_75_and_touches_neither_record_nor_adapter(
     ] == [0]
 
 
-# --- 12 to 15: checkpoints ------------------------------------------------------------------------------------------
+# --- 12 to 15: checkpoints ------------------------------------------------------------------------
 
 
 def full_disk(real: Callable[..., None], *steps: int) -> Callable[..., None]:
@@ -794,7 +802,7 @@ def test_other_settings_are_refused_by_name_unless_their_drift_is_allowed(
     assert [line["update"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-# --- 16, 17: weights that do not arrive, and no lock ----------------------------------------------------------------
+# --- 16, 17: weights that do not arrive, and no lock ----------------------------------------------
 
 
 class Deaf(FakeRollout):
@@ -846,7 +854,8 @@ def test_an_actor_on_which_an_adapter_changes_nothing_is_refused_before_the_firs
 
     with pytest.raises(
         TrainingFailed,
-        match=r"preflight: rollout actor rollout-0\.1: the adapter changes nothing\. Check lora\.targets",
+        match=r"preflight: rollout actor rollout-0\.1: the adapter changes nothing\. "
+        r"Check lora\.targets",
     ):
         fakes(tmp_path, "actors.preflight=true", rollout=Unattached)
     assert events_of(tmp_path, "update_applied") == []
@@ -858,7 +867,7 @@ def test_an_actor_that_dies_while_it_is_sent_weights_holds_nobody_up(
     tmp_path: Path, undisturbed: Callable[..., Story], lag: int, kind: Any
 ) -> None:
     overrides = (f"train.max_lag={lag}",)
-    fault = Fault("rollout", "load", 2, kind, seat=0)
+    fault = Fault("rollout", "load", 2, kind, worker_slot=0)
     outcome = fakes(
         tmp_path, *overrides, "actors.num_rollout=2", "actors.deadline_s=0.2", faults=(fault,)
     )
@@ -892,7 +901,7 @@ def test_weights_that_no_actor_can_be_given_end_the_run_in_one_line_and_are_kept
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
 
 
-# --- 18: bounded staleness never stops the run ----------------------------------------------------------------------
+# --- 18: bounded staleness never stops the run ----------------------------------------------------
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -914,7 +923,7 @@ def test_bounded_staleness_never_livelocks_whatever_the_latencies(
     assert staleness == [min(update, lag) for update in range(6)]
 
 
-# --- 19: late, repeated and differing results; blobs that are gone --------------------------------------------------
+# --- 19: late, repeated and differing results; blobs that are gone --------------------------------
 
 
 def test_a_result_that_comes_late_is_used_once_and_its_repetition_is_no_conflict(
@@ -945,7 +954,8 @@ def test_a_repetition_with_other_bytes_is_a_conflict_that_is_told_and_the_first_
 def test_a_late_result_of_work_whose_first_blob_was_lost_is_as_good_as_any(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
-    """Attempt 1 is late, attempt 2 is taken and its blob lost, attempt 1 arrives, attempt 3 repeats it."""
+    """Attempt 1 is late, attempt 2 is taken and its blob lost, attempt 1 arrives, attempt 3 repeats
+    it."""
     faults = (Fault("rollout", "run", 1, "late", until=3), Fault("reward", "score", 1, "lose_blob"))
     overrides = ("train.groups_per_update=1",)
     outcome = fakes(
@@ -971,7 +981,8 @@ def test_a_group_whose_blob_is_gone_is_made_again(
 
 
 def test_groups_are_made_again_beside_one_that_was_dropped(tmp_path: Path) -> None:
-    """The learner finds a blob gone in an update that has already lost a group beyond its retries."""
+    """The learner finds a blob gone in an update that has already lost a group beyond its
+    retries."""
     faults = (Fault("reward", "score", 1, "raise"), Fault("learner", "learn", 1, "lose_blob"))
     outcome = fakes(tmp_path, "train.max_dropped_groups=1", "actors.data_retries=0", faults=faults)
     assert outcome.updates_done == 3
@@ -991,7 +1002,7 @@ def test_blobs_that_are_lost_again_and_again_end_the_run(
         )
 
 
-# --- 22, 25: what the nodes run, and who can reach the dashboard ----------------------------------------------------
+# --- 22, 25: what the nodes run, and who can reach the dashboard ----------------------------------
 
 
 def test_nodes_that_run_other_versions_are_named_with_what_differs() -> None:
@@ -1012,37 +1023,37 @@ def test_nodes_that_run_other_versions_are_named_with_what_differs() -> None:
 def test_a_local_cluster_shows_its_dashboard_to_this_machine_only_and_its_token_to_its_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dashboard: str
 ) -> None:
-    asked: dict[str, Any] = {}
+    requested: dict[str, Any] = {}
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("secret")
     token.chmod(0o644)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray_cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_cluster.ray, "init", lambda **more: asked.update(more))
+    monkeypatch.setattr(ray_cluster.ray, "init", lambda **more: requested.update(more))
     monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {})
     ray_cluster.connect(
         small_config(EDITOR, "editor.resolution=64", f"actors.dashboard={dashboard}")
     )
-    assert asked["dashboard_host"] == "127.0.0.1"
-    assert asked["include_dashboard"] is (dashboard == "true")
+    assert requested["dashboard_host"] == "127.0.0.1"
+    assert requested["include_dashboard"] is (dashboard == "true")
     assert token.stat().st_mode & 0o077 == 0
 
 
-# --- everything at once ---------------------------------------------------------------------------------------------
+# --- everything at once ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("seed", "share", "most"),
+    ("seed", "share", "max_faults"),
     [*((seed, 0.2, 12) for seed in range(18)), *((seed, 0.4, 25) for seed in (1001, 1011))],
 )
 def test_random_faults_at_random_calls_never_change_the_story(
-    tmp_path: Path, undisturbed: Callable[..., Story], seed: int, share: float, most: int
+    tmp_path: Path, undisturbed: Callable[..., Story], seed: int, share: float, max_faults: int
 ) -> None:
     kind = random.Random(seed)
     chunks = kind.choice((("rollout.group_size=4",), ("rollout.group_size=8", "rollout.chunk=4")))
     overrides = (f"train.max_lag={seed % 2}", "train.updates=5", *chunks)
-    seats = (
+    slots = (
         f"actors.num_rollout={kind.choice((1, 2, 3))}",
         f"actors.num_reward={kind.choice((1, 2))}",
     )
@@ -1051,16 +1062,16 @@ def test_random_faults_at_random_calls_never_change_the_story(
         tmp_path,
         *overrides,
         *PATIENT,
-        *seats,
+        *slots,
         runtime,
         "train.checkpoint_every=2",
-        executor=chaos(seed, share=share, most=most),
+        executor=chaos(seed, share=share, max_faults=max_faults),
     )
     assert story(outcome, tmp_path) == undisturbed(*overrides)
     assert [line["update"] for line in metrics_of(tmp_path)] == list(range(5))
 
 
-# --- the document ---------------------------------------------------------------------------------------------------
+# --- the document ---------------------------------------------------------------------------------
 
 
 def test_every_test_that_the_table_of_promises_names_exists() -> None:

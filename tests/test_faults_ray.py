@@ -1,6 +1,8 @@
-"""Faults on a real Ray cluster, in real processes: whatever dies, hangs or lies, the run ends with the bytes of a run where nothing did.
+"""Faults on a real Ray cluster, in real processes: whatever dies, hangs or lies, the run ends with
+the bytes of a run where nothing did.
 
-Every crash point times every way to die is in ``benchmarks/golden.py``; here is one test for each promise.
+Every crash point times every way to die is in ``benchmarks/golden.py``; here is one test for each
+promise.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible
 from rl_edit.files import EVENTS
 from runs import (
-    Nobody,
+    SilentObserver,
     StopAfter,
     adapter_bytes,
     events_of,
@@ -71,7 +73,8 @@ def run_on_cluster(
     observer: Any = None,
     resume: bool = False,
 ) -> Outcome:
-    """As ``rl-edit train`` wires it, on the tests' cluster. ``change`` may give roles to other classes."""
+    """As ``rl-edit train`` wires it, on the tests' cluster. ``change`` may give roles to other
+    classes."""
     from ray import cloudpickle
 
     from actors import ray_cluster, ray_executor
@@ -83,7 +86,7 @@ def run_on_cluster(
     roles = change(worker_roles(config, run.dataset.fields, Learner))
     ray_cluster.connect(config)
     directory.mkdir(parents=True, exist_ok=True)
-    executor, watcher = ray_executor.RayExecutor(roles), observer or Nobody()
+    executor, watcher = ray_executor.RayExecutor(roles), observer or SilentObserver()
     events = Events(directory / EVENTS)
     try:
         loop = TrainingLoop(
@@ -108,7 +111,8 @@ def undisturbed(small_editor: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def fault(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fault]:
-    """The fault (point, kind) of a test's parameter; a process that it stopped is ended afterwards."""
+    """The fault (point, kind) of a test's parameter; a process that it stopped is ended
+    afterwards."""
     point, kind = request.param
     fault = Fault(point=point, kind=kind, update=UPDATE, marker=tmp_path / "struck")
     yield fault
@@ -202,7 +206,7 @@ def test_a_learner_killed_after_its_step_is_rebuilt_and_the_update_is_applied_on
 
 
 @pytest.mark.parametrize("fault", [("mid-accumulate", "SIGKILL")], indirect=True)
-def test_a_learner_rank_killed_in_an_update_takes_the_group_with_it_and_the_replay_has_the_bytes_of_one_rank(
+def test_a_learner_rank_killed_in_an_update_ends_all_ranks_and_the_replay_has_the_bytes_of_one_rank(
     ray_cluster: None,
     small_editor: str,
     undisturbed: dict[str, bytes],
@@ -222,11 +226,11 @@ def test_an_actor_that_ignores_an_update_is_found_out_by_its_first_item(
     ray_cluster: None, small_editor: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     def with_a_deaf_one(roles: Roles) -> Roles:
-        post = roles["rollout"]
+        spec = roles["rollout"]
         return {
             **roles,
             "rollout": replace(
-                post, make=DeafRollout, arguments=(tmp_path / "struck", *post.arguments)
+                spec, make=DeafRollout, arguments=(tmp_path / "struck", *spec.arguments)
             ),
         }
 
@@ -277,7 +281,8 @@ def test_groups_that_do_not_fit_the_object_store_are_refused_with_the_arithmetic
     )
     with pytest.raises(
         ResourcesInfeasible,
-        match=r"20000 groups x 2 updates x \d+ MiB = \d+ MiB in flight exceed half of the object store",
+        match=r"20000 groups x 2 updates x \d+ MiB = \d+ MiB in flight exceed half of the "
+        "object store",
     ):
         run_on_cluster(config, tmp_path)
     assert updates_applied(tmp_path) == []
@@ -390,7 +395,8 @@ def test_no_secret_of_the_environment_reaches_the_run_directory_the_output_or_ra
     tmp_path: Path,
 ) -> None:
     directory = tmp_path / "run"
-    judge = "{kind: editscore, transport: {model: none, base_url: 'http://127.0.0.1:9/v1', api_key_env: JUDGE_KEY}, retries: 0}"
+    transport = "{model: none, base_url: 'http://127.0.0.1:9/v1', api_key_env: JUDGE_KEY}"
+    judge = f"{{kind: editscore, transport: {transport}, retries: 0}}"
     secrets = {name: f"{CANARY}-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "JUDGE_KEY")}
     secrets["PIP_INDEX_URL"] = f"https://me:{CANARY}@packages.invalid/simple"
     # Ray's sockets live below its folder, and a socket's path has at most 107 characters.

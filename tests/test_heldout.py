@@ -1,4 +1,5 @@
-"""Held-out tasks during training: they change nothing that is learnt, survive what a run survives, and raise the alarm when gold falls."""
+"""Held-out tasks during training: they change nothing that is learnt, survive what a run survives,
+and raise the alarm when gold falls."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from rl_edit.types import Candidates, RewardTable, WorkItem
 from runs import (
     ATTENTION,
     PRESERVATION,
-    Nobody,
+    SilentObserver,
     adapter_bytes,
     command,
     events_of,
@@ -88,16 +89,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Adapter and evaluations of a run without faults, by its overrides."""
     known: dict[tuple[str, ...], Any] = {}
 
-    def told(*overrides: str) -> Any:
+    def spoken(*overrides: str) -> Any:
         if overrides not in known:
             directory = tmp_path_factory.mktemp("undisturbed")
             known[overrides] = adapter_bytes(fakes(directory, *overrides)), lines(directory)
         return known[overrides]
 
-    return told
+    return spoken
 
 
-class Notes(Nobody):
+class Notes(SilentObserver):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -105,7 +106,7 @@ class Notes(Nobody):
         self.notes.append(text)
 
 
-# --- when the alarm is raised ---------------------------------------------------------------------------------------
+# --- when the alarm is raised ---------------------------------------------------------------------
 
 
 def history(*pairs: tuple[float | None, float]) -> list[Evaluation]:
@@ -162,7 +163,7 @@ def test_an_alarm_stands_exactly_when_the_last_steps_all_diverge(
     assert (alarm(history(*pairs), patience) is not None) == expected
 
 
-# --- nothing that is learnt changes ---------------------------------------------------------------------------------
+# --- nothing that is learnt changes ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -213,7 +214,7 @@ def test_evaluation_settings_are_not_part_of_a_runs_identity() -> None:
     )
 
 
-def test_every_evaluation_looks_at_candidate_0_of_the_same_tasks_from_the_same_noise_with_the_newest_weights(
+def test_every_evaluation_has_the_same_tasks_and_noise_and_the_newest_weights(
     tmp_path: Path,
 ) -> None:
     seen: list[WorkItem] = []
@@ -245,7 +246,7 @@ def test_training_reward_is_the_mean_of_the_updates_since_the_evaluation_before(
     )
 
 
-# --- what a run survives --------------------------------------------------------------------------------------------
+# --- what a run survives --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -296,14 +297,14 @@ class Unsure(FakeReward):
     """Has no score for what a probe shows, or for one in three of them."""
 
     always = False
-    asked = 0
+    requested = 0
 
     def score(self, blob: np.ndarray) -> np.ndarray:
         table: RewardTable = wire.unpack(super().score(blob))
         if len(table.values) > 1:
             return wire.pack(table)
-        type(self).asked += 1
-        if not self.always and self.asked % 3:
+        type(self).requested += 1
+        if not self.always and self.requested % 3:
             return wire.pack(table)
         values = torch.full_like(table.values, float("nan"))
         return wire.pack(
@@ -336,29 +337,30 @@ def test_how_long_a_probe_takes_says_nothing_about_the_deadline_of_a_group() -> 
         )
         supervisor.open("rollout", 1)
         await supervisor.call("rollout", "a probe", "run", kind="probe")
-        probed = supervisor.deadline_s("run")
+        probed = supervisor.deadlines.limit_s("run")
         await supervisor.call("rollout", "a group", "run")
-        return probed, supervisor.deadline_s("run")
+        return probed, supervisor.deadlines.limit_s("run")
 
     assert asyncio.run(deadlines()) == (500, 60)
 
 
-# --- best adapter, alarm, early end ----------------------------------------------------------------------------------
+# --- best adapter, alarm, early end ---------------------------------------------------------------
 
 
 class SaysStep(FakeRollout):
     """Tells the reward which weights it rolled out with."""
 
     def run(self, blob: np.ndarray) -> Any:
-        rolled, group = super().run(blob)
-        told = as_array({**as_content(group), "step": rolled.adapter.step})
+        result, group = super().run(blob)
+        spoken = as_array({**as_content(group), "step": result.adapter.step})
         return replace(
-            rolled, sha256=hashlib.sha256(told.tobytes()).hexdigest(), nbytes=told.nbytes
-        ), told
+            result, sha256=hashlib.sha256(spoken.tobytes()).hexdigest(), nbytes=spoken.nbytes
+        ), spoken
 
 
 def hacked(*golds: float) -> dict[str, Any]:
-    """Training reward rises with every update; gold of the weights after update u is the u-th number."""
+    """Training reward rises with every update; gold of the weights after update u is the u-th
+    number."""
 
     class Hacked(FakeReward):
         def score(self, blob: np.ndarray) -> np.ndarray:
@@ -382,9 +384,9 @@ def test_the_best_adapter_by_gold_is_kept_and_survives_pruning_and_resume(tmp_pa
     fakes(tmp_path, *overrides, stop_after=4, **hacked(*FALLING))
     second = events_of(tmp_path, "update_applied")[1]["adapter"]
     outcome = fakes(tmp_path, *overrides, resume=True, **hacked(*FALLING))
-    found = read_best(tmp_path / BEST)
-    assert found is not None and outcome.adapter is not None
-    best, weights = found
+    stored = read_best(tmp_path / BEST)
+    assert stored is not None and outcome.adapter is not None
+    best, weights = stored
     assert (best.update, best.gold, best.adapter, str(weights.id)) == (
         1,
         pytest.approx(0.9),
@@ -469,16 +471,16 @@ def test_a_full_disk_costs_the_evaluation_and_not_the_run(
     )
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 JUDGE = {"kind": "shapes_judge", "weight": 0.0}
 
 
 def chosen(rewards: dict[str, Any], *overrides: str) -> str:
     config = small_config(EDITOR, *EVERY, *overrides, rewards=rewards)
-    found = heldout.probes(config, tuple(config.rewards.values()), pixels_per_token=16)
-    assert found is not None
-    return found.gold
+    stored = heldout.probes(config, tuple(config.rewards.values()), pixels_per_token=16)
+    assert stored is not None
+    return stored.gold
 
 
 def test_gold_is_the_first_judge_unless_named_and_the_first_term_where_there_is_none() -> None:
@@ -505,7 +507,7 @@ def test_a_gold_that_is_no_term_and_held_out_tasks_that_cannot_be_scored_are_ref
         chosen({"preservation": PRESERVATION, "judge": JUDGE})
 
 
-# --- the command line and the report --------------------------------------------------------------------------------
+# --- the command line and the report --------------------------------------------------------------
 
 CALLS = {"probe": 0, "train": 0}
 
@@ -552,7 +554,8 @@ def test_the_command_line_ends_early_with_exit_code_0_a_sentence_and_the_best_ad
     said = " ".join(out.split())
     assert code == 0
     assert re.search(
-        r"ended after update 3 of 6 \(evaluation\.stop_on_alarm\): training reward rose .* while held-out gold fell",
+        r"ended after update 3 of 6 \(evaluation\.stop_on_alarm\): training reward rose .* while "
+        r"held-out gold fell",
         said,
     )
     assert "--resume evaluation.stop_on_alarm=false" in said and f"{run / 'adapter_best'}" in said

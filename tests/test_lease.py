@@ -1,4 +1,5 @@
-"""The lease: one attempt writes in a run directory, a later one fences it, and no two ever hold the same epoch."""
+"""The lease: one attempt writes in a run directory, a later one fences it, and no two ever hold the
+same epoch."""
 
 from __future__ import annotations
 
@@ -181,7 +182,8 @@ def test_a_taker_that_was_overtaken_before_its_record_leaves_that_of_the_newer_o
 def test_a_slow_taker_that_was_overtaken_does_not_displace_the_newer_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The record of epoch 1 lands after that of epoch 2: the claims decide, and renewing repairs the file."""
+    """The record of epoch 1 lands after that of epoch 2: the claims decide, and renewing repairs
+    the file."""
     real, newer = os.replace, []
 
     def overtaken(source: Path, target: Path) -> None:

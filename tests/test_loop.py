@@ -1,4 +1,5 @@
-"""A whole run in one process: the real rollout actor, reward actor, learner and loop on a small editor."""
+"""A whole run in one process: the real rollout actor, reward actor, learner and loop on a small
+editor."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from rl_edit.method.update import TrainingFailed
 from rl_edit.types import Candidates, RewardTable
 from runs import (
     PRESERVATION,
-    Nobody,
+    SilentObserver,
     adapter_bytes,
     events_of,
     metrics_of,
@@ -33,24 +34,27 @@ from runs import (
 )
 
 PROMISED = (
-    "update", "reward/preservation/mean", "reward/preservation/spread", "reward/attention/mean", "reward/attention/spread",
-    "reward/total/mean", "reward/total/spread", "background/psnr/mean", "background/psnr/spread", "concentration/mean",
-    "concentration/spread", "change/inside/mean", "loss", "ratio/mean", "ratio/min", "ratio/max", "ratio/max_deviation", "clip/share",
-    "gradient/norm", "groups/used", "groups/dropped", "groups/dropped_reasons", "policy_version", "staleness", "adapter",
-    "seconds/rollout", "seconds/reward", "seconds/wait", "seconds/learn", "seconds/commit", "seconds/update",
-    "efficiency", "retries/infra", "retries/data", "step/skipped", "bytes/groups",
+    "update", "reward/preservation/mean", "reward/preservation/spread", "reward/attention/mean",
+    "reward/attention/spread", "reward/total/mean", "reward/total/spread", "background/psnr/mean",
+    "background/psnr/spread", "concentration/mean", "concentration/spread", "change/inside/mean",
+    "loss", "ratio/mean", "ratio/min", "ratio/max", "ratio/max_deviation", "clip/share",
+    "gradient/norm", "groups/used", "groups/dropped", "groups/dropped_reasons", "policy_version",
+    "staleness", "adapter", "seconds/rollout", "seconds/reward", "seconds/wait", "seconds/learn",
+    "seconds/commit", "seconds/update", "efficiency", "retries/infra", "retries/data",
+    "step/skipped", "bytes/groups",
 )  # fmt: skip
 
 
 class Scripted:
-    """A reward function that says different things on each call: what a judge does when it fails now and then."""
+    """A reward function that says different things on each call: what a judge does when it fails
+    now and then."""
 
     def __init__(self) -> None:
         self.script: Iterator[Any] = iter(())
 
     def __call__(self, candidates: Candidates) -> Sequence[object]:
-        said = next(self.script, None)
-        return brightness(candidates) if said is None else said
+        reported = next(self.script, None)
+        return brightness(candidates) if reported is None else reported
 
 
 SCRIPTED = Scripted()
@@ -109,12 +113,12 @@ def test_a_run_stopped_and_resumed_gives_the_bytes_of_one_that_was_not(
         "train.updates=4",
         "train.checkpoint_every=10",
     )
-    whole = run_inline(config, tmp_path / "whole")
+    full = run_inline(config, tmp_path / "full")
     stopped = run_inline(config, tmp_path / "halves", stop_after=2)
     assert stopped.updates_done == 2
     resumed = run_inline(config, tmp_path / "halves", resume=True)
     assert resumed.updates_done == 4
-    assert adapter_bytes(resumed) == adapter_bytes(whole)
+    assert adapter_bytes(resumed) == adapter_bytes(full)
     timeless = [
         [
             {
@@ -124,7 +128,7 @@ def test_a_run_stopped_and_resumed_gives_the_bytes_of_one_that_was_not(
             }
             for line in metrics_of(tmp_path / run)
         ]
-        for run in ("whole", "halves")
+        for run in ("full", "halves")
     ]
     assert timeless[0] == timeless[1]
 
@@ -133,12 +137,12 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(
     small_editor: str, tmp_path: Path
 ) -> None:
     config = small_config(small_editor, "train.updates=3", "train.checkpoint_every=2")
-    whole = run_inline(config, tmp_path / "whole")
+    full = run_inline(config, tmp_path / "full")
 
     class Crash(Exception):
         pass
 
-    class CrashingInUpdateTwo(Nobody):
+    class CrashingInUpdateTwo(SilentObserver):
         def group_scored(self, update: int, done: int, total: int) -> None:
             if update == 2:
                 raise Crash
@@ -146,7 +150,7 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_bytes(
     with pytest.raises(Crash):
         run_inline(config, tmp_path / "crashed", observer=CrashingInUpdateTwo())
     assert adapter_bytes(run_inline(config, tmp_path / "crashed", resume=True)) == adapter_bytes(
-        whole
+        full
     )
     assert [line["update"] for line in metrics_of(tmp_path / "crashed")] == [0, 1, 2]
 
@@ -195,8 +199,8 @@ class Deaf(RolloutActor):
         self._published = {weights.id: weights for weights in [wire.unpack(blob)]}
         return None
 
-    def _use(self, wanted: Any) -> Any:
-        return self._published[wanted]
+    def _use(self, requested: Any) -> Any:
+        return self._published[requested]
 
 
 def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item_and_never_trained_on(
@@ -210,9 +214,9 @@ def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item_and_n
         )
     event = events_of(tmp_path, "result_stale")[0]
     assert len(metrics_of(tmp_path)) == 1
-    assert event["wanted"].startswith("1:")
-    assert event["wanted"].split(":")[1] != event["loaded"].split(":")[1]
-    assert event["wanted"] == metrics_of(tmp_path)[0]["adapter"]
+    assert event["requested"].startswith("1:")
+    assert event["requested"].split(":")[1] != event["loaded"].split(":")[1]
+    assert event["requested"] == metrics_of(tmp_path)[0]["adapter"]
 
 
 class CutOff(RolloutActor):
@@ -316,7 +320,8 @@ def test_groups_that_credit_cannot_judge_count_in_the_budget_like_any_invalid_on
     BlindOnce.left = 1
     with pytest.raises(
         TrainingFailed,
-        match=r"1 of 2 groups of update 0 give no credit, train.max_dropped_groups is 0: .*no judge.region.0",
+        match=r"1 of 2 groups of update 0 give no credit, train.max_dropped_groups is 0: .*"
+        "no judge.region.0",
     ):
         run_inline(config, tmp_path / "none", change=change)
     assert metrics_of(tmp_path / "none") == []
@@ -330,12 +335,12 @@ def test_groups_that_credit_cannot_judge_count_in_the_budget_like_any_invalid_on
 
 
 @pytest.mark.parametrize(
-    ("said", "named"), [(float("nan"), "nan"), (float("inf"), "inf"), (1.5, "1.5")]
+    ("reported", "named"), [(float("nan"), "nan"), (float("inf"), "inf"), (1.5, "1.5")]
 )
 def test_a_reward_that_breaks_its_contract_is_the_users_error(
-    small_editor: str, tmp_path: Path, said: float, named: str
+    small_editor: str, tmp_path: Path, reported: float, named: str
 ) -> None:
-    SCRIPTED.script = iter([[0.1, said, 0.2, 0.3]])
+    SCRIPTED.script = iter([[0.1, reported, 0.2, 0.3]])
     with pytest.raises(InputError, match=f"own: gave {named}"):
         run_inline(small_config(small_editor, rewards=of_function("scripted")), tmp_path)
 
@@ -388,13 +393,13 @@ def test_a_dropped_group_does_not_touch_the_advantages_of_the_others(
     config = small_config(
         small_editor, "train.updates=1", "train.max_dropped_groups=1", rewards=rewards
     )
-    for name, script in (("whole", [None, None]), ("dropped", [[None] * 4, None])):
+    for name, script in (("full", [None, None]), ("dropped", [[None] * 4, None])):
         SCRIPTED.script = iter(script)
         run_inline(config, tmp_path / name, change=replaced("learner", Spy))
-    whole, dropped = seen
-    assert len(whole) == 2 and len(dropped) == 1
+    full, dropped = seen
+    assert len(full) == 2 and len(dropped) == 1
     ((group_id, values),) = dropped.items()
-    assert torch.equal(values, whole[group_id])
+    assert torch.equal(values, full[group_id])
 
 
 def test_every_promised_metric_is_written_for_every_update(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from learner.controller import placement
 from learner.controller.placement import (
     GroupCost,
     WorkerCounts,
@@ -34,7 +35,7 @@ SPLITS = tuple(
 )
 
 
-def seats(rollout: int, reward: int, learner: int) -> WorkerCounts:
+def split_of(rollout: int, reward: int, learner: int) -> WorkerCounts:
     return WorkerCounts(rollout=rollout, reward=reward, learner=learner)
 
 
@@ -46,7 +47,8 @@ def profiles() -> dict[str, Any]:
 def scheduled(
     cost: GroupCost, split: WorkerCounts, groups: int, max_lag: int, chunks: int
 ) -> float:
-    """The same loop written event by event: any free worker takes the oldest work, ranks learn their slots one by one."""
+    """The same loop written event by event: any free worker takes the oldest work, ranks learn
+    their slots one by one."""
     rollout, reward, published = [0.0] * split.rollout, [0.0] * split.reward, [0.0]
     for update in range(200):
         arrivals = []
@@ -84,29 +86,29 @@ def test_planned_time_is_that_of_the_loop_event_by_event(max_lag: int, chunks: i
 def test_one_worker_each_without_lag_does_one_phase_after_the_other(cost: GroupCost) -> None:
     scored = max(5 * cost.rollout_s + cost.reward_s, cost.rollout_s + 5 * cost.reward_s)
     after = 5 * cost.learn_s + cost.step_s + cost.publish_s
-    assert iteration_seconds(cost, seats(1, 1, 1), 5, 0) == pytest.approx(scored + after)
+    assert iteration_seconds(cost, split_of(1, 1, 1), 5, 0) == pytest.approx(scored + after)
 
 
 @pytest.mark.parametrize("cost", COSTS)
 def test_with_a_worker_for_every_group_only_the_way_of_one_group_counts(cost: GroupCost) -> None:
     learn_s = cost.learn_s + cost.step_s + cost.publish_s
     way = cost.rollout_s + cost.reward_s + learn_s
-    assert iteration_seconds(cost, seats(6, 6, 6), 6, 0) == pytest.approx(way)
-    assert iteration_seconds(cost, seats(6, 6, 6), 6, 1) == pytest.approx(
+    assert iteration_seconds(cost, split_of(6, 6, 6), 6, 0) == pytest.approx(way)
+    assert iteration_seconds(cost, split_of(6, 6, 6), 6, 1) == pytest.approx(
         max(cost.rollout_s, cost.reward_s, learn_s, way / 2)
     )
 
 
 def test_chunks_are_scored_while_the_rest_is_rolled_out() -> None:
     cost = GroupCost(rollout_s=8.0, reward_s=4.0, learn_s=1.0)
-    assert iteration_seconds(cost, seats(1, 1, 1), 1, 0, chunks=1) == pytest.approx(8 + 4 + 1)
-    assert iteration_seconds(cost, seats(1, 1, 1), 1, 0, chunks=4) == pytest.approx(8 + 1 + 1)
+    assert iteration_seconds(cost, split_of(1, 1, 1), 1, 0, chunks=1) == pytest.approx(8 + 4 + 1)
+    assert iteration_seconds(cost, split_of(1, 1, 1), 1, 0, chunks=4) == pytest.approx(8 + 1 + 1)
 
 
 def test_a_part_of_a_round_of_ranks_costs_a_whole_one() -> None:
     cost = GroupCost(rollout_s=0.0, reward_s=0.0, learn_s=2.0)
     assert [
-        iteration_seconds(cost, seats(1, 1, ranks), 8, 0) for ranks in (1, 3, 4, 7, 8)
+        iteration_seconds(cost, split_of(1, 1, ranks), 8, 0) for ranks in (1, 3, 4, 7, 8)
     ] == pytest.approx([16, 6, 4, 4, 2])
 
 
@@ -115,11 +117,12 @@ def test_another_worker_never_slows_an_update(max_lag: int) -> None:
     for cost, split in itertools.product(COSTS, SPLITS):
         before = iteration_seconds(cost, split, 8, max_lag)
         for more in (
-            seats(split.rollout + 1, split.reward, split.learner),
-            seats(split.rollout, split.reward + 1, split.learner),
-            seats(split.rollout, split.reward, split.learner + 1),
+            split_of(split.rollout + 1, split.reward, split.learner),
+            split_of(split.rollout, split.reward + 1, split.learner),
+            split_of(split.rollout, split.reward, split.learner + 1),
         ):
-            # With a lag the measured window may cut through a round of rollouts, worth less than 1 %.
+            # With a lag the measured window may cut through a round of rollouts, worth less than 1
+            # %.
             assert iteration_seconds(cost, more, 8, max_lag) <= before * (
                 1.01 if max_lag else 1 + 1e-9
             ), (cost, split, more)
@@ -158,7 +161,7 @@ def test_colocated_processes_go_through_whole_rounds_of_every_phase(cost: GroupC
     )
     assert colocated_seconds(cost, 3, 8, 0) == pytest.approx(expected)
     assert colocated_seconds(cost, 3, 8, 2) == pytest.approx(
-        iteration_seconds(cost, seats(3, 2, 3), 8, 0)
+        iteration_seconds(cost, split_of(3, 2, 3), 8, 0)
     )
 
 
@@ -167,12 +170,12 @@ def test_no_split_beats_the_recommended_one(max_lag: int) -> None:
     for cost, total, chunks in itertools.product(COSTS, range(3, 10), (1, 3)):
         best = recommend(cost, total, 6, max_lag, chunks)
         splits = [
-            seats(r, s, total - r - s) for r in range(1, total - 1) for s in range(1, total - r)
+            split_of(r, s, total - r - s) for r in range(1, total - 1) for s in range(1, total - r)
         ]
         fastest = min(iteration_seconds(cost, split, 6, max_lag, chunks) for split in splits)
         assert best.seconds == pytest.approx(fastest, rel=1e-8), (cost, total)
-        assert best.seats in splits
-        assert best.seconds == iteration_seconds(cost, best.seats, 6, max_lag, chunks)
+        assert best.counts in splits
+        assert best.seconds == iteration_seconds(cost, best.counts, 6, max_lag, chunks)
 
 
 def test_a_large_plan_simulates_few_of_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,15 +185,15 @@ def test_a_large_plan_simulates_few_of_its_splits(monkeypatch: pytest.MonkeyPatc
         simulated.append(split)
         return iteration_seconds(cost, split, *rest)
 
-    monkeypatch.setattr(planning, "iteration_seconds", counted)
+    monkeypatch.setattr(placement, "iteration_seconds", counted)
     best = recommend(COSTS[0], 256, 512, 1)
-    assert best.seats.rollout + best.seats.reward + best.seats.learner == 256
+    assert best.counts.rollout + best.counts.reward + best.counts.learner == 256
     assert len(simulated) < 100  # of 32385
 
 
 def test_words_name_the_present_time_the_best_split_and_what_limits() -> None:
     cost = GroupCost(rollout_s=4.0, reward_s=1.0, learn_s=1.0)
-    words = recommend(cost, 6, 24, 1, present=seats(1, 1, 4)).words
+    words = recommend(cost, 6, 24, 1, present=split_of(1, 1, 4)).words
     assert words.startswith("96.00 s an update with 1:1:4 now; ")
     assert (
         "split of 6 workers is 4:1:1 with 26.00 s, 92% of ideal, where rollout limits (busy 92%); "
@@ -201,7 +204,8 @@ def test_words_name_the_present_time_the_best_split_and_what_limits() -> None:
     assert recommend(cost, 6, 24, 1).words.startswith("the best")
 
 
-# pixels, steps, trained steps, workers, groups, seconds and split: the limit of one-step-off with a learner that streams.
+# pixels, steps, trained steps, workers, groups, seconds and split: the limit of one-step-off with a
+# learner that streams.
 STREAMED = (
     (512, 6, 2, 8, 16, 38, (3, 2, 3)),
     (512, 6, 6, 8, 16, 77, (2, 1, 5)),
@@ -228,21 +232,22 @@ def test_one_step_off_comes_near_a_streaming_learner(
     split: tuple[int, int, int],
 ) -> None:
     cost = profiles["profile"](pixels, steps, trained).cost
-    # What our loop pays: whole rounds of ranks (16 groups on 3 ranks are 6 rounds, not 5.3), and the wait for the last score.
+    # What our loop pays: whole rounds of ranks (16 groups on 3 ranks are 6 rounds, not 5.3), and
+    # the wait for the last score.
     seconds = recommend(cost, workers, groups, 1, chunks=3).seconds
     assert 0.99 * streamed_s < seconds < 1.13 * streamed_s
-    assert seconds <= iteration_seconds(cost, seats(*split), groups, 1, chunks=3)
+    assert seconds <= iteration_seconds(cost, split_of(*split), groups, 1, chunks=3)
 
 
 def test_profiles_follow_from_the_architecture(profiles: dict[str, Any]) -> None:
     assert [profiles["forward_tflop"](pixels) for pixels in (512, 1024)] == pytest.approx(
         [37.6, 165], rel=0.005
     )
-    whole = [
+    complete = [
         profiles["group_bytes"](pixels, states=steps + 1) / 2**20
         for pixels, steps in ((512, 6), (512, 28), (1024, 6), (1024, 28))
     ]
-    assert whole == pytest.approx([34, 100, 125, 389], abs=0.6)
+    assert complete == pytest.approx([34, 100, 125, 389], abs=0.6)
     assert [profiles["adapter_bytes"](rank) / 2**20 for rank in (32, 64)] == pytest.approx(
         [200, 399], abs=0.6
     )
@@ -254,7 +259,7 @@ def test_profiles_follow_from_the_architecture(profiles: dict[str, Any]) -> None
         (lambda: GroupCost(rollout_s=-1.0, reward_s=0.0, learn_s=1.0), "rollout_s is -1.0"),
         (lambda: GroupCost(rollout_s=1.0, reward_s=float("nan"), learn_s=1.0), "reward_s is nan"),
         (lambda: GroupCost(rollout_s=0.0, reward_s=0.0, learn_s=0.0), "0 s in every role"),
-        (lambda: seats(2, 0, 1), "2:0:1 leave a role without a worker"),
+        (lambda: split_of(2, 0, 1), "2:0:1 leave a role without a worker"),
         (lambda: recommend(COSTS[0], 2, 8, 1), "2 workers cannot be split"),
     ],
 )

@@ -29,7 +29,15 @@ from rl_edit.config import RunConfig
 from rl_edit.errors import InputError, ResourcesInfeasible
 from rl_edit.files import EVENTS
 from rl_edit.provenance import differences
-from runs import Nobody, adapter_bytes, events_of, metrics_of, run_inline, run_of, small_config
+from runs import (
+    SilentObserver,
+    adapter_bytes,
+    events_of,
+    metrics_of,
+    run_inline,
+    run_of,
+    small_config,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -51,7 +59,11 @@ def run_on_ray(
     try:
         events = Events(directory / EVENTS)
         loop = TrainingLoop(
-            run, executor, lease=Lease.take(directory), events=events, observer=observer or Nobody()
+            run,
+            executor,
+            lease=Lease.take(directory),
+            events=events,
+            observer=observer or SilentObserver(),
         )
         return asyncio.run(loop.run(resume=resume))
     finally:
@@ -105,7 +117,7 @@ def test_two_rollout_actors_on_ray_give_the_same_bytes(
     assert adapter_bytes(outcome) == undisturbed
 
 
-class Assassin(Nobody):
+class Assassin(SilentObserver):
     """Sends a signal to every rollout actor, once.
 
     It does so when the first group of the second update is scored and others are under way.

@@ -1,4 +1,5 @@
-"""The supervisor on workers of a few lines: deadlines, pauses, seats that are given up, and who is told."""
+"""The supervisor on workers of a few lines: deadlines, pauses, seats that are given up, and who is
+told."""
 
 from __future__ import annotations
 
@@ -25,16 +26,16 @@ class Scripted:
         if self.killed.is_set():
             raise WorkerLost("it is dead")
         step = self.executor.script.get(method, [])
-        said = step.pop(0) if step else None
-        if isinstance(said, BaseException):
-            raise said
-        if said == "hang":
+        step_action = step.pop(0) if step else None
+        if isinstance(step_action, BaseException):
+            raise step_action
+        if step_action == "hang":
             await self.killed.wait()
             raise WorkerLost("it was killed")
-        if said == "late":
+        if step_action == "late":
             await self.killed.wait()
-        elif callable(said):
-            said()
+        elif callable(step_action):
+            step_action()
         await asyncio.sleep(0)
         return self.name
 
@@ -43,7 +44,8 @@ class Scripted:
 
 
 class Puppets:
-    """Workers by seat; ``script`` lists what calls of a method do, in order, before they begin to succeed."""
+    """Workers by seat; ``script`` lists what calls of a method do, in order, before they begin to
+    succeed."""
 
     def __init__(self, **script: list[Any]) -> None:
         self.script, self.spawned = script, 0
@@ -51,9 +53,9 @@ class Puppets:
     def direct(self, role: str) -> None:
         return None
 
-    def spawn(self, role: str, seat: int) -> Scripted:
+    def spawn(self, role: str, slot: int) -> Scripted:
         self.spawned += 1
-        return Scripted(self, f"{role}-{seat}#{self.spawned}")
+        return Scripted(self, f"{role}-{slot}#{self.spawned}")
 
     def free(self) -> str:
         return "2 CPU"
@@ -73,7 +75,7 @@ class Clock:
         return later
 
 
-class Told:
+class EventLog:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
@@ -88,37 +90,35 @@ def supervised(
     puppets: Puppets,
     body: Callable[[Supervisor], Coroutine[Any, Any, Any]],
     *,
-    seats: int = 1,
+    slots: int = 1,
     clock: Clock | None = None,
     judge_timeout_s: float = 0.0,
-    **asked: Any,
-) -> tuple[Any, Told]:
+    **actors: Any,
+) -> tuple[Any, EventLog]:
     """What ``body`` gives with rollout seats open, and the events."""
-    told = Told()
+    log = EventLog()
 
     async def run() -> Any:
         config = ActorsConfig(
-            **{"runtime": "inline", "backoff_s": 0, "num_rollout": seats, **asked}
+            **{"runtime": "inline", "backoff_s": 0, "num_rollout": slots, **actors}
         )
         supervisor = Supervisor(
-            puppets, config, on_event=told, clock=clock or Clock(), judge_timeout_s=judge_timeout_s
+            puppets, config, on_event=log, clock=clock or Clock(), judge_timeout_s=judge_timeout_s
         )  # type: ignore[arg-type]
-        supervisor.open("rollout", seats)
+        supervisor.open("rollout", slots)
         return await body(supervisor)
 
-    return asyncio.run(run()), told
+    return asyncio.run(run()), log
 
 
 async def work(supervisor: Supervisor, **more: Any) -> Any:
     return await supervisor.call("rollout", "the work", "run", **more)
 
 
-# --- deadlines --------------------------------------------------------------------------------------------------------
+# --- deadlines ------------------------------------------------------------------------------------
 
 
-def test_a_deadline_is_what_was_configured_until_calls_were_timed_then_five_times_the_usual_within_bounds() -> (
-    None
-):
+def test_a_deadline_is_five_times_the_usual_within_bounds_once_calls_were_timed() -> None:
     clock = Clock()
 
     async def body(supervisor: Supervisor) -> list[float]:
@@ -170,22 +170,19 @@ def test_a_deadline_is_not_shorter_than_a_minute_unless_it_was_configured_so() -
     assert supervised(Puppets(), body, deadline_s=5)[0] == 5
 
 
-def test_a_call_that_was_dropped_with_its_worker_is_made_again_and_does_not_end_the_run_as_if_it_had_been_stopped() -> (
-    None
-):
-    answer, told = supervised(Puppets(run=[asyncio.CancelledError()]), work)
+def test_a_call_dropped_with_its_worker_is_made_again_and_does_not_end_the_run() -> None:
+    answer, log = supervised(Puppets(run=[asyncio.CancelledError()]), work)
     assert answer == "rollout-0#2"
-    assert told.names() == ["actor_lost", "actor_replaced"]
+    assert log.names() == ["actor_lost", "actor_replaced"]
 
 
 def test_a_call_past_its_deadline_is_killed_and_made_again_by_the_next_incarnation() -> None:
-    answer, told = supervised(Puppets(run=["hang"]), work, deadline_s=0.05)
+    answer, log = supervised(Puppets(run=["hang"]), work, deadline_s=0.05)
     assert answer == "rollout-0#2"
-    assert told.names() == ["actor_lost", "actor_replaced"]
-    assert told.events[0][1]["reason"] == "no answer within 0.05 s, killed"
+    assert log.names() == ["actor_lost", "actor_replaced"]
+    assert log.events[0][1]["reason"] == "no answer within 0.05 s, killed"
     assert (
-        told.events[0][1]["worker"] == "rollout-0.1"
-        and told.events[1][1]["worker"] == "rollout-0.2"
+        log.events[0][1]["worker"] == "rollout-0.1" and log.events[1][1]["worker"] == "rollout-0.2"
     )
 
 
@@ -216,12 +213,12 @@ def test_calls_under_way_are_known_with_their_worker_and_age_oldest_first_and_fo
         await asyncio.gather(*calls, return_exceptions=True)
         return seen, supervisor.pending()
 
-    (seen, after), _ = supervised(Puppets(run=["hang", "hang"]), body, seats=2, clock=clock)
+    (seen, after), _ = supervised(Puppets(run=["hang", "hang"]), body, slots=2, clock=clock)
     assert seen == [("one", "rollout-0.1", 6.0), ("two", "rollout-1.1", 3.0)]
     assert after == []
 
 
-# --- retries ----------------------------------------------------------------------------------------------------------
+# --- retries --------------------------------------------------------------------------------------
 
 
 def test_the_second_retry_waits_and_the_pause_doubles_up_to_its_longest() -> None:
@@ -237,13 +234,13 @@ def test_lost_workers_and_failed_work_have_budgets_of_their_own() -> None:
     async def body(supervisor: Supervisor) -> Any:
         return await work(supervisor), supervisor.retries
 
-    (answer, retries), told = supervised(
+    (answer, retries), log = supervised(
         Puppets(run=script), body, infra_retries=2, data_retries=2, quarantine_after=9
     )
     assert (answer, retries) == ("rollout-0#3", {"infra": 2, "data": 2})
     assert [
         details["attempt"]
-        for event, details in told.events
+        for event, details in log.events
         if event in ("actor_lost", "work_failed")
     ] == [1, 1, 2, 2]
 
@@ -265,11 +262,11 @@ def test_work_that_spends_its_retries_is_given_up(error: Exception, says: str) -
 def test_failed_work_keeps_its_worker_and_a_wrong_answer_costs_it() -> None:
     assert supervised(Puppets(run=[WorkFailed("no")]), work)[0] == "rollout-0#1"
     wrong = iter(["it answered about another item"])
-    answer, told = supervised(
+    answer, log = supervised(
         Puppets(), lambda supervisor: work(supervisor, check=lambda answer: next(wrong, ""))
     )
     assert answer == "rollout-0#2"
-    assert told.events[0][1]["reason"] == "it answered about another item"
+    assert log.events[0][1]["reason"] == "it answered about another item"
 
 
 def test_what_the_user_got_wrong_is_not_tried_again() -> None:
@@ -279,21 +276,21 @@ def test_what_the_user_got_wrong_is_not_tried_again() -> None:
     assert puppets.spawned == 1
 
 
-# --- seats ------------------------------------------------------------------------------------------------------------
+# --- seats ----------------------------------------------------------------------------------------
 
 
-def test_a_seat_lost_too_often_is_given_up_and_its_work_done_by_another() -> None:
+def test_a_slot_lost_too_often_is_closed_and_its_work_done_by_another() -> None:
     async def body(supervisor: Supervisor) -> Any:
         first, *_ = supervisor.worker_slots("rollout")
         for _ in range(2):
             await supervisor._replace("rollout", first, first.worker, "gone")
         return [await work(supervisor) for _ in range(3)], [
-            seat.index for seat in supervisor.worker_slots("rollout")
+            slot.index for slot in supervisor.worker_slots("rollout")
         ]
 
-    (answers, left), told = supervised(Puppets(), body, seats=2, quarantine_after=2)
-    assert (answers, left) == (["rollout-1#2"] * 3, [1])
-    assert told.events[-1] == (
+    (responses, left), log = supervised(Puppets(), body, slots=2, quarantine_after=2)
+    assert (responses, left) == (["rollout-1#2"] * 3, [1])
+    assert log.events[-1] == (
         "seat_quarantined",
         {"role": "rollout", "worker": "rollout-0.2", "kills": 2, "left": 1},
     )
@@ -303,50 +300,50 @@ def test_losses_longer_ago_than_the_window_do_not_count() -> None:
     clock = Clock()
 
     async def body(supervisor: Supervisor) -> int:
-        (seat,) = supervisor.worker_slots("rollout")
+        (slot,) = supervisor.worker_slots("rollout")
         for _ in range(5):
-            await supervisor._replace("rollout", seat, seat.worker, "gone")
+            await supervisor._replace("rollout", slot, slot.worker, "gone")
             clock.now += QUARANTINE_WINDOW_S / 2 + 1
-        return seat.incarnation
+        return slot.incarnation
 
     assert supervised(Puppets(), body, clock=clock, quarantine_after=3)[0] == 6
 
 
 def test_a_worker_that_two_callers_find_lost_is_replaced_once() -> None:
     async def body(supervisor: Supervisor) -> int:
-        (seat,) = supervisor.worker_slots("rollout")
-        lost = seat.worker
+        (slot,) = supervisor.worker_slots("rollout")
+        lost = slot.worker
         await asyncio.gather(
-            *(supervisor._replace("rollout", seat, lost, "gone") for _ in range(3))
+            *(supervisor._replace("rollout", slot, lost, "gone") for _ in range(3))
         )
-        return seat.incarnation
+        return slot.incarnation
 
     assert supervised(Puppets(), body)[0] == 2
 
 
-@pytest.mark.parametrize(("seats", "least"), [(1, 1), (3, 3)])
-def test_fewer_seats_than_the_minimum_end_the_run_for_everyone_who_waits(
-    seats: int, least: int
+@pytest.mark.parametrize(("slots", "minimum"), [(1, 1), (3, 3)])
+def test_fewer_slots_than_the_minimum_end_the_run_for_everyone_who_waits(
+    slots: int, minimum: int
 ) -> None:
     async def body(supervisor: Supervisor) -> list[Any]:
         return await asyncio.gather(
-            *(work(supervisor) for _ in range(seats + 2)), return_exceptions=True
+            *(work(supervisor) for _ in range(slots + 2)), return_exceptions=True
         )
 
     script = [WorkerLost("gone")] * 50
-    answers, _ = supervised(
+    responses, _ = supervised(
         Puppets(run=script),
         body,
-        seats=seats,
-        min_rollout=least,
+        slots=slots,
+        min_rollout=minimum,
         quarantine_after=1,
         infra_retries=99,
     )
-    assert len(answers) == seats + 2
-    for answer in answers:
+    assert len(responses) == slots + 2
+    for answer in responses:
         assert isinstance(answer, TrainingFailed)
         assert (
-            f"fewer than actors.min_rollout {least}" in str(answer)
+            f"fewer than actors.min_rollout {minimum}" in str(answer)
             and "(gone)" in str(answer)
             and "--resume" in str(answer)
         )
@@ -364,26 +361,28 @@ def test_a_replacement_is_prepared_before_it_works_and_replaced_when_that_fails(
         supervisor.open("reward", 1, prepare=prepare)
         return await supervisor.call("reward", "the work", "run")
 
-    answer, told = supervised(Puppets(run=[WorkerLost("gone")]), body, quarantine_after=9)
+    answer, log = supervised(Puppets(run=[WorkerLost("gone")]), body, quarantine_after=9)
     assert prepared == ["reward-0#3", "reward-0#4"] and answer == "reward-0#4"
-    assert [details["reason"] for event, details in told.events if event == "actor_lost"] == [
+    assert [details["reason"] for event, details in log.events if event == "actor_lost"] == [
         "gone",
         "it could not load",
     ]
 
 
-def test_telling_everyone_reaches_every_seat_and_replaces_those_that_are_lost() -> None:
+def test_a_broadcast_reaches_every_slot_and_replaces_those_that_are_lost() -> None:
     async def body(supervisor: Supervisor) -> Any:
         return await supervisor.broadcast("rollout", "new weights", "load"), [
-            seat.incarnation for seat in supervisor.worker_slots("rollout")
+            slot.incarnation for slot in supervisor.worker_slots("rollout")
         ]
 
-    (answers, incarnations), _ = supervised(Puppets(load=[None, WorkerLost("gone")]), body, seats=3)
-    assert sorted(worker for worker, _ in answers) == ["rollout-0.1", "rollout-2.1"]
+    (responses, incarnations), _ = supervised(
+        Puppets(load=[None, WorkerLost("gone")]), body, slots=3
+    )
+    assert sorted(worker for worker, _ in responses) == ["rollout-0.1", "rollout-2.1"]
     assert incarnations == [1, 2, 1]
 
 
-# --- the start --------------------------------------------------------------------------------------------------------
+# --- the start ------------------------------------------------------------------------------------
 
 
 def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free() -> None:
@@ -393,7 +392,7 @@ def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free() -> Non
         supervised(
             Puppets(ready=[None, "hang"]),
             lambda supervisor: supervisor.ready(),
-            seats=2,
+            slots=2,
             start_timeout_s=0.05,
         )
 

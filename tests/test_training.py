@@ -21,12 +21,12 @@ ROOMS = ("rl_edit", "actors", "learner")
 
 def project_files(frames: traceback.StackSummary) -> list[str]:
     """The project's own frames as ``file function``, outermost first."""
-    own = []
+    project_frames = []
     for frame in frames:
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ROOMS:
-            own.append(f"{path.relative_to(ROOT).as_posix()} {frame.name}")
-    return own
+            project_frames.append(f"{path.relative_to(ROOT).as_posix()} {frame.name}")
+    return project_frames
 
 
 def test_six_files_lead_from_the_command_to_the_optimizer_step(

@@ -295,10 +295,10 @@ class HeldoutMonitor:
         """Saves an adapter whose gold is higher than any before, or under another protocol."""
         folder = self.directory / BEST
         best_before = _stored_best(folder)
-        if best_before is not None and best_before.protocol == seen.protocol:
-            # Of equals the earlier one stays: it was trained for a shorter time.
-            if best_before.gold >= seen.gold:
-                return
+        comparable = best_before is not None and best_before.protocol == seen.protocol
+        # Of equals the earlier one stays: it was trained for a shorter time.
+        if best_before is not None and comparable and best_before.gold >= seen.gold:
+            return
         best = Best(
             update=seen.update,
             gold=seen.gold,
