@@ -706,7 +706,7 @@ def test_the_remainder_of_a_killed_write_is_not_taken_for_a_checkpoint_and_is_re
     assert names(directory) == ["step_000002"]
 
 
-def test_a_disk_without_room_for_two_checkpoints_is_told_before_one_is_written(
+def test_a_disk_without_space_for_two_checkpoints_is_reported_before_one_is_written(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requested = []

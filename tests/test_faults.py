@@ -379,7 +379,7 @@ class Skipping(FakeLearner):
         ), *blobs_of
 
 
-def test_a_skipped_step_is_told_and_its_evidence_kept_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_skipped_step_is_reported_with_its_evidence_and_the_run_goes_on(tmp_path: Path) -> None:
     outcome = fakes(tmp_path, learner=Skipping)
     assert outcome.updates_done == 3
     assert [line["step/skipped"] for line in metrics_of(tmp_path)] == [0, 1, 0]
@@ -495,7 +495,7 @@ def test_a_learner_that_cannot_be_kept_alive_ends_the_run_and_what_was_done_is_k
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
 
 
-def test_a_learner_whose_held_state_is_gone_too_ends_the_run_and_names_the_way_on(
+def test_a_learner_whose_snapshot_is_gone_too_ends_the_run_and_says_how_to_continue(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
     faults = (Fault("learner", "learn", 2, "lose"), Fault("learner", "restore", 1, "lose_blob"))
@@ -863,7 +863,7 @@ def test_an_actor_on_which_an_adapter_changes_nothing_is_refused_before_the_firs
 
 @pytest.mark.parametrize("kind", ["lose", "die_after", "hang"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_an_actor_that_dies_while_it_is_sent_weights_holds_nobody_up(
+def test_an_actor_that_dies_while_weights_are_sent_to_it_delays_no_other(
     tmp_path: Path, undisturbed: Callable[..., Story], lag: int, kind: Any
 ) -> None:
     overrides = (f"train.max_lag={lag}",)
@@ -935,7 +935,7 @@ def test_a_result_that_comes_late_is_used_once_and_its_repetition_is_no_conflict
     assert len(events_of(tmp_path, "actor_lost")) == 1
 
 
-def test_a_repetition_with_other_bytes_is_a_conflict_that_is_told_and_the_first_counts(
+def test_a_repetition_with_other_bytes_is_reported_as_a_conflict_and_the_first_counts(
     tmp_path: Path, undisturbed: Callable[..., Story]
 ) -> None:
     def other(answer: Any) -> Any:
