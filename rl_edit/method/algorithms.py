@@ -1,22 +1,7 @@
-"""An algorithm is a bundle of values in four seams. This is the only file where a paper's name
-selects behaviour.
+"""Algorithms: bundles of values in five seams, and the published ones by name.
 
-=================  ================================  ================  ===============================================
-method             initial noise                     step noise        credit -> objective
-=================  ================================  ================  ===============================================
-RC-GRPO-Editing    strong inside the mask, weak      none              one area-normalised row ->
-NeighborSurrogate
-                   outside, centre kept
-Neighbor GRPO      one spread everywhere             none              one uniform row, quasi-norm
--> NeighborSurrogate Flow-GRPO          shared                            constant          one
-uniform row -> TransitionSurrogate Flow-GRPO-Fast     shared                            random
-window     one uniform row -> TransitionSurrogate MixGRPO            shared
-sliding window    one uniform row, terms summed -> the same DiffusionNFT       independent
-none              one uniform row -> ForwardProcess CoCoEdit           independent
-none              one uniform row -> RegionRegularised(the same) SpatialFlow-GRPO   shared
-constant          a row a region -> TransitionSurrogate Edit-GRPO          shared, or as
-RC-GRPO-Editing     constant or none  edit row + keep row -> either surrogate =================
-================================  ================  ===============================================
+This is the only file where a paper's name selects behaviour. ``rl-edit methods`` prints the bundles
+as a table; ``docs/method.md`` has their equations.
 """
 
 from __future__ import annotations
@@ -49,24 +34,26 @@ from rl_edit.method.regions import MaskedRows, UniformRows
 
 
 class Latest(BaseModel):
-    """Actors run the newest weights."""
+    """Newest weights on the actors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["latest"] = "latest"
 
     def decay(self, update: int) -> float:
-        """Share of the acting weights that an update leaves as it is: nothing."""
+        """Returns the share of the old acting weights that remains after an update: none."""
         return 0.0
 
 
 class Decayed(BaseModel):
-    """Actors run a lagging average: after update n (from 0), ``acting <- decay(n) * acting + (1 -
-    decay(n)) * policy`` with ``decay(n) = min(rate * max(n - start, 0), max_decay)``
-    (DiffusionNFT's "old" policy, arXiv 2509.16117).
+    """Lagging average on the actors (DiffusionNFT's "old" policy, arXiv 2509.16117).
 
-    Published schedules: copying every update (rate 0), ``rate=0.001, max_decay=0.5`` (its default),
-        and
-    ``start=75, rate=0.0075, max_decay=0.999``.
+    After update n, counted from 1:
+    ``acting <- decay(n) * acting + (1 - decay(n)) * policy``
+    ``decay(n) = min(rate * max(n - start, 0), max_decay)``
+
+    Published schedules are ``rate=0`` (copies every update), ``rate=0.001, max_decay=0.5`` (its
+    default) and ``start=75, rate=0.0075, max_decay=0.999``. The release counts optimizer steps;
+    here an update counts once.
 
     Attributes:
         rate: growth of the decay per update. 0.001 is DiffusionNFT's default; 0 copies every
@@ -82,7 +69,8 @@ class Decayed(BaseModel):
     start: int = Field(default=0, ge=0)
 
     def decay(self, update: int) -> float:
-        """Share of the acting weights that an update leaves as it is."""
+        """Returns the share of the old acting weights that remains after an update."""
+        # A small share at first: while training is young, samples should be nearly on-policy.
         return min(self.rate * max(update - self.start, 0), self.max_decay)
 
 
@@ -91,7 +79,9 @@ Acting = Annotated[Latest | Decayed, Field(discriminator="kind")]
 
 
 class Algorithm(BaseModel):
-    """Five values: noise of the start and of the steps, credit, objective, acting weights. The
+    """Bundle of five values that make a method.
+
+    They are the noise of the start and of the steps, credit, objective and acting weights. The
     validated value is the object that runs.
 
     Attributes:
@@ -114,15 +104,43 @@ class Algorithm(BaseModel):
     def check(
         self, *, group_size: int, num_steps: int, multistep: bool, guided: bool = False
     ) -> None:
-        """Raises ValueError, with the remedy, for a rollout this algorithm does not fit."""
+        """Checks that the five values fit the rollout and each other.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        self._require_comparison(group_size)
+        self.step_noise.check(num_steps)
+        # The number of stochastic steps is the same in every update; their place may move.
+        stochastic = int((self.step_noise(0, num_steps) > 0).sum())
+        self._require_consistent_noise(stochastic, multistep)
+        self._require_trainable(
+            Setting(
+                group_size=group_size,
+                num_references=self.initial_noise.num_references,
+                num_steps=num_steps,
+                stochastic=stochastic,
+                multistep=multistep,
+                guided=guided,
+            )
+        )
+        plugin_result(
+            f"algorithm.credit {self.credit.kind!r}: its needed_components",
+            self.credit.needed_components,
+        )
+
+    def _require_comparison(self, group_size: int) -> None:
+        """Requires at least two candidates of a group."""
+        # An advantage is relative to the group's mean, so that of a single candidate is 0.
         if group_size < 2:
             raise ValueError(
                 f"algorithm.credit {self.credit.kind!r} compares candidates, and "
                 f"rollout.group_size is {group_size}: with fewer than 2 "
                 "every advantage is zero. Raise rollout.group_size."
             )
-        self.step_noise.check(num_steps)
-        stochastic = int((self.step_noise(0, num_steps) > 0).sum())
+
+    def _require_consistent_noise(self, stochastic: int, multistep: bool) -> None:
+        """Requires step noise, start noise and solver that fit each other."""
         if stochastic and multistep:
             raise ValueError(
                 "algorithm.step_noise makes stochastic steps, which a multistep rollout solver "
@@ -136,48 +154,39 @@ class Algorithm(BaseModel):
                 "sample of the stochastic step whose density is trained: set background_pull to 0, "
                 "or step_noise to {kind: none}."
             )
+        # Same start and no noise on the way: every candidate would be the same image.
         if not self.initial_noise.spreads and not stochastic:
             raise ValueError(
                 "algorithm.initial_noise has no spread (inside 0, outside 0) and no step is "
                 "stochastic: all candidates would be one. "
                 "Set inside above 0, e.g. 0.3, or give a step_noise."
             )
-        setting = Setting(
-            group_size=group_size,
-            num_references=self.initial_noise.num_references,
-            num_steps=num_steps,
-            stochastic=stochastic,
-            multistep=multistep,
-            guided=guided,
-        )
+
+    def _require_trainable(self, setting: Setting) -> None:
+        """Requires an objective that fits the setting and reads velocities that exist."""
         where = f"algorithm.objective {self.objective.kind!r}"
+        # The objective may be a plugin, so any error of its code is one of the configuration.
         try:
             plugin_result("its check", lambda: self.objective.check(setting))
-            unknown = plugin_result("its policies", lambda: set(self.objective.policies)) - set(
-                get_args(Policy)
-            )
+            policies = plugin_result("its policies", lambda: set(self.objective.policies))
         except ValueError as error:
             raise ValueError(f"{where} {error}") from error
-        if unknown:
+        if unknown := policies - set(get_args(Policy)):
             raise ValueError(
                 f"{where} reads the velocity of {', '.join(sorted(map(str, unknown)))}: there is "
                 f"{' and '.join(get_args(Policy))}"
             )
-        plugin_result(
-            f"algorithm.credit {self.credit.kind!r}: its needed_components",
-            self.credit.needed_components,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A published method as a bundle.
+    """Published method as a bundle, with its source.
 
     Attributes:
         citation: title and identifier of the paper.
-        note: where its values come from, and what of it is our reading.
-        needs_mask: whether the method is another one without the edit region.
-        needs_attention: whether one of its rewards reads the editor's attention.
+        note: sources of its values, and our readings of the paper.
+        needs_mask: True for a method that without the edit region would be another one.
+        needs_attention: True if one of its rewards reads the editor's attention.
     """
 
     algorithm: Algorithm
@@ -187,9 +196,14 @@ class Method:
     needs_attention: bool = False
 
 
+# One noise for all candidates: step noise alone makes them differ.
 _SHARED = Perturbation(inside=0.0, outside=0.0, keep_reference=False)
+# A noise for each candidate, as an ordinary sampler draws them.
 _INDEPENDENT = Perturbation(inside=1.0, outside=1.0, keep_reference=False)
+# RC-GRPO-Editing Eq. 10-11. The spreads are not published.
 _DECOUPLED = Perturbation(inside=0.3, outside=0.02, keep_reference=True)
+# Raw terms over the deviation of all rewards of the update: flow_grpo's global deviation, without
+# the 1e-4 that it adds.
 _BATCH = GroupCredit(normalise="none", deviation="batch", rows=UniformRows(), advantage_clip=5.0)
 
 METHODS = {
@@ -197,11 +211,14 @@ METHODS = {
         algorithm=Algorithm(
             name="rc-grpo",
             initial_noise=_DECOUPLED,
+            # Terms as z-scores over the minibatch; one row by the region-normalised metric
+            # (Eq. B.3).
             credit=GroupCredit(normalise="minibatch", rows=MaskedRows()),
             objective=NeighborSurrogate(num_anchors=4, clip=1e-4),
         ),
         citation="RC-GRPO-Editing, arXiv 2604.09386",
-        note="Spreads, group size and bandwidths are not published; 0.3 inside and clip 1e-4 follow Neighbor GRPO.",
+        note="Spreads, group size and bandwidths are not published; 0.3 inside and clip 1e-4 "
+        "follow Neighbor GRPO.",
         needs_mask=True,
         needs_attention=True,
     ),
@@ -209,13 +226,14 @@ METHODS = {
         algorithm=Algorithm(
             name="neighbor-grpo",
             initial_noise=Perturbation(inside=0.3, outside=0.3, keep_reference=False),
+            # Advantages over a quasi-norm with p = 0.8 instead of a deviation.
             credit=GroupCredit(normalise="group", rows=UniformRows(), quasi_norm=0.8),
             objective=NeighborSurrogate(num_anchors=4, clip=1e-4, temperature=1.0),
         ),
         citation="Neighbor GRPO, arXiv 2511.16955",
-        note="Spread 0.3, quasi-norm p = 0.8, 4 anchors and clip 1e-4 as published; it trains every step but the last "
-        "(objective.num_steps: 4 of 8 is published); distances are means, so that the clip can "
-        "act, with temperature 1.",
+        note="Spread 0.3, quasi-norm p = 0.8, 4 anchors and clip 1e-4 as published; it trains "
+        "every step but the last (objective.num_steps: 4 of 8 is published); distances are means, "
+        "so that the clip can act, with temperature 1.",
     ),
     "flow-grpo": Method(
         algorithm=Algorithm(
@@ -223,41 +241,51 @@ METHODS = {
             initial_noise=_SHARED,
             step_noise=ConstantNoise(level=0.9),
             credit=_BATCH,
+            # 1e-4 suits the exponential of a mean log-density, not of a sum.
             objective=TransitionSurrogate(clip=1e-4),
         ),
         citation="Flow-GRPO, arXiv 2505.05470",
-        note="Level, clip, batch-wide deviation and all steps but the last as in its FLUX.1-Kontext configuration; no KL there.",
+        note="Level, clip, batch-wide deviation and all steps but the last as in its "
+        "FLUX.1-Kontext configuration; no KL there.",
     ),
     "flow-grpo-fast": Method(
         algorithm=Algorithm(
             name="flow-grpo-fast",
             initial_noise=_SHARED,
+            # Steps 0..2 of a rollout of 6 are its noisy half.
             step_noise=NoiseWindow(level=0.8, sde="cps", size=2, schedule="random", stop=3),
             credit=_BATCH,
             objective=TransitionSurrogate(clip=1e-5),
         ),
+        # No paper of its own: a variant of the released code.
         citation="Flow-GRPO-Fast, arXiv 2505.05470 (released code)",
-        note="A short random window in the noisy half, steps elsewhere deterministic; CPS 0.8 and clip 1e-5 as released for FLUX.",
+        note="A short random window in the noisy half, steps elsewhere deterministic; CPS 0.8 and "
+        "clip 1e-5 as released for FLUX.",
     ),
     "mixgrpo": Method(
         algorithm=Algorithm(
             name="mixgrpo",
             initial_noise=_SHARED,
+            # Sliding window: noisy steps are optimised first (MixGRPO's progressive strategy).
             step_noise=NoiseWindow(level=0.7, size=2, schedule="progressive", every=25),
+            # Each term's advantage is standardised in its group, and their sum is not again.
             credit=GroupCredit(
                 normalise="group", deviation="none", rows=UniformRows(), advantage_clip=5.0
             ),
             objective=TransitionSurrogate(clip=1e-4),
         ),
         citation="MixGRPO, arXiv 2507.21802",
-        note="The released window is 4 of 25 steps; 2 suit the few steps of editors. Deviations are the population's.",
+        note="The released window is 4 of 25 steps; 2 suit the few steps of editors. Deviations "
+        "are the population's.",
     ),
     "diffusion-nft": Method(
         algorithm=Algorithm(
             name="diffusion-nft",
             initial_noise=_INDEPENDENT,
             credit=_BATCH,
+            # beta 1 for single rewards; 0.1 is the release's choice for several.
             objective=ForwardProcess(beta=1.0),
+            # The implicit policies are mixed with the acting one, so it may lag.
             acting=Decayed(),
         ),
         citation="DiffusionNFT, arXiv 2509.16117",
@@ -268,11 +296,13 @@ METHODS = {
             name="cocoedit",
             initial_noise=_INDEPENDENT,
             credit=_BATCH,
+            # Around the forward process above, with both hinges.
             objective=RegionRegularised(),
             acting=Decayed(),
         ),
         citation="CoCoEdit, arXiv 2602.14068",
-        note="Weights 0.02 and tolerances of its FLUX.1-Kontext configuration; the edit hinge's reversed sign is corrected.",
+        note="Weights 0.02 and tolerances of its FLUX.1-Kontext configuration; the edit hinge's "
+        "reversed sign is corrected.",
         needs_mask=True,
     ),
     "spatialflow-grpo": Method(
@@ -281,10 +311,12 @@ METHODS = {
             initial_noise=_SHARED,
             step_noise=ConstantNoise(level=0.9),
             credit=RegionCredit(advantage_clip=5.0),
+            # A ratio for each region: the fewer tokens it has, the wider its clip.
             objective=TransitionSurrogate(clip=1e-4, clip_by_area=True),
         ),
         citation="SpatialFlow-GRPO, arXiv 2606.26872",
-        note="Region rewards as published (Eq. 3); the granularity of ratio, clip and region weights is our reconstruction.",
+        note="Region rewards as published (Eq. 3); the granularity of ratio, clip and region "
+        "weights is our reconstruction.",
         needs_mask=True,
     ),
     "edit-grpo": Method(
@@ -292,11 +324,13 @@ METHODS = {
             name="edit-grpo",
             initial_noise=_SHARED,
             step_noise=ConstantNoise(level=0.9),
+            # A border softened over one token leaves no seam between the two areas.
             credit=SplitCredit(soft_border=1, advantage_clip=5.0),
             objective=TransitionSurrogate(clip=1e-4, clip_by_area=True),
         ),
         citation="Edit-GRPO, arXiv 2605.16951",
-        note="Only the abstract is public: edit and keep signals standardised apart over a softened border are our instantiation.",
+        note="Only the abstract is public: edit and keep signals standardised apart over a "
+        "softened border are our instantiation.",
         needs_mask=True,
     ),
     "edit-grpo-neighbor": Method(
@@ -307,9 +341,12 @@ METHODS = {
             objective=NeighborSurrogate(num_anchors=4, clip=1e-4, temperature=1.0),
         ),
         citation="Edit-GRPO, arXiv 2605.16951",
-        note="The same signals over the masked surrogate of deterministic rollouts: a softmax per area.",
+        note="The same signals over the masked surrogate of deterministic rollouts: a softmax per "
+        "area.",
         needs_mask=True,
     ),
 }
-"""Vetted bundles by paper name; ``algorithm.name`` in a config picks one and the other keys adjust
-it."""
+"""Bundles by paper name.
+
+``algorithm.name`` in a config picks one, and the other keys adjust it.
+"""

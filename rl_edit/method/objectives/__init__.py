@@ -1,8 +1,8 @@
-"""Objectives: what to evaluate again under the current weights, and the loss made of it.
+"""Objectives: states to evaluate again under the current weights, and the loss there.
 
 An objective turns a group and its advantages into replay points, and velocities at those points
-into a loss. It reads no weights and runs no model; the learner evaluates exactly the points asked
-for, under exactly the policies asked for.
+into a loss. It reads no weights and runs no model. The learner evaluates exactly the points it
+returns, under exactly the policies it names.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Learning on the forward process: no ratio and no trajectory, only finished samples and what they
-were worth.
+"""Learning on the forward process, from finished samples and their rewards.
 
-DiffusionNFT (arXiv 2509.16117). A finished sample is noised again with fresh noise; the policy is
-pulled towards it and an implicit negative policy away from it, in the proportion of its reward.
+DiffusionNFT (arXiv 2509.16117). There is no ratio and no trajectory. A finished sample is noised
+again with fresh noise. In proportion to its reward the policy is pulled towards it, and an implicit
+negative policy away from it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rl_edit.method.objectives.replay import Policy, ReplayPoint, Setting, Veloc
 from rl_edit.types import Advantages, LossOutput, RolloutGroup
 
 SMALLEST = 1e-5
-"""Least normaliser of the adaptive weight, as released."""
+"""Smallest normaliser of the adaptive weight, as released."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedContext:
-    """Noised samples of one level: where they came from, and how good they are.
+    """Finished samples behind the noised states of one level.
 
     Attributes:
         clean: the finished samples.
@@ -39,24 +39,28 @@ class NoisedContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Implicit:
-    """Clean samples that the two implicit policies predict, ``x_t - t v``."""
+    """Clean predictions ``x_t - t v`` of the two implicit policies."""
 
     positive: Float[Tensor, "batch token channel"]
     negative: Float[Tensor, "batch token channel"]
 
 
 class ForwardProcess(BaseModel):
-    """``L = c mean[ r l+ / beta + (1 - r) l- / beta ] + reference_weight |v - v_ref|^2`` with
-    ``v+ = beta v + (1 - beta) v_old`` and ``v- = (1 + beta) v_old - beta v``; ``r = clip(1/2 + A /
-    2c, 0, 1)``.
+    """Reward-weighted regression of two implicit policies (DiffusionNFT, arXiv 2509.16117).
+
+    ``L = c mean[ r l+ + (1 - r) l- ] / beta + reference_weight |v - v_ref|^2``
+    ``v+ = beta v + (1 - beta) v_old``  and  ``v- = (1 + beta) v_old - beta v``
+    ``r = clip(1/2 + A / 2c, 0, 1)``
 
     ``l`` is the squared error of the predicted clean sample, divided by its own absolute error
-    without gradient (the adaptive weight). With equal weights the sum over both is ``-2 (2r - 1) t
-    e.d + beta t^2 d^2`` up to a constant: advantage-weighted regression plus a pull to the acting
-    policy of strength beta; at the acting weights the gradient does not depend on beta. With
-    several credit rows the errors are pooled per region and each has its own r. ``v_old`` are the
-    acting weights as the update begins, also for groups that older ones made (``train.max_lag``):
-    the samples are regressed on, whoever drew them.
+    without gradient (the adaptive weight). With equal weights the sum over both is
+    ``-2 (2r - 1) t e.d + beta t^2 d^2`` up to a constant: advantage-weighted regression plus a pull
+    to the acting policy of strength beta. At the acting weights the gradient does not depend on
+    beta.
+
+    With several credit rows the errors are pooled per region, and each has its own r. ``v_old`` is
+    the velocity of the acting weights as the update begins. This also holds for groups made by
+    older weights (``train.max_lag``): the loss regresses on samples, whichever weights drew them.
 
     Attributes:
         beta: 1 for single rewards and for editors (CoCoEdit), 0.1 for several rewards.
@@ -85,11 +89,12 @@ class ForwardProcess(BaseModel):
         )
 
     def check(self, setting: Setting) -> None:
-        """Any rollout will do, but of a velocity that can be regressed on its samples.
+        """Accepts every rollout whose velocity can be regressed on its samples.
 
         Raises:
-            ValueError: under true guidance, whose velocity is that of no flow.
+            ValueError: under true guidance, whose velocity belongs to no flow.
         """
+        # A guided velocity extrapolates two flows, so no sample's noise - clean is its target.
         if setting.guided:
             raise ValueError(
                 "regresses the velocity on finished samples, which a guided velocity does not fit: "
@@ -99,7 +104,7 @@ class ForwardProcess(BaseModel):
     def trained_steps(
         self, levels: Float[Tensor, " step"], generator: torch.Generator
     ) -> tuple[int, ...]:
-        """The last step alone: it ends in the finished sample."""
+        """Returns the last step, because it ends in the finished sample."""
         return (len(levels) - 1,)
 
     def replay(
@@ -111,36 +116,42 @@ class ForwardProcess(BaseModel):
         generator: torch.Generator,
         states_per_forward: int | None = None,
     ) -> list[ReplayPoint]:
-        """Every candidate, noised anew at each drawn level of the grid."""
+        """Noises every candidate anew at each drawn level of the grid."""
+        # trained_steps stored the last step only, which ends in the finished samples.
         clean = group.next_latents[:, -1]
-        everyone = torch.arange(len(clean))
+        candidates = torch.arange(len(clean))
+        # r = clip(1/2 + A / 2c, 0, 1): an advantage of c is surely good, one of -c surely bad.
         optimality = (0.5 + advantages.values / (2 * self.cut)).clamp(0, 1)
         # Every level above 0 may be drawn; as released, one of them is left out at random.
         levels = range(len(group.schedule) - 1)
         steps = draw(levels, self.num_times or len(levels) - 1, generator)
         points = []
         for step in steps:
-            noised = flow.interpolate(
-                clean, torch.randn(clean.shape, generator=generator).to(clean), group.schedule[step]
-            )
-            for part in parts(everyone, states_per_forward):
+            # Noise of the full group before it is cut: states_per_forward must not change it.
+            noise = torch.randn(clean.shape, generator=generator).to(clean)
+            noised = flow.interpolate(clean, noise, group.schedule[step])
+            for part in parts(candidates, states_per_forward):
                 points.append(
+                    # Weights of all points of a group sum to 1.
                     ReplayPoint(
                         latents=noised[part],
                         sigma=group.schedule[step].expand(len(part)),
                         context=NoisedContext(
                             clean=clean[part], optimality=optimality[part], advantages=advantages
                         ),
-                        weight=len(part) / len(everyone) / len(steps),
+                        weight=len(part) / len(candidates) / len(steps),
                     )
                 )
         return points
 
     def implicit(self, point: ReplayPoint, velocities: Velocities) -> Implicit:
-        """What the implicit positive and negative policies predict at a point."""
+        """Predicts clean samples under the implicit positive and negative policies."""
         old, new = velocities.of("acting"), velocities.policy
+        # v+ moves beta of the way from the acting policy to the trained one, v- as far the other
+        # way: v+ + v- = 2 v_old.
         positive = self.beta * new + (1 - self.beta) * old
         negative = (1 + self.beta) * old - self.beta * new
+        # x_t - t v, the clean end of the straight path through x_t.
         sigma = point.sigma[:, None, None]
         return Implicit(
             positive=flow.clean_from_velocity(point.latents, positive, sigma),
@@ -148,13 +159,12 @@ class ForwardProcess(BaseModel):
         )
 
     def loss(self, point: ReplayPoint, velocities: Velocities) -> LossOutput:
-        """Loss at one noise level, mean over candidates."""
+        """Computes the loss at one noise level, mean over candidates."""
         context: NoisedContext = point.context
         predicted, r = self.implicit(point, velocities), context.optimality
-        towards, away = (
-            self._error(predicted.positive, context),
-            self._error(predicted.negative, context),
-        )
+        towards = self._error(predicted.positive, context)
+        away = self._error(predicted.negative, context)
+        # c [ r l+ + (1 - r) l- ] / beta: c undoes the 1 / 2c inside r, and beta the scale of v+-.
         per_region = ((r * towards + (1 - r) * away) / self.beta).mean(dim=0)
         loss = self.cut * (per_region * context.advantages.weights).sum()
         metrics = {
@@ -166,16 +176,20 @@ class ForwardProcess(BaseModel):
             .mean(),
         }
         if self.reference_weight > 0:
+            # |v - v_ref|^2: the KL of the release, in velocities.
             distance = (velocities.policy - velocities.of("reference")).square().mean()
             loss = loss + self.reference_weight * distance
             metrics["kl/reference"] = distance.detach()
         return LossOutput(loss=loss, metrics=metrics)
 
     def _error(self, predicted: Tensor, context: NoisedContext) -> Float[Tensor, "batch region"]:
+        """Pools ``l`` of the predicted clean samples by region."""
         rows = context.advantages.regions
+        # mean (a - b)^2 over channels, pooled over tokens by each region's row.
         squared = torch.einsum("bl,rl->br", (predicted - context.clean).square().mean(dim=-1), rows)
         if not self.adaptive:
             return squared
+        # The adaptive weight: no gradient flows through it, and float64 is the release's own.
         with torch.no_grad():
             size = torch.einsum(
                 "bl,rl->br",

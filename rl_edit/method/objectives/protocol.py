@@ -1,4 +1,4 @@
-"""The objectives that stand by themselves; wrappers add a term to one of them."""
+"""The contract of an objective, and the plain objectives that wrappers may add a term to."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from rl_edit.types import Advantages, LossOutput, RolloutGroup
 
 @runtime_checkable
 class ObjectiveProtocol(Protocol):
-    """What an objective does. A class of yours that does it, named ``module:Class`` as ``kind``, is
-    one."""
+    """Contract of an objective.
+
+    A class of yours that fulfils it can be named as ``kind: module:Class``.
+    """
 
     @property
     def kind(self) -> str: ...
 
     @property
     def policies(self) -> frozenset[Policy]:
-        """Weights besides the current ones whose velocities the loss reads; the learner evaluates
-        exactly those."""
+        """Names the weights, besides the current ones, whose velocities the loss reads.
+
+        The learner evaluates exactly those.
+        """
 
     def check(self, setting: Setting) -> None:
         """Raises ValueError, with the remedy, for a run this objective does not fit."""
@@ -36,7 +40,7 @@ class ObjectiveProtocol(Protocol):
     def trained_steps(
         self, levels: Float[Tensor, " step"], generator: torch.Generator
     ) -> tuple[int, ...]:
-        """Rollout steps to keep, ascending, given the SDE level of each."""
+        """Chooses the rollout steps to store, ascending, given the SDE level of each."""
 
     def replay(
         self,
@@ -47,12 +51,17 @@ class ObjectiveProtocol(Protocol):
         generator: torch.Generator,
         states_per_forward: int | None = None,
     ) -> list[ReplayPoint]:
-        """Where to evaluate a group again, at most ``states_per_forward`` states a point."""
+        """Returns the states of a group to evaluate again.
+
+        A point has at most ``states_per_forward`` states; None is no limit. The weights of a
+        group's points sum to 1.
+        """
 
     def loss(self, point: ReplayPoint, velocities: Velocities) -> LossOutput:
-        """The loss of one point; gradient only through the policy's velocity."""
+        """Computes the loss of one point; gradient only through the policy's velocity."""
 
 
+# A wrapper is none of them: wrappers do not nest.
 PlainObjective = Annotated[
     NeighborSurrogate | TransitionSurrogate | ForwardProcess,
     Field(discriminator="kind"),

@@ -1,10 +1,9 @@
-"""CoCoEdit's region regularisers around the forward-process objective (arXiv 2602.14068): keep what
-should stay, change what should not.
+"""CoCoEdit's region regularisers around the forward-process objective (arXiv 2602.14068).
 
-Two hinges on the clean samples that the implicit policies predict: the kept region may not leave a
-reference by more than a tolerance, the edit region must leave the source by at least one. The
-released code and the paper differ, and both reverse the second hinge (it is put on the negative
-policy, which moves against the trained one); ``variant`` names which is meant.
+They are two hinges on predicted clean samples. The background may not leave a reference by more
+than a tolerance. The edit region must leave the source by at least another. The released code and
+the paper differ, and both reverse the second hinge: they put it on the negative policy, which moves
+against the trained one. ``variant`` chooses between them and the corrected form.
 """
 
 from __future__ import annotations
@@ -24,16 +23,18 @@ from rl_edit.method.objectives.wrapper import WrappedContext, Wrapper
 from rl_edit.types import LossOutput
 
 RING_WEIGHT = 0.2
-"""Of tokens that erosion took from either region, as released."""
+"""Weight of the tokens that erosion took from either region, as released."""
 
 
 class RegionRegularised(Wrapper):
-    """``L = NFT + mean(r keep_weight relu(d_keep - keep_tolerance)) + mean((1 - r) edit_weight
-    relu(edit_tolerance - d_edit))``.
+    """Forward process plus two region hinges (CoCoEdit, arXiv 2602.14068).
 
-    ``d(a, b; W) = sum W (a - b)^2 / sum W`` over tokens, mean over channels; W is 1 in the eroded
-    region, 0.2 in the ring that erosion leaves, 0 elsewhere. r is the mean of the forward process's
-    optimality over its regions. Weight 0 is the wrapped objective.
+    ``L = NFT + mean(r keep_weight relu(d_keep - keep_tolerance))``
+    ``        + mean((1 - r) edit_weight relu(edit_tolerance - d_edit))``
+    ``d(a, b; W) = sum W (a - b)^2 / sum W``  over tokens, mean over channels
+
+    W is 1 in the eroded region, 0.2 in the ring that erosion leaves, 0 elsewhere. r is the mean of
+    the forward process's optimality over its regions. Weight 0 is the wrapped objective.
 
     ===========  =====================================  ========================================
     variant      d_keep compares the kept region of     d_edit compares the edit region of
@@ -69,20 +70,26 @@ class RegionRegularised(Wrapper):
         return self.inner
 
     def loss(self, point: ReplayPoint, velocities: Velocities) -> LossOutput:
-        """The wrapped loss and the two hinges at the same states."""
+        """Computes the wrapped loss and the two hinges at the same states."""
         context: WrappedContext = point.context
         noised: NoisedContext = context.inner.context
         inner = self.inner.loss(context.inner, velocities)
         predicted, source = self.inner.implicit(context.inner, velocities), context.source
-        own = flow.clean_from_velocity(point.latents, velocities.policy, point.sigma[:, None, None])
-        kept, edited = self.weights(context)
-        keep = _distance(
-            predicted.positive, noised.clean if self.variant == "release" else source, kept
+        trained = flow.clean_from_velocity(
+            point.latents, velocities.policy, point.sigma[:, None, None]
         )
-        edit = _distance(own if self.variant == "fixed" else predicted.negative, source, edited)
+        # The table of variants in the class docstring, row by row.
+        background, edited = self.weights(context)
+        target = noised.clean if self.variant == "release" else source
+        changed = trained if self.variant == "fixed" else predicted.negative
+        keep = _distance(predicted.positive, target, background)
+        edit = _distance(changed, source, edited)
+        # One r per candidate: a hinge is one number per image, and credit may have several rows.
         r = noised.optimality.mean(dim=1)
-        too_far = (keep - self.keep_tolerance).clamp(min=0) * bool(kept.any())
+        # Hinges. An empty region has distance 0, which the second one would take for no edit.
+        too_far = (keep - self.keep_tolerance).clamp(min=0) * bool(background.any())
         too_near = (self.edit_tolerance - edit).clamp(min=0) * bool(edited.any())
+        # Good samples (r near 1) hold the background, bad ones (1 - r) are driven off the source.
         loss = (
             inner.loss
             + self.keep_weight * (r * too_far).mean()
@@ -97,22 +104,27 @@ class RegionRegularised(Wrapper):
     def weights(
         self, context: WrappedContext
     ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
-        """W of the kept and of the edit region. The eroded regions and the ring between them are
-        disjoint."""
+        """Computes W of the background and of the edit region.
+
+        The eroded regions and the ring between them are disjoint.
+        """
         edit, keep = (
             regions.eroded(mask, self.erosion) for mask in (context.edited, ~context.edited)
         )
+        # Tokens within the erosion's radius of the mask's border, on either side.
         ring = RING_WEIGHT * (~(edit | keep)).float()
-        # A region too small to erode has no inside: its ring alone would speak for the other one
-        # too.
+        # A region too small to erode has no core. Its ring is shared with the other region, so it
+        # gets no weight at all.
         weights = [(core.float() + ring).clamp(0, 1) * bool(core.any()) for core in (keep, edit)]
         return weights[0].flatten(), weights[1].flatten()
 
 
 def _distance(
-    found: Float[Tensor, "batch token channel"],
-    wanted: Float[Tensor, "*shape"],
+    predicted: Float[Tensor, "batch token channel"],
+    target: Float[Tensor, "*shape"],
     weights: Float[Tensor, " token"],
 ) -> Float[Tensor, " batch"]:
-    squared = (found - wanted).square().mean(dim=-1)
+    """Computes ``d(a, b; W) = sum W (a - b)^2 / sum W``, mean over channels."""
+    # An empty W pools to 0: the clamp keeps the division finite.
+    squared = (predicted - target).square().mean(dim=-1)
     return torch.einsum("bl,l->b", squared, (weights / weights.sum().clamp(min=1e-6)).to(squared))

@@ -1,5 +1,4 @@
-"""The records between an objective and the learner: states to evaluate again, and what was found
-there."""
+"""Records between an objective and the learner: states to evaluate again, and velocities there."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Policy = Literal["reference", "acting"]
-"""Weights, besides the trained ones, whose velocity a loss may read: the base editor's, or those
-the actors run."""
+"""Weights besides the trained ones: the base editor's ("reference"), or those the actors run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class ReplayPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Velocities:
-    """Velocities at a point's states.
+    """Velocities at the states of a point.
 
     Attributes:
         policy: under the current weights; the only one that takes a gradient.
@@ -46,17 +44,18 @@ class Velocities:
     acting: Float[Tensor, "batch token channel"] | None = None
 
     def of(self, policy: Policy) -> Float[Tensor, "batch token channel"]:
-        """The velocity under other weights, which the objective has asked for."""
-        found = self.reference if policy == "reference" else self.acting
-        assert found is not None, (
+        """Returns the velocity under other weights, which the objective has to name."""
+        velocity = self.reference if policy == "reference" else self.acting
+        # Only the learner makes this record, so a missing velocity is our fault, not the user's.
+        assert velocity is not None, (
             f"the learner evaluates {policy!r} for objectives that name it in policies"
         )
-        return found
+        return velocity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What an objective must fit, known when the config is read.
+    """Facts of a run that an objective must fit, known when the config is read.
 
     Attributes:
         group_size: candidates of a group; ``num_references`` of them are unperturbed.
@@ -75,14 +74,14 @@ class Setting:
 
 
 def parts(indices: Tensor, states_per_forward: int | None) -> tuple[Tensor, ...]:
-    """Indices of states in batches of at most ``states_per_forward``; None is one batch."""
+    """Splits indices into batches of at most ``states_per_forward``; None is one batch."""
     batches: tuple[Tensor, ...] = indices.split(states_per_forward or len(indices))
     return batches
 
 
 def draw(indices: range, number: int | None, generator: torch.Generator) -> tuple[int, ...]:
-    """``number`` of the indices without replacement, ascending; all when None or no more than
-    that."""
+    """Draws ``number`` indices without replacement, ascending; all of them when None or too few."""
+    # Where all are taken the generator does not advance: later draws keep their values.
     if number is None or number >= len(indices):
         return tuple(indices)
     return tuple(
@@ -93,7 +92,8 @@ def draw(indices: range, number: int | None, generator: torch.Generator) -> tupl
 
 
 def ratio_metrics(ratio: Tensor, gain: Tensor, clipped: Tensor) -> dict[str, Tensor]:
-    """What to log about policy ratios, clipped or not, and the advantages they multiply."""
+    """Measures policy ratios and their clipping."""
+    # The clip acts where it lowers min(rho A, clip(rho) A).
     with torch.no_grad():
         return {
             "ratio/mean": ratio.mean(),

@@ -1,5 +1,4 @@
-"""What every wrapper shares: it adds a term to a plain objective's loss at that objective's own
-points."""
+"""Wrappers: a plain objective plus a term of the loss at the same points."""
 
 from __future__ import annotations
 
@@ -18,11 +17,12 @@ from rl_edit.types import Advantages, RolloutGroup
 
 @dataclass(frozen=True, kw_only=True)
 class WrappedContext:
-    """The wrapped objective's point, and what the added term looks at.
+    """The wrapped objective's point, and the inputs of the added term.
 
     Attributes:
-        source: clean latents of the picture to edit.
-        edited: the edit region's tokens.
+        inner: the point as the wrapped objective made it, with its own context.
+        source: clean latents of the image to edit.
+        edited: True on the tokens of the edit region.
     """
 
     inner: ReplayPoint
@@ -31,7 +31,10 @@ class WrappedContext:
 
 
 class Wrapper(BaseModel, ABC):
-    """A plain objective with one more term; everything but the loss is the wrapped one's."""
+    """A plain objective plus one term.
+
+    Everything but the loss comes from the wrapped objective.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -45,6 +48,7 @@ class Wrapper(BaseModel, ABC):
         return self.wrapped.policies
 
     def check(self, setting: Setting) -> None:
+        # The error has to name the setting that the user wrote, which is below ``inner``.
         try:
             self.wrapped.check(setting)
         except ValueError as error:
@@ -64,6 +68,7 @@ class Wrapper(BaseModel, ABC):
         generator: torch.Generator,
         states_per_forward: int | None = None,
     ) -> list[ReplayPoint]:
+        """Returns the wrapped objective's points, with the source and the edit region."""
         points = self.wrapped.replay(
             group,
             advantages,
@@ -71,7 +76,9 @@ class Wrapper(BaseModel, ABC):
             generator=generator,
             states_per_forward=states_per_forward,
         )
+        # The points stay the wrapped objective's own, so the added term costs no further state.
         source, edited = group.conditioning.source_latents, group.areas.any(dim=0)
+        # The inner context stays reachable: the wrapped loss reads it from the inner point.
         return [
             replace(point, context=WrappedContext(inner=point, source=source, edited=edited))
             for point in points
