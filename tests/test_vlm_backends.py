@@ -564,7 +564,7 @@ def test_the_upstream_package_is_not_asked_what_it_cannot_do() -> None:
     with pytest.raises(InputError, match="always samples with"):
         asked(Upstream(backbone="qwen3vl", path="m"), question())
     upstream = Sampling(temperature=0.7, top_p=0.9, top_k=20, max_tokens=512)
-    with pytest.raises(InputError, match="shows 3 pictures"):
+    with pytest.raises(InputError, match="shows 3 images"):
         asked(
             Upstream(backbone="qwen3vl", path="m"),
             question(sampling=upstream, images=(picture(),) * 3),

@@ -97,9 +97,9 @@ def entropy(images: Images, source: Source, keep: Keep) -> PerCandidate:
 def spectrum(images: Images, source: Source, keep: Keep) -> PerCandidate:
     """Computes the amplitude of the strongest wave in the background's change of luma.
 
-    The mean change is taken out, since it is :func:`brightness`, and the edit counts as unchanged. A
-    grid, as patches and decoders leave it, gathers in one peak what noise of the same size spreads
-    over all of them.
+    The mean change is taken out, since it is :func:`brightness`, and the edit counts as unchanged.
+    A grid, as patches and decoders leave it, gathers in one peak what noise of the same size
+    spreads over all of them.
     """
     change = luma(images) - luma(source)
     change = torch.where(keep, change - change[:, keep].mean(dim=1)[:, None, None], 0.0)

@@ -22,7 +22,7 @@ class Interval:
 
     Attributes:
         mean: over all values.
-        low, high: ends of the interval; -inf and inf for n = 1, where nothing is known about the spread.
+        low, high: ends of the interval; -inf and inf for n = 1, where the spread is unknown.
         n: independent units behind it: values, or clusters where values were grouped.
     """
 
@@ -58,8 +58,8 @@ def bootstrap(
         raise InputError(f"level({level}) of an interval must lie between 0 and 1; 0.95 is usual.")
     if resamples < 100:
         raise InputError(
-            f"resamples({resamples}) is too few for the ends of an interval. Use at least 100; 2000 "
-            "is usual."
+            f"resamples({resamples}) is too few for the ends of an interval. Use at least 100; "
+            "2000 is usual."
         )
     sums, counts = _clustered(sample, groups)
     n = len(sums)
@@ -127,6 +127,7 @@ def _clustered(
             f"groups has {len(groups)} entries for {len(sample)} values. Give each value its unit."
         )
     unit_of = {unit: row for row, unit in enumerate(dict.fromkeys(groups))}
+    # Units in order of first appearance, so that a seed repeats whatever the units are called.
     rows = np.array([unit_of[unit] for unit in groups])
     return np.bincount(rows, weights=sample).astype(np.float64), np.bincount(rows).astype(
         np.float64

@@ -101,7 +101,8 @@ def unit_range(image: Tensor) -> Tensor:
     if image.is_floating_point():
         return image.to(torch.float64)
     raise InputError(
-        f"An image of type {image.dtype} has no known range. Pass uint8 in 0..255 or floating point in 0..1."
+        f"An image of type {image.dtype} has no known range. Pass uint8 in 0..255 or floating "
+        "point in 0..1."
     )
 
 

@@ -41,6 +41,7 @@ def reward_metrics(
         return metrics
     for index, name in enumerate(valid_tables[0].names):
         metrics |= _described(f"reward/{name}", [t.values[:, index] for t in valid_tables])
+    # Raw and weighted as configured; credit rules scale terms before they add them.
     totals = [table.values @ torch.tensor(table.weights) for table in valid_tables]
     metrics |= _described("reward/total", totals)
     columns = [_columns(table) for table in valid_tables]

@@ -45,6 +45,7 @@ def status_shares(tables: Sequence[RewardTable]) -> dict[str, float]:
         total = sum(
             counts[f"{name}.{status}"] for status in ("ok", "invalid", "timeout", "refused")
         )
+        # A term without a cache has no such shares, rather than shares of 0.
         cached = any(f"{name}.cached" in table.counts for table in tables)
         for status in (
             "invalid",
@@ -71,7 +72,8 @@ def variance_shares(tables: Sequence[RewardTable], *, normalise: Normalisation) 
     raw = [table.values[:, deciding].double().T for table in tables]
     weights = torch.tensor([tables[0].weights[index] for index in deciding], dtype=torch.float64)
     parts = [weights[:, None] * terms for terms in normalised(raw, normalise)]
-    # cov(part, total) of centred values. Mean over candidates, so that a large group counts like a small one.
+    # cov(part, total) of centred values. Mean over candidates, so that a large group counts like a
+    # small one.
     shared = torch.stack([(part * part.sum(dim=0)).mean(dim=1) for part in parts]).sum(dim=0)
     total = float(shared.sum())
     return (
@@ -93,6 +95,7 @@ def normalised(
     """
     if kind == "group":
         return [standardise(terms) for terms in groups]
+    # "none" leaves terms in their own units.
     scale = torch.ones(len(groups[0]), 1, dtype=torch.float64)
     if kind == "minibatch":
         scale = (

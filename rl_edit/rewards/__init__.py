@@ -60,6 +60,7 @@ def available(
             f"No reward is left for this data ({reasons or 'none is configured'}), so there is "
             "nothing to learn from. Add one, such as preservation."
         )
+    # What is only measured gives no advantage: the run would train nothing and end well.
     if all(term.weight == 0 for term in usable):
         names = ", ".join(term.name for term in usable)
         raise InputError(

@@ -22,7 +22,8 @@ _SQUARE = 512
 class ClipSimilarity(RewardTerm):
     """Compares the bounding box of the edit mask with a caption or with the target.
 
-    * ``caption`` (LC-T): ``max(100 cos(crop, caption), 0)``, 0..100; the mean over captions separated by "|".
+    * ``caption`` (LC-T): ``max(100 cos(crop, caption), 0)``, 0..100; the mean over captions
+      separated by "|".
     * ``target`` (LC-I): ``cos(crop, the target's crop)``, -1..1.
 
     Attributes:
@@ -66,8 +67,8 @@ class ClipSimilarity(RewardTerm):
         task = candidates.task
         if not isinstance(task, PairedTask):
             raise InputError(
-                f"Task {task.task_id!r} has neither target nor caption, and CLIP compares with one. "
-                "Use data with them."
+                f"Task {task.task_id!r} has neither target nor caption, and CLIP compares with "
+                "one. Use data with them."
             )
         model = clip.loaded(self.model, self.device)
         crops = model.image_vectors(
@@ -85,6 +86,8 @@ class ClipSimilarity(RewardTerm):
                 )
                 return (Score(value=None, reason=reason),) * len(candidates.images)
             cosines = crops @ model.text_vectors(captions).T
+            # CLIPScore (arXiv 2104.08718) per caption, then the mean: a caption that does not fit
+            # counts 0 and not below.
             values = (100 * cosines).clamp(0, 100).mean(dim=1)
         rows = zip(values.tolist(), cosines.mean(dim=1).tolist(), strict=True)
         return tuple(Score(value=value, components={"cosine": cosine}) for value, cosine in rows)
@@ -102,10 +105,11 @@ class ClipSimilarity(RewardTerm):
         rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
         if len(rows) <= short or len(columns) <= short:
             raise InputError(
-                "The box of the edit mask has no area left after CompBench's crop: there is nothing "
-                "to compare. Use 'crop: exact'."
+                "The box of the edit mask has no area left after CompBench's crop: there is "
+                "nothing to compare. Use 'crop: exact'."
             )
-        # Its script takes the last row and column, which belong to the box, as the end that does not.
+        # CompBench's script takes the last row and column, which belong to the box, as the end that
+        # does not.
         return image[rows[0] : rows[-1] + 1 - short, columns[0] : columns[-1] + 1 - short]
 
 

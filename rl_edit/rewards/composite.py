@@ -60,6 +60,7 @@ class Composite(RewardTerm):
         return self.of.remote
 
     def fingerprint(self) -> dict[str, Any]:
+        # The wrapped term's weight, cache and name do not change the score.
         return {"kind": self.kind, "of": self.of.fingerprint()}
 
     def reseeded(self) -> Self:

@@ -15,8 +15,9 @@ class Concentration(RewardTerm):
 
     RC-GRPO-Editing (arXiv 2604.09386), Eq. 16-18. With m(n) the text-to-image attention mass on
     target token n, M the edit region and N all tokens:
-    ``ACD = (1/|M|) sum_{n in M} m(n) / ((1/N) sum_n m(n))``. 1 is diffuse, N/|M| is all mass inside.
-    It is measured under the behaviour weights during the rollout; no gradient passes through it.
+    ``ACD = (1/|M|) sum_{n in M} m(n) / ((1/N) sum_n m(n))``. 1 is diffuse, N/|M| is all mass
+    inside. It is measured under the behaviour weights during the rollout; no gradient passes
+    through it.
 
     Attributes:
         normalisation: the range of ACD grows with N/|M|, so under batch-wide normalisation tasks
@@ -48,8 +49,8 @@ class Concentration(RewardTerm):
         num_tokens, num_inside = inside.numel(), int(inside.sum())
         if not 0 < num_inside < num_tokens:
             reason = (
-                f"the edit region covers {num_inside} of {num_tokens} tokens, where concentration is "
-                "undefined"
+                f"the edit region covers {num_inside} of {num_tokens} tokens, where concentration "
+                "is undefined"
             )
             return (Score(value=None, reason=reason),) * len(candidates.images)
         # ACD with all mass inside: (1/|M|) / (1/N).

@@ -38,7 +38,7 @@ class PythonReward(RewardTerm):
     requires: frozenset[Literal["target", "caption", "regions"]] = frozenset()
     needs_attention: bool = False
 
-    # Only its user knows; ``rl-edit audit-reward --expects`` tells.
+    # Only its user knows; ``rl-edit audit-reward --expects`` declares it.
     responds_to: ClassVar[Sides | None] = None
 
     @field_validator("function")
@@ -51,8 +51,8 @@ class PythonReward(RewardTerm):
     def _range_is_ordered(self) -> PythonReward:
         if math.isnan(self.low) or math.isnan(self.high) or self.low >= self.high:
             raise InputError(
-                f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could be "
-                "valid. Set low < high."
+                f"Reward {self.name!r} declares the range {self.low}..{self.high}: no value could "
+                "be valid. Set low < high."
             )
         return self
 
@@ -75,7 +75,8 @@ def _scored(function: str, value: object) -> Score:
         return value
     if value is not None and not isinstance(value, str | bytes):
         try:
-            return Score(value=float(value))  # type: ignore[arg-type]  # what has no float() is refused below
+            # A value without float() is refused below.
+            return Score(value=float(value))  # type: ignore[arg-type]  # any object may come
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
     return Score(value=None, reason=f"{function} returned {_shown(value)}, which is not a number")

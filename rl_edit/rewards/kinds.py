@@ -12,6 +12,7 @@ from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.vlm.editscore import EditScore
 from rl_edit.rewards.vlm.region_judge import RegionJudge
 
+# The list to add a kind to. Its order is that of the settings page and changes nothing else.
 Term = (
     ShapesJudge
     | Preservation

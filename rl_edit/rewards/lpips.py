@@ -53,8 +53,8 @@ class Lpips(RewardTerm):
     def _is_a_file(cls, weights: str) -> str:
         if not weights.endswith(".safetensors") or not Path(weights).is_file():
             raise InputError(
-                f"weights({weights!r}) of LPIPS is no safetensors file here, so there is no network "
-                f"to compare with. Make one where the lpips package is installed: {CONVERT}"
+                f"weights({weights!r}) of LPIPS is no safetensors file here, so there is no "
+                f"network to compare with. Make one where the lpips package is installed: {CONVERT}"
             )
         return weights
 

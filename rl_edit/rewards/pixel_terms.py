@@ -48,6 +48,7 @@ class Psnr(RewardTerm):
         """Components: ``saturated`` and ``keep_fraction``; zero-filled values depend on it."""
         task = candidates.task
         values = pixels.psnr(candidates.images, task.source, ~task.edit_mask, self.convention)
+        # Rounding may leave the exact lower bound by its last bit.
         return _scores(values.clamp_min(self.low), self.ceiling_db, ~task.edit_mask)
 
 
@@ -87,6 +88,7 @@ def _scores(values: Tensor, ceiling: float, keep: Tensor) -> tuple[Score, ...]:
     fraction = float(pixels.keep_fraction(keep))
     return tuple(
         Score(
+            # Clipped here and not refused as out of range: reaching the ceiling is no fault.
             value=min(value, ceiling),
             components={"saturated": float(value >= ceiling), "keep_fraction": fraction},
         )

@@ -26,8 +26,8 @@ class Preservation(RewardTerm):
     mixture is CoCoEdit's with free weights; :class:`Similarity` has those of the paper and of the
     release.
 
-    The PSNR part saturates: above ``ceiling_db`` it is 1 whatever the background does, and only SSIM
-    still distinguishes candidates. Raise the ceiling for editors whose background is better.
+    The PSNR part saturates: above ``ceiling_db`` it is 1 whatever the background does, and only
+    SSIM still distinguishes candidates. Raise the ceiling for editors whose background is better.
 
     Attributes:
         ceiling_db: PSNR that gets the full score.
@@ -93,6 +93,7 @@ class Similarity(RewardTerm):
         psnr = pixels.psnr(
             candidates.images, task.source, ~task.edit_mask, "cocoedit" if released else "masked"
         )
+        # Only the release computes both parts in its own way.
         if released:
             ssim = released_ssim(candidates.images, task.source, ~task.edit_mask)
         else:
@@ -160,6 +161,7 @@ def _mixed(
     ssim_weight: float,
 ) -> tuple[Score, ...]:
     """Clips both parts to 0..1 and mixes them; components stay as measured."""
+    # SSIM may be negative; the mixture must stay in 0..1.
     values = (1 - ssim_weight) * (psnr / ceiling_db).clamp(0, 1) + ssim_weight * ssim.clamp(0, 1)
     rows = zip(values.clamp(0, 1).tolist(), psnr.tolist(), ssim.tolist(), strict=True)
     return tuple(

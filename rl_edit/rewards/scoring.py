@@ -11,10 +11,12 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rl_edit.errors import InputError
 from rl_edit.rewards.cache import ScoreCache
@@ -38,36 +40,23 @@ def score_candidates(
     require_distinct_names(terms)
     started = time.perf_counter()
     checked = {term.name: _scores_of(term, candidates) for term in terms}
-    values = torch.tensor(
-        [[_number(score.value) for score in scored.scores] for scored in checked.values()],
-        dtype=torch.float32,
-    ).reshape(len(terms), len(candidates.images))
-    values = values.T.contiguous()
-    reasons = [s.reason for scored in checked.values() for s in scored.scores if s.value is None]
-    repeats = {
-        term.name: difference
-        for term in terms
-        if (difference := _repeated(term, candidates, checked[term.name], group_id)) is not None
-    }
+    repeats = {term.name: _repeated(term, candidates, checked, group_id) for term in terms}
+    components = {name: _components(scored.scores) for name, scored in checked.items()}
+    regions = {name: _regions(scored.scores) for name, scored in checked.items()}
+    values = _values(checked.values(), num_candidates=len(candidates.images))
+    missing = [s.reason for scored in checked.values() for s in scored.scores if s.value is None]
     return RewardTable(
         group_id=group_id,
-        names=tuple(term.name for term in terms),
+        names=tuple(checked),
         weights=tuple(term.weight for term in terms),
         values=values,
         valid=~values.isnan(),
-        reasons=tuple(dict.fromkeys(reasons)),
+        # Without repeats, in the order of the terms.
+        reasons=tuple(dict.fromkeys(missing)),
         out_of_contract=any(scored.out_of_contract for scored in checked.values()),
-        components={
-            name: columns
-            for name, scored in checked.items()
-            if (columns := _components(scored.scores))
-        },
-        regions={
-            name: regions
-            for name, scored in checked.items()
-            if (regions := _regions(scored.scores)) is not None
-        },
-        repeats=repeats,
+        components={name: columns for name, columns in components.items() if columns},
+        regions={name: table for name, table in regions.items() if table is not None},
+        repeats={name: column for name, column in repeats.items() if column is not None},
         seconds=time.perf_counter() - started,
         counts={
             f"{name}.{status}": number
@@ -87,7 +76,7 @@ def require_distinct_names(terms: Sequence[RewardTerm]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise InputError(
-            f"Two rewards are called {repeated[0]!r}, so their values could not be told apart. "
+            f"Two rewards are called {repeated[0]!r}, so nothing could separate their values. "
             "Give one of them another 'name'."
         )
 
@@ -126,6 +115,7 @@ def _scores_of(term: RewardTerm, candidates: Candidates) -> _CheckedScores:
                 status="timeout" if isinstance(error, TimeoutError) else "invalid",
             ),
         )
+        # The error concerns the call, so no candidate has a score.
         number = len(candidates.images)
         return _CheckedScores(
             scores=(failed,) * number, out_of_contract=wrong_count, counts={failed.status: number}
@@ -188,8 +178,18 @@ def _checked_score(term: RewardTerm, score: Score) -> Score:
 def _refused(term: RewardTerm, score: Score) -> Score:
     """Removes number, components and regions, and names the term in the reason."""
     text = " ".join(f"{term.name}: {score.reason or 'gave no value and no reason'}".split())
+    # Reasons go into events and error messages, one line each.
     short = text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
     return Score(value=None, reason=short, status=score.status)
+
+
+def _values(
+    checked: Iterable[_CheckedScores], *, num_candidates: int
+) -> Float[Tensor, "group reward"]:
+    columns = [[_number(score.value) for score in scored.scores] for scored in checked]
+    rows = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), num_candidates)
+    # Contiguous, so that a product with the weights has the same bits as after the wire.
+    return rows.T.contiguous()
 
 
 def _components(scores: Sequence[Score]) -> dict[str, PerCandidate]:
@@ -213,7 +213,10 @@ def _regions(scores: Sequence[Score]) -> RegionTable | None:
 
 
 def _repeated(
-    term: RewardTerm, candidates: Candidates, first: _CheckedScores, group_id: str
+    term: RewardTerm,
+    candidates: Candidates,
+    checked: Mapping[str, _CheckedScores],
+    group_id: str,
 ) -> PerCandidate | None:
     """Scores one candidate a second time, and subtracts its first score.
 
@@ -227,7 +230,7 @@ def _repeated(
     # A cached score would repeat itself and hide the noise.
     other = term.reseeded().model_copy(update={"cache": None})
     second = _scores_of(other, _rows(candidates, [repeated_row])).scores[0]
-    difference = _number(second.value) - _number(first.scores[repeated_row].value)
+    difference = _number(second.value) - _number(checked[term.name].scores[repeated_row].value)
     return tuple(
         difference if row == repeated_row else math.nan for row in range(len(candidates.images))
     )

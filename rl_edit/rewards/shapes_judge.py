@@ -1,7 +1,7 @@
-"""A programmatic judge for tasks whose exact result is known: EditScore's composition without a language model.
+"""Scores edits whose exact result is known, as EditScore would, without a language model.
 
-It sees only the source, the result and the target, no scene description, so it works for any paired task. It is a
-pixel judge: what it calls "followed" is agreement with this one target, not with every picture that would do.
+It reads source, result and target and no scene description, so it works for any paired task. It
+compares pixels: "followed" means agreement with this one target, not with every correct image.
 """
 
 from __future__ import annotations
@@ -23,24 +23,28 @@ from rl_edit.rewards.vlm.editscore import overall
 from rl_edit.scores import RegionScores
 from rl_edit.types import Candidates, PairedTask, RegionsTask, Score
 
-# Where each quality falls to half marks. In units of an RMS error with peak 1: 10^(-25/20) is 25 dB.
+# Errors at which each quality falls to half of the scale, in units of an RMS error with peak 1:
+# 10^(-25/20) is 25 dB.
 _HALF_BACKGROUND = 10 ** (-25 / 20)
 _HALF_TEXTURE = 10 ** (-25 / 20)
 _HALF_ARTEFACTS = 0.12
-# At 2.5 a reconstruction at 34 dB keeps 9.3 of 10 points while 25 dB keeps 5: mild loss is forgiven, not ignored.
+# At 2.5 a reconstruction at 34 dB keeps 9.3 of 10 points while 25 dB keeps 5: mild loss costs
+# little, but it costs.
 _FALL = 2.5
 
-# Missing detail is counted at half the weight of added noise: autoencoders soften every picture they touch.
+# Missing detail is counted at half the weight of added noise: autoencoders soften every image.
 _DEFICIT = 0.5
 _CHANGED = 8 / 255
-# A place with less than this share of the largest place's change is a speck of a hand-drawn mask, not a place.
+# A place with less than this share of the largest place's change is a speck of a hand-drawn mask.
 _SPECK = 0.02
-# RMS response of the 4-neighbour Laplacian to unit white noise; dividing by it gives noise-equivalent units.
+# RMS response of the 4-neighbour Laplacian to unit white noise, sqrt(4^2 + 4 * 1^2). Dividing by it
+# gives noise-equivalent units.
 _LAPLACIAN_GAIN = math.sqrt(20.0)
 # Sub-scores of the coarse variant are integers of EditScore's scale.
 _COARSE_STEPS = 25
 
-# Scales are those of a 64-pixel picture and grow with the picture: a shift of one pixel in 64 is eight in 512.
+# Scales are those of an image of 64 pixels and grow with it: a shift of one pixel in 64 is eight in
+# 512.
 _REFERENCE_SIZE = 64
 _ALIGNMENT_SIGMA = 0.8
 _ENERGY_SIGMA = 1.5
@@ -48,25 +52,30 @@ _BLOTCH_SIGMA = 2.0
 
 
 class ShapesJudge(RewardTerm):
-    """``sqrt(min(SC) * min(PQ))`` in 0..10; the exact target scores 10 and an untouched source 0.
+    """Scores ``sqrt(min(SC) * min(PQ))`` in 0..10.
+
+    The exact target scores 10 and an untouched source 0.
 
     SC, semantic consistency:
 
-    * ``instruction``: progress ``1 - |edit - target| / |source - target|`` (L1, slightly blurred) over the pixels
-      that truly change, clipped to 0..1; the mean over separate regions.
-    * ``not_over_edited``: a logistic in background PSNR against the source: 5 at 25 dB, 9.3 at 34 dB, never flat.
+    * ``instruction``: progress ``1 - |edit - target| / |source - target|`` (L1, slightly blurred)
+      over the pixels that truly change, clipped to 0..1; the mean over separate regions.
+    * ``not_over_edited``: a logistic in background PSNR against the source: 5 at 25 dB, 9.3 at
+      34 dB, never flat.
 
     PQ, perceptual quality, inside the mask:
 
-    * ``clean``: local high-frequency energy (Laplacian) against the target's; noise costs more than softness.
-    * ``artefacts``: seams, edges across the mask's border that the target does not have, and blotches, smooth
-      deviations where the mask allowed a change and the target has none.
+    * ``clean``: local high-frequency energy (Laplacian) against the target's; noise costs more than
+      softness.
+    * ``artefacts``: seams, edges across the mask's border that the target does not have, and
+      blotches, smooth deviations where the mask allowed a change and the target has none.
 
-    All four are continuous, so slightly different edits get different scores; where no progress was made at all
+    All four are continuous, so slightly different edits get different scores. Without any progress
     the score is 0. A target that differs from the source outside the mask scores below 10 itself.
 
     Attributes:
-        coarse: round each sub-score to 26 levels, as a language-model judge answers, to study coarse rewards.
+        coarse: round each sub-score to 26 levels, as a language-model judge answers, to study
+            coarse rewards.
     """
 
     kind: Literal["shapes_judge"] = "shapes_judge"
@@ -80,22 +89,30 @@ class ShapesJudge(RewardTerm):
     gives_regions: ClassVar[bool] = True
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
-        """Components, each 0..10: ``instruction, not_over_edited, clean, artefacts, SC, PQ``; and, 0..1 as the region judge's,
-        ``region.N`` of every region (its progress) and ``background`` (``not_over_edited``): phi of SpatialFlow-GRPO's Eq. 3 without
-        its factor for the whole picture, by which damage anywhere would speak for every region."""
+        """Components, each 0..10: ``instruction, not_over_edited, clean, artefacts, SC, PQ``.
+
+        Regions, 0..1 as the region judge's: the progress of every region, and ``not_over_edited``
+        for the background. This is phi of SpatialFlow-GRPO's Eq. 3 without its factor for the
+        complete image, by which damage anywhere would lower every region.
+        """
         task = candidates.task
         if not isinstance(task, PairedTask):
             raise InputError(
-                f"Task {task.task_id!r} has no target, and this judge compares with it. Use data with targets."
+                f"Task {task.task_id!r} has no target, and this judge compares with it. Use data "
+                "with targets."
             )
         scene = _Scene.of(task)
         edits = unit_range(candidates.images)
         if edits.shape[1:] != scene.source.shape:
             raise InputError(
-                f"Candidates of size {tuple(edits.shape[1:3])} cannot be compared with a source of size {scene.mask.shape}."
+                f"Candidates of size {tuple(edits.shape[1:3])} cannot be compared with a source of "
+                f"size {scene.mask.shape}."
             )
         if not bool(scene.changed.any()):
-            reason = f"the target of task {task.task_id!r} equals its source inside the mask, so progress is undefined"
+            reason = (
+                f"the target of task {task.task_id!r} equals its source inside the mask, so "
+                "progress is undefined"
+            )
             return (Score(value=None, reason=reason),) * len(edits)
         instruction, by_region = _instruction(edits, scene)
         parts = {
@@ -131,13 +148,13 @@ def _composed(parts: dict[str, float], by_region: list[float]) -> Score:
 
 @dataclass(frozen=True, kw_only=True)
 class _Scene:
-    """A task in the judge's units, and where its target differs from its source.
+    """A task in the judge's units, with the difference between target and source.
 
     Attributes:
         changed: pixels inside the mask that truly differ.
         places: the separate region each pixel of the mask belongs to, from 1; 0 outside.
         known: how many regions the task lists one by one; 0 when places were found by connectivity.
-        unit: picture size relative to the one the scales are given for.
+        unit: image size relative to the one the scales are meant for.
     """
 
     source: Float[Tensor, "height width 3"]
@@ -169,23 +186,28 @@ class _Scene:
 def _instruction(
     edits: Float[Tensor, "group height width 3"], scene: _Scene
 ) -> tuple[Float[Tensor, " group"], Float[Tensor, "group region"]]:
-    """Progress, the mean over places, and that of each known region; a region in which nothing was asked has all of it."""
+    """Computes progress as the mean over places, and for each known region.
+
+    A region in which nothing was to change has full progress.
+    """
     sigma = _ALIGNMENT_SIGMA * scene.unit
-    source, target, seen = (
+    source, target, edited = (
         _blurred(scene.source, sigma),
         _blurred(scene.target, sigma),
         _blurred(edits, sigma),
     )
-    remaining = (seen - target).abs().mean(dim=-1)
-    asked = (source - target).abs().mean(dim=-1)
-    # Summed by place rather than masked one by one: a photograph's mask may fall into thousands of specks.
+    remaining = (edited - target).abs().mean(dim=-1)
+    requested = (source - target).abs().mean(dim=-1)
+    # Summed by place rather than masked one by one: a photograph's mask may fall into thousands of
+    # specks.
     place, num_places = scene.places[scene.changed], max(int(scene.places.max()), scene.known) + 1
-    asked_of = asked.new_zeros(num_places).index_add(0, place, asked[scene.changed])
-    remaining_of = asked.new_zeros(len(edits), num_places).index_add(
+    requested_of = requested.new_zeros(num_places).index_add(0, place, requested[scene.changed])
+    remaining_of = requested.new_zeros(len(edits), num_places).index_add(
         1, place, remaining[:, scene.changed]
     )
-    counted = asked_of > _SPECK * asked_of.max()
-    progress = 10 * (1 - remaining_of / asked_of).clamp(0, 1)
+    counted = requested_of > _SPECK * requested_of.max()
+    # 1 - |edit - target| / |source - target|, on 0..10.
+    progress = 10 * (1 - remaining_of / requested_of).clamp(0, 1)
     mean = progress[:, counted].mean(dim=-1)
     return mean, torch.where(counted, progress, 10.0)[:, 1:] if scene.known else mean[:, None]
 
@@ -193,21 +215,25 @@ def _instruction(
 def _not_over_edited(
     edits: Float[Tensor, "group height width 3"], scene: _Scene
 ) -> Float[Tensor, " group"]:
+    # RMS error of the background; equals 10^(-PSNR / 20).
     squared = (edits - scene.source).square().mean(dim=-1)
     return _falling(squared[:, ~scene.mask].mean(dim=-1).sqrt(), _HALF_BACKGROUND)
 
 
 def _clean(edits: Float[Tensor, "group height width 3"], scene: _Scene) -> Float[Tensor, " group"]:
     sigma = _ENERGY_SIGMA * scene.unit
-    seen, wanted = _fine_detail(edits, sigma), _fine_detail(scene.target, sigma)
-    excess = (seen - wanted).clamp_min(0) + _DEFICIT * (wanted - seen).clamp_min(0)
+    detail, expected = _fine_detail(edits, sigma), _fine_detail(scene.target, sigma)
+    excess = (detail - expected).clamp_min(0) + _DEFICIT * (expected - detail).clamp_min(0)
     return _falling(excess[:, scene.mask].mean(dim=-1), _HALF_TEXTURE)
 
 
 def _fine_detail(
     image: Float[Tensor, "*group height width 3"], sigma: float
 ) -> Float[Tensor, "*group height width"]:
-    """Local RMS of the Laplacian, in noise-equivalent units. Pooled, so it does not ask where a detail lies exactly."""
+    """Computes the local RMS of the Laplacian, in noise-equivalent units.
+
+    It is pooled, so the exact place of a detail does not count.
+    """
     padded = F.pad(image.movedim(-1, -3), (1, 1, 1, 1), mode="replicate")
     centre = padded[..., 1:-1, 1:-1]
     neighbours = (
@@ -217,7 +243,8 @@ def _fine_detail(
         + padded[..., 1:-1, 2:]
     )
     energy = (neighbours - 4 * centre).square().mean(dim=-3)
-    # The square root is infinitely steep at 0: rounding below it would otherwise show as a difference of 1e-9.
+    # The square root is infinitely steep at 0: rounding below it would otherwise show as a
+    # difference of 1e-9.
     return _blurred(energy[..., None], sigma)[..., 0].clamp_min(0).sqrt() / _LAPLACIAN_GAIN
 
 
@@ -228,13 +255,16 @@ def _artefacts(
 
 
 def _seam(edits: Float[Tensor, "group height width 3"], scene: _Scene) -> Float[Tensor, " group"]:
-    """Mean step across the mask's border beyond the target's, over neighbouring pixels on its two sides."""
+    """Computes the mean step across the mask's border beyond the target's.
+
+    It is taken over neighbouring pixels on the two sides.
+    """
     excess, pairs = torch.zeros(len(edits), dtype=edits.dtype, device=edits.device), 0
     for dim in (0, 1):
         crossing = scene.mask.diff(dim=dim)
         step = edits.diff(dim=dim + 1).abs().mean(dim=-1)[:, crossing]
-        wanted = scene.target.diff(dim=dim).abs().mean(dim=-1)[crossing]
-        excess = excess + (step - wanted).clamp_min(0).sum(dim=-1)
+        expected = scene.target.diff(dim=dim).abs().mean(dim=-1)[crossing]
+        excess = excess + (step - expected).clamp_min(0).sum(dim=-1)
         pairs += int(crossing.sum())
     return excess / max(pairs, 1)
 
@@ -242,13 +272,13 @@ def _seam(edits: Float[Tensor, "group height width 3"], scene: _Scene) -> Float[
 def _blotches(
     edits: Float[Tensor, "group height width 3"], scene: _Scene
 ) -> Float[Tensor, " group"]:
-    """RMS of the smooth part of the deviation from the target where the mask allowed a change nobody asked for."""
+    """Computes the RMS of smooth deviations where a change was allowed and not requested."""
     spare = scene.mask & ~scene.changed
     if not bool(spare.any()):
         return torch.zeros(len(edits), dtype=edits.dtype, device=edits.device)
     weight = spare.to(edits.dtype)[..., None]
     sigma = _BLOTCH_SIGMA * scene.unit
-    # Averaged over spare pixels only: an error of the object itself is the instruction's business.
+    # Averaged over spare pixels only: an error of the object itself counts under ``instruction``.
     smooth = _blurred((edits - scene.target) * weight, sigma) / _blurred(weight, sigma).clamp_min(
         1e-6
     )
@@ -256,7 +286,10 @@ def _blotches(
 
 
 def _falling(error: Float[Tensor, " group"], half: float) -> Float[Tensor, " group"]:
-    """10 without error, 5 at ``half``, strictly falling: ``10 / (1 + (error / half)^2.5)``."""
+    """Maps an error to a score, 10 without error and 5 at ``half``.
+
+    ``10 / (1 + (error / half)^2.5)``, strictly falling.
+    """
     return 10 / (1 + (error / half) ** _FALL)
 
 

@@ -36,7 +36,7 @@ OPERATIONAL = frozenset(
 _OTHER_SEED = 1_000_003
 
 Sides = Literal["inside", "outside", "both"]
-"""Where corruption of an image must lower a score: inside the edit mask, outside, or on both sides."""
+"""Where corruption of an image must lower a score: inside the edit mask, outside, or both."""
 
 
 class RewardTerm(BaseModel, ABC):
@@ -48,7 +48,7 @@ class RewardTerm(BaseModel, ABC):
             kind: Literal["my_rewards:Sharpness"] = "my_rewards:Sharpness"
             responds_to: ClassVar[Sides] = "inside"
 
-    ``responds_to`` is None where no audit of images can know it. ``reads_instruction`` tells whether
+    ``responds_to`` is None where no audit of images can know it. ``reads_instruction`` is True when
     the same image must score lower under another instruction; None derives it from the rest.
 
     Besides these, every term has four attributes, fixed by its class or settable where that makes
@@ -78,6 +78,7 @@ class RewardTerm(BaseModel, ABC):
     )
 
     responds_to: ClassVar[Sides | None]
+    # ClassVars are no settings: they stay out of configurations and fingerprints.
     reads_instruction: ClassVar[bool | None] = None
     gives_regions: ClassVar[bool] = False
 
@@ -86,6 +87,7 @@ class RewardTerm(BaseModel, ABC):
     weight: float = 1.0
     when: Literal["always", "if_available"] = "always"
     cache: Path | None = None
+    # Two scores of one candidate cost a request, so the noise is sampled and not always measured.
     repeat_every: int = Field(default=0, ge=0)
 
     if TYPE_CHECKING:
@@ -106,8 +108,8 @@ class RewardTerm(BaseModel, ABC):
         if not inspect.isabstract(cls) and not hasattr(cls, "responds_to"):
             raise TypeError(
                 f"Reward {cls.__name__!r} does not declare what it responds to, so no audit could "
-                "tell a good score from a bad one. Add 'responds_to: ClassVar[Sides] = \"inside\"' "
-                '(or "outside", "both"; None if only its user knows).'
+                "separate a good score from a bad one. Add 'responds_to: ClassVar[Sides] = "
+                '"inside"\' (or "outside", "both"; None if only its user knows).'
             )
 
     @model_validator(mode="before")
@@ -131,7 +133,7 @@ class RewardTerm(BaseModel, ABC):
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether small values are good.
+        """True when small values are good.
 
         The reward table then holds the negated value. ``low`` and ``high`` bound the value itself.
         """
@@ -146,7 +148,7 @@ class RewardTerm(BaseModel, ABC):
 
     @property
     def remote(self) -> bool:
-        """Whether scoring waits for another machine, and so occupies no device of this run."""
+        """True when scoring waits for another machine and occupies no device of this run."""
         return False
 
     def fingerprint(self) -> dict[str, Any]:
@@ -155,12 +157,14 @@ class RewardTerm(BaseModel, ABC):
         These are the settings without names, weights and places, and of a class of the user's the
         source of its module; imports of that are not followed.
         """
+        # Names, weights and places may change without changing a score.
         settings = _without(self.model_dump(mode="json"), OPERATIONAL | {"name", "weight", "when"})
         module_name, colon, _ = self.kind.partition(":")
         return {**settings, "source": source_sha256(module_name)} if colon else settings
 
     def sha256(self) -> str:
         """Hashes what the term's share in the reward follows from: its scores and its weight."""
+        # Sorted keys, so that the order of settings is no difference.
         content = _under_first_names({**self.fingerprint(), "weight": self.weight})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -52,7 +52,8 @@ class Clip:
     ) -> Float[Tensor, "image feature"]:
         """Encodes images as unit vectors.
 
-        The shorter edge is resized to the model's input (bicubic); the model sees the middle square.
+        The shorter edge is resized to the model's input (bicubic); the model sees the middle
+        square.
         """
         edge = self._model.config.vision_config.image_size
         pixels = torch.stack([pixel_values(image, edge) for image in images])
@@ -61,6 +62,7 @@ class Clip:
     @torch.no_grad()
     def text_vectors(self, texts: Sequence[str]) -> Float[Tensor, "text feature"]:
         """Encodes texts as unit vectors. A text is cut to the model's length."""
+        # Longer texts fail in the model's position embeddings.
         longest = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
@@ -83,8 +85,10 @@ def pixel_values(image: UInt8[Tensor, "height width 3"], edge: int) -> Float[Ten
     """Prepares an image as CLIP's own processor does; the library's one needs torchvision."""
     height, width = image.shape[:2]
     short = min(height, width)
+    # Truncated, as the processor does: rounding would shift the crop by a pixel.
     size = (int(edge * width / short), int(edge * height / short))
     resized = Image.fromarray(image.cpu().numpy()).resize(size, Image.Resampling.BICUBIC)
+    # The middle square.
     left, top = (size[0] - edge) // 2, (size[1] - edge) // 2
     pixels = (
         torch.from_numpy(np.array(resized.crop((left, top, left + edge, top + edge)))).float() / 255

@@ -116,6 +116,7 @@ def network(weights: str) -> PerceptualDistance:
             f"The LPIPS weights {weights!r} cannot be read ({error}). Make them again: {CONVERT}"
         ) from error
     net = PerceptualDistance()
+    # The package's file holds the same tensors under longer names.
     named = {_ours(name): tensor.float() for name, tensor in stored.items()}
     expected = net.state_dict()
     wrong = sorted(
@@ -134,6 +135,7 @@ def network(weights: str) -> PerceptualDistance:
             "below 0. Use version 0.1."
         )
     net.load_state_dict({name: named[name] for name in expected})
+    # No gradient: a reward is a number.
     return net.eval().requires_grad_(False)
 
 

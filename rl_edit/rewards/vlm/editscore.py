@@ -57,10 +57,12 @@ class EditScore(JudgeReward):
         both = self.pq_images == "both"
         if self.prompt == "upstream":
             consistency, quality = upstream_prompts(self.score_range)
+            # Not str.format: an instruction may contain braces.
             consistency = consistency.replace("<instruction>", task.instruction)
         else:
             consistency = consistency_question(task.instruction, self.score_range)
             quality = quality_question(self.score_range, both=both)
+        # Both questions have answers of one form, which the package's prompts ask for in words.
         schema = pair_schema(self.score_range)
         return (
             JudgeQuestion(

@@ -132,6 +132,7 @@ def _numbers(value: Any, schema: dict[str, Any], name: str) -> Iterator[float]:
     else:
         low, high = schema["minimum"], schema["maximum"]
         if (
+            # A bool is an int in Python.
             isinstance(value, bool)
             or not isinstance(value, int | float)
             or not low <= value <= high
@@ -145,10 +146,12 @@ def _numeric(keys: dict[str, Any], properties: dict[str, Any]) -> list[str]:
 
 
 def _strict_json(text: str) -> Any:
+    # Python's JSON accepts NaN and Infinity, which are no scores.
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number")
 
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        # Python's JSON keeps the last of two equal keys, so the score would depend on their order.
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key stands twice")
         return dict(pairs)
@@ -157,5 +160,6 @@ def _strict_json(text: str) -> Any:
 
 
 def _unfenced(text: str) -> str:
+    # Only around the complete text: a fence within prose would be a guess.
     fenced = re.fullmatch(r"```[^\n]*\n(.*)```", text, re.DOTALL)
     return fenced[1].strip() if fenced else text

@@ -58,6 +58,7 @@ class RegionJudge(JudgeReward):
     ) -> tuple[JudgeQuestion, ...]:
         regions = areas_of(task)
         boxes = [box_of(region) for region in regions]
+        # Two images a region, in the order of the region's number, which the prompt relies on.
         if self.show == "cropped":
             cut = [_margin(box, task.edit_mask.shape) for box in boxes]
             more = tuple(
@@ -176,6 +177,7 @@ def box_of(region: Bool[Tensor, "height width"]) -> tuple[int, int, int, int]:
 def _margin(box: tuple[int, int, int, int], size: Sequence[int]) -> tuple[int, int, int, int]:
     left, top, right, bottom = box
     by = math.ceil(_CROP_MARGIN * max(right - left, bottom - top))
+    # A box at the border keeps the margin on its other sides.
     return max(left - by, 0), max(top - by, 0), min(right + by, size[1]), min(bottom + by, size[0])
 
 
@@ -201,6 +203,7 @@ def _marked(
         colour = _COLOURS[(number - 1) % len(_COLOURS)]
         # Beyond the image is outside the area: an outline runs along the image's border too.
         outside = F.pad(1 - area.float(), (width,) * 4, value=1.0)
+        # The ring of pixels in the area that have a pixel outside within ``width``.
         edge = area & F.max_pool2d(outside[None], 2 * width + 1, stride=1)[0].bool()
         draw.bitmap((0, 0), Image.fromarray(edge.cpu().numpy().astype(np.uint8) * 255), fill=colour)
         corner = (left + width + 1, top + width)

@@ -1,4 +1,4 @@
-"""Judges: how a vision-language model is asked. What it is asked, and what its answer is worth, is the rewards' business."""
+"""Ways to reach a vision-language model. Questions and scores are the task of the rewards."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The ``editscore`` package itself, where it is installed: its prompts word for word, and its models as a transport, for parity.
+"""Uses the installed ``editscore`` package for parity: its prompts, and its models as a transport.
 
-Its composition of scores is not used: where an answer cannot be read it makes one up.
+Its composition of scores is not used, since it invents a score where an answer cannot be read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from rl_edit.errors import InputError
 from rl_edit.rewards.vlm.backends.transport import Question, Reply, Sampling
 
+# The package's models are not safe for two threads.
 _BUSY = threading.Lock()
+# The package fixes these.
 _TOP_P, _TOP_K, _MAX_TOKENS = 0.9, 20, 512
 _MAX_IMAGES = 2
 
@@ -44,29 +46,35 @@ class Upstream(BaseModel):
     offers_logprobs: ClassVar[bool] = False
 
     async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
-        return await asyncio.to_thread(self._answers, questions)
+        return await asyncio.to_thread(self._ask_all, questions)
 
-    def _answers(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
+    def _ask_all(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
         with _BUSY:
             return tuple(self._answer(question) for question in questions)
 
     def _answer(self, question: Question) -> Reply:
         sampling = question.sampling
         if sampling != Sampling(
-            temperature=sampling.temperature, top_p=_TOP_P, top_k=_TOP_K, max_tokens=_MAX_TOKENS
+            temperature=sampling.temperature,
+            # The package fixes these.
+            top_p=_TOP_P,
+            top_k=_TOP_K,
+            max_tokens=_MAX_TOKENS,
         ):
             raise InputError(
-                f"The editscore package always samples with top_p {_TOP_P}, top_k {_TOP_K} and max_tokens {_MAX_TOKENS}, got "
-                f"{sampling.top_p}, {sampling.top_k} and {sampling.max_tokens}. Leave them at these values or use another transport."
+                f"The editscore package always samples with top_p {_TOP_P}, top_k {_TOP_K} and "
+                f"max_tokens {_MAX_TOKENS}, got {sampling.top_p}, {sampling.top_k} and "
+                f"{sampling.max_tokens}. Leave them at these values or use another transport."
             )
         if len(question.images) > _MAX_IMAGES:
             raise InputError(
-                f"A question shows {len(question.images)} pictures and the editscore package takes {_MAX_IMAGES}. Use another transport."
+                f"A question shows {len(question.images)} images and the editscore package takes "
+                f"{_MAX_IMAGES}. Use another transport."
             )
         model = _model(self, sampling.temperature)
         began = time.perf_counter()
-        pictures = [Image.fromarray(image.cpu().numpy()) for image in question.images]
-        text = model.inference(model.prepare_input(pictures, question.prompt), seed=question.seed)
+        images = [Image.fromarray(image.cpu().numpy()) for image in question.images]
+        text = model.inference(model.prepare_input(images, question.prompt), seed=question.seed)
         return Reply(text=text, seconds=time.perf_counter() - began)
 
 
@@ -88,7 +96,10 @@ def _model(config: Upstream, temperature: float) -> Any:
 
 @cache
 def upstream_prompts(score_range: int) -> tuple[str, str]:
-    """The package's two questions: consistency, with ``<instruction>`` where the instruction goes, and quality."""
+    """Returns the package's questions about consistency and about quality.
+
+    The first has ``<instruction>`` in the place of the instruction.
+    """
     judge = _package().EditScore(backbone="", score_range=score_range)
     return judge.SC_prompt, judge.PQ_prompt
 
@@ -99,9 +110,11 @@ def _package() -> Any:
         import editscore
     except ImportError as error:
         raise InputError(
-            f"The package editscore cannot be imported here ({error}), and its prompts and models are not copied here. Install it "
-            "(pip install --no-deps editscore json-repair; its own models want qwen-vl-utils and torchvision too), or use 'prompt: ours'."
+            f"The package editscore cannot be imported here ({error}), and its prompts and models "
+            "are not copied here. Install it (pip install --no-deps editscore json-repair; its own "
+            "models want qwen-vl-utils and torchvision too), or use 'prompt: ours'."
         ) from error
     finally:
-        sys.path[:] = before  # the package puts a directory of its own in front on import
+        # On import the package puts a directory of its own in front.
+        sys.path[:] = before
     return editscore

@@ -1,4 +1,4 @@
-"""A judge's LoRA merged into its base: one checkpoint that any server loads."""
+"""Merges a judge's LoRA into its base: one checkpoint that any server loads."""
 
 from __future__ import annotations
 
@@ -23,22 +23,28 @@ _WEIGHTS = (
 
 
 def merge_judge(base: str, lora: str, out: Path, *, say: Callable[[str], None]) -> None:
-    """Writes ``base`` with ``lora`` added to its weights to ``out``, with the base's tokenizer and processor files.
+    """Writes ``base`` with ``lora`` added to its weights to ``out``.
 
-    ``out`` appears whole or not at all. ``say`` is told what is being done.
+    The base's tokenizer and processor files are copied. ``out`` appears completely or not at all.
+
+    Args:
+        say: receives a line per step.
 
     Raises:
         InputError: when ``out`` exists, a part is missing, or the LoRA does not fit the base.
     """
     if out.exists():
         raise InputError(
-            f"{out} exists, and a checkpoint that is in use must not change. Give another directory or remove it."
+            f"{out} exists, and a checkpoint that is in use must not change. Give another "
+            "directory or remove it."
         )
+    # Both are found before anything is loaded, which takes minutes.
     say(f"Finding {base} and {lora}")
     base_dir, lora_dir = _directory(base, missing="config.json"), _directory(lora, missing=ADAPTER)
     with new_directory(out) as unfinished:
         _write_merged(base_dir, lora_dir, unfinished, say=say)
         for file in sorted(base_dir.iterdir()):
+            # Weights are new; all other files of the base are needed to load it.
             if (
                 file.is_file()
                 and not (unfinished / file.name).exists()
@@ -62,12 +68,14 @@ def _write_merged(base: Path, lora: Path, out: Path, *, say: Callable[[str], Non
         raise InputError(
             f"The LoRA in {lora} does not fit {base}: {error}. Give the base it was trained on."
         ) from error
-    # PEFT passes over tensors whose names it does not find in the model, and what is merged then is not the judge.
+    # PEFT passes over tensors whose names it does not find in the model, and the merged model would
+    # not be the judge.
     left_out = sorted(set(load_file(lora / ADAPTER)) ^ set(get_peft_model_state_dict(adapted)))
     if left_out:
         raise InputError(
-            f"{len(left_out)} tensors of the LoRA in {lora} do not match {base} (the first is {left_out[0]}), so the merged model would "
-            "not be the judge. Give the base it was trained on."
+            f"{len(left_out)} tensors of the LoRA in {lora} do not match {base} (the first is "
+            f"{left_out[0]}), so the merged model would not be the judge. Give the base it was "
+            "trained on."
         )
     merged = adapted.merge_and_unload()
     say(f"Writing to {out.parent}")
@@ -75,7 +83,7 @@ def _write_merged(base: Path, lora: Path, out: Path, *, say: Callable[[str], Non
 
 
 def _directory(name: str, *, missing: str) -> Path:
-    """A local directory, or the hub's, that holds ``missing``."""
+    """Finds a directory with the file ``missing``, here or on the hub."""
     path = Path(name)
     if not path.is_dir():
         from huggingface_hub import snapshot_download
@@ -91,7 +99,8 @@ def _directory(name: str, *, missing: str) -> Path:
             )
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise InputError(
-                f"{name} is no directory here and cannot be had from the hub ({shortened(str(error))}). Give a directory or a hub name."
+                f"{name} is no directory here and cannot be had from the hub "
+                f"({shortened(str(error))}). Give a directory or a hub name."
             ) from error
     if not (path / missing).is_file():
         raise InputError(

@@ -1,4 +1,7 @@
-"""A judge behind an OpenAI-compatible endpoint, such as ``vllm serve``. Requests go to the configured address and nowhere else."""
+"""A judge behind an OpenAI-compatible endpoint, such as ``vllm serve``.
+
+Requests go to the configured address and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,19 @@ from rl_edit.rewards.vlm.backends.transport import TOP_LOGPROBS, Question, Reply
 
 
 class OpenAI(BaseModel):
-    """Pictures travel as lossless PNG, before the words.
+    """Sends questions over HTTP, images as lossless PNG before the text.
 
     Attributes:
         base_url: up to and without ``/chat/completions``, e.g. ``http://127.0.0.1:8000/v1``.
         model: as the endpoint names it.
-        family: how pictures are announced; "auto" goes by the model's name. EditScore-7B, -32B and -72B are Qwen2.5-VL.
-        api_key_env, api_key_file: environment variable or file with the key. The key itself never enters a config or a log.
+        family: how images are marked; "auto" goes by the model's name. EditScore-7B, -32B and -72B
+            are Qwen2.5-VL.
+        api_key_env, api_key_file: environment variable or file with the key. The key itself never
+            enters a config or a log.
         json_schema: have the endpoint constrain the answer's form.
         timeout_s: of one request.
-        concurrency: requests in flight from one scoring call, which has one for each candidate, question and pass. Below their number
-            a group takes several times the judge's latency.
+        concurrency: requests in flight from one scoring call, which has one for each candidate,
+            question and pass. Below their number a group takes several times the judge's latency.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -56,10 +61,12 @@ class OpenAI(BaseModel):
     @field_validator("base_url")
     @classmethod
     def _is_an_endpoint(cls, base_url: str) -> str:
+        # Checked at validation: the address goes into config.yaml and every log.
         parts = urlsplit(base_url)
         if parts.username or parts.password or parts.query:
             raise InputError(
-                "base_url carries a user, a password or a query, which would be written to every log. Use api_key_env or api_key_file."
+                "base_url carries a user, a password or a query, which would be written to every "
+                "log. Use api_key_env or api_key_file."
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(
@@ -73,7 +80,8 @@ class OpenAI(BaseModel):
         if name is not None and not name.isidentifier():
             # Not repeated: whoever puts a key here should not find it in the log as well.
             raise InputError(
-                "api_key_env is not the name of an environment variable. Put the key into a variable and give its name."
+                "api_key_env is not the name of an environment variable. Put the key into a "
+                "variable and give its name."
             )
         return name
 
@@ -81,12 +89,13 @@ class OpenAI(BaseModel):
     def _one_key(self) -> OpenAI:
         if self.api_key_env is not None and self.api_key_file is not None:
             raise InputError(
-                "api_key_env and api_key_file are both set, so which key is sent would be a guess. Keep one."
+                "api_key_env and api_key_file are both set, so which key is sent would be a guess. "
+                "Keep one."
             )
         return self
 
     async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
-        """All questions at once, as many in flight as ``concurrency`` says."""
+        """Sends all questions, at most ``concurrency`` of them at a time."""
         key = self._key()
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         timeout = aiohttp.ClientTimeout(total=self.timeout_s)
@@ -100,14 +109,14 @@ class OpenAI(BaseModel):
         async def one(question: Question) -> Reply:
             async with slots:
                 began = time.perf_counter()
-                reply = await self._post(
+                reply = await self._send(
                     session,
                     self._body(question, [urls[id(image)] for image in question.images]),
                     key,
                 )
                 return replace(reply, seconds=time.perf_counter() - began)
 
-        # The semaphore is the one limit on requests in flight; the connector must not queue behind it.
+        # The semaphore is the one limit on requests in flight: the connector must not queue.
         async with aiohttp.ClientSession(
             headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
         ) as session:
@@ -122,6 +131,7 @@ class OpenAI(BaseModel):
             )
         elif self.api_key_file is not None:
             path = Path(self.api_key_file)
+            # Read at every call: a key may be renewed while a run goes on.
             key = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
             where, remedy = (
                 f"The key file {path} is missing or empty here",
@@ -137,8 +147,8 @@ class OpenAI(BaseModel):
         family = family_named(self.model) if self.family == "auto" else self.family
         content: list[dict[str, Any]] = []
         for number, url in enumerate(urls, start=1):
-            if announced := mark(family, number):
-                content.append({"type": "text", "text": announced})
+            if image_mark := mark(family, number):
+                content.append({"type": "text", "text": image_mark})
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": question.prompt})
         system = [{"role": "system", "content": SYSTEM[family]}] if SYSTEM[family] else []
@@ -150,6 +160,7 @@ class OpenAI(BaseModel):
             "max_tokens": question.sampling.max_tokens,
             "seed": question.seed,
         }
+        # OpenAI's own API refuses fields that it does not know.
         if question.sampling.top_k is not None:
             body["top_k"] = question.sampling.top_k
         if question.want_logprobs:
@@ -159,17 +170,18 @@ class OpenAI(BaseModel):
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
-    async def _post(
+    async def _send(
         self, session: aiohttp.ClientSession, body: dict[str, Any], key: str | None
     ) -> Reply:
         try:
             # A redirect would carry the key to another host.
-            async with session.post(
-                f"{self.base_url}/chat/completions", json=body, allow_redirects=False
+            async with session.request(
+                "POST", f"{self.base_url}/chat/completions", json=body, allow_redirects=False
             ) as response:
                 text = await response.text(errors="replace")
                 # Before anything is cut off: a part of the key would not be found again.
                 text = text.replace(key, "***") if key else text
+        # Before the next one: aiohttp's timeouts are client errors too.
         except TimeoutError:
             return Reply(status="timeout", reason=f"no answer within {self.timeout_s:g} s")
         except aiohttp.ClientError as error:
@@ -191,14 +203,14 @@ class OpenAI(BaseModel):
 
 
 def data_url(image: UInt8[Tensor, "height width 3"]) -> str:
-    """Lossless: compression marks must not be judged as the editor's."""
+    """Encodes an image without loss, so that no compression artefact is scored."""
     buffer = io.BytesIO()
     Image.fromarray(image.cpu().numpy()).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _completion(text: str) -> Reply:
-    """The message of a chat completion."""
+    """Reads the message of a chat completion."""
     try:
         choice = json.loads(text)["choices"][0]
         message = choice["message"]
@@ -217,6 +229,7 @@ def _completion(text: str) -> Reply:
             )
             for token in spelled
         )
+    # A proxy may answer 200 with a page of its own.
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return Reply(
             status="unreachable", reason=f"the reply is no chat completion: {shortened(text)}"
@@ -231,9 +244,10 @@ def _completion(text: str) -> Reply:
 
 
 def _seconds(header: str | None) -> float:
-    """A Retry-After header given in seconds; 0 for none, or for a date."""
+    """Reads a Retry-After header in seconds; 0 for none, or for a date."""
     try:
         seconds = float(header) if header else 0.0
     except ValueError:
         return 0.0
+    # A server could ask for an endless pause.
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

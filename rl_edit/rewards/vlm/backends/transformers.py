@@ -1,6 +1,7 @@
-"""A judge inside this process, on Transformers: small models, CPUs, parity checks. One question at a time; serve a model for throughput.
+"""A judge inside this process, on Transformers: for small models, CPUs and parity checks.
 
-The processor is put together from the checkpoint's tokenizer and image processor: the whole one wants torchvision for videos.
+It takes one question at a time; serve a model for throughput. The processor is put together from
+the checkpoint's tokenizer and image processor: the complete one needs torchvision for videos.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rl_edit.rewards.vlm.backends.constrained_decoding import Constraint, Form, Vocabulary
 from rl_edit.rewards.vlm.backends.families import IMAGE, Family, FamilyChoice, chat_text, family_of
-from rl_edit.rewards.vlm.backends.transport import TOP_LOGPROBS, Question, Reply, Token
+from rl_edit.rewards.vlm.backends.transport import TOP_LOGPROBS, Question, Reply, Sampling, Token
 
+# Two threads must not load the same model twice.
 _LOADING = threading.Lock()
 
 
 class Transformers(BaseModel):
-    """Loaded when first asked, once per process. Sampling is what the question says; the checkpoint's own defaults are not used.
+    """Loads a model at the first question, once per process.
+
+    Sampling follows the question; the checkpoint's own defaults are not used.
 
     Attributes:
-        path: checkpoint directory or hub name, a whole model (``rl-edit merge-judge`` makes one of a base and a LoRA).
+        path: checkpoint directory or hub name of a complete model (``rl-edit merge-judge`` makes
+            one of a base and a LoRA).
         family: "auto" reads it from the checkpoint.
         device: "auto" is the GPU where there is one.
         dtype: of the weights; "auto" is the checkpoint's own.
-        json_schema: choose only among tokens that keep the answer in form and let it end within ``max_tokens``.
+        json_schema: choose only among tokens that keep the answer in form and let it end within
+            ``max_tokens``.
         timeout_s: of one answer; an answer that takes longer is given up between two tokens.
     """
 
@@ -53,6 +59,7 @@ class Transformers(BaseModel):
 
     def _answer_all(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
         with _LOADING:
+            # Loaded outside the lock of the model, which only generation holds.
             judge = _loaded(self.path, self.device, self.dtype)
         with judge.lock:
             return tuple(self._answer(judge, question) for question in questions)
@@ -60,50 +67,34 @@ class Transformers(BaseModel):
     def _answer(self, judge: _Judge, question: Question) -> Reply:
         from transformers import GenerationConfig
 
-        began = time.perf_counter()
-        sampling, inputs = (
-            question.sampling,
-            judge.inputs(question, judge.family if self.family == "auto" else self.family),
-        )
-        prompt_tokens = inputs["input_ids"].shape[1]
-        drawn = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or 0,
-        }
+        started = time.perf_counter()
+        family = judge.family if self.family == "auto" else self.family
+        inputs = judge.inputs(question, family)
+        prompt_tokens, max_tokens = inputs["input_ids"].shape[1], question.sampling.max_tokens
         config = GenerationConfig(
-            **(drawn if sampling.temperature > 0 else {"do_sample": False}),
-            max_new_tokens=sampling.max_tokens,
+            **_drawn(question.sampling),
+            max_new_tokens=max_tokens,
             max_time=self.timeout_s,
             eos_token_id=judge.ends,
             pad_token_id=judge.ends[0],
             return_dict_in_generate=True,
             output_logits=question.want_logprobs,
         )
-        allowed = None
-        if self.json_schema:
-            allowed = Constraint(
-                _form(json.dumps(question.schema)),
-                _vocabulary(judge),
-                prompt_tokens=prompt_tokens,
-                max_tokens=sampling.max_tokens,
-                end=judge.ends[0],
-            )
+        allowed = self._constraint(judge, question, prompt_tokens) if self.json_schema else None
         cuda = [judge.model.device] if judge.model.device.type == "cuda" else []
-        # The generator that generate() draws from is the process's own: it is put back for everybody else.
+        # generate() draws from the generator of the process, which is restored for other users.
         with torch.random.fork_rng(devices=cuda), torch.inference_mode():
             torch.manual_seed(question.seed)
             output = judge.model.generate(
                 **inputs, generation_config=config, prefix_allowed_tokens_fn=allowed
             )
         answer = output.sequences[0, prompt_tokens:].tolist()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         finished = answer[-1] in judge.ends
-        if not finished and len(answer) < sampling.max_tokens:
-            return Reply(
-                status="timeout", reason=f"no answer within {self.timeout_s:g} s", seconds=seconds
-            )
+        # Neither an end token nor the token limit: max_time has stopped it.
+        if not finished and len(answer) < max_tokens:
+            reason = f"no answer within {self.timeout_s:g} s"
+            return Reply(status="timeout", reason=reason, seconds=seconds)
         tokens = tuple(
             judge.token(token, logits[0])
             for token, logits in zip(answer, output.logits or (), strict=False)
@@ -111,10 +102,37 @@ class Transformers(BaseModel):
         text = judge.tokenizer.decode(answer, skip_special_tokens=True).strip()
         return Reply(text=text, finished=finished, tokens=tokens, seconds=seconds)
 
+    def _constraint(self, judge: _Judge, question: Question, prompt_tokens: int) -> Constraint:
+        return Constraint(
+            _form(json.dumps(question.schema)),
+            _vocabulary(judge),
+            prompt_tokens=prompt_tokens,
+            max_tokens=question.sampling.max_tokens,
+            end=judge.ends[0],
+        )
+
+
+def _drawn(sampling: Sampling) -> dict[str, Any]:
+    """Translates the settings of sampling; temperature 0 takes the likeliest token."""
+    if sampling.temperature <= 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        # 0 switches it off.
+        "top_k": sampling.top_k or 0,
+    }
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Judge:
-    """A loaded model. ``ends`` are the tokens that end an answer; one generation at a time holds ``lock``."""
+    """A loaded model.
+
+    Attributes:
+        ends: tokens that end an answer.
+        lock: for one generation at a time.
+    """
 
     model: Any
     tokenizer: Any
@@ -124,13 +142,13 @@ class _Judge:
     lock: threading.Lock
 
     def inputs(self, question: Question, family: Family) -> dict[str, Any]:
-        pictures = self.image_processor(
+        patches = self.image_processor(
             images=[image.cpu().numpy() for image in question.images], return_tensors="pt"
         )
         first, *others = chat_text(family, len(question.images), question.prompt).split(IMAGE)
-        # A picture takes one placeholder for each patch that reaches the language model.
+        # An image takes one placeholder for each patch that reaches the language model.
         counts = (
-            pictures["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2
+            patches["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2
         ).tolist()
         text = first + "".join(
             IMAGE * count + after for count, after in zip(counts, others, strict=True)
@@ -139,18 +157,21 @@ class _Judge:
         inputs = {
             "input_ids": ids["input_ids"],
             "attention_mask": ids["attention_mask"],
-            **pictures,
+            **patches,
         }
-        if (
-            "mm_token_type_ids" in inspect.signature(self.model.forward).parameters
-        ):  # from Transformers 5 on
+        # From Transformers 5 on.
+        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
             inputs["mm_token_type_ids"] = (
                 ids["input_ids"] == self.tokenizer.convert_tokens_to_ids(IMAGE)
             ).long()
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
     def token(self, chosen: int, logits: torch.Tensor) -> Token:
-        """A token among its likeliest alternatives, under the model itself: before temperature, top-k, top-p and any constraint."""
+        """Lists a token's likeliest alternatives under the model itself.
+
+        That is before temperature, top-k, top-p and any constraint.
+        """
+        # In single precision: the model may run in half precision.
         logprobs = logits.float().log_softmax(dim=-1)
         likeliest = logprobs.topk(min(TOP_LOGPROBS, len(logprobs))).indices.tolist()
         texts = {
@@ -194,7 +215,8 @@ def _loaded(path: str, device: str, dtype: str) -> _Judge:
 @cache
 def _vocabulary(judge: _Judge) -> Vocabulary:
     size = judge.model.get_input_embeddings().num_embeddings
-    known = len(judge.tokenizer)  # embeddings are padded to a round number
+    # Embeddings are padded to a round number, beyond which the tokenizer knows no token.
+    known = len(judge.tokenizer)
     texts = judge.tokenizer.batch_decode(
         [[token] for token in range(min(size, known))], skip_special_tokens=True
     )

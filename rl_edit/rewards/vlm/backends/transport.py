@@ -1,4 +1,4 @@
-"""What a judge is asked and what comes back, whoever runs the model. A transport carries words; it reads no score out of them."""
+"""Records of a question and its reply. A transport carries text and reads no score out of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, Protocol
 from jaxtyping import UInt8
 from torch import Tensor
 
+# Alternatives per token: the largest number that OpenAI's API and vLLM's default settings allow.
 TOP_LOGPROBS = 20
-"""Alternatives asked for at each token: the most that OpenAI's API and vLLM's default settings allow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the judge's words are drawn. ``top_k`` is no field of OpenAI's API: None leaves it out."""
+    """Settings of sampling. ``top_k`` is no field of OpenAI's API: None leaves it out."""
 
     temperature: float
     top_p: float
@@ -25,7 +25,9 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Pictures first, then words. Questions about the same pictures stand together, so that a server can reuse its prefix.
+    """A prompt with images, which stand before its text.
+
+    Questions about the same images are neighbours, so that a server can reuse its prefix.
 
     Attributes:
         schema: form of the answer (JSON schema), for transports that can constrain it.
@@ -37,12 +39,17 @@ class Question:
     seed: int
     sampling: Sampling
     schema: dict[str, Any]
+    # Off unless needed: alternatives make a reply many times as large.
     want_logprobs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """One token of an answer and what else could have stood there: (text, log-probability), itself among them."""
+    """One token of an answer.
+
+    Attributes:
+        alternatives: (text, log-probability) of the likeliest tokens at its place, itself included.
+    """
 
     text: str
     alternatives: tuple[tuple[str, float], ...]
@@ -50,17 +57,18 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """An answer, or why there is none.
+    """An answer, or the reason why there is none.
 
     Attributes:
-        text: what the judge said; "" unless the status is ok.
+        text: the answer; "" unless the status is ok.
         finished: whether it ended by itself rather than at the token limit.
-        tokens: of the text, when the question wanted log-probabilities and the transport has them.
-        status: "unreachable" is everything that kept an answer from coming, except a refusal and a missed deadline.
+        tokens: of the text, when the question has ``want_logprobs`` and the transport offers them.
+        status: "unreachable" is every cause of a missing answer except a refusal and a missed
+            deadline.
         reason: why there is no answer; "" when there is one.
-        final: whether asking again cannot help, as with a wrong key or model name.
-        wait_s: how long the server asked to be left alone.
-        seconds: from asking to the answer.
+        final: another attempt cannot help, as with a wrong key or model name.
+        wait_s: pause that the server requested.
+        seconds: from the request to the answer.
     """
 
     text: str = ""
@@ -74,7 +82,7 @@ class Reply:
 
 
 class Transport(Protocol):
-    """Asks a model. One reply a question, in their order; a fault is a reply, an impossible configuration raises InputError.
+    """Puts questions to a model.
 
     Attributes:
         offers_logprobs: whether answers can come with the alternatives at each token.
@@ -82,10 +90,16 @@ class Transport(Protocol):
 
     offers_logprobs: ClassVar[bool]
 
-    async def ask(self, questions: Sequence[Question]) -> Sequence[Reply]: ...
+    async def ask(self, questions: Sequence[Question]) -> Sequence[Reply]:
+        """Returns one reply per question, in their order.
+
+        A fault is a reply; a configuration that cannot work raises InputError.
+        """
+        ...
 
 
 def shortened(text: str) -> str:
-    """The start of a text, on one line, for a reason."""
+    """Cuts a text to one line for a reason."""
+    # Line breaks would split a line of the log.
     line = " ".join(text.split())
     return line if len(line) <= 160 else line[:157] + "..."

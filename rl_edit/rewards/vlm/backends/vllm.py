@@ -1,4 +1,7 @@
-"""A judge inside this process, on vLLM: a GPU of its own and batches as large as memory allows. Needs ``pip install vllm``."""
+"""A judge inside this process, on vLLM: a GPU of its own, and large batches.
+
+Needs ``pip install vllm``.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,21 @@ from rl_edit.errors import InputError
 from rl_edit.rewards.vlm.backends.families import FamilyChoice, chat_text, family_of
 from rl_edit.rewards.vlm.backends.transport import TOP_LOGPROBS, Question, Reply, Token
 
+# One engine per process, one call at a time.
 _BUSY = threading.Lock()
 
 
 class VLLM(BaseModel):
-    """Loaded when first asked, once per process.
+    """Loads a model at the first question, once per process.
 
     Attributes:
-        path: checkpoint directory or hub name, a whole model (``rl-edit merge-judge`` makes one of a base and a LoRA).
+        path: checkpoint directory or hub name of a complete model (``rl-edit merge-judge`` makes
+            one of a base and a LoRA).
         family: "auto" reads it from the checkpoint.
         json_schema: constrain the answer's form.
-        max_model_len: prompt, pictures and answer. Two pictures of 512 px and 512 words of answer fit 1536, of 1024 px 4096.
-        max_images: pictures a question may hold.
+        max_model_len: prompt, images and answer. Two images of 512 px and 512 words of answer fit
+            1536, of 1024 px 4096.
+        max_images: images a question may hold.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,9 +50,9 @@ class VLLM(BaseModel):
     offers_logprobs: ClassVar[bool] = True
 
     async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
-        return await asyncio.to_thread(self._answers, questions)
+        return await asyncio.to_thread(self._ask_all, questions)
 
-    def _answers(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
+    def _ask_all(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
         family = family_of(self.path) if self.family == "auto" else self.family
         prompts = [
             {
@@ -57,12 +63,14 @@ class VLLM(BaseModel):
             }
             for question in questions
         ]
+        # All questions in one call: the engine forms its batches itself.
         with _BUSY:
             engine = _engine(self)
             began = time.perf_counter()
             outputs = engine.generate(
                 prompts, [self._sampling(question) for question in questions], use_tqdm=False
             )
+        # Of the batch: a single answer's time cannot be separated from it.
         seconds = time.perf_counter() - began
         return tuple(_reply(output.outputs[0], seconds) for output in outputs)
 
@@ -77,6 +85,7 @@ class VLLM(BaseModel):
             top_k=sampling.top_k or 0,
             max_tokens=sampling.max_tokens,
             seed=question.seed,
+            # The default settings of vLLM refuse more than these.
             logprobs=TOP_LOGPROBS if question.want_logprobs else None,
             structured_outputs=StructuredOutputsParams(json=question.schema)
             if self.json_schema
@@ -91,7 +100,8 @@ def _engine(config: VLLM) -> Any:
     except ImportError as error:
         raise InputError(
             f"The transport vllm needs the package vllm, which cannot be imported here ({error}). "
-            "Install it where reward actors run (pip install vllm, Linux with CUDA), or serve the judge elsewhere and use openai."
+            "Install it where reward actors run (pip install vllm, Linux with CUDA), or serve the "
+            "judge elsewhere and use openai."
         ) from error
     return LLM(
         model=config.path,
@@ -100,6 +110,7 @@ def _engine(config: VLLM) -> Any:
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         limit_mm_per_prompt={"image": config.max_images},
+        # Questions about one image follow each other.
         enable_prefix_caching=True,
     )
 
