@@ -21,7 +21,7 @@ from rl_edit.evaluation.effort import effort
 from rl_edit.measures.intervals import Interval
 from rl_edit.method.algorithms import METHODS
 from rl_edit.training import Silent
-from runs import read_json, small_config
+from runs import command, read_json, small_config
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -303,6 +303,16 @@ def test_the_ablation_keeps_its_command_line_and_separates_variants(
     assert "- region: 0: +0.750; +0.00" in table
 
 
-def test_the_method_page_has_a_row_for_every_method() -> None:
+def test_the_table_of_the_method_page_is_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed, _ = command(monkeypatch, capsys, "methods", "--markdown")
+    assert code == 0 and [name for name in METHODS if f"\n| `{name}` |" not in printed] == []
     text = (ROOT / "docs/method.md").read_text()
-    assert [name for name in METHODS if f"\n| `{name}` |" not in text] == []
+    table = text.split("<!-- methods: begin -->\n")[1].split("<!-- methods: end -->")[0]
+    assert table == printed, "docs/method.md: put in what rl-edit methods --markdown prints"
+
+
+def test_the_method_page_names_the_preset_of_every_method() -> None:
+    text = (ROOT / "docs/method.md").read_text()
+    assert [name for name in METHODS if f"`tiny-{name}`" not in text.split("Per paper")[1]] == []
