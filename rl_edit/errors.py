@@ -33,6 +33,7 @@ class Interrupted(RuntimeError):
         self.number = number
 
 
+# The three below are not for the command line: the controller retries or replaces first.
 class WorkerLost(RuntimeError):
     """A process or machine is gone, or did not answer in time.
 

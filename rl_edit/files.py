@@ -171,6 +171,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
+            # A torn last line of a run that goes on is no error; the next read has it.
             records.append(json.loads(line))
         except json.JSONDecodeError:
             continue

@@ -39,6 +39,7 @@ class RolloutResult:
 
     work_id: str
     adapter: AdapterId
+    # Of the bytes as sent: the ledger compares repetitions by it without fetching a blob.
     sha256: str
     nbytes: int
     finite: bool
@@ -54,6 +55,7 @@ class LearnerState:
     """
 
     updates_done: int
+    # Tensors only, so that the packed state is safetensors and never a pickle.
     tensors: dict[str, Tensor]
 
 
@@ -87,6 +89,7 @@ class LearnOrder:
     """
 
     update: int
+    # A rank that has applied this plan answers again without a second step.
     plan: str
     slots: tuple[LearnSlot, ...]
 

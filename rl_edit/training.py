@@ -268,6 +268,7 @@ def _save(attempt: _Attempt, outcome: Outcome, status: str, events: Events) -> N
     run, name, ended = attempt.run, None, time.time()
     if outcome.adapter is not None:
         name = str(outcome.adapter.id)
+        # Weights before the record: `done` in run.json means that the adapter is there.
         lora.save(run.directory / "adapter", outcome.adapter, run.config.lora)
         _save_best(run, outcome.adapter, attempt.observer)
     events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
@@ -411,6 +412,7 @@ def _capacity(config: RunConfig) -> Capacity:
 
 def _close(config: RunConfig, executor: Any) -> None:
     if executor is not None:
+        # In a loop of its own: that of the run has ended, maybe by an exception.
         asyncio.run(executor.close())
     if config.actors.runtime == "ray":
         from actors import ray_cluster

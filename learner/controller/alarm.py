@@ -77,8 +77,10 @@ def alarm(history: Sequence[Evaluation], patience: int) -> Alarm | None:
         patience: evaluations in a row that it takes, each compared with the one before.
     """
     in_a_row = 0
+    # Backwards from the newest: an alarm stands only while the pattern lasts.
     for after, before in itertools.pairwise(reversed(history)):
         if (
+            # Without a known training reward nothing can be compared; equal values are no rise.
             before.training is None
             or after.training is None
             or after.training <= before.training

@@ -26,8 +26,10 @@ from rl_edit.files import replace_directory, sync_directory, write_new
 from rl_edit.types import AdapterId
 
 MANIFEST, STATE, LEARNER = "MANIFEST.json", "state.json", "learner.safetensors"
+# Six digits or more: names sort by number up to a million updates; `_steps` sorts by value.
 STEP = re.compile(r"(?:\.old-)?step_(\d{6,})")
 TEMPORARY = re.compile(r"\.tmp-(\d+)-.+")
+# Never opened; named in messages only, so that a user knows why a directory is refused.
 PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
 
 
@@ -63,6 +65,7 @@ class Checkpoint:
         return self.learner.nbytes + sum(packed.nbytes for packed in self.acting.values())
 
 
+# Strict: an unknown key means another version or a damaged file, not something to ignore.
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -132,6 +135,7 @@ def write(directory: Path, checkpoint: Checkpoint, *, lease: Lease) -> Path:
         # Asked last: nothing may be renamed once a newer attempt owns the directory.
         lease.check()
 
+    # A rename is the commit: before it the step does not exist, after it the step is complete.
     replace_directory(final, temporary, fill)
     return final
 
@@ -228,6 +232,7 @@ def read(path: Path) -> Checkpoint:
     if missing := {LEARNER, STATE} - manifest.files.keys():
         raise CorruptCheckpoint(f"{MANIFEST} does not name {', '.join(sorted(missing))}")
     contents = {name: _verified(path / name, file) for name, file in manifest.files.items()}
+    # From here on every byte has been verified; only the content can still be wrong.
     state = _parse(_State, STATE, contents[STATE].tobytes())
     if (state.parent, state.lease_epoch) != (manifest.parent, manifest.lease_epoch):
         raise CorruptCheckpoint(
@@ -263,6 +268,7 @@ def prune(directory: Path, keep: int, *, lease: Lease) -> None:
             path.name.startswith(".old-")
             and path.with_name(path.name.removeprefix(".old-")) in steps
         )
+        # A replaced copy goes once its successor is there: until then it is the only one.
         if replaced or _number(path) not in retained:
             shutil.rmtree(path)
     for path in directory.glob(".tmp-*"):
@@ -325,6 +331,7 @@ def _foreign_format(content: np.ndarray) -> str:
     head = content[:9].tobytes()
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= content.nbytes - 8:
         return ""
+    # Zip and pickle are told apart for the message only; both are refused.
     if head.startswith(b"PK"):
         return "a zip archive (as torch.save writes)"
     return "a pickle" if head.startswith(b"\x80") else "something else"

@@ -90,12 +90,14 @@ class Commits:
         except OSError as error:
             self._failed(snapshot.updates_done, error)
             return
+        # Only now is the update committed; a resumed run continues from here.
         self.failed_in_a_row, self.updates_done = 0, snapshot.updates_done
         try:
             checkpoint.prune(self.directory, self.config.train.keep_checkpoints, lease=self.lease)
         except OSError as error:
             # Too many checkpoints are no reason to stop; the next commit prunes again.
             self.events("prune_failed", reason=str(error))
+        # A commit is also the sign of life that a later attempt reports.
         self.lease.renew()
         self.events("checkpoint", path=path.name, adapter=str(snapshot.id), chain=self.ledger.chain)
 

@@ -88,6 +88,7 @@ class GroupCollector:
         self.config, self.supervisor, self.ledger, self.plan = config, supervisor, ledger, plan
         self.version = version
         self.events, self.progress, self.on_scored = events, progress, on_scored
+        # By update. Tasks are owned here: the loop cancels them through `tasks` when the run ends.
         self._in_flight: dict[int, list[asyncio.Task[ScoredGroup]]] = {}
 
     def tasks(self) -> list[asyncio.Task[ScoredGroup]]:
@@ -102,6 +103,7 @@ class GroupCollector:
     def dispatch(self, update: int) -> None:
         """Starts an update's groups once, under the version that ``max_lag`` assigns to it."""
         if update not in self._in_flight:
+            # Fixed at dispatch: a later broadcast cannot change the weights of a rollout.
             adapter = self.version(update)
             slots = range(self.config.train.groups_per_update)
             self._in_flight[update] = [
@@ -121,6 +123,7 @@ class GroupCollector:
         for ahead in range(update, min(update + train.max_lag, train.updates - 1) + 1):
             self.dispatch(ahead)
         tasks = self._in_flight[update]
+        # In order of arrival for progress only; groups are returned in slot order below.
         waiting = set(tasks)
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -130,6 +133,7 @@ class GroupCollector:
             self.on_scored(update, len(tasks) - len(waiting), len(tasks))
         del self._in_flight[update]
         groups = [task.result() for task in tasks]
+        # Before learning, because an update cannot be taken back.
         self._refuse_too_few(update, groups)
         return groups
 
@@ -171,6 +175,7 @@ class GroupCollector:
                         f"the blob of {item.work_id} was lost {lost} times (actors.infra_retries): "
                         f"{error}"
                     ) from error
+                # The seeds are the item's, so the repetition gives the blob that was lost.
                 self.ledger.reopen(item.work_id)
                 continue
             return ScoredChunk(result=result, blob=blob, table=table, packed=packed)
@@ -233,6 +238,7 @@ class GroupCollector:
         tables: list[RewardTable] = []
 
         def problem(packed: NDArray[np.uint8]) -> str:
+            # Read inside the check: a reply that cannot be read is retried like work that failed.
             tables.append(_read_table(item, packed))
             return ""
 
@@ -267,6 +273,7 @@ class GroupCollector:
             f"{len(bad)} of {len(groups)} groups of update {update} are lost or have an invalid "
             f"reward, train.max_dropped_groups is {budget}: {bad[0]}"
         )
+        # A reward outside its declared range is the user's to mend; a judge that fails may recover.
         if any(table.out_of_contract for table in tables):
             raise InputError(f"{message}. Fix the reward function or its declared range.")
         raise TrainingFailed(

@@ -119,6 +119,7 @@ def read_best(directory: Path) -> tuple[Best, AdapterWeights] | None:
         return None
     file = directory / best.file
     packed = np.fromfile(file, dtype=np.uint8) if file.is_file() else np.empty(0, np.uint8)
+    # The name is the hash, so a torn or exchanged file cannot pass for the best adapter.
     if best.file != _name(packed):
         raise InputError(
             f"{file} is not the adapter that {RECORD} names, so it is not used. Remove "
@@ -158,6 +159,7 @@ class HeldoutMonitor:
 
     def history(self) -> list[Evaluation]:
         """Returns the evaluations that the next one is comparable with, oldest first."""
+        # Read anew each time: a resumed run and a running one take the same way.
         lines = (Evaluation.model_validate(line) for line in read_json_lines(self.file.path))
         return [line for line in lines if line.protocol == self._protocol()]
 
@@ -223,11 +225,13 @@ class HeldoutMonitor:
             return
         before = self.history()
         seen = self._evaluation(update, valid, before, seconds=seconds)
+        # Before anything is written: `best/` belongs to the attempt that owns the directory.
         self.lease.check()
         try:
             # The line comes last: an evaluation without it is done again, and then finds the rest
             # as it would write it.
             self._save_if_best(seen, adapter, packed)
+            # Reported once, when it is reached, not again while it lasts.
             raised = alarm([*before, seen], self.config.evaluation.patience)
             if raised is not None and raised.in_a_row == self.config.evaluation.patience:
                 self._raise(raised)

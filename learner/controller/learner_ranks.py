@@ -145,6 +145,7 @@ class LearnerRanks:
                 responses = await self._everyone(
                     "learn", f"update {order.update}", arguments, blobs=3
                 )
+                # Rank 0 carries the weights; the ranks hold the same after their all-reduce.
                 answer = LearnAnswer(*responses[0])
                 return answer.report, LearnerSnapshot.of(order.update + 1, answer)
             except WorkerLost as error:
@@ -234,4 +235,5 @@ class LearnerRanks:
         finally:
             for call in calls:
                 if not call.done():
+                    # No call outlives this one: a late answer is not that of the replay.
                     call.cancel()

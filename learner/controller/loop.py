@@ -185,6 +185,7 @@ class TrainingLoop:
                 not finite, or workers cannot be kept alive.
             Fenced: a newer attempt owns the run directory.
         """
+        # The work, a request to stop, and the stall report run side by side on one thread.
         work = asyncio.create_task(self._run(resume))
         stopped = asyncio.create_task(self.stop.wait())
         stalls = asyncio.create_task(
@@ -203,6 +204,7 @@ class TrainingLoop:
                 # resumed run makes them again.
                 grace_s = self.config.train.grace_s if self._applying else 0
                 await asyncio.wait({work}, timeout=grace_s)
+                # Has no effect on work that has ended within its grace.
                 work.cancel()
             return await self._outcome(work)
         finally:
@@ -213,6 +215,7 @@ class TrainingLoop:
                 *self.supervisor.broadcasts(),
                 *self.groups.tasks(),
             ]
+            # Cancelled and awaited, so that no task writes after the lease is released.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -306,6 +309,7 @@ class TrainingLoop:
                 )
             self.snapshot = await self.learners.export(0)
             self.acting = {0: (self.snapshot.id, self.snapshot.adapter)}
+        # What a checkpoint holds is committed; without one this is 0.
         done = self.commits.updates_done = self.snapshot.updates_done
         # Lines of updates that will be done again are dropped, so that each update has one.
         self.log.metrics.rewind(done)
@@ -321,6 +325,7 @@ class TrainingLoop:
 
         One that is broadcast meanwhile reaches it like every other actor.
         """
+        # A copy: a broadcast may change the adapters in use while this one waits.
         for _, adapter in list(self.acting.values()):
             await worker.call("load", adapter)
         if self.snapshot is not None and self.snapshot.result_id != self.snapshot.id:
@@ -332,6 +337,7 @@ class TrainingLoop:
         retries = dict(self.supervisor.retries)
         groups = await self.groups.gather(update)
         gathered = time.perf_counter()
+        # The groups may be others than those gathered: lost ones were made again.
         report, groups = await self._learn(update, groups)
         times = UpdateTimes(
             wait=gathered - began, learn=time.perf_counter() - gathered, commit=self._commit_s
@@ -372,7 +378,9 @@ class TrainingLoop:
         """
         lost, actors = 0, self.config.actors
         while True:
+            # Made anew in each try: a group that was made again has other blobs.
             order = learn_order(update, groups)
+            # Read by `run`: only an update under way is given its grace when a stop is requested.
             self._applying = True
             try:
                 report, self.snapshot = await self.learners.apply(

@@ -123,6 +123,7 @@ def _require_store(executor: Executor, bytes_per_candidate: float, config: RunCo
     """
     per_group = bytes_per_candidate * config.rollout.group_size
     in_flight = int(per_group * config.train.groups_per_update * (config.train.max_lag + 1))
+    # Measured on a real group: its size depends on trained steps and what the method stores.
     store = executor.store_bytes()
     if in_flight > STORE_SHARE * store:
         raise ResourcesInfeasible(
@@ -137,6 +138,7 @@ def _require_store(executor: Executor, bytes_per_candidate: float, config: RunCo
 
 def _problem(result: RolloutResult, probe: WorkItem) -> str:
     """Returns what is wrong with the actor that made a result, or ""."""
+    # The id is the hash of the loaded tensors, so it cannot be right by accident.
     if result.adapter != probe.adapter:
         return (
             f"it rolled out with {result.adapter}, published is {probe.adapter}: a weight update "

@@ -16,6 +16,7 @@ from rl_edit.types import AdapterWeights
 class Observer(Protocol):
     """Receives the progress of a run, for a terminal or for nothing."""
 
+    # In order: starting, then groups and updates, then ended. Notes may come at any time.
     def starting(self, config: RunConfig) -> None:
         """Workers are about to start."""
 
@@ -77,6 +78,7 @@ class Run:
     config: RunConfig
     dataset: Dataset
     directory: Path
+    # Compared by name with those of a checkpoint, so it holds JSON values only.
     settings: dict[str, Any]
     pixels_per_token: int
     code_version: str = ""

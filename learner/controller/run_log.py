@@ -34,6 +34,7 @@ class Events:
     def __call__(self, event: str, **details: Any) -> None:
         """Writes one event. A full disk costs the line, not the run."""
         try:
+            # Wall time, because events of several machines and attempts are read together.
             self._file.append({"time": round(time.time(), 3), "event": event, **details})
         except OSError as error:
             print(f"rl-edit: event {event} could not be written: {error}", file=sys.stderr)
@@ -92,6 +93,7 @@ def update_metrics(
     chunks = [chunk for group in groups for chunk in group.chunks]
     tables = [group.table() for group in groups if not group.lost]
     cost = group_cost(groups, report, times, config.actors.num_learner)
+    # Staleness is that of the oldest chunk: it decides how far off-policy the update is.
     oldest = min((chunk.result.adapter.step for chunk in chunks), default=update)
     return {
         "update": update,
@@ -173,6 +175,7 @@ class UpdateLog:
         except OSError as error:
             # A full disk costs the line; the checkpoint decides whether the run can go on.
             self.observer.note(f"the metrics of update {update} could not be written ({error})")
+        # After the file: the cluster's monitoring is a copy and may be missing.
         self.executor.mirror(metrics)
         self.observer.update_done(metrics)
         self.updates_reported += 1

@@ -31,6 +31,7 @@ def require_resumable(run: Run) -> None:
     if newest is not None:
         require_same_run(newest, run.settings, run.directory, allow=run.allow_drift)
         updates = run.config.train.updates
+        # Fewer updates than were done would leave nothing to do, and an adapter of another length.
         if newest.updates_done > updates:
             raise InputError(
                 f"{run.directory} has done {newest.updates_done} updates, and train.updates is "

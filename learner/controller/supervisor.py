@@ -86,6 +86,7 @@ class Supervisor:
         self.deadlines = Deadlines(config, judge_timeout_s=judge_timeout_s)
         self.retries = {"infra": 0, "data": 0}
         self._slots: dict[str, list[WorkerSlot]] = {}
+        # A queue per role: work goes to the worker that has been idle for longest.
         self._idle: dict[str, asyncio.Queue[WorkerSlot]] = {}
         self._prepare: dict[str, Prepare] = {}
         self._minimum = {"rollout": config.min_rollout, "reward": config.min_reward}
@@ -93,6 +94,7 @@ class Supervisor:
         self._calls = 0
         # One replacement per slot at a time: a broadcast and a call may find the same worker lost.
         self._replacing: dict[tuple[str, int], asyncio.Lock] = {}
+        # Filled when a role is given up; it ends every caller that still waits for a worker.
         self._too_few: dict[str, str] = {}
 
     def open(self, role: str, slots: int, *, prepare: Prepare | None = None) -> None:
@@ -317,6 +319,7 @@ class Supervisor:
             WorkerLost: also for a missed deadline.
         """
         self._calls += 1
+        # Recorded before the call starts, so that the stall report never misses one.
         number, since, limit_s = self._calls, self.clock(), self.deadlines.limit_s(kind)
         self._under_way[number] = (what, slot.name(role), since)
         call = asyncio.ensure_future(slot.worker.call(method, *args, blobs=blobs))
