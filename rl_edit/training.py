@@ -238,7 +238,6 @@ def _run(attempt: _Attempt) -> Outcome:
         status = _status(outcome, config)
         if status != "stopped":
             _require_learnt(directory)
-        # The progress bar ends before the lines that follow are printed.
         observer.ended()
         _save(attempt, outcome, status, events)
     except Fenced:

@@ -331,7 +331,7 @@ def _foreign_format(content: np.ndarray) -> str:
     head = content[:9].tobytes()
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= content.nbytes - 8:
         return ""
-    # Zip and pickle are told apart for the message only; both are refused.
+    # Zip and pickle differ in the message only; both are refused.
     if head.startswith(b"PK"):
         return "a zip archive (as torch.save writes)"
     return "a pickle" if head.startswith(b"\x80") else "something else"
