@@ -25,16 +25,14 @@ from rl_edit.errors import InputError
 from rl_edit.method import flow
 from rl_edit.method.exploration import (
     AdaptiveSpread,
-    ConstantNoise,
     NoiseSource,
-    NoiseWindow,
-    NoStepNoise,
     Perturbation,
     pull_background,
 )
 from rl_edit.method.objectives import NeighborSurrogate, Velocities
 from rl_edit.method.regions import softened, token_areas, token_mask
 from rl_edit.method.rollout import Solver, Trajectory, denoise, joined, merged
+from rl_edit.method.step_noise import ConstantNoise, NoiseWindow, NoStepNoise
 from rl_edit.types import AdapterWeights, RewardTable, RolloutGroup
 from runs import adapter_bytes, colocated, run_inline, small_config
 from test_methods import FIELDS, group_of, item_of, uniform, work

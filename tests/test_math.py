@@ -21,10 +21,11 @@ from rl_edit.data import shapes
 from rl_edit.method import flow
 from rl_edit.method.advantages import Declined, GroupCredit, SplitCredit, quasi_norm, standardise
 from rl_edit.method.attention import MassTally, concentration_density, text_to_image_mass
-from rl_edit.method.exploration import NoiseSource, NoStepNoise, Perturbation, keyed_seed
+from rl_edit.method.exploration import NoiseSource, Perturbation, keyed_seed
 from rl_edit.method.objectives import BackgroundRegularised, NeighborSurrogate, Velocities
 from rl_edit.method.regions import MaskedRows, UniformRows, token_mask
 from rl_edit.method.rollout import denoise, joined, merged
+from rl_edit.method.step_noise import NoStepNoise
 from rl_edit.method.update import LearningConfig, StepResult, TrainingFailed, learning_step
 from rl_edit.types import (
     AdapterId,

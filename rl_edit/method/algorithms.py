@@ -12,14 +12,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from rl_edit.method.advantages import CreditRule, GroupCredit, RegionCredit, SplitCredit
-from rl_edit.method.exploration import (
-    ConstantNoise,
-    InitialNoise,
-    NoiseWindow,
-    NoStepNoise,
-    Perturbation,
-    StepNoise,
-)
+from rl_edit.method.exploration import InitialNoise, Perturbation
 from rl_edit.method.objectives import (
     ForwardProcess,
     NeighborSurrogate,
@@ -31,6 +24,7 @@ from rl_edit.method.objectives import (
 from rl_edit.method.objectives.replay import Policy
 from rl_edit.method.plugins import plugin_result
 from rl_edit.method.regions import MaskedRows, UniformRows
+from rl_edit.method.step_noise import ConstantNoise, NoiseWindow, NoStepNoise, StepNoise
 
 
 class Latest(BaseModel):

@@ -15,6 +15,7 @@ MATHEMATICS = (
     "method.flow",
     "method.regions",
     "method.exploration",
+    "method.step_noise",
     "method.attention",
     "method.advantages",
     "method.objectives",
