@@ -1,8 +1,8 @@
-"""Credit: from every reward table of one update to the advantages of each group.
+"""Credit: from the reward tables of an update to the advantages of each group.
 
 Credit sees the whole update because minibatch normalisation needs it. It may decline a group, which
-is counted and reported, never silently filtered. An invalid reward never becomes a number: a group
-with one is declined whole.
+is counted and reported, never silently filtered. An invalid reward never becomes a number: its
+whole group is declined.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from rl_edit.method.regions import Rows, UniformRows, softened
 from rl_edit.types import Advantages, RewardTable
 
 NEGLIGIBLE = 1e-5
-"""Deviations below this fraction of a term's magnitude are rounding, not merit: they standardise to
-0, never to 1."""
+"""Deviations below this fraction of a term's magnitude are rounding: they standardise to 0."""
 
 
 @dataclass(frozen=True)
 class Declined:
-    """A group that is not trained on, and why: ``invalid`` reward or no ``spread``."""
+    """A group that is not trained on, and why: an ``invalid`` reward or no ``spread``."""
 
     kind: Literal["invalid", "spread"]
     reason: str
@@ -36,19 +35,20 @@ class Declined:
 def varies(
     values: Float[Tensor, "*batch group"], *, fraction: float = NEGLIGIBLE
 ) -> Bool[Tensor, "*batch"]:
-    """Whether values along the last axis differ by more than ``fraction`` of their magnitude."""
+    """Tests if the last axis deviates by more than ``fraction`` of its largest magnitude."""
     return values.std(dim=-1, correction=0) > fraction * values.abs().amax(dim=-1)
 
 
 def standardise(values: Float[Tensor, "*batch group"]) -> Float[Tensor, "*batch group"]:
-    """Zero mean and unit population deviation along the last axis (RC-GRPO-Editing Eq. 4); sums to
-    0; constants give 0.
+    """Scales the last axis to zero mean and unit deviation, ``A_i = (R_i - mean) / std``.
 
-    No constant is added to the deviation: it would weigh terms by their unit. What is only rounding
-        is 0 instead.
+    RC-GRPO-Editing (arXiv 2604.09386), Eq. 4, with the population deviation. Sums to 0. No constant
+    is added to the deviation: it would weigh terms by their unit. Instead, values that differ by
+    rounding only (:func:`varies`) become 0.
     """
     centred = values - values.mean(dim=-1, keepdim=True)
     deviation = centred.square().mean(dim=-1, keepdim=True).sqrt()
+    # ``where`` evaluates both branches: the clamp keeps 0 / 0 out of the one that is not taken.
     return torch.where(
         varies(values)[..., None],
         centred / deviation.clamp(min=torch.finfo(values.dtype).tiny),
@@ -57,22 +57,22 @@ def standardise(values: Float[Tensor, "*batch group"]) -> Float[Tensor, "*batch 
 
 
 def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor, "*batch group"]:
-    """Neighbor GRPO's reweighting (arXiv 2511.16955, Eq. 11), times sqrt(G) so that p = 2 is
-    division by the population std.
+    """Divides centred values by their p-quasi-norm (Neighbor GRPO, arXiv 2511.16955, Eq. 11).
 
-    Keeps sign, order and zero sum; p < 2 tempers dense advantage patterns against single outliers.
+    Times sqrt(G), so that p = 2 is division by the population deviation. Keeps sign, order and zero
+    sum; p < 2 tempers dense advantage patterns against single outliers.
     """
     centred = values - values.mean(dim=-1, keepdim=True)
+    # A_i = sqrt(G) c_i / (sum_j |c_j|^p)^(1/p)
     norm = centred.abs().pow(p).sum(dim=-1, keepdim=True).pow(1 / p)
     standardised: Tensor = centred / norm.clamp(min=1e-12) * values.shape[-1] ** 0.5
     return standardised
 
 
 def bounded(
-    values: Float[Tensor, group * region], limit: float | None
-) -> Float[Tensor, group * region]:
-    """Advantages no larger than ``limit``: a group that exceeds it is scaled down whole, per
-    region.
+    values: Float[Tensor, "group region"], limit: float | None
+) -> Float[Tensor, "group region"]:
+    """Scales advantages to at most ``limit``, by one factor per group and region.
 
     So the sum stays 0. Clamping each candidate, as released trainers do, breaks the sum and adds a
     pull towards all candidates alike.
@@ -80,6 +80,7 @@ def bounded(
     if limit is None:
         return values
     largest = values.abs().amax(dim=0, keepdim=True)
+    # The factor is limit / max(largest, limit), which is exactly 1 within the limit.
     return values * (limit / largest.clamp(min=limit))
 
 
@@ -106,20 +107,21 @@ class _Reward:
 
 
 def _batch_deviation(rewards: Sequence[_Reward]) -> Float[Tensor, ""]:
-    """Deviation over every candidate of the update, as flow_grpo's global std.
+    """Computes the deviation over every candidate of the update (flow_grpo's global std).
 
-    The variance within groups plus the variance of the groups' means. A group whose candidates are all
-    alike counts; one that could not be scored does not.
+    The variance within groups plus the variance of the groups' means. A group whose candidates are
+    all alike counts; one that could not be scored does not.
     """
     if not rewards:
         return torch.ones(())
+    # Law of total variance: Var(R) = mean_g Var_g(R) + Var_g(mean_g R), for groups of equal size.
     within = torch.stack([reward.centred.square().mean() for reward in rewards]).mean()
     between = torch.stack([reward.mean for reward in rewards]).var(correction=0)
     return (within + between).sqrt()
 
 
 class GroupCredit(BaseModel):
-    """Group-relative credit: normalise each term, add with its weight, standardise in the group.
+    """Group-relative credit: terms are normalised, added and standardised in the group.
 
     ``R = sum_k w_k * normalise(r_k)`` and ``A = standardise(R)``; one pooling row per group.
 
@@ -129,12 +131,12 @@ class GroupCredit(BaseModel):
             group, so that each term keeps its share in every group (GDPO); "none": raw.
         rows: tokens that the advantage applies to, and hence the surrogate's metric.
         min_spread: a term whose values in a group deviate by less than this fraction of their
-            magnitude says nothing there; a group in which no weighted term varies is declined.
+            magnitude does not count there; a group in which no weighted term varies is declined.
         deviation: what the combined, group-centred reward is divided by. "group": its own deviation
             (RC-GRPO-Editing Eq. 4), which lifts a group whose candidates hardly differ to the same
             size as one that holds success and failure; "batch": the deviation over all candidates
-            of the update (flow_grpo's global std), which keeps the difference; "none": nothing: with ``normalise: group`` the sum of each
-            term's own advantages (MixGRPO).
+            of the update (flow_grpo's global std), which keeps the difference; "none": nothing,
+            which with ``normalise: group`` gives the sum of each term's advantages (MixGRPO).
         quasi_norm: p of Neighbor GRPO's reweighting in place of the group's deviation (0.8 there);
             None is off.
         advantage_clip: largest absolute advantage (:func:`bounded`); 5 throughout the field, which
@@ -151,10 +153,13 @@ class GroupCredit(BaseModel):
     advantage_clip: float | None = Field(default=None, gt=0)
 
     def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
-        """One result per table, in order; canvases may differ. Only terms with a positive weight
-        decide, the others are measured."""
+        """Returns one result per table, in order; canvases may differ.
+
+        Only terms with a positive weight decide, the others are measured.
+        """
         terms = [self._terms(table) for table in tables]
         usable = [t for t in terms if not isinstance(t, Declined)]
+        # Every candidate of the update that has all its rewards: the minibatch of "minibatch".
         pooled = torch.cat(usable, dim=1) if usable else torch.empty(0, 0)
         rewards = [
             t if isinstance(t, Declined) else self._reward(table, t, pooled)
@@ -169,10 +174,11 @@ class GroupCredit(BaseModel):
         ]
 
     def _terms(self, table: RewardTable) -> Float[Tensor, "reward group"] | Declined:
-        """The weighted terms of a group, or why it has none."""
+        """Selects the weighted terms of a group, or says why it has none."""
         decides = torch.tensor(table.weights) > 0
         if not bool(table.valid[:, decides].all()):
             return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
+        # Double precision: rewards of a group may differ little beside their magnitude.
         return table.values[:, decides].double().T
 
     def _reward(
@@ -181,10 +187,11 @@ class GroupCredit(BaseModel):
         terms: Float[Tensor, "reward group"],
         pooled: Float[Tensor, "reward all_candidates"],
     ) -> _Reward:
-        """Returns the weighted sum of normalised terms, as its group's mean and what differs from it."""
+        """Adds the normalised terms by weight and splits the sum into mean and difference."""
         if self.normalise == "group":
             scaled = standardise(terms)
         elif self.normalise == "minibatch":
+            # Section 3.3: (r_k - mean_batch r_k) / std_batch r_k, over all groups of the update.
             deviation = pooled.std(dim=1, correction=0, keepdim=True)
             scaled = (terms - pooled.mean(dim=1, keepdim=True)) / deviation.clamp(
                 min=torch.finfo(terms.dtype).tiny
@@ -210,6 +217,7 @@ class GroupCredit(BaseModel):
         batch_deviation: Float[Tensor, ""],
         mask: Bool[Tensor, " token"],
     ) -> Advantages:
+        """Turns a group's centred reward into the advantages of its one row."""
         if self.quasi_norm is not None:
             values = quasi_norm(combined, self.quasi_norm)
         elif self.deviation == "none":
@@ -219,6 +227,7 @@ class GroupCredit(BaseModel):
                 standardise(combined) if self.deviation == "group" else combined / batch_deviation
             )
         rows = self.rows(mask)
+        # Bounded in double precision, then stored as the losses compute.
         return Advantages(
             values=bounded(values, self.advantage_clip).float()[:, None].expand(-1, rows.shape[0]),
             regions=rows,
@@ -226,22 +235,21 @@ class GroupCredit(BaseModel):
         )
 
     def needed_components(self) -> tuple[str, ...]:
-        """Reward terms whose scores by region the rule reads."""
+        """Names reward terms whose scores by region the rule reads: none."""
         return ()
 
 
 class SplitCredit(BaseModel):
-    """Edit region and background judged apart: each area follows only the terms that speak about
-    it.
+    """Separate credit of edit region and background, each from its terms only.
 
-    Two pooling rows, the mean over the edit region and the mean over the rest, each with advantages
-    of its own, standardised apart, so that whatever the background's terms say leaves the edit
-    region's advantages unchanged. The two-region case of region credit (SpatialFlow-GRPO, arXiv
-    2606.26872; Edit-GRPO, arXiv 2605.16951, of which only the abstract is public: the instantiation
-    is ours). Where an area's terms do not differ, its advantages are 0.
+    Two pooling rows, the mean over the edit region and the mean over the rest. Each has advantages
+    that are standardised apart, so that the background's terms leave the edit region's advantages
+    unchanged. The two-region case of region credit (SpatialFlow-GRPO, arXiv 2606.26872; Edit-GRPO,
+    arXiv 2605.16951, of which only the abstract is public: the instantiation is ours). Where an
+    area's terms do not differ, its advantages are 0.
 
     Attributes:
-        background_terms: names of the reward terms that judge what should stay; all others judge
+        background_terms: names of the reward terms about what should stay; all others are about
             the edit.
         edit_share: weight of the edit region in the objective; the background has the rest.
         normalise: how terms are scaled within each part, as in :class:`GroupCredit`.
@@ -260,8 +268,10 @@ class SplitCredit(BaseModel):
     advantage_clip: float | None = Field(default=None, gt=0)
 
     def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
-        """One result per table, in order; a group is declined when neither area has anything to
-        learn from it."""
+        """Returns one result per table, in order.
+
+        A group is declined when neither area has anything to learn from it.
+        """
         part = GroupCredit(normalise=self.normalise, advantage_clip=self.advantage_clip)
         edits = part(
             [_only(table, self.background_terms, background=False) for table in tables], areas
@@ -270,8 +280,8 @@ class SplitCredit(BaseModel):
             [_only(table, self.background_terms, background=True) for table in tables], areas
         )
         return [
-            self._joined(table, edit, keep, where)
-            for table, edit, keep, where in zip(tables, edits, keeps, areas, strict=True)
+            self._joined(table, edit, keep, group_areas)
+            for table, edit, keep, group_areas in zip(tables, edits, keeps, areas, strict=True)
         ]
 
     def _joined(
@@ -285,10 +295,12 @@ class SplitCredit(BaseModel):
         for part in refused:
             if part.kind == "invalid" or len(refused) == 2:
                 return part
+        # One side without spread teaches nothing there: advantages 0, and the other side counts.
         columns = [
             torch.zeros(len(table.values)) if isinstance(p, Declined) else p.values[:, 0]
             for p in (edit, keep)
         ]
+        # m in [0, 1] per token: the rows are m / sum m and (1 - m) / sum (1 - m).
         inside = softened(areas.any(dim=0).float(), self.soft_border).flatten()
         shares = torch.stack([inside, 1 - inside])
         sizes = shares.sum(dim=1, keepdim=True)
@@ -304,18 +316,18 @@ class SplitCredit(BaseModel):
 
 
 class RegionCredit(BaseModel):
-    """Every edit area and the background with a reward, and so an advantage, of its own
-    (SpatialFlow-GRPO, arXiv 2606.26872).
+    """Credit by region: a reward and an advantage per edit area and for the background.
 
-    One pooling row per area and one for the background. The reward of an area is its component of
-    the region judge (``TERM.region.N``, ``TERM.background``, Eq. 3) and, normalised in the group,
-    the table's other weighted terms: those of ``background_terms`` count for the background only,
-    all others for the edit areas. Each is standardised over the group by itself. The paper's
-    weights of regions are not public: ``area_power`` names the choice.
+    SpatialFlow-GRPO (arXiv 2606.26872). One pooling row per area and one for the background. The
+    reward of an area is its component of the region judge (``TERM.region.N``, ``TERM.background``,
+    Eq. 3) and, normalised in the group, the table's other weighted terms: those of
+    ``background_terms`` count for the background only, all others for the edit areas. Each is
+    standardised over the group by itself. The paper's weights of regions are not public:
+    ``area_power`` names the choice.
 
     Attributes:
         term: the reward term with scores by region.
-        background_terms: terms that judge what should stay.
+        background_terms: terms about what should stay.
         area_power: gamma of the objective's weights ``|M_r|^gamma``. 1 weighs by area, which at the
             old weights is the gradient of whole-image credit when all regions agree; 0 weighs all
             regions alike.
@@ -332,9 +344,11 @@ class RegionCredit(BaseModel):
     advantage_clip: float | None = Field(default=None, gt=0)
 
     def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
-        """One result per table, in order; a group is declined when no region has anything to learn
-        from it."""
-        return [self._credit(table, where) for table, where in zip(tables, areas, strict=True)]
+        """Returns one result per table, in order.
+
+        A group is declined when no region has anything to learn from it.
+        """
+        return [self._credit(table, regions) for table, regions in zip(tables, areas, strict=True)]
 
     def _credit(
         self, table: RewardTable, areas: Bool[Tensor, "area rows columns"]
@@ -342,37 +356,50 @@ class RegionCredit(BaseModel):
         decides = torch.tensor(table.weights) > 0
         if not bool(table.valid[:, decides].all()):
             return Declined("invalid", "; ".join(table.reasons) or "a reward is invalid")
-        given = table.regions.get(self.term)
-        if given is None or given.areas.shape[1] < len(areas):
-            first = 0 if given is None else given.areas.shape[1]
-            return Declined(
-                "invalid",
-                f"reward {self.term!r} gave no {self.term}.region.{first}: "
-                "it does not score these regions",
-            )
-        scores = torch.cat([given.areas.T[: len(areas)], given.background[None]]).double()
-        if not bool(scores.isfinite().all()):
-            return Declined("invalid", f"reward {self.term!r} lacks a score of a region")
+        scores = self._region_scores(table, len(areas))
+        if isinstance(scores, Declined):
+            return scores
         weight = table.weights[table.names.index(self.term)]
+        # R_r = w z(s_r) + sum_k w_k z(r_k): z standardises in the group, and the terms k are those
+        # of the region's side.
         edit, keep = self._others(table, background=False), self._others(table, background=True)
         combined = weight * standardise(scores) + torch.stack([edit] * len(areas) + [keep])
         if not bool(varies(combined).any()):
             return Declined("spread", "no region's reward differs between the candidates")
         rows = torch.cat([areas.flatten(1), ~_edited(areas)[None]]).float()
         sizes = rows.sum(dim=1)
+        # w_r ~ |M_r|^gamma; the product keeps 0^0 = 1 from weighing an empty region.
         shares = sizes**self.area_power * (sizes > 0)
         return Advantages(
             values=bounded(standardise(combined).T, self.advantage_clip).float(),
-            # A region without a token of its own pools none and weighs nothing; its row
-            # stays uniform to sum to 1.
+            # A region without a token pools none and weighs nothing; its row stays uniform to sum
+            # to 1.
             regions=torch.where(
                 sizes[:, None] > 0, rows / sizes[:, None].clamp(min=1), 1 / rows.shape[1]
             ),
             weights=shares / shares.sum(),
         )
 
+    def _region_scores(
+        self, table: RewardTable, num_areas: int
+    ) -> Float[Tensor, "region group"] | Declined:
+        """Stacks the scores of the areas and of the background, or says what is missing."""
+        regions = table.regions.get(self.term)
+        num_scored = 0 if regions is None else regions.areas.shape[1]
+        if regions is None or num_scored < num_areas:
+            return Declined(
+                "invalid",
+                f"reward {self.term!r} gave no {self.term}.region.{num_scored}: "
+                "it does not score these regions",
+            )
+        # A table may have more columns than this group has areas.
+        scores = torch.cat([regions.areas.T[:num_areas], regions.background[None]]).double()
+        if not bool(scores.isfinite().all()):
+            return Declined("invalid", f"reward {self.term!r} lacks a score of a region")
+        return scores
+
     def _others(self, table: RewardTable, *, background: bool) -> Float[Tensor, " group"]:
-        """The weighted sum of the other terms of one side, each standardised in the group."""
+        """Adds the other terms of one side by weight, each standardised in the group."""
         total = torch.zeros(len(table.values), dtype=torch.float64)
         for index, (name, weight) in enumerate(zip(table.names, table.weights, strict=True)):
             if weight > 0 and name != self.term and (name in self.background_terms) == background:
@@ -386,33 +413,33 @@ class RegionCredit(BaseModel):
 def _only(
     table: RewardTable, background_terms: tuple[str, ...], *, background: bool
 ) -> RewardTable:
-    """The table with the weights of one side only. What is invalid on either side is so on both:
-    its group counts nowhere."""
+    """Restricts a table to the weights of one side.
+
+    A group with an invalid reward on either side counts on neither.
+    """
     shares = zip(table.names, table.weights, strict=True)
     weights = tuple(w if (name in background_terms) == background else 0.0 for name, w in shares)
-    whole = bool(table.valid[:, torch.tensor(table.weights) > 0].all())
-    return replace(
-        table, weights=weights, valid=table.valid if whole else torch.zeros_like(table.valid)
-    )
+    complete = bool(table.valid[:, torch.tensor(table.weights) > 0].all())
+    valid = table.valid if complete else torch.zeros_like(table.valid)
+    return replace(table, weights=weights, valid=valid)
 
 
 @runtime_checkable
 class CreditProtocol(Protocol):
-    """What a credit rule does. A class of yours that does it, named ``module:Class`` as ``kind``,
-    is one."""
+    """Protocol of credit rules; a plugin class (``kind: module:Class``) follows it."""
 
     @property
     def kind(self) -> str: ...
 
     @property
     def normalise(self) -> Literal["minibatch", "group", "none"]:
-        """How terms are scaled before they are added, for the log of their shares."""
+        """Scaling of terms before they are added, for the log of their shares."""
 
     def needed_components(self) -> tuple[str, ...]:
-        """Reward terms whose scores by region the rule reads."""
+        """Names reward terms whose scores by region the rule reads."""
 
     def __call__(self, tables: Sequence[RewardTable], areas: Areas) -> list[Advantages | Declined]:
-        """One result per table, in order. It may decline a group, which is counted."""
+        """Returns one result per table, in order. A group that is declined is counted."""
 
 
 CreditRule = Annotated[

@@ -1,9 +1,8 @@
-"""Text-to-image attention mass and its concentration in the edit region. Pure tensors; hooks live
-with the editors.
+"""Text-to-image attention mass and its concentration in the edit region.
 
-RC-GRPO-Editing (arXiv 2604.09386), Eq. 16-18. Attention is measured beside the fused kernel:
-restricting the softmax to target-image keys equals the joint softmax renormalised over those keys,
-so the full joint map is never formed.
+RC-GRPO-Editing (arXiv 2604.09386), Eq. 16-18. Pure tensors; hooks live with the editors. Attention
+is measured beside the fused kernel: restricting the softmax to target-image keys equals the joint
+softmax renormalised over those keys, so the full joint map is never formed.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ def text_to_image_mass(
     key: Float[Tensor, "batch token head dim"],
     text_rows: Bool[Tensor, "batch text"],
 ) -> Float[Tensor, "batch token"]:
-    """How much the instruction looks at each target token; rows sum to 1 (Eq. 16, averaged over
-    text rows and heads).
+    """Averages the attention from instruction to target tokens over text rows and heads (Eq. 16).
+
+    Rows of the result sum to 1.
 
     Args:
         query: text queries after normalisation and rotary embedding.
@@ -29,29 +29,30 @@ def text_to_image_mass(
     """
     scale = query.shape[-1] ** -0.5
     logits = torch.einsum("bshd,blhd->bhsl", query.float() * scale, key.float())
+    # Over target-image keys only: the joint softmax renormalised over them.
     rows = logits.softmax(dim=-1).mean(dim=1)
     weights = text_rows.float() / text_rows.float().sum(dim=1, keepdim=True).clamp(min=1.0)
+    # s: text rows, l: target tokens
     return torch.einsum("bs,bsl->bl", weights, rows)
 
 
 def concentration_density(
     mass: Float[Tensor, "group token"], token_mask: Bool[Tensor, " token"], *, eps: float = 1e-12
 ) -> Float[Tensor, " group"]:
-    """Mean attention inside the edit region over mean attention everywhere (Eq. 17-18): 1 is
-    diffuse, > 1 concentrated.
+    """Divides mean attention inside the edit region by mean attention (Eq. 17-18).
 
-    The range is [0, token / inside]. The mean over layers and steps of this ratio equals the ratio
-    of the mean mass, because every mass row sums to 1; so actors ship one map per candidate and
-    never per-layer maps.
+    1 is diffuse, > 1 concentrated. The range is [0, token / inside]. The mean over layers and steps
+    of this ratio equals the ratio of the mean mass, because every mass row sums to 1; so actors
+    ship one map per candidate and never per-layer maps.
     """
     inside = token_mask.to(mass.dtype)
+    # (sum_{l in M} a_l / |M|) / (sum_l a_l / L); eps only matters where no mass was recorded.
     density_inside = (mass * inside).sum(dim=-1) / inside.sum().clamp(min=1.0)
     return density_inside / (mass.mean(dim=-1) + eps)
 
 
 class MassTally:
-    """Accumulates attention mass over forwards: the mean over captured layers and steps, one row
-    per sample."""
+    """Averages attention mass over captured layers and steps, one row per sample."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -59,6 +60,7 @@ class MassTally:
 
     def add(self, mass: Float[Tensor, "batch token"]) -> None:
         """Adds one forward's mass (already averaged over layers)."""
+        # In host memory: a tally lives as long as a rollout and must not hold device memory.
         mass = mass.detach().float().cpu()
         self._sum = mass if self._sum is None else self._sum + mass
         self._count += 1

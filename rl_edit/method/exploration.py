@@ -85,6 +85,7 @@ class Perturbation(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Perturbation:
+        # Without a reference there is no state that the background could be pulled to.
         if self.background_pull > 0 and not self.keep_reference:
             raise ValueError(
                 f"background_pull {self.background_pull:g} pulls backgrounds to the reference "
@@ -132,6 +133,7 @@ class Perturbation(BaseModel):
         # another variance would not lie on the editor's noise level sigma = 1.
         spread = torch.where(mask, self.inside, self.outside)[:, None].float()
         keep = (1 - spread**2).sqrt()
+        # Draws are addressed by the index in the group: a chunk's bits are its group's.
         perturbed = [
             keep * shared + spread * source.normal("candidate", i, shape)
             for i in range(self.num_references, num_candidates)

@@ -1,8 +1,7 @@
-"""Rectified-flow algebra: interpolation, the named conversions, and the transition of one sampling
-step.
+"""Rectified-flow algebra: interpolation, conversions, and transitions of sampling steps.
 
-``sigma`` = 1 is noise and 0 is clean; ``x = (1 - sigma) * clean + sigma * noise``; ``velocity =
-noise - clean``. No other file writes this algebra inline.
+``sigma`` is 1 for noise and 0 for clean, ``x = (1 - sigma) * clean + sigma * noise`` and
+``velocity = noise - clean``. No other file writes this algebra inline.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ TIMESTEPS = 1000
 
 
 def timestep_from_sigma(sigma: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The scheduler's timestep of a noise level."""
+    """Converts a noise level to the scheduler's timestep."""
     return sigma * TIMESTEPS
 
 
 def model_time(sigma: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """What a FLUX-family transformer of ``dtype`` is fed for a noise level (fp32).
+    """Converts a noise level (fp32) to the time input of a FLUX-family transformer.
 
     The timestep is formed in fp32, rounded to the model's dtype and divided there, as the stock
     pipeline does: leaving the round trip out, or rounding sigma first, is another function (in bf16
     by up to 4 of 1000).
     """
+    # fp32 -> dtype -> division, in this order (see above).
     return timestep_from_sigma(sigma.float()).to(dtype) / TIMESTEPS
 
 
@@ -39,7 +39,7 @@ def interpolate(
     noise: Float[Tensor, "*shape"],
     sigma: Float[Tensor, "*broadcast"],
 ) -> Float[Tensor, "*shape"]:
-    """State at noise level ``sigma`` on the straight path."""
+    """Computes the state at noise level ``sigma`` on the straight path."""
     return (1 - sigma) * clean + sigma * noise
 
 
@@ -48,7 +48,7 @@ def clean_from_velocity(
     velocity: Float[Tensor, "*shape"],
     sigma: Float[Tensor, "*broadcast"],
 ) -> Float[Tensor, "*shape"]:
-    """Predicted clean sample, ``x - sigma * v``."""
+    """Predicts the clean sample, ``x - sigma * v``."""
     return latents - sigma * velocity
 
 
@@ -59,8 +59,10 @@ def euler(
     sigma: Float[Tensor, "*broadcast"],
     sigma_next: Float[Tensor, "*broadcast"],
 ) -> Float[Tensor, "*shape"]:
-    """One deterministic step, ``x + (sigma_next - sigma) * v``: DDIM with eta = 0, bit for bit the
-    stock scheduler's."""
+    """Takes one deterministic step, ``x + (sigma_next - sigma) * v``.
+
+    DDIM with eta = 0, bit for bit the stock scheduler's.
+    """
     return latents + (sigma_next - sigma) * velocity
 
 
@@ -73,18 +75,23 @@ def moments(
     level: float,
     sde: SDE,
 ) -> tuple[Float[Tensor, "*shape"], float]:
-    """Mean and deviation of the state after one stochastic step at ``level`` a > 0.
+    """Computes mean and deviation of the state after one stochastic step, at ``level`` a > 0.
 
-    * flow: ``s = a sqrt(sigma / (1 - sigma))``; at sigma = 1 the denominator uses the next grid
-        point, as the released code does. ``mean = x (1 + s^2 dt / 2 sigma) + v (1 + s^2 (1 - sigma)
-        / 2 sigma) dt``, deviation ``s sqrt(-dt)``.
-    * dance: ``s = a``; ``mean = x + v dt + s^2/2 (x - (1 - sigma) x0) / sigma^2 dt``, deviation ``s
-        sqrt(-dt)``.
-    * cps: deviation ``sigma' sin(a pi / 2)``, ``mean = (1 - sigma') x0 + sqrt(sigma'^2 -
-        deviation^2) x1`` with the predicted clean sample x0 and noise x1.
+    With ``dt = sigma' - sigma < 0``, the predicted clean sample x0 and the predicted noise x1:
+
+    * flow (Flow-GRPO, arXiv 2505.05470): ``s = a sqrt(sigma / (1 - sigma))``,
+      ``mean = x (1 + s^2 dt / 2 sigma) + v (1 + s^2 (1 - sigma) / 2 sigma) dt``, deviation
+      ``s sqrt(-dt)``. At sigma = 1 the denominator uses the next grid point, as the released code
+      does.
+    * dance (DanceGRPO, arXiv 2505.07818): ``s = a``,
+      ``mean = x + v dt + s^2/2 (x - (1 - sigma) x0) / sigma^2 dt``, deviation ``s sqrt(-dt)``.
+    * cps (Flow-CPS, arXiv 2509.05952): deviation ``sigma' sin(a pi / 2)``,
+      ``mean = (1 - sigma') x0 + sqrt(sigma'^2 - deviation^2) x1``.
     """
     delta = sigma_next - sigma
     if sde == "cps":
+        # x0 and x1 keep their weights (1 - sigma', sigma'), with a part of the noise drawn anew:
+        # (sigma'^2 - deviation^2) + deviation^2 = sigma'^2.
         deviation = sigma_next * math.sin(level * math.pi / 2)
         clean, noise = latents - sigma * velocity, latents + (1 - sigma) * velocity
         return (1 - sigma_next) * clean + math.sqrt(sigma_next**2 - deviation**2) * noise, deviation
@@ -95,6 +102,7 @@ def moments(
             latents + velocity * delta + 0.5 * level**2 * noise / sigma * delta,
             level * math.sqrt(-delta),
         )
+    # Euler-Maruyama of dx = [v + s^2 / (2 sigma) (x + (1 - sigma) v)] dt + s dW.
     spread = level * (sigma / (1 - (sigma if sigma < 1.0 else sigma_next))) ** 0.5
     mean = (
         latents * (1 + spread**2 * delta / (2 * sigma))
@@ -110,14 +118,15 @@ def log_density(
     *,
     sde: SDE,
 ) -> Float[Tensor, "*batch token"]:
-    """Log-density of a stochastic step, per token: the **mean** over channels, as every released
-    trainer takes it.
+    """Computes the log-density of a stochastic step per token, as the mean over channels.
 
-    For "cps" it is ``-(x' - mean)^2`` without scale or normaliser, as published.
+    Every released trainer takes the **mean**, not the sum. For "cps" it is ``-(x' - mean)^2``
+    without scale or normaliser, as published.
     """
     squared = (state - mean).square()
     if sde == "cps":
         return -squared.mean(dim=-1)
+    # log N(x'; mean, k^2) = -(x' - mean)^2 / 2k^2 - log k - log(2 pi) / 2
     return (-squared / (2 * deviation**2) - math.log(deviation) - 0.5 * math.log(2 * math.pi)).mean(
         dim=-1
     )
@@ -133,10 +142,11 @@ def transition(
     sde: SDE = "flow",
     noise: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """One sampling step at SDE ``level``; level 0 is exactly :func:`euler`.
+    """Takes one sampling step at SDE ``level``; level 0 is exactly :func:`euler`.
 
     ``noise`` is standard normal, needed when the level is positive.
     """
+    # As fp32 tensors, so that the difference of levels is rounded as the stock scheduler rounds it.
     grid = torch.tensor([sigma, sigma_next], dtype=torch.float32, device=latents.device)
     if level == 0.0:
         return euler(latents, velocity, sigma=grid[0], sigma_next=grid[1])
@@ -156,13 +166,13 @@ def multistep(
     sigma: float,
     sigma_next: float,
 ) -> Float[Tensor, "*shape"]:
-    """One step of DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) on the flow: a second-order step
-    at the price of a first-order one.
+    """Takes one step of DPM-Solver++(2M) on the flow (arXiv 2211.01095, Algorithm 2).
 
-    In ``lambda = log((1 - sigma) / sigma)`` with ``h = lambda' - lambda`` and ``r = h_before / h``:
-    ``x' = (sigma' / sigma) x - (1 - sigma') (e^-h - 1) D``, ``D = x0 + (x0 - x0_before) / 2r``.
-    Without a finite step before it (the grid starts at sigma = 1) and at the last step (sigma' = 0)
-    it is first order, which is exactly :func:`euler`'s formula.
+    A second-order step at the price of a first-order one. In ``lambda = log((1 - sigma) / sigma)``
+    with ``h = lambda' - lambda`` and ``r = h_before / h``: ``x' = (sigma' / sigma) x - (1 - sigma')
+    (e^-h - 1) D``, ``D = x0 + (x0 - x0_before) / 2r``. Without a finite step before it (the grid
+    starts at sigma = 1) and at the last step (sigma' = 0) it is first order, which is exactly
+    :func:`euler`'s formula.
 
     Args:
         clean: predicted clean sample at ``latents``; ``before``: at the previous step.
@@ -171,7 +181,9 @@ def multistep(
     def log_snr(level: float) -> float:
         return math.log((1 - level) / level)
 
+    # h = lambda' - lambda, r = h_before / h, D = x0 + (x0 - x0_before) / 2r
     step = log_snr(sigma_next) - log_snr(sigma)
     ratio = (log_snr(sigma) - log_snr(sigma_before)) / step
     direction = clean + (clean - before) / (2 * ratio)
+    # expm1 computes e^-h - 1 without cancellation where steps are short.
     return sigma_next / sigma * latents - (1 - sigma_next) * math.expm1(-step) * direction

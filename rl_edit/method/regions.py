@@ -1,8 +1,8 @@
-"""From an image mask to tokens, and from tokens to pooling rows: the one tensor, ``[region,
-token]``, that says where.
+"""Regions: from an image mask to tokens, and from tokens to pooling rows.
 
-A row of pooling weights sums to 1. Whole image is one uniform row; RC-GRPO's masked metric is one
-two-area row; region credit is several rows.
+Pooling rows are the one tensor, ``[region, token]``, that says where. A row of weights sums to 1.
+Whole image is one uniform row; RC-GRPO's masked metric is one two-area row; region credit is
+several rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 def token_mask(
     edit_mask: Bool[Tensor, "height width"], grid: tuple[int, int]
 ) -> Bool[Tensor, " token"]:
-    """Edit region on the token grid: a token belongs to it if any of its pixels does. Row-major, as
-    latents are packed.
+    """Projects the edit mask to the token grid, row-major, as latents are packed.
+
+    A token belongs to the edit region if any of its pixels does.
 
     Raises:
         ValueError: when the canvas is not a whole number of tokens.
@@ -33,6 +34,7 @@ def token_mask(
             f"mask of {height}x{width} px does not divide into a {rows}x{columns} token grid; fit "
             "the task to the canvas"
         )
+    # A maximum over each token's pixels is "any".
     pooled = F.max_pool2d(
         edit_mask.float()[None, None], kernel_size=(height // rows, width // columns)
     )
@@ -41,61 +43,66 @@ def token_mask(
 
 def token_areas(
     areas: Bool[Tensor, "area height width"], grid: tuple[int, int]
-) -> Bool[Tensor, "kept rows columns"]:
-    """Separate edit areas on the token grid: a token belongs to an area if any of its pixels does,
-    to the smallest of several.
+) -> Bool[Tensor, "area rows columns"]:
+    """Projects separate edit areas to the token grid; they stay disjoint.
 
-    The areas stay disjoint, their union is :func:`token_mask` of theirs, and one that others cover
-    whole is left empty, so that their order and number are the task's.
+    A token belongs to an area if any of its pixels does, and to the smallest of several. The union
+    is :func:`token_mask` of the areas' union. An area whose tokens all belong to others stays
+    empty, so that order and number of areas are the task's.
     """
     rows, columns = grid
-    flat = torch.stack([token_mask(area, grid) for area in areas]).reshape(-1, rows, columns)
+    tokens = torch.stack([token_mask(area, grid) for area in areas]).reshape(-1, rows, columns)
     taken = torch.zeros(rows, columns, dtype=torch.bool)
-    kept = torch.zeros_like(flat)
+    disjoint = torch.zeros_like(tokens)
+    # Smallest first, or a large area would take all tokens of a small one beside it. Stable, so
+    # that areas of one size are taken in the task's order.
     for index in areas.flatten(1).sum(dim=1).argsort(stable=True).tolist():
-        kept[index] = flat[index] & ~taken
-        taken |= flat[index]
-    return kept
+        disjoint[index] = tokens[index] & ~taken
+        taken |= tokens[index]
+    return disjoint
 
 
 def softened(share: Float[Tensor, "rows columns"], width: int) -> Float[Tensor, "rows columns"]:
-    """A mask whose border is blended over ``width`` tokens to either side (a box mean that never
-    looks beyond the picture)."""
+    """Blends a mask's border over ``width`` tokens to either side.
+
+    A box mean of the tokens inside the image.
+    """
     if width == 0:
         return share
     kernel = 2 * width + 1
+    # Padding is not counted: at the image's border the mean is over fewer tokens.
     return F.avg_pool2d(
         share[None, None], kernel, stride=1, padding=width, count_include_pad=False
     )[0, 0]
 
 
 def eroded(mask: Bool[Tensor, "rows columns"], radius: int) -> Bool[Tensor, "rows columns"]:
-    """Tokens of a mask that lie at least ``radius`` (in rows and columns) inside it; the picture's
-    own border does not erode."""
+    """Erodes a mask by ``radius`` rows and columns; the image's border does not erode it."""
     if radius == 0:
         return mask
+    # Erosion is dilation of the complement. Max pooling pads with -inf: the border never erodes.
     return ~F.max_pool2d((~mask).float()[None, None], 2 * radius + 1, stride=1, padding=radius)[
         0, 0
     ].bool()
 
 
 def labelled_regions(mask: Bool[Tensor, "height width"]) -> Int64[Tensor, "height width"]:
-    """The separate (8-connected) region each pixel of a mask belongs to, from 1 in reading order; 0
-    outside.
+    """Numbers the separate (8-connected) regions of a mask from 1, in reading order; 0 is outside.
 
-    Horizontal runs of pixels, joined with the touching runs of the row above.
+    Horizontal runs of pixels are joined with the touching runs of the row above (union-find).
     """
     parent: list[int] = []
 
     def root(run: int) -> int:
         while parent[run] != run:
-            parent[run] = parent[parent[run]]
+            parent[run] = parent[parent[run]]  # halves the path for the next search
             run = parent[run]
         return run
 
-    runs: list[tuple[int, int, int]] = []
+    runs: list[tuple[int, int, int]] = []  # (row, first column, past the last)
     above: list[int] = []
     for row, line in enumerate(mask.cpu().numpy()):
+        # A change from 0 to 1 begins a run and one from 1 to 0 ends it.
         edges = np.flatnonzero(np.diff(line.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
         here = []
         for start, stop in edges.tolist():
@@ -104,6 +111,7 @@ def labelled_regions(mask: Bool[Tensor, "height width"]) -> Int64[Tensor, "heigh
             parent.append(run)
             here.append(run)
             for other in above:
+                # <= on both sides: runs that meet at a corner touch.
                 if runs[other][1] <= stop and start <= runs[other][2]:
                     first, second = sorted((root(other), root(run)))
                     parent[second] = first
@@ -116,8 +124,10 @@ def labelled_regions(mask: Bool[Tensor, "height width"]) -> Int64[Tensor, "heigh
 
 
 class UniformRows(BaseModel):
-    """Whole image: every token weighs the same. The plain metric of Neighbor GRPO (arXiv
-    2511.16955), mean-reduced."""
+    """Whole image: every token weighs the same.
+
+    The metric of Neighbor GRPO (arXiv 2511.16955), mean-reduced.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["uniform"] = "uniform"
@@ -127,14 +137,13 @@ class UniformRows(BaseModel):
 
 
 class MaskedRows(BaseModel):
-    """Region-normalised masked metric with two bandwidths (RC-GRPO-Editing, arXiv 2604.09386,
-    Appendix Eq. B.3).
+    """Region-normalised masked metric with two bandwidths.
 
-    ``d = d_in / h_in^2 + d_out / h_out^2`` with each part the mean over its own area, so that a
-    large background does not dominate; an area of zero tokens contributes nothing. The row is that
-    metric divided by ``1 / h_in^2 + 1 / h_out^2``, so that it sums to 1; the surrogate's
-    temperature carries the constant (with both bandwidths 1, temperature 0.5 here is temperature 1
-    there).
+    RC-GRPO-Editing (arXiv 2604.09386), Appendix Eq. B.3. ``d = d_in / h_in^2 + d_out / h_out^2``
+    with each part the mean over its own area, so that a large background does not dominate; an area
+    of zero tokens contributes nothing. The row is that metric divided by ``1 / h_in^2 + 1 /
+    h_out^2``, so that it sums to 1; the surrogate's temperature carries the constant (with both
+    bandwidths 1, temperature 0.5 here is temperature 1 there).
 
     Attributes:
         inside, outside: bandwidths ``h_in`` and ``h_out``; a smaller one weighs its area more. The
@@ -149,6 +158,7 @@ class MaskedRows(BaseModel):
 
     def __call__(self, mask: Bool[Tensor, " token"]) -> Float[Tensor, "1 token"]:
         inside, outside = mask.float(), (~mask).float()
+        # 1 / (|M| h_in^2) on the mask and 1 / (|not M| h_out^2) beside it, made to sum to 1.
         row = (
             inside / inside.sum().clamp(min=1) / self.inside**2
             + outside / outside.sum().clamp(min=1) / self.outside**2

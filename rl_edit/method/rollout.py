@@ -1,7 +1,7 @@
 """One denoising loop: from a group's initial noises to the trajectory that training needs.
 
 A group may be rolled out and scored in chunks of its candidates; :func:`merged` and :func:`joined`
-make it whole again. The loop takes a velocity function and knows neither editor nor weights nor
+join the parts again. The loop takes a velocity function and knows neither editor nor weights nor
 Ray.
 """
 
@@ -35,7 +35,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """The kept steps of a group's trajectories, and where they end."""
+    """The trained steps of a group's trajectories, and where they end."""
 
     latents: Float[Tensor, "group step token channel"]
     next_latents: Float[Tensor, "group step token channel"]
@@ -59,13 +59,14 @@ def denoise(
     normal: Callable[[int], Tensor] | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> Trajectory:
-    """Integrates every candidate over the whole grid and keeps the named steps. Latents stay fp32
-    throughout.
+    """Integrates every candidate over the grid and stores the named steps.
+
+    Latents stay fp32 throughout.
 
     Args:
         sigmas: decreasing grid from (near) 1 to 0.
         keep: indices of the steps to store, ascending.
-        solver: "euler", or "dpm++": DPM-Solver++(2M), second order from the steps before. Kept
+        solver: "euler", or "dpm++": DPM-Solver++(2M), second order from the steps before. Stored
             velocities serve either.
         step_noise: SDE level per step; None is the ODE. A multistep solver has none.
         sde: the law of stochastic steps.
@@ -75,18 +76,14 @@ def denoise(
     num_steps = len(sigmas) - 1
     levels = torch.zeros(num_steps) if step_noise is None else step_noise
     latents = initial.float()
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    stored: list[tuple[Tensor, Tensor, Tensor]] = []
+    # The clean sample predicted one step earlier: all that the multistep solver remembers.
     clean: Tensor | None = None
     for step in range(num_steps):
         rate = velocity(latents, sigmas[step].expand(len(latents)))
         level = float(levels[step])
         before, clean = clean, flow.clean_from_velocity(latents, rate, sigmas[step])
-        if (
-            solver == "dpm++"
-            and before is not None
-            and sigmas[step + 1] > 0
-            and sigmas[step - 1] < 1
-        ):
+        if solver == "dpm++" and before is not None and _second_order(sigmas, step):
             assert level == 0, "a multistep solver has no stochastic steps"
             grid = [float(sigmas[i]) for i in (step - 1, step, step + 1)]
             following = flow.multistep(
@@ -102,32 +99,52 @@ def denoise(
                 sde=sde,
                 noise=normal(step).to(latents) if level and normal is not None else None,
             )
+        # Not after the last step: the final state is the edit itself. Before storing, so that the
+        # surrogate's candidates are the states that the rollout goes on from.
         if project is not None and step + 1 < num_steps:
             following = project(following)
         if step in keep:
-            kept.append((latents, following, rate))
+            stored.append((latents, following, rate))
         latents = following
+    return _trajectory(stored, latents, sigmas.cpu(), levels, keep)
+
+
+def _second_order(sigmas: Tensor, step: int) -> bool:
+    """True where ``log((1 - sigma) / sigma)`` is finite before and after the step.
+
+    It is infinite at sigma = 1 and at sigma = 0; there the solver's step is first order.
+    """
+    return bool(sigmas[step + 1] > 0 and sigmas[step - 1] < 1)
+
+
+def _trajectory(
+    stored: Sequence[tuple[Tensor, Tensor, Tensor]],
+    final: Tensor,
+    sigmas: Tensor,
+    levels: Tensor,
+    keep: tuple[int, ...],
+) -> Trajectory:
+    """Stacks (state, next state, velocity) of the stored steps, step by step."""
     index = torch.tensor(keep, dtype=torch.long)
-    stacked = [torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)] or [
-        latents.new_zeros(len(latents), 0, *latents.shape[1:])
-    ] * 3
+    # Evaluation stores no step: then the tensors are empty and have their other axes all the same.
+    empty = final.new_zeros(len(final), 0, *final.shape[1:])
+    stacked = [torch.stack(parts, dim=1) for parts in zip(*stored, strict=True)] or [empty] * 3
     return Trajectory(
         latents=stacked[0],
         next_latents=stacked[1],
         velocities=stacked[2],
-        sigmas=sigmas.cpu()[index],
-        sigmas_next=sigmas.cpu()[index + 1],
+        sigmas=sigmas[index],
+        sigmas_next=sigmas[index + 1],
         step_noise=levels[index],
-        final=latents,
+        final=final,
     )
 
 
 def blank_task(pixels_per_token: int) -> EditTask:
-    """An edit of nothing on a canvas of 4 by 4 tokens: for forwards whose result nobody looks
-    at."""
+    """Makes a task on a canvas of 4 by 4 tokens, for forwards whose result is not read."""
     side = 4 * pixels_per_token
     mask = torch.zeros(side, side, dtype=torch.bool)
-    mask[:pixels_per_token] = True
+    mask[:pixels_per_token] = True  # one row of tokens: a mask is neither empty nor full
     source = torch.full((side, side, 3), 128, dtype=torch.uint8)
     return EditTask(
         task_id="blank", task_type="edit", source=source, instruction="nothing", edit_mask=mask
@@ -142,17 +159,17 @@ def blank_group(
     levels: Tensor,
     keep: tuple[int, ...],
 ) -> RolloutGroup:
-    """A group of zeros with every record a real one has, for forwards whose result nobody looks at.
+    """Makes a group of zeros with all records, for forwards whose result is not read.
 
     Args:
         conditioning: of :func:`blank_task`; ``shape``: (token, channel) of its latents.
-        levels: SDE level of each rollout step; ``keep``: the kept ones.
+        levels: SDE level of each rollout step; ``keep``: the indices of those to train.
     """
     areas = torch.zeros(1, *conditioning.grid, dtype=torch.bool)
     areas[0, 0, 0] = True
-    task, kept = blank_task(1), list(keep)
+    task, steps = blank_task(1), list(keep)
     grid = torch.linspace(1, 0, len(levels) + 1)
-    states = torch.zeros(size, len(kept), *shape)
+    states = torch.zeros(size, len(steps), *shape)
     return RolloutGroup(
         group_id="blank",
         adapter=AdapterId(0, "blank"),
@@ -166,9 +183,9 @@ def blank_group(
         latents=states,
         next_latents=states,
         velocities=states,
-        sigmas=grid[kept],
-        sigmas_next=grid[[step + 1 for step in kept]],
-        step_noise=levels[kept],
+        sigmas=grid[steps],
+        sigmas_next=grid[[step + 1 for step in steps]],
+        step_noise=levels[steps],
         sde="flow",
         schedule=grid,
         areas=areas,
@@ -176,7 +193,7 @@ def blank_group(
 
 
 def merged(chunks: Sequence[RolloutGroup]) -> RolloutGroup:
-    """The group that its chunks, in candidate order, are parts of.
+    """Joins the chunks of a group, in candidate order.
 
     Raises:
         ValueError: for chunks of several groups or of several adapters.
@@ -184,6 +201,7 @@ def merged(chunks: Sequence[RolloutGroup]) -> RolloutGroup:
     first = chunks[0]
     _require_one("groups", [chunk.group_id for chunk in chunks])
     _require_one("adapters", [str(chunk.adapter) for chunk in chunks])
+    # What all candidates share (task, conditioning, grid, areas) is the first chunk's.
     return replace(
         first,
         candidates=replace(
@@ -221,6 +239,7 @@ def joined(tables: Sequence[RewardTable]) -> RewardTable:
         first,
         values=torch.cat([table.values for table in tables]),
         valid=torch.cat([table.valid for table in tables]),
+        # The same reason from several chunks is one, and the first one comes first.
         reasons=tuple(dict.fromkeys(reason for table in tables for reason in table.reasons)),
         out_of_contract=any(table.out_of_contract for table in tables),
         components=components,
@@ -231,17 +250,20 @@ def joined(tables: Sequence[RewardTable]) -> RewardTable:
             key: sum(table.counts.get(key, 0) for table in tables)
             for key in _keys(table.counts for table in tables)
         },
+        # Seconds of work, not of waiting: chunks are scored side by side.
         seconds=sum(table.seconds for table in tables),
     )
 
 
 def _keys(mappings: Iterable[Mapping[str, object]]) -> list[str]:
+    # A dict keeps the order of first sight; a set would not be the same in every process.
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _joined_columns(
     chunks: Sequence[Mapping[str, PerCandidate]], sizes: Sequence[int]
 ) -> dict[str, PerCandidate]:
+    # Every column has one number per candidate, so a chunk that lacks it gives NaN for its own.
     return {
         key: tuple(
             value
@@ -257,6 +279,7 @@ def _joined_regions(chunks: Sequence[RegionTable | None], sizes: Sequence[int]) 
     width = max(chunk.areas.shape[1] for chunk in chunks if chunk is not None)
     areas = torch.full((sum(sizes), width), math.nan, dtype=torch.float64)
     background = torch.full((sum(sizes),), math.nan, dtype=torch.float64)
+    # A chunk that was not scored leaves its rows NaN.
     start = 0
     for chunk, size in zip(chunks, sizes, strict=True):
         if chunk is not None:
@@ -268,6 +291,7 @@ def _joined_regions(chunks: Sequence[RegionTable | None], sizes: Sequence[int]) 
 
 def _joined_measures(chunks: Sequence[Measures | None], sizes: Sequence[int]) -> Measures | None:
     measured = [chunk for chunk in chunks if chunk is not None]
+    # All or none: a part of a group's measures would pass for all of them.
     if len(measured) < len(chunks):
         return None
     return Measures(

@@ -117,6 +117,7 @@ class NoiseWindow(BaseModel):
     def starts(self, num_steps: int) -> range:
         """Lists the steps at which the window may start."""
         # ``[l, min(l + size, num_steps - 2))`` is MixGRPO's window; here it never shrinks.
+        # At least one step, for grids too short for the two that stay deterministic.
         stop = max(num_steps - 2, 1) if self.stop is None else self.stop
         return range(self.first, stop - self.size + 1)
 
@@ -153,7 +154,7 @@ class NoiseWindow(BaseModel):
     def __call__(self, update: int, num_steps: int) -> Float[Tensor, " step"]:
         start = self.start(update, num_steps)
         levels = torch.zeros(num_steps)
-        levels[start : start + self.size] = self.level
+        levels[start : start + self.size] = self.level  # all other steps are the ODE
         return levels
 
     def check(self, num_steps: int) -> None:
