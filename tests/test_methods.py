@@ -660,7 +660,7 @@ def test_a_ratio_at_a_small_temperature_stays_a_number_and_so_does_its_gradient(
 def test_the_acting_weights_decay_by_the_references_schedule(schedule: int, acting: Any) -> None:
     for update in (0, 1, 2, 74, 75, 76, 100, 207, 209, 499, 500, 501, 5000):
         assert acting.decay(update) == pytest.approx(
-            diffusion_nft.kept(update, schedule), abs=1e-12
+            diffusion_nft.decay(update, schedule), abs=1e-12
         )
 
 

@@ -1,5 +1,7 @@
-"""CoCoEdit (arXiv 2602.14068): two hinges beside DiffusionNFT's loss, as in the paper, as released,
-and as meant."""
+"""CoCoEdit (arXiv 2602.14068): two hinges beside DiffusionNFT's loss.
+
+As in the paper, as released, and as meant.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ RING = 0.2
 def region_weights(
     edited: Tensor, radius: int, *, silent_without_core: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """W of the kept and of the edited region [token], from a mask [row, column]: 1 where a token
-    and all its neighbours within ``radius`` agree, 0.2 in the ring in between, 0 in the other
-    region's core."""
+    """Computes W of the background and of the edited region [token], from a mask [row, column].
+
+    1 where a token and all its neighbours within ``radius`` agree, 0.2 in the ring in between, 0 in
+    the other region's core.
+    """
     rows, columns = edited.shape
     core = torch.zeros(2, rows, columns, dtype=torch.float64)
     for row in range(rows):
@@ -35,7 +39,7 @@ def region_weights(
 
 
 def distance(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """``sum W (a - b)^2 / sum W`` over tokens and channels [token, channel]."""
+    """Averages ``W (a - b)^2`` over tokens and channels [token, channel], divided by ``sum W``."""
     return (weights[:, None] * (a - b) ** 2).sum() / max(float(weights.sum()) * a.shape[1], 1e-6)
 
 
@@ -57,14 +61,17 @@ def hinges(
     keep_tolerance: float,
     edit_tolerance: float,
 ) -> Tensor:
-    """What is added to the loss. The published edit hinge is put on the negative policy; "fixed"
-    puts it on the policy itself."""
+    """Computes what is added to the loss.
+
+    The published edit hinge is put on the negative policy; "fixed" puts it on the policy itself.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(x)):
         positive, negative = predictions(x[i], s, v[i], v_old[i], beta)
-        own = x[i] - s * v[i]
+        current = x[i] - s * v[i]
         away = distance(positive, clean[i] if variant == "release" else source, keep)
-        near = distance(own if variant == "fixed" else negative, source, edit)
+        near = distance(current if variant == "fixed" else negative, source, edit)
+        # r relu(d_keep - tolerance) + (1 - r) relu(tolerance - d_edit), mean over candidates
         if bool(keep.any()):
             total = total + keep_weight * r[i] * torch.relu(away - keep_tolerance) / len(x)
         if bool(edit.any()):

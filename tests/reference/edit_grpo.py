@@ -1,5 +1,7 @@
 """Edit-GRPO (arXiv 2605.16951): edit and background as separate signals over a softened border.
-Only its abstract is public."""
+
+Only its abstract is public.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ from torch import Tensor
 
 
 def shares(edited: Tensor, soft_border: int) -> Tensor:
-    """How much each token belongs to (edit, background) [2, token]: the mean of the mask [row,
-    column] within ``soft_border`` tokens."""
+    """Computes how much each token belongs to (edit, background) [2, token].
+
+    The mean of the mask [row, column] within ``soft_border`` tokens.
+    """
     rows, columns = edited.shape
     inside = torch.zeros(rows, columns, dtype=torch.float64)
     for row in range(rows):
@@ -22,8 +26,10 @@ def shares(edited: Tensor, soft_border: int) -> Tensor:
 
 
 def advantages(edit_rewards: Tensor, keep_rewards: Tensor) -> Tensor:
-    """[candidate, 2] from rewards [candidate] of either side, standardised apart; a side that does
-    not vary says nothing."""
+    """Standardises the rewards [candidate] of either side apart, to [candidate, 2].
+
+    A side that does not vary gives 0.
+    """
     columns = []
     for rewards in (edit_rewards, keep_rewards):
         deviation = rewards.std(correction=0)

@@ -1,5 +1,7 @@
-"""Flow-GRPO (arXiv 2505.05470): a sampling step as a Gaussian policy. With DanceGRPO's and
-Flow-CPS's laws, and GRPO-Guard's ratio."""
+"""Flow-GRPO (arXiv 2505.05470): a sampling step as a Gaussian policy.
+
+With DanceGRPO's and Flow-CPS's laws, and GRPO-Guard's ratio.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,18 @@ from torch.distributions import Normal, kl_divergence
 def step(
     x: Tensor, v: Tensor, s: float, s_next: float, level: float, law: str
 ) -> tuple[Tensor, float]:
-    """Mean and deviation of the next state.
+    """Computes mean and deviation of the next state.
 
-    * flow: Euler-Maruyama of ``dx = [v + (w^2 / 2s)(x + (1 - s) v)] dt + w dW`` with ``w = level
-        sqrt(s / (1 - s))``.
+    * flow: Euler-Maruyama of ``dx = [v + (w^2 / 2s)(x + (1 - s) v)] dt + w dW`` with
+      ``w = level sqrt(s / (1 - s))``.
     * dance: of ``dx = [v - (w^2 / 2) score] dt + w dW`` with ``w = level``.
     * cps: predicted clean sample and noise are mixed anew, ``sin(level pi / 2)`` of the noise being
-        fresh.
+      fresh.
     """
     dt = s_next - s
     clean, noise = x - s * v, x + (1 - s) * v
     if law == "flow":
+        # At s = 1 the released code takes the next level in the denominator.
         w = level * math.sqrt(s / (1 - (s_next if s == 1 else s)))
         return x + (v + w**2 / (2 * s) * (x + (1 - s) * v)) * dt, w * math.sqrt(-dt)
     if law == "dance":
@@ -34,8 +37,10 @@ def step(
 
 
 def log_prob(following: Tensor, mean: Tensor, deviation: float, law: str) -> Tensor:
-    """Log-density [candidate, token, channel] of the step, unreduced. CPS leaves out scale and
-    normaliser."""
+    """Computes the log-density [candidate, token, channel] of the step, unreduced.
+
+    CPS leaves out scale and normaliser.
+    """
     if law == "cps":
         return -((following - mean) ** 2)
     return Normal(mean, deviation).log_prob(following)
@@ -50,10 +55,10 @@ def ratios(
     *,
     guard: bool = False,
 ) -> Tensor:
-    """[candidate]: the exponential of the mean change of the log-density, over all elements.
+    """Exponentiates the mean change of the log-density over all elements, to [candidate].
 
-    ``guard``: GRPO-Guard (arXiv 2510.22319): ``exp(k (change + |mean - old_mean|^2 / 2k^2))`` with
-        Gaussian densities.
+    ``guard`` is GRPO-Guard (arXiv 2510.22319): ``exp(k (change + |mean - old_mean|^2 / 2k^2))``
+    with Gaussian densities.
     """
     used = "flow" if guard else law
     change = (
@@ -67,7 +72,7 @@ def ratios(
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """``-min(rho A, clip(rho, 1 - low, 1 + high) A)``, elementwise."""
+    """Computes ``-min(rho A, clip(rho, 1 - low, 1 + high) A)``, elementwise."""
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
 
 
@@ -81,10 +86,10 @@ def divergence(
     law: str,
     exact_kl: bool = False,
 ) -> Tensor:
-    """Mean over elements of the distance of two steps; published code divides by ``2 w^2``, the
-    exact divergence by ``2 w^2 (-dt)``.
+    """Averages the distance of two steps over elements.
 
-    Under cps the published deviation k stands for w: ``2 k^2`` either way.
+    Published code divides by ``2 w^2``, the exact divergence by ``2 w^2 (-dt)``. Under cps the
+    published deviation k stands for w: ``2 k^2`` either way.
     """
     if exact_kl or law == "cps":
         return kl_divergence(Normal(mean, deviation), Normal(reference_mean, deviation)).mean()
@@ -99,11 +104,11 @@ def advantages(
     between_groups: bool = True,
     scale_whole_group: bool = False,
 ) -> list[Tensor]:
-    """Group-centred rewards over the deviation of the whole batch ("global std"), at most
-    ``limit``.
+    """Divides group-centred rewards by the deviation of the batch ("global std").
 
     Args:
         rewards: [candidate] of each group.
+        limit: largest absolute advantage.
     """
     centred = [group - group.mean() for group in rewards]
     deviation = torch.cat(rewards if between_groups else centred).std(correction=0)

@@ -1,5 +1,4 @@
-"""MixGRPO (arXiv 2507.21802): which steps are stochastic in which update, and advantages summed
-over rewards."""
+"""MixGRPO (arXiv 2507.21802): moving windows of stochastic steps, and summed advantages."""
 
 from __future__ import annotations
 
@@ -20,18 +19,19 @@ def windows(
     threshold: int = 13,
     whole_windows: bool = False,
 ) -> list[list[int]]:
-    """The stochastic steps of each update: ``[l, min(l + size, num_steps - 2))``, moved by
-    ``stride`` after its stay, back at the end.
+    """Lists the stochastic steps of each update, ``[l, min(l + size, num_steps - 2))``.
+
+    The window moves by ``stride`` after its stay, and back to 0 at the end.
 
     Args:
         decay: k of the exponential schedule, ``ceil(every exp(-k relu(l - threshold)))`` updates at
             l; None stays ``every`` everywhere.
         whole_windows: the last position is the last whole window, and the roll-back follows it.
     """
-    end, left, found = num_steps - 2, 0, []
+    end, left, steps = num_steps - 2, 0, []
     stayed = 0
     for _ in range(num_updates):
-        found.append(list(range(left, min(left + size, end))))
+        steps.append(list(range(left, min(left + size, end))))
         stay = (
             every
             if decay is None
@@ -45,12 +45,14 @@ def windows(
                 left = end - size if left - stride < end - size else 0
             elif left > end - 1:
                 left = 0
-    return found
+    return steps
 
 
 def advantages(rewards: Tensor, weights: list[float], *, unbiased: bool = True) -> Tensor:
-    """[candidate] of one group: the weighted sum of every reward's own standardised advantages;
-    rewards are [candidate, reward]."""
+    """Adds the standardised advantages of every reward by weight, to [candidate] of one group.
+
+    Rewards are [candidate, reward].
+    """
     total = torch.zeros(len(rewards), dtype=torch.float64)
     for weight, column in zip(weights, rewards.T, strict=True):
         total = total + weight * (column - column.mean()) / (

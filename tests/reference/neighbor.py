@@ -1,5 +1,7 @@
-"""The softmax surrogate of Neighbor GRPO (arXiv 2511.16955, Eq. 8, 9, 11) and RC-GRPO-Editing
-(arXiv 2604.09386, Eq. 5, 13-15, B.3)."""
+"""The softmax surrogate of Neighbor GRPO and RC-GRPO-Editing.
+
+arXiv 2511.16955, Eq. 8, 9, 11, and arXiv 2604.09386, Eq. 5, 13-15, B.3.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ from torch import Tensor
 
 
 def metric(mask: Tensor, h_in: float, h_out: float, *, sum_to_one: bool = False) -> Tensor:
-    """Weight of each token in ``d = mean over the region / h_in^2 + mean over the rest / h_out^2``;
-    mask is bool [token]."""
+    """Computes each token's weight in ``d = mean inside / h_in^2 + mean outside / h_out^2``.
+
+    ``mask`` is bool [token]. Eq. B.3.
+    """
     weights = torch.zeros(len(mask), dtype=torch.float64)
     for token, inside in enumerate(mask.tolist()):
         area = int(mask.sum()) if inside else int((~mask).sum())
@@ -18,8 +22,10 @@ def metric(mask: Tensor, h_in: float, h_out: float, *, sum_to_one: bool = False)
 
 
 def log_policy(anchor: Tensor, candidates: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """``log softmax_i(-d(x_i, anchor) / temperature)``: which candidate an anchor [token, channel]
-    would be taken for."""
+    """Computes ``log softmax_i(-d(x_i, anchor) / temperature)``.
+
+    The probability that an anchor [token, channel] is taken for candidate i.
+    """
     distances = torch.stack(
         [
             (weights[:, None] * (candidate - anchor) ** 2 / anchor.shape[1]).sum()
@@ -44,8 +50,9 @@ def loss(
     temperature: float,
     clip: float,
 ) -> Tensor:
-    """Clipped ratio at one trained step, averaged over anchors and candidates. Both policies come
-    of the one-step train solver.
+    """Computes the clipped loss at one trained step, averaged over anchors and candidates.
+
+    Both policies come of the one-step train solver.
 
     Args:
         states: where the step starts; ``candidates``: where the rollout's own solver took it.
@@ -84,8 +91,10 @@ def gradient_at_old_weights(
     sigma_next: float,
     temperature: float,
 ) -> Tensor:
-    """The loss's gradient in an anchor's velocity when nothing has moved yet and advantages sum to
-    0: the weighted centroid."""
+    """Computes the loss's gradient in an anchor's velocity at the old weights.
+
+    With advantages that sum to 0 it is the weighted centroid of the candidates.
+    """
     centroid = sum(gain * candidate for gain, candidate in zip(advantages, candidates, strict=True))
     scale = (
         -(sigma_next - sigma)
@@ -96,15 +105,18 @@ def gradient_at_old_weights(
 
 
 def quasi_norm(rewards: Tensor, p: float) -> Tensor:
-    """Eq. 11 on centred rewards [candidate], times sqrt(G) so that p = 2 is division by the
-    population deviation."""
+    """Computes Eq. 11 on centred rewards [candidate], times sqrt(G).
+
+    So that p = 2 is division by the population deviation.
+    """
     centred = rewards - rewards.mean()
     return centred / (centred.abs() ** p).sum() ** (1 / p) * len(rewards) ** 0.5
 
 
 def rc_advantages(rewards: list[Tensor], weights: list[float]) -> list[Tensor]:
-    """RC-GRPO-Editing, section 3.3 and Eq. 4: every term z-scored over the minibatch, added, then
-    standardised in its group.
+    """Computes the advantages of RC-GRPO-Editing (section 3.3 and Eq. 4).
+
+    Every term is z-scored over the minibatch, added, then standardised in its group.
 
     Args:
         rewards: [candidate, term] of each group of the minibatch.
@@ -121,7 +133,9 @@ def rc_advantages(rewards: list[Tensor], weights: list[float]) -> list[Tensor]:
 def neighbourhood(
     shared: Tensor, fresh: Tensor, mask: Tensor, inside: float, outside: float
 ) -> Tensor:
-    """``sqrt(1 - a^2) e + a d_i`` (RC-GRPO-Editing Eq. 10-11); with ``inside == outside`` Neighbor
-    GRPO's Eq. 7."""
+    """Computes ``sqrt(1 - a^2) e + a d_i`` (RC-GRPO-Editing Eq. 10-11).
+
+    With ``inside == outside`` it is Neighbor GRPO's Eq. 7.
+    """
     spread = torch.where(mask, inside, outside).double()[:, None]
     return torch.stack([(1 - spread**2).sqrt() * shared + spread * each for each in fresh])

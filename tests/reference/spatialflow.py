@@ -1,5 +1,7 @@
-"""SpatialFlow-GRPO (arXiv 2606.26872): a reward, an advantage and a ratio for every region. Eq. 3
-is published; the rest reconstructed."""
+"""SpatialFlow-GRPO (arXiv 2606.26872): a reward, an advantage and a ratio for every region.
+
+Eq. 3 is published; the rest is reconstructed.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,22 @@ from reference.flow_grpo import clipped, log_prob
 def region_reward(
     success: float, preservation: float, naturalness: float, artifacts: float, *, scale: float
 ) -> float:
-    """Eq. 3 of an edited region: ``sqrt(phi AES) / C`` with ``phi = min(success, preservation)``,
-    ``AES = min(naturalness, artifacts)``."""
+    """Computes Eq. 3 of an edited region, ``sqrt(phi AES) / C``.
+
+    ``phi = min(success, preservation)`` and ``AES = min(naturalness, artifacts)``.
+    """
     return math.sqrt(min(success, preservation) * min(naturalness, artifacts)) / scale
 
 
 def background_reward(
     background: float, naturalness: float, artifacts: float, *, scale: float
 ) -> float:
-    """Eq. 3 of the background, whose phi is its one score."""
+    """Computes Eq. 3 of the background, whose phi is its one score."""
     return math.sqrt(background * min(naturalness, artifacts)) / scale
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """[candidate, region], each region standardised over the group by itself."""
+    """Standardises each region [candidate, region] over the group by itself."""
     return torch.stack(
         [(column - column.mean()) / column.std(correction=0) for column in rewards.T], dim=1
     )
@@ -36,8 +40,10 @@ def advantages(rewards: Tensor) -> Tensor:
 def ratios(
     following: Tensor, mean: Tensor, old_mean: Tensor, deviation: float, law: str, shares: Tensor
 ) -> Tensor:
-    """[candidate, region]: the exponential of a region's mean change of the log-density; shares
-    [region, token] need not be 0 or 1."""
+    """Exponentiates each region's mean change of the log-density, to [candidate, region].
+
+    Shares [region, token] need not be 0 or 1.
+    """
     change = (
         log_prob(following, mean, deviation, law) - log_prob(following, old_mean, deviation, law)
     ).mean(dim=2)
@@ -53,8 +59,10 @@ def loss(
     area_power: float = 1.0,
     clip_by_area: bool = False,
 ) -> Tensor:
-    """``-sum_r w_r mean_i min(rho A, clip(rho) A)`` with ``w_r`` the regions' areas to the power
-    ``area_power``, made to sum to 1."""
+    """Computes ``-sum_r w_r mean_i min(rho A, clip(rho) A)``.
+
+    ``w_r`` are the regions' areas to the power ``area_power``, made to sum to 1.
+    """
     num_tokens = shares.shape[1]
     areas = shares.sum(dim=1)
     weights = areas**area_power / (areas**area_power).sum()
