@@ -48,7 +48,10 @@ GLOBAL = [
     "algorithm.initial_noise={kind: perturbation, inside: 0.7, outside: 0.7, keep_reference: true}",
 ]
 MASKED = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: masked}}}}"
-BANDWIDTHS = "algorithm.credit={{kind: group, normalise: minibatch, rows: {{kind: masked, inside: {}, outside: {}}}}}"
+BANDWIDTHS = (
+    "algorithm.credit={{kind: group, normalise: minibatch, "
+    "rows: {{kind: masked, inside: {}, outside: {}}}}}"
+)
 UNIFORM = "algorithm.credit={{kind: group, normalise: {}, rows: {{kind: uniform}}}}"
 ACD = ["rewards.attention.weight=0.3"]
 ANCHOR = [f"algorithm.objective={{kind: background_regularised, weight: 0.1, inner: {SURROGATE}}}"]
@@ -249,9 +252,8 @@ def _by_seed(arms: dict[str, Arm]) -> list[str]:
     ]
     for variant, arm in arms.items():
         edits, backgrounds = arm.by_seed("instruction"), arm.by_seed("background_psnr_masked")
-        lines.append(
-            f"- {variant}: {' | '.join(f'{seed}: {edits[seed]:+.3f}; {backgrounds[seed]:+.2f}' for seed in arm.seeds)}"
-        )
+        seeds = (f"{seed}: {edits[seed]:+.3f}; {backgrounds[seed]:+.2f}" for seed in arm.seeds)
+        lines.append(f"- {variant}: {' | '.join(seeds)}")
     return lines
 
 

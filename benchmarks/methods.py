@@ -73,10 +73,12 @@ ADAPTIVE = [
 ]
 LOCAL = ["algorithm.initial_noise={inside: 0.7, outside: 0.05, background_pull: 1}"]
 HELD = [
-    f"algorithm.objective={{kind: background_regularised, target: reference, weight: 0.4, inner: {SURROGATE}}}"
+    "algorithm.objective={kind: background_regularised, target: reference, weight: 0.4, "
+    f"inner: {SURROGATE}}}"
 ]
 COPIED = [
-    f"algorithm.objective={{kind: background_regularised, target: source, weight: 0.03, inner: {SURROGATE}}}"
+    "algorithm.objective={kind: background_regularised, target: source, weight: 0.03, "
+    f"inner: {SURROGATE}}}"
 ]
 
 
@@ -198,7 +200,8 @@ EFFECTS = (
         falls=True,
     ),
     Effect(
-        claim="RC-GRPO-Editing, ablation: region noise keeps the background better than noise everywhere",
+        claim="RC-GRPO-Editing, ablation: region noise keeps the background better than noise "
+        "everywhere",
         one=NO_ATTENTION_ROW,
         other=EVERYWHERE_ROW,
         measure=PSNR,
@@ -216,7 +219,8 @@ EFFECTS = (
         measure="instruction",
     ),
     Effect(
-        claim="CoCoEdit: the region regulariser keeps the background better than plain DiffusionNFT",
+        claim="CoCoEdit: the region regulariser keeps the background better than plain "
+        "DiffusionNFT",
         one="cocoedit",
         other="diffusion-nft",
         measure=PSNR,
@@ -228,7 +232,8 @@ EFFECTS = (
         measure=PSNR,
     ),
     Effect(
-        claim="SpatialFlow-GRPO: better than Flow-GRPO where several regions are edited (total reward)",
+        claim="SpatialFlow-GRPO: better than Flow-GRPO where several regions are edited (total "
+        "reward)",
         one="spatialflow-grpo",
         other="flow-grpo",
         measure=TOTAL,
@@ -323,10 +328,8 @@ def tasks_at(tasks: str, options: argparse.Namespace) -> Path:
         "editor": editor_identity(load_config(preset="tiny-rc-grpo", overrides=options.set).editor),
         **MaskFinder().model_dump(),
     }
-    return (
-        options.work
-        / f"tasks-found-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
-    )
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return options.work / f"tasks-found-{digest[:8]}"
 
 
 def write_tasks(tasks: str, options: argparse.Namespace) -> None:
@@ -553,9 +556,8 @@ def _by_seed(arms: dict[str, Arm]) -> list[str]:
         reward, edit, background = (
             arm.by_seed(measure) for measure in ("reward", "instruction", PSNR)
         )
-        lines.append(
-            f"- {row}: {' | '.join(f'{s}: {reward[s]:+.3f}; {edit[s]:+.3f}; {background[s]:+.2f}' for s in arm.seeds)}"
-        )
+        seeds = (f"{s}: {reward[s]:+.3f}; {edit[s]:+.3f}; {background[s]:+.2f}" for s in arm.seeds)
+        lines.append(f"- {row}: {' | '.join(seeds)}")
     return lines
 
 

@@ -276,7 +276,8 @@ def test_a_component_that_no_reward_gives_is_refused_before_anything_is_steered_
     table = scores(1.0, 50.0, judge__instruction=(3.0, 4.0), other__x=(1.0, 2.0))
     with pytest.raises(
         InputError,
-        match=r"'judge.instrction' is no score of reward 'judge'.* It has judge, judge.instruction\.$",
+        match=r"'judge.instrction' is no score of reward 'judge'.* "
+        r"It has judge, judge.instruction\.$",
     ):
         part.steered({}, [("add", table)])
     assert part.steered({"add": 0.3}, [("add", table)]) == {"add": 0.3}
@@ -319,7 +320,10 @@ def test_what_an_adaptive_spread_cannot_mean_is_refused() -> None:
         AdaptiveSpread(band=(2.0, 1.0))
 
 
-ADAPTIVE = "initial_noise: {kind: adaptive, watch: preservation, band: [50, 60], rate: 0.2, start: {inside: 0.5, outside: 0.05}}"
+ADAPTIVE = (
+    "initial_noise: {kind: adaptive, watch: preservation, band: [50, 60], rate: 0.2, "
+    "start: {inside: 0.5, outside: 0.05}}"
+)
 
 
 def test_the_steered_spread_travels_to_the_actor_and_survives_a_restore(small_editor: str) -> None:
@@ -424,7 +428,7 @@ def test_at_locality_zero_the_rollout_is_bitwise_the_one_without() -> None:
 
 
 @pytest.mark.parametrize("background_pull", [0.0, 0.3, 0.7, 1.0])
-def test_a_background_moves_by_locality_of_the_way_home_and_the_edit_region_and_the_reference_not_at_all(
+def test_a_background_moves_by_its_pull_and_the_edit_region_and_the_reference_stay(
     background_pull: float,
 ) -> None:
     states = normals(1, G, L, C)
@@ -595,9 +599,7 @@ def test_a_multistep_rollouts_surrogate_has_ratio_one_though_its_states_are_not_
 # ----------------------------------------------------------------------------------------
 
 
-def test_areas_on_the_token_grid_are_disjoint_cover_the_mask_and_give_a_shared_token_to_the_smallest() -> (
-    None
-):
+def test_areas_of_tokens_are_disjoint_cover_the_mask_and_the_smallest_takes_a_shared_one() -> None:
     for seed in range(20):
         labels = torch.randint(0, 4, (16, 16), generator=torch.Generator().manual_seed(seed))
         sparse = labels * (

@@ -184,7 +184,7 @@ def test_permuting_candidates_permutes_the_policy_and_leaves_the_objective(
 
 
 # --- quasi-norm
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 rewards = st.lists(st.floats(-50, 50), min_size=2, max_size=12).filter(
     lambda xs: float(np.std(xs)) > 1e-3
@@ -227,7 +227,7 @@ def test_quasi_norm_is_the_published_formula_and_tempers_dense_patterns_more_tha
 
 
 # --- anchors
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_all_anchors_average_to_the_full_objective() -> None:

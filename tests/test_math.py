@@ -61,7 +61,7 @@ def table(
 
 
 # --- flow
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_interpolation_runs_from_clean_at_zero_to_noise_at_one() -> None:
@@ -101,9 +101,7 @@ def test_an_euler_step_remixes_the_predicted_clean_and_noise(sigma: float, share
     )
 
 
-def test_the_timestep_is_a_thousand_sigmas_and_the_model_time_is_rounded_where_the_model_divides() -> (
-    None
-):
+def test_a_timestep_is_a_thousand_sigmas_and_model_time_is_rounded_as_the_model_does() -> None:
     sigma = torch.tensor([0.0, 0.3337, 0.9963, 1.0])
     assert torch.equal(flow.timestep_from_sigma(sigma), sigma * 1000)
     assert torch.equal(flow.model_time(sigma, torch.float32), (sigma * 1000) / 1000)
@@ -151,7 +149,7 @@ def test_a_stochastic_transition_keeps_the_marginal_of_the_flow_to_first_order(
 
 
 # --- regions
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_token_belongs_to_the_edit_region_if_any_of_its_pixels_does() -> None:
@@ -197,7 +195,7 @@ def test_masked_rows_are_the_two_area_metric_up_to_its_constant() -> None:
 
 
 # --- exploration
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_addressed_not_streamed() -> None:
@@ -241,7 +239,7 @@ def test_deterministic_rollouts_have_no_step_noise() -> None:
 
 
 # --- attention
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def attention_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,7 +316,7 @@ def test_the_density_of_the_mean_mass_is_the_mean_of_the_densities() -> None:
 
 
 # --- advantages
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 rewards = st.lists(st.floats(-100, 100, allow_nan=False, width=32), min_size=2, max_size=16).filter(
     lambda xs: float(np.std(xs)) > 1e-3
@@ -497,9 +495,7 @@ def test_judged_apart_each_area_follows_its_own_terms_only() -> None:
     )
 
 
-def test_judged_apart_a_silent_area_has_advantage_zero_and_two_silent_ones_or_an_invalid_reward_decline_the_group() -> (
-    None
-):
+def test_an_area_without_spread_has_advantage_zero_and_two_or_an_invalid_reward_decline() -> None:
     split = SplitCredit(background_terms=("term1",))
     (half,) = split([table([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]], (1.0, 1.0))], [AREAS])
     assert isinstance(half, Advantages)
@@ -530,7 +526,7 @@ def test_quasi_norm_ignores_the_scale_and_offset_of_the_rewards() -> None:
 
 
 # --- records
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def some_group(num: int = 4, steps: int = 2, channels: int = 3, seed: int = 0) -> RolloutGroup:
@@ -729,7 +725,7 @@ def test_records_are_frozen() -> None:
 
 
 # --- the denoising loop
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_loop_is_repeated_euler_steps_and_keeps_the_named_ones() -> None:
@@ -793,7 +789,7 @@ def test_stochastic_steps_use_the_noise_of_their_own_index() -> None:
 
 
 # --- the learning step
-# -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 CONFIG = LearningConfig(max_grad_norm=1e9, ratio_tolerance=1e-6)
 
@@ -828,10 +824,15 @@ def learn(
     model: Additive, batch: list[tuple[RolloutGroup, Advantages]], **changes: object
 ) -> StepResult:
     """A step of one process; the groups of :func:`some_group` are on-policy."""
+    counts = {"num_references": 1, "run_seed": 0, "update": 0, "pass_index": 0}
     arguments: dict = {
-        "config": CONFIG, "num_references": 1, "run_seed": 0, "update": 0, "pass_index": 0, "on_policy": "0",
-        "trained": range(len(batch)), "ranks": Alone(),
-    } | changes  # fmt: skip
+        "config": CONFIG,
+        "on_policy": "0",
+        "trained": range(len(batch)),
+        "ranks": Alone(),
+        **counts,
+        **changes,
+    }
     optimizer = arguments.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=1.0)
     objective = arguments.pop("objective", NeighborSurrogate(num_anchors=2))
     return learning_step(
@@ -960,7 +961,7 @@ def test_metrics_reduce_by_what_their_name_says() -> None:
 
 
 # --- the background anchor
-# -------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_background_anchor_of_weight_zero_is_the_wrapped_objective_bitwise() -> None:
@@ -976,9 +977,7 @@ def test_a_background_anchor_of_weight_zero_is_the_wrapped_objective_bitwise() -
     assert torch.equal(*results)
 
 
-def test_a_background_anchor_adds_the_mean_squared_drift_outside_the_mask_and_leaves_the_inside_alone() -> (
-    None
-):
+def test_background_regularisation_adds_the_mean_squared_drift_outside_the_mask_only() -> None:
     group = some_group()
     objective = BackgroundRegularised(inner=NeighborSurrogate(num_anchors=2), weight=0.1)
     point = objective.replay(

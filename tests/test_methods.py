@@ -697,7 +697,18 @@ def test_the_region_regularised_loss_and_its_gradient_are_those_of_the_reference
         )
         source = group.conditioning.source_latents
         return forward + cocoedit.hinges(
-            x, s, clean, source, velocity, OLD(x, sigma), r, keep, edit, beta=beta, variant=variant, **sizes
+            x,
+            s,
+            clean,
+            source,
+            velocity,
+            OLD(x, sigma),
+            r,
+            keep,
+            edit,
+            beta=beta,
+            variant=variant,
+            **sizes,
         )  # fmt: skip
 
     theirs = reference_of(group, ours.points, policy, loss)
@@ -955,9 +966,7 @@ def test_the_error_of_the_marginal_variance_falls_with_the_square_of_the_step(
     assert errors[1] / errors[2] == pytest.approx(100, rel=0.02)
 
 
-def test_coefficient_preserving_steps_do_not_keep_the_marginal_variance_however_small_they_are() -> (
-    None
-):
+def test_coefficient_preserving_steps_lose_marginal_variance_however_small_they_are() -> None:
     errors = [marginal_error("cps", 0.6, 0.6 - step) for step in (1e-2, 1e-3, 1e-4)]
     assert errors[2] > 0.01 and errors[1] == pytest.approx(errors[2], rel=0.02)
 
@@ -976,7 +985,7 @@ def test_the_mean_log_density_of_a_steps_own_sample_is_minus_a_half_minus_the_lo
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("kl", ["gaussian", "released", "velocity"])
-def test_the_divergence_from_the_base_is_zero_exactly_when_the_velocities_are_equal_and_has_a_gradient_when_not(
+def test_the_divergence_from_the_base_is_zero_only_at_equal_velocities_and_has_a_gradient(
     law: str, kl: str
 ) -> None:
     group = group_of(level=0.6, law=law)
@@ -1116,9 +1125,7 @@ def test_without_advantage_there_is_no_gradient_at_the_acting_weights() -> None:
     )
 
 
-def test_descending_the_forward_loss_moves_towards_samples_with_positive_advantage_and_away_from_the_others() -> (
-    None
-):
+def test_descending_the_forward_loss_moves_to_samples_with_positive_advantage_only() -> None:
     group, credit = group_of(keep=(3,)), uniform()
     found = evaluated(ForwardProcess(reference_weight=0.0), group, credit, OLD)
     for number, point in enumerate(found.points):
@@ -1345,9 +1352,7 @@ def test_one_region_that_is_the_whole_image_is_whole_image_credit_bitwise(policy
     assert float(one.gradient.abs().max()) > 0
 
 
-def test_equal_advantages_weighed_by_area_have_the_gradient_of_whole_image_credit_at_the_old_weights() -> (
-    None
-):
+def test_equal_advantages_weighed_by_area_have_the_gradient_of_whole_image_credit() -> None:
     group, values = group_of(level=0.6), standardised(3)
     alike = by_region(values.expand(-1, 3), AREAS)
     one, other = (
@@ -1379,7 +1384,7 @@ def test_a_region_without_advantage_gets_no_direct_gradient(policy: Field, silen
 
 
 @pytest.mark.parametrize("area_power", [0.0, 1.0])
-def test_region_rows_and_weights_sum_to_one_whatever_the_areas_and_one_without_tokens_weighs_nothing(
+def test_region_rows_and_weights_sum_to_one_and_an_area_without_tokens_weighs_nothing(
     area_power: float,
 ) -> None:
     credit, scores = RegionCredit(area_power=area_power), normals(1, G, 3)

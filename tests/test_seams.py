@@ -358,7 +358,8 @@ LOOPS = sorted(
 )
 NAMED = re.compile(
     "|".join(sorted({re.escape(name).replace(r"\-", "[-_ ]?") for name in METHODS}))
-    + r"|grpo|flow[-_ ]?grpo|dance[-_ ]?grpo|mix[-_ ]?grpo|(?<![a-z])nft(?![a-z])|diffusion[-_ ]?nft|co[-_ ]?co[-_ ]?edit|spatial[-_ ]?flow"
+    + r"|grpo|flow[-_ ]?grpo|dance[-_ ]?grpo|mix[-_ ]?grpo|(?<![a-z])nft(?![a-z])"
+    + r"|diffusion[-_ ]?nft|co[-_ ]?co[-_ ]?edit|spatial[-_ ]?flow"
     + r"|edit[-_]r1|edit[-_ ]?score|arxiv",
     re.IGNORECASE,
 )

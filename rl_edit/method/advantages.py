@@ -70,8 +70,8 @@ def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor,
 
 
 def bounded(
-    values: Float[Tensor, "group region"], limit: float | None
-) -> Float[Tensor, "group region"]:
+    values: Float[Tensor, "group *region"], limit: float | None
+) -> Float[Tensor, "group *region"]:
     """Scales advantages to at most ``limit``, by one factor per group and region.
 
     So the sum stays 0. Clamping each candidate, as released trainers do, breaks the sum and adds a
