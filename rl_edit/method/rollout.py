@@ -64,13 +64,14 @@ def denoise(
     Latents stay fp32 throughout.
 
     Args:
+        velocity: under the weights to roll out; called once a step for all candidates.
         sigmas: decreasing grid from (near) 1 to 0.
         keep: indices of the steps to store, ascending.
         solver: "euler", or "dpm++": DPM-Solver++(2M), second order from the steps before. Stored
             velocities serve either.
         step_noise: SDE level per step; None is the ODE. A multistep solver has none.
         sde: the law of stochastic steps.
-        normal: standard normals for stochastic steps, by step index.
+        normal: draws standard normals for stochastic steps, by step index.
         project: what is done to the candidates' states after each step but the last.
     """
     num_steps = len(sigmas) - 1
@@ -165,6 +166,7 @@ def blank_group(
         conditioning: of :func:`blank_task`; ``shape``: (token, channel) of its latents.
         levels: SDE level of each rollout step; ``keep``: the indices of those to train.
     """
+    # Objectives divide by the size of areas and by that of the background: neither is empty.
     areas = torch.zeros(1, *conditioning.grid, dtype=torch.bool)
     areas[0, 0, 0] = True
     task, steps = blank_task(1), list(keep)
@@ -223,6 +225,7 @@ def joined(tables: Sequence[RewardTable]) -> RewardTable:
     Raises:
         ValueError: for tables of several groups or of different terms.
     """
+    # Names and weights are those of the run, so any chunk's are the group's.
     first = tables[0]
     _require_one("groups", [table.group_id for table in tables])
     _require_one("terms", [f"{table.names} with weights {table.weights}" for table in tables])
