@@ -69,9 +69,7 @@ def quasi_norm(values: Float[Tensor, "*batch group"], p: float) -> Float[Tensor,
     return standardised
 
 
-def bounded(
-    values: Float[Tensor, "group *region"], limit: float | None
-) -> Float[Tensor, "group *region"]:
+def bounded(values: Float[Tensor, "group ..."], limit: float | None) -> Float[Tensor, "group ..."]:
     """Scales advantages to at most ``limit``, by one factor per group and region.
 
     So the sum stays 0. Clamping each candidate, as released trainers do, breaks the sum and adds a
