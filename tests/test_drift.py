@@ -27,7 +27,7 @@ def masked() -> Tensor:
 
 
 def textured() -> Tensor:
-    """A smooth picture with some grain, away from the ends of the range."""
+    """A smooth image with some grain, away from the ends of the range."""
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     grain = torch.randint(-8, 9, (SIZE, SIZE, 3), generator=torch.Generator().manual_seed(0))
     return (torch.stack([80 + rows, 90 + columns, 120 - rows // 2], dim=-1) + grain).to(torch.uint8)
@@ -150,7 +150,7 @@ def test_candidates_of_a_group_are_measured_as_if_each_were_alone() -> None:
             assert together[name][row] == pytest.approx(value, abs=1e-6)
 
 
-def test_a_picture_need_not_be_square_nor_even() -> None:
+def test_a_image_need_not_be_square_nor_even() -> None:
     source, mask = SOURCE[:33, :47], MASK[:33, :47]
     assert all(
         math.isfinite(value) for value in one(source.int() + 3, source=source, mask=mask).values()

@@ -193,7 +193,7 @@ def test_passes_differ_by_seed_and_their_overall_scores_are_averaged(judge_serve
     assert score.value == pytest.approx((10 + 0 + math.sqrt(1.6 * 10)) / 3)
 
 
-def test_questions_about_the_same_pictures_stand_together(judge_server: Serve) -> None:
+def test_questions_about_the_same_images_stand_together(judge_server: Serve) -> None:
     judge = judge_server(good_reply)
     client(judge, num_pass=2, concurrency=1).score(small_group(2))
     asked = [
@@ -276,7 +276,7 @@ def test_a_judge_slower_than_the_timeout_is_a_timeout_and_not_waited_for(
 
 
 def by_picture(body: dict[str, Any], number: int) -> Answer:
-    """Scores that follow from the edited picture alone."""
+    """Scores that follow from the edited image alone."""
     score = [int(images_of(body)[-1].sum()) % 26, 20]
     return 200, completion(json.dumps({"reasoning": "", "score": score}))
 
@@ -383,7 +383,7 @@ def test_waiting_for_a_judge_elsewhere_occupies_no_device(small_editor: str) -> 
     assert _capacity(asked).efficiency(cost, groups=4, measured_s=10.0) <= 1
 
 
-def test_kept_scores_survive_a_crash_and_the_resumed_run_asks_only_about_new_pictures(
+def test_kept_scores_survive_a_crash_and_the_resumed_run_asks_only_about_new_images(
     small_editor: str, tmp_path: Path, judge_server: Serve
 ) -> None:
     judge = judge_server(by_picture)
@@ -744,7 +744,7 @@ def test_all_regions_and_the_background_are_scored_in_one_request_by_equation_3(
     ] == pytest.approx(4.0)
 
 
-def test_a_perfect_answer_is_worth_one_and_a_ruined_picture_nothing(judge_server: Serve) -> None:
+def test_a_perfect_answer_is_worth_one_and_a_ruined_image_nothing(judge_server: Serve) -> None:
     perfect = {"reasoning": "", "regions": [[25, 25]] * 2, "background": 25, "overall": [25, 25]}
     assert client(judge_server(said(perfect)), RegionJudge).score(two_regions())[
         0
@@ -765,7 +765,7 @@ def test_one_region_missing_from_the_answer_leaves_no_score(judge_server: Serve)
 
 
 @pytest.mark.parametrize("show", ["outlined", "boxed"])
-def test_marks_are_drawn_on_a_third_picture_and_the_judged_ones_are_untouched(
+def test_marks_are_drawn_on_a_third_image_and_the_judged_ones_are_untouched(
     show: str, judge_server: Serve
 ) -> None:
     judge, group = judge_server(said(REGIONS)), two_regions()
@@ -791,7 +791,7 @@ def test_marks_are_drawn_on_a_third_picture_and_the_judged_ones_are_untouched(
     )
 
 
-def test_an_outline_runs_around_a_region_at_the_pictures_border_and_leaves_its_inside_to_see() -> (
+def test_an_outline_runs_around_a_region_at_the_images_border_and_leaves_its_inside_to_see() -> (
     None
 ):
     task = plain_task(size=64)
@@ -805,7 +805,7 @@ def test_an_outline_runs_around_a_region_at_the_pictures_border_and_leaves_its_i
     assert torch.equal(asked.images[2][20:38, 26:62], task.source[20:38, 26:62])
 
 
-def test_regions_can_be_cut_out_of_both_pictures(judge_server: Serve) -> None:
+def test_regions_can_be_cut_out_of_both_images(judge_server: Serve) -> None:
     judge, group = judge_server(said(REGIONS)), two_regions()
     client(judge, RegionJudge, show="cropped").score(group)
     source, edited, *cuts = images_of(judge.requests[0])

@@ -107,7 +107,7 @@ def test_a_term_saturates_at_its_ceiling_and_says_so() -> None:
         Ssim(convention="zero_filled"),
     ],
 )
-def test_the_declared_range_holds_for_the_best_and_the_worst_picture(term: Reward) -> None:
+def test_the_declared_range_holds_for_the_best_and_the_worst_image(term: Reward) -> None:
     black = replace(TASK, source=torch.zeros_like(TASK.source))
     white = torch.full_like(TASK.source, 255)
     worst, best = (score.value for score in term.score(candidates([white, black.source], black)))
@@ -176,7 +176,7 @@ def test_the_released_psnr_lies_ten_log_ten_three_below_the_fixed_one() -> None:
     assert (fixed - released).tolist() == pytest.approx([10 * math.log10(3)] * 3, abs=1e-6)
 
 
-def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_picture() -> None:
+def test_the_released_ssim_says_nearly_one_of_noise_and_of_a_flat_image() -> None:
     """On a textured source without a mask: noise of 0.1 and a flat grey."""
     generator = torch.Generator().manual_seed(0)
     texture = (255 * torch.rand(64, 64, 3, generator=generator)).byte()
@@ -301,7 +301,7 @@ def test_lpips_is_zero_for_the_source_symmetric_and_grows_with_damage(
     there = distance(net, images, TASK.source, KEEP, convention).tolist()
     assert there[0] == 0 < there[1] < there[2] < there[3]
     back = [distance(net, TASK.source[None], image, KEEP, convention).item() for image in images]
-    # Symmetric where both pictures agree inside the mask, which only black there makes sure of.
+    # Symmetric where both images agree inside the mask, which only black there makes sure of.
     assert convention == "masked" or back == pytest.approx(there, rel=1e-5)
 
 
@@ -364,7 +364,7 @@ def test_weights_that_are_not_lpips_are_refused(tmp_path: Path, weights: str) ->
         network(str(tmp_path / "torn.safetensors"))
 
 
-def test_a_picture_too_small_for_lpips_is_invalid_not_zero(weights: str) -> None:
+def test_a_image_too_small_for_lpips_is_invalid_not_zero(weights: str) -> None:
     small = replace(
         TASK,
         source=TASK.source[:16, :16],
@@ -429,7 +429,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def test_pictures_are_prepared_as_clips_own_processor_does() -> None:
+def test_images_are_prepared_as_clips_own_processor_does() -> None:
     pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     processor = pil.CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}

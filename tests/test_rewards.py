@@ -297,7 +297,7 @@ def named(rule: CreditRule) -> str:
 
 
 def marked(index: int) -> Candidates:
-    """A group whose first pixels say which candidate of which group a picture is."""
+    """A group whose first pixels say which candidate of which group a image is."""
     task = replace(TASKS[index % len(TASKS)], task_id=f"task-{index}")
     noise = torch.randn(
         NUM_CANDIDATES,
@@ -729,7 +729,7 @@ def test_a_task_of_two_regions_edited_in_one_of_them_is_half_followed() -> None:
         assert part(task, [half], "instruction")[0] == pytest.approx(5.0, abs=0.05)
 
 
-def test_the_judge_scores_a_larger_picture_like_the_same_small_one() -> None:
+def test_the_judge_scores_a_larger_image_like_the_same_small_one() -> None:
     task = TASKS[0]
     large = replace(
         TASKS[0],
