@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rl_edit.config import RunConfig
 from rl_edit.rewards import RewardTerm
+from rl_edit.rewards.term import Sides
 from rl_edit.types import Candidates, Score
 from runs import command, metrics_of, read_json
 
@@ -110,6 +111,20 @@ def test_a_term_that_does_not_declare_what_it_responds_to_is_refused_at_definiti
 
         class Silent(RewardTerm):
             kind: Literal["silent"] = "silent"
+
+            def score(self, candidates: Candidates) -> tuple[Score, ...]:
+                return ()
+
+
+def test_a_term_that_leaves_out_part_of_its_contract_is_refused_at_definition() -> None:
+    # Otherwise the first run that asks for the attribute ends in a traceback.
+    with pytest.raises(TypeError, match="'Partial' does not declare high, needs_attention"):
+
+        class Partial(RewardTerm):
+            kind: Literal["partial"] = "partial"
+            responds_to: ClassVar[Sides] = "inside"
+            requires: ClassVar[frozenset[str]] = frozenset()
+            low: float = 0.0  # a setting declares it as well
 
             def score(self, candidates: Candidates) -> tuple[Score, ...]:
                 return ()

@@ -28,12 +28,13 @@ def table(
     repeats: dict[str, tuple[float, ...]] | None = None,
     measures: Measures | None = None,
     counts: dict[str, int] | None = None,
+    weights: tuple[float, ...] = (1.0, 0.5),
 ) -> RewardTable:
     tensor = torch.tensor(values)
     return RewardTable(
         group_id="w",
         names=("a", "b"),
-        weights=(1.0, 0.5),
+        weights=weights,
         values=tensor,
         valid=~tensor.isnan(),
         components=components or {},
@@ -58,6 +59,20 @@ def test_a_group_with_an_invalid_term_is_in_no_mean() -> None:
         [sound]
     )
     assert reward_metrics([table([[math.nan, 1.0]])]) == {}
+
+
+def test_a_term_without_weight_that_fails_costs_only_its_own_numbers() -> None:
+    scored = table([[1.0, 4.0], [3.0, 8.0]], weights=(1.0, 0.0))
+    failed = table(
+        [[5.0, math.nan], [7.0, math.nan]], weights=(1.0, 0.0), repeats={"b": (2.0, math.nan)}
+    )
+    metrics = reward_metrics([scored, failed])
+    assert metrics["reward/a/mean"] == metrics["reward/total/mean"] == 4.0
+    assert metrics["reward/total/spread"] == 1.0 and metrics["reward/a/variance_share"] == 1.0
+    assert metrics["reward/b/mean"] == 6.0 and math.isfinite(metrics["reward/b/noise_to_spread"])
+    isolated = reward_metrics([failed])
+    assert isolated["reward/total/mean"] == 6.0 and "reward/b/mean" not in isolated
+    assert "reward/b/noise_to_spread" not in isolated
 
 
 def test_diagnostics_have_keys_of_their_own_and_parts_of_a_term_live_under_component() -> None:

@@ -28,21 +28,25 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Computes mean and within-group spread of every term, component and measure.
 
-    Beside them stand the statistics of :mod:`rl_edit.measures.reward_statistics`. Groups with an
-    invalid term appear in the shares of statuses only; the loop counts them.
+    Beside them stand the statistics of :mod:`rl_edit.measures.reward_statistics`. Groups without a
+    score of a weighted term appear in the shares of statuses only; the loop counts them. A term of
+    weight 0 that has no score in such a group costs only its own numbers.
 
     Args:
         normalise: how the run's credit rule scales terms.
     """
     shares = reward_statistics.status_shares(tables)
     metrics = {f"reward/{name}": share for name, share in shares.items()}
-    valid_tables = [table for table in tables if bool(table.valid.all())]
+    valid_tables = [table for table in tables if table.complete()]
     if not valid_tables:
         return metrics
     for index, name in enumerate(valid_tables[0].names):
-        metrics |= _described(f"reward/{name}", [t.values[:, index] for t in valid_tables])
+        measured = [t.values[:, index] for t in valid_tables if bool(t.valid[:, index].all())]
+        if measured:
+            metrics |= _described(f"reward/{name}", measured)
     # Raw and weighted as configured; credit rules scale terms before they add them.
-    totals = [table.values @ torch.tensor(table.weights) for table in valid_tables]
+    # A missing score is NaN, and 0 * NaN is NaN: here only a term of weight 0 can lack one.
+    totals = [table.values.nan_to_num() @ torch.tensor(table.weights) for table in valid_tables]
     metrics |= _described("reward/total", totals)
     columns = [_columns(table) for table in valid_tables]
     # A column that some group lacks has no mean over the update's groups.

@@ -124,11 +124,14 @@ def noise(tables: Sequence[RewardTable]) -> dict[str, float]:
         # Two scores of one candidate differ by two measurements' noise, so their difference has
         # twice the variance of one.
         deviation = math.sqrt(sum(d * d for d in differences) / len(differences) / 2)
-        spread = math.sqrt(
-            sum(float(table.values[:, index].double().var(correction=0)) for table in tables)
-            / len(tables)
-        )
         metrics[f"{name}/noise"] = deviation
+        # A term of weight 0 may lack scores in some groups.
+        variances = [
+            float(table.values[:, index].double().var(correction=0))
+            for table in tables
+            if bool(table.valid[:, index].all())
+        ]
+        spread = math.sqrt(sum(variances) / len(variances)) if variances else 0.0
         if spread > 0:
             metrics[f"{name}/noise_to_spread"] = deviation / spread
     return metrics

@@ -35,6 +35,9 @@ OPERATIONAL = frozenset(
 # Far from every seed that the passes and retries of a judge count up to.
 _OTHER_SEED = 1_000_003
 
+DECLARED = ("requires", "low", "high", "needs_attention")
+"""Attributes that every term has, fixed by its class, a setting or a property."""
+
 Sides = Literal["inside", "outside", "both"]
 """Where corruption of an image must lower a score: inside the edit mask, outside, or both."""
 
@@ -42,11 +45,15 @@ Sides = Literal["inside", "outside", "both"]
 class RewardTerm(BaseModel, ABC):
     """One term of the reward. The validated config is the object that scores.
 
-    A class declares what it responds to, or its definition is refused::
+    A class declares its contract, or its definition is refused::
 
         class Sharpness(RewardTerm):
             kind: Literal["my_rewards:Sharpness"] = "my_rewards:Sharpness"
             responds_to: ClassVar[Sides] = "inside"
+            requires: ClassVar[frozenset[str]] = frozenset()
+            low: ClassVar[float] = 0.0
+            high: ClassVar[float] = 1.0
+            needs_attention: ClassVar[bool] = False
 
     ``responds_to`` is None where no audit of images can know it. ``reads_instruction`` is True when
     the same image must score lower under another instruction; None derives it from the rest.
@@ -103,13 +110,23 @@ class RewardTerm(BaseModel, ABC):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuses a term that does not declare what it responds to."""
+        """Refuses a term that does not declare its contract."""
         super().__pydantic_init_subclass__(**kwargs)
-        if not inspect.isabstract(cls) and not hasattr(cls, "responds_to"):
+        if inspect.isabstract(cls):
+            return
+        if not hasattr(cls, "responds_to"):
             raise TypeError(
                 f"Reward {cls.__name__!r} does not declare what it responds to, so no audit could "
                 "separate a good score from a bad one. Add 'responds_to: ClassVar[Sides] = "
                 '"inside"\' (or "outside", "both"; None if only its user knows).'
+            )
+        lacking = [
+            name for name in DECLARED if not hasattr(cls, name) and name not in cls.model_fields
+        ]
+        if lacking:
+            raise TypeError(
+                f"Reward {cls.__name__!r} does not declare {', '.join(lacking)}: add each as a "
+                "ClassVar, as in examples/own_reward.py."
             )
 
     @model_validator(mode="before")
