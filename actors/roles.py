@@ -28,8 +28,9 @@ class WorkerSpec:
         process: kind of process. Roles of one kind share a process in each worker slot.
         make: a plain class, or a function that returns the worker.
         arguments: positional arguments of ``make``.
-        shared_editor: the editor that roles of this process share. It is loaded once and passed to
-            ``make`` as ``editor``. None where the worker loads its own, or needs none.
+        shared_editor: settings of the one editor that roles of this process share. It is loaded
+            once and passed to ``make`` as ``editor``. None where a worker loads its own, or needs
+            none.
         gpus: GPUs of one process.
     """
 
@@ -96,14 +97,12 @@ def make_workers(roles: Roles) -> dict[str, Any]:
     Called inside that process. An editor that several roles share is loaded once. Each role then
     switches its own adapter on before a forward, so the results are those of separate processes.
     """
-    # By settings: equal settings are one editor.
-    shared = {spec.shared_editor for spec in roles.values()} - {None}
-    editors = {config: load_editor(config) for config in shared if config is not None}
+    shared = [spec.shared_editor for spec in roles.values() if spec.shared_editor is not None]
+    editor = load_editor(shared[0]) if shared else None
     return {
-        role: spec.make(
-            *spec.arguments,
-            **({} if spec.shared_editor is None else {"editor": editors[spec.shared_editor]}),
-        )
+        role: spec.make(*spec.arguments)
+        if spec.shared_editor is None
+        else spec.make(*spec.arguments, editor=editor)
         for role, spec in roles.items()
     }
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from actors.roles import ProcessTable, Roles, WorkerSpec
 from runs import read_json, small_config
 
 ROOT = Path(__file__).parent.parent
@@ -102,3 +104,40 @@ def test_the_command_line_sets_how_threads_wait_before_torch_is_imported() -> No
         check=True,
     ).stdout
     assert shown == "PASSIVE\n"
+
+
+@dataclass(eq=False)
+class Started:
+    """A process of a test's executor."""
+
+    roles: Roles
+    alive: bool = True
+
+
+def table(processes: dict[str, str]) -> ProcessTable[Started]:
+    """The processes of roles, by role and kind of process."""
+    roles = {role: WorkerSpec(process=kind, make=object) for role, kind in processes.items()}
+    return ProcessTable(roles, lambda kind, served, worker_slot: Started(served))
+
+
+def test_each_role_has_a_process_of_its_own_and_a_new_one_each_time_it_asks() -> None:
+    processes = table({"rollout": "rollout", "learner": "learner"})
+    first, other, learner = (
+        processes.spawn("rollout", 0),
+        processes.spawn("rollout", 1),
+        processes.spawn("learner", 0),
+    )
+    again = processes.spawn("rollout", 0)
+    assert len({id(process) for process in (first, other, learner, again)}) == 4
+    assert processes.processes() == [again, other, learner]
+    assert [set(process.roles) for process in (first, learner)] == [{"rollout"}, {"learner"}]
+
+
+def test_colocated_roles_share_a_process_and_move_on_together_when_it_is_dead() -> None:
+    processes = table({"rollout": "colocated", "learner": "colocated", "reward": "reward"})
+    shared = processes.spawn("rollout", 0)
+    assert processes.spawn("learner", 0) is shared and set(shared.roles) == {"rollout", "learner"}
+    assert processes.spawn("reward", 0) is not shared is not processes.spawn("rollout", 1)
+    shared.alive = False
+    following = processes.spawn("learner", 0)
+    assert following is not shared and processes.spawn("rollout", 0) is following
