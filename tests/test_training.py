@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from learner.learner import Learner
 from rl_edit.cli import main
+from rl_edit.method.update import TrainingFailed
 from rl_edit.training import Silent, train
-from runs import metrics_of, small_config
+from runs import events_of, metrics_of, read_json, small_config
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("rl_edit", "actors", "learner")
@@ -89,3 +91,69 @@ def test_a_run_is_trained_from_the_library_and_its_observer_sees_every_update(
 def test_a_dry_run_returns_nothing_and_writes_nothing(small_editor: str, tmp_path: Path) -> None:
     assert train(small_config(small_editor), tmp_path / "run", dry_run=True) is None
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "at", "words", "checkpoints"),
+    [
+        ("__init__", 0, "the learner could not be made: RuntimeError: out of memory", []),
+        ("export", 0, "the workers cannot go on", []),
+        ("ratio", 0, "the workers cannot go on", []),
+        ("learn", 2, "the learner failed in update 2", ["step_000002"]),
+    ],
+)
+def test_a_learner_in_this_process_that_raises_fails_the_run_with_a_sentence(
+    small_editor: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    at: int,
+    words: str,
+    checkpoints: list[str],
+) -> None:
+    sound = getattr(Learner, method)
+
+    def raising(self: Learner, *args: Any, **kwargs: Any) -> Any:
+        if at and self.policy.updates_done < at:
+            return sound(self, *args, **kwargs)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Learner, method, raising)
+    run = tmp_path / "run"
+    more = ("actors.preflight=true", "train.checkpoint_every=3")
+    with pytest.raises(TrainingFailed, match=words):
+        train(small_config(small_editor, *more), run)
+    record = read_json(run / "run.json")
+    assert record["status"] == "failed" and words in record["reason"]
+    # What was done before is saved, and an event names the update.
+    assert [path.name for path in (run / "checkpoints").glob("*")] == checkpoints
+    failed = [event["during"] for event in events_of(run, "learner_failed")]
+    assert failed == (["update 2"] if method == "learn" else [])
+    assert read_json(run / "LEASE.json")["ended"] is not None
+
+
+def test_an_observer_that_raises_does_not_undo_the_record_of_an_update(
+    small_editor: str, tmp_path: Path
+) -> None:
+    class Closed(Silent):
+        """As a terminal whose pipe is closed."""
+
+        def __init__(self, method: str) -> None:
+            setattr(self, method, self._closed)
+
+        def _closed(self, *_: Any) -> None:
+            raise BrokenPipeError("no reader")
+
+    run = tmp_path / "run"
+    train(small_config(small_editor, "train.updates=1"), run)
+    for method, updates in (("starting", 1), ("update_done", 2)):
+        more = small_config(small_editor, "train.updates=2")
+        with pytest.raises(BrokenPipeError):
+            train(more, run, resume=True, observer=Closed(method))
+        # An attempt that added nothing leaves the record as it was, another describes itself.
+        record = read_json(run / "run.json")
+        assert (record["status"], record["updates"]) == (
+            ("done", 1) if method == "starting" else ("failed", 2)
+        )
+        assert len(metrics_of(run)) == updates
+        assert read_json(run / "LEASE.json")["ended"] is not None

@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -63,38 +63,52 @@ class LearnerPort(Protocol):
     ) -> tuple[LearnReport, LearnerSnapshot]: ...
 
 
+@contextlib.contextmanager
+def _as_worker() -> Iterator[None]:
+    """Raises what the learner raises as a worker would: the run fails with a sentence."""
+    try:
+        yield
+    except (InputError, TrainingFailed):
+        # These mean the same on either side of a call.
+        raise
+    except Exception as error:
+        raise WorkFailed(f"{type(error).__name__}: {error}") from error
+
+
 class InProcessLearner:
     """A learner of this process. It cannot be lost apart from the run, so nothing supervises it.
 
     A debugger at the optimizer's step shows the loop, this class, the learner and the update.
     """
 
-    def __init__(self, learner: Any) -> None:
-        self._learner = learner
+    def __init__(self, learner: Any, *, on_event: Callable[..., None]) -> None:
+        self._learner, self.event = learner, on_event
 
     async def start(self) -> None:
         """Does nothing: there are no other ranks to join."""
 
     async def export(self, updates_done: int) -> LearnerSnapshot:
-        return LearnerSnapshot.of(updates_done, self._learner.export())
+        with _as_worker():
+            return LearnerSnapshot.of(updates_done, self._learner.export())
 
     async def restore(self, state: Ref) -> None:
-        self._learner.restore(state)
+        with _as_worker():
+            self._learner.restore(state)
 
     async def ratio(self, group: Ref) -> float:
-        return float(self._learner.ratio(group))
+        with _as_worker():
+            return float(self._learner.ratio(group))
 
     async def apply(
         self, order: LearnOrder, shards: Sequence[Sequence[Ref]], snapshot: LearnerSnapshot
     ) -> tuple[LearnReport, LearnerSnapshot]:
+        during = f"update {order.update}"
         try:
-            answer: LearnAnswer = self._learner.learn(order, *shards[0])
-        except (InputError, TrainingFailed):
-            raise
-        except Exception as error:
-            raise TrainingFailed(
-                f"the learner failed in update {order.update}: {type(error).__name__}: {error}"
-            ) from error
+            with _as_worker():
+                answer: LearnAnswer = self._learner.learn(order, *shards[0])
+        except WorkFailed as error:
+            self.event("learner_failed", during=during, attempt=1, reason=str(error))
+            raise TrainingFailed(f"the learner failed in {during}: {error}") from error
         return answer.report, LearnerSnapshot.of(order.update + 1, answer)
 
 
@@ -170,9 +184,13 @@ class TrainingLoop:
         )
 
     def _learner_port(self) -> LearnerPort:
-        direct = self.executor.direct("learner")
+        try:
+            with _as_worker():
+                direct = self.executor.direct("learner")
+        except WorkFailed as error:
+            raise TrainingFailed(f"the learner could not be made: {error}") from error
         if direct is not None:
-            return InProcessLearner(direct)
+            return InProcessLearner(direct, on_event=self.events)
         num_ranks = self.config.actors.num_learner
         return LearnerRanks(self.supervisor, num_ranks, on_event=self.events)
 
