@@ -226,8 +226,8 @@ def _run(attempt: _Attempt) -> Outcome:
     executor: Any = None
     loop: TrainingLoop | None = None
     stop = Stop()
-    observer.starting(config)
     try:
+        observer.starting(config)
         executor = _executor(attempt)
         # Installed after Ray has connected, because ray.init replaces the SIGTERM handler.
         with Signals(stop) as signals:

@@ -175,10 +175,11 @@ class UpdateLog:
         except OSError as error:
             # A full disk costs the line; the checkpoint decides whether the run can go on.
             self.observer.note(f"the metrics of update {update} could not be written ({error})")
+        # Counted before an observer is called: one that raises does not undo the update.
+        self.updates_reported += 1
         # After the file: the cluster's monitoring is a copy and may be missing.
         self.executor.mirror(metrics)
         self.observer.update_done(metrics)
-        self.updates_reported += 1
 
     def advise(self, cost: GroupCost) -> None:
         """Says after two updates how the workers would best be divided among the roles."""
