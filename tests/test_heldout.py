@@ -400,6 +400,22 @@ def test_the_best_adapter_by_gold_is_kept_and_survives_pruning_and_resume(tmp_pa
     assert not (tmp_path / "checkpoints" / "step_000002").exists()
 
 
+def test_beside_the_best_adapter_only_adapters_and_their_remainders_are_removed(
+    tmp_path: Path,
+) -> None:
+    fakes(tmp_path, "train.updates=1", **hacked(0.5, 0.9))
+    folder = tmp_path / BEST
+    before, _ = read_best(folder) or pytest.fail("no adapter was stored")
+    (folder / f".{before.file}.77-0a0a.tmp").write_bytes(b"of a killed writer")
+    (folder / "notes.txt").write_text("of a user")
+    (folder / "views").mkdir()
+    fakes(tmp_path, "train.updates=2", resume=True, **hacked(0.5, 0.9))
+    best, _ = read_best(folder) or pytest.fail("no adapter was stored")
+    assert best.update == 1 and [line["update"] for line in lines(tmp_path)] == [0, 1]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {best.file, "best.json", "notes.txt", "views"}
+
+
 def test_bytes_that_are_not_the_best_adapters_are_refused_and_the_next_evaluation_replaces_them(
     tmp_path: Path,
 ) -> None:

@@ -315,9 +315,9 @@ class HeldoutMonitor:
         replace_file(folder / best.file, packed.data, durable=True)
         replace_file(folder / RECORD, best.model_dump_json(indent=2) + "\n", durable=True)
         # Earlier adapters, and what a killed writer left beside them.
-        for other in folder.iterdir():
-            if other.name not in (best.file, RECORD):
-                other.unlink()
+        for other in folder.glob("*.safetensors*"):
+            if other.name != best.file:
+                other.unlink(missing_ok=True)
 
     def _raise(self, raised: Alarm) -> None:
         best = _stored_best(self.directory / BEST)
