@@ -147,8 +147,11 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(
 def test_a_checkpoint_cut_off_while_written_is_not_used(tmp_path: Path) -> None:
     checkpoint = Checkpoint(folder=tmp_path, config=MICRO)
     checkpoint.write("vae", 1, {"a": torch.ones(1)})
-    (tmp_path / "vae-2.safetensors.part").write_bytes(b"half")
+    (tmp_path / ".vae-2.safetensors.77-0a0a.tmp").write_bytes(b"half")
     assert checkpoint.read() == ("vae", 1, {"a": torch.ones(1)})
+    checkpoint.write("vae", 3, {"a": torch.zeros(1)})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["state.json", "vae-3.safetensors"], "the remainder is as large as a checkpoint"
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path: Path) -> None:

@@ -317,7 +317,8 @@ class Checkpoint:
         replace_file(self.folder / name, save(content))
         state = {"stage": stage, "step": step, "tensors": name, "config": self._settings()}
         replace_json(self.folder / "state.json", state)
-        for file in self.folder.glob("*.safetensors"):
+        # With the second star also what a killed write left: it is as large as a checkpoint.
+        for file in self.folder.glob("*.safetensors*"):
             if file.name != name:
                 file.unlink()
 
