@@ -89,7 +89,11 @@ def write_result(path: Path, text: str, *, remedy: str = "Give a writable --out.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text)
+        if path.exists() and not path.is_file():
+            # A device or a pipe, such as /dev/null. A rename would put a file in its place.
+            path.write_text(text, encoding="utf-8")
+        else:
+            replace_file(path, text)
     except OSError as error:
         raise InputError(
             f"cannot write {path} ({error.strerror}), so the result would be lost. {remedy}"
