@@ -402,6 +402,7 @@ def test_the_reference_has_a_row_for_every_key_with_type_default_and_source() ->
     assert "`0.0003`" in row and "flow_grpo" in row
     for key in RunConfig.model_fields:
         assert any(row.startswith(f"| `{key}` | ") for row in rows), key
+    assert [row for row in rows if row.startswith("| `") and row.endswith("|  |")] == []
     assert "(#algorithmobjective-forward_process)" in "\n".join(rows)
     assert "#### algorithm.objective: forward_process" in rows
 

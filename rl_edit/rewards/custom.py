@@ -103,7 +103,7 @@ def _resolve(function: str) -> Callable[[Candidates], Iterable[object]]:
             f"({type(error).__name__}: {error}). Install it, put its folder on PYTHONPATH of every "
             "process, or mend it."
         ) from error
-    resolved = getattr(module, name, None)
+    resolved: Callable[[Candidates], Iterable[object]] | None = getattr(module, name, None)
     if not callable(resolved):
         what = "is not callable" if hasattr(module, name) else "does not exist"
         raise InputError(

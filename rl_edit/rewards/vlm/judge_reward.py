@@ -129,7 +129,7 @@ class JudgeReward(RewardTerm):
         waves = math.ceil(
             num_candidates * self.num_questions * self.num_pass / self.transport.concurrency
         )
-        pauses = sum(
+        pauses: float = sum(
             min(self.backoff_s * 2**attempt, _LONGEST_WAIT_S) for attempt in range(self.retries)
         )
         again = (

@@ -31,7 +31,8 @@ class Upstream(BaseModel):
 
     Attributes:
         backbone: as the package calls it; ``*_vllm`` also needs vllm.
-        path: base checkpoint. ``lora_path``: the judge's LoRA; None for a merged checkpoint.
+        path: base checkpoint.
+        lora_path: the judge's LoRA. None for a merged checkpoint.
         max_model_len, tensor_parallel_size: of the vllm backbones.
     """
 

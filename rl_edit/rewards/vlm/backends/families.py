@@ -16,7 +16,7 @@ from rl_edit.errors import InputError
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 FamilyChoice = Literal["auto", "qwen2_5_vl", "qwen3_vl"]
 
-SYSTEM = {"qwen2_5_vl": "You are a helpful assistant.", "qwen3_vl": ""}
+SYSTEM: dict[Family, str] = {"qwen2_5_vl": "You are a helpful assistant.", "qwen3_vl": ""}
 IMAGE = "<|image_pad|>"
 
 # EditScore's judges of 7, 32 and 72 billion parameters are Qwen2.5-VL.
@@ -35,11 +35,12 @@ def family_of(checkpoint: str) -> Family:
     """Reads the family from the config of a checkpoint."""
     from transformers import AutoConfig
 
-    family: Any = AutoConfig.from_pretrained(checkpoint).model_type
-    if family in SYSTEM:
-        return family
+    model_type: Any = AutoConfig.from_pretrained(checkpoint).model_type
+    for family in SYSTEM:
+        if family == model_type:
+            return family
     raise InputError(
-        f"{checkpoint} holds a {family} model, whose chat template is not known here. Use "
+        f"{checkpoint} holds a {model_type} model, whose chat template is not known here. Use "
         f"{' or '.join(SYSTEM)}, or serve it."
     )
 

@@ -31,9 +31,12 @@ class VLLM(BaseModel):
             one of a base and a LoRA).
         family: "auto" reads it from the checkpoint.
         json_schema: constrain the answer's form.
+        dtype: of the weights. "auto" is vLLM's choice for the checkpoint.
         max_model_len: prompt, images and answer. Two images of 512 px and 512 words of answer fit
             1536, of 1024 px 4096.
         max_images: images a question may hold.
+        tensor_parallel_size: GPUs that share one model.
+        gpu_memory_utilization: share of a GPU's memory that vLLM may take.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
