@@ -3,6 +3,7 @@ step."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from learner.learner import Learner
 from rl_edit.cli import main
+from rl_edit.errors import Interrupted
 from rl_edit.method.update import TrainingFailed
 from rl_edit.training import Silent, train
 from runs import events_of, metrics_of, read_json, small_config
@@ -130,6 +132,24 @@ def test_a_learner_in_this_process_that_raises_fails_the_run_with_a_sentence(
     failed = [event["during"] for event in events_of(run, "learner_failed")]
     assert failed == (["update 2"] if method == "learn" else [])
     assert read_json(run / "LEASE.json")["ended"] is not None
+
+
+def test_a_signal_while_the_learner_is_made_ends_the_run_before_anything_begins(
+    small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = Learner.__init__
+
+    def interrupted(self: Learner, *args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        sound(self, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "__init__", interrupted)
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted) as stopped:
+        train(small_config(small_editor), run)
+    assert stopped.value.number == signal.SIGINT and read_json(run / "run.json")["adapter"] is None
+    assert not events_of(run, "started") and events_of(run, "finished")[0]["status"] == "stopped"
+    assert not (run / "adapter").exists()
 
 
 def test_an_observer_that_raises_does_not_undo_the_record_of_an_update(

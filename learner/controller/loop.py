@@ -204,6 +204,9 @@ class TrainingLoop:
             Fenced: a newer attempt owns the run directory.
         """
         # The work, a request to stop, and the stall report run side by side on one thread.
+        if self.stop.requested:
+            # While the learner of this process was made. Nothing has begun, so nothing is saved.
+            return Outcome(updates_done=0, adapter=None)
         work = asyncio.create_task(self._run(resume))
         stopped = asyncio.create_task(self.stop.wait())
         stalls = asyncio.create_task(
