@@ -214,9 +214,9 @@ def test_an_actor_that_ignores_a_weight_update_is_caught_on_its_first_item_and_n
         )
     event = events_of(tmp_path, "result_stale")[0]
     assert len(metrics_of(tmp_path)) == 1
-    assert event["requested"].startswith("1:")
-    assert event["requested"].split(":")[1] != event["loaded"].split(":")[1]
-    assert event["requested"] == metrics_of(tmp_path)[0]["adapter"]
+    assert event["wanted"].startswith("1:")
+    assert event["wanted"].split(":")[1] != event["loaded"].split(":")[1]
+    assert event["wanted"] == metrics_of(tmp_path)[0]["adapter"]
 
 
 class CutOff(RolloutActor):
