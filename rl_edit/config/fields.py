@@ -16,7 +16,7 @@ from rl_edit.config.run import RunConfig
 
 
 def models_of(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models that an annotation admits, through unions and Annotated."""
+    """Lists the pydantic models of an annotation, through unions and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     # X | Y has no typing origin of its own in every Python version, hence its name.
@@ -41,7 +41,10 @@ def child_of(annotation: Any, part: str) -> Any:
 
 
 def known_keys(location: Sequence[str]) -> list[str]:
-    """The keys that may stand at a location, which may contain union tags."""
+    """Lists the keys that may stand at a location.
+
+    The location may contain union tags.
+    """
     current: Any = RunConfig
     for part in location:
         tagged = [model for model in models_of(current) if tag_of(model) == part]
@@ -50,7 +53,10 @@ def known_keys(location: Sequence[str]) -> list[str]:
 
 
 def without_tags(location: Sequence[str]) -> list[str]:
-    """A location without the union tags that pydantic inserts after a discriminated field."""
+    """Removes union tags from a location.
+
+    pydantic inserts them after a discriminated field.
+    """
     current: Any = RunConfig
     names = []
     for part in location:
@@ -92,9 +98,10 @@ def is_default(name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _default(annotation: Any, key: str, node: Any) -> Any:
-    """The default of a key as JSON, in the member of a union that a mapping selects.
+    """The default of a key, as JSON.
 
-    A mapping without a kind selects the first member that has the key.
+    The kind of a mapping selects the member of a union. Without a kind it is the first member that
+    has the key.
     """
     kind = node.get("kind") if isinstance(node, Mapping) else None
     for model in models_of(annotation):

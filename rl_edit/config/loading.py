@@ -1,4 +1,6 @@
-"""Reads a run from a preset or a YAML file, with ``dotted.key=value`` overrides.
+"""Reads a run from a preset or a YAML file.
+
+Overrides have the form ``dotted.key=value``.
 
 An unknown key is an error that suggests the nearest known one.
 """
@@ -27,7 +29,7 @@ Override = tuple[tuple[str, ...], Any]
 
 
 def presets() -> dict[str, str]:
-    """Shipped presets by name, each with the comment that it begins with."""
+    """Lists shipped presets by name, each with its first comment."""
     summaries = {}
     # Through importlib, because an installed package may lie in an archive.
     for entry in sorted(resources.files("rl_edit.presets").iterdir(), key=lambda e: e.name):
@@ -43,7 +45,7 @@ def presets() -> dict[str, str]:
 def load_config(
     source: str | Path | None = None, *, preset: str | None = None, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """Loads the run of a preset or YAML file and applies ``dotted.key=value`` overrides.
+    """Loads a run and applies ``dotted.key=value`` overrides.
 
     Renamed settings are read under their old names too; a hint goes to stderr.
 
@@ -142,7 +144,7 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
 
 
 def _overridden(raw: dict[str, Any], changes: Sequence[Override]) -> dict[str, Any]:
-    """The mapping with all overrides applied, each under its present name."""
+    """Applies all overrides, each under its present name."""
     # Before the other overrides, which adjust the new method.
     raw = _of_method(raw, changes)
     # Only the complete settings show that a section is a plugin, whose keys are not renamed.

@@ -63,7 +63,7 @@ def reference() -> str:
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Text of each attribute, from the docstrings of a model and its bases."""
+    """Reads the text of each attribute from docstrings, bases included."""
     texts: dict[str, str] = {}
     # From the most general class down, so that a subclass may word an attribute anew.
     for base in reversed(model.__mro__):
@@ -96,7 +96,7 @@ def _section(
     written: dict[type[BaseModel], str],
     common: frozenset[str] = frozenset(),
 ) -> Iterator[str]:
-    """The lines of a model and of the models below it.
+    """Renders a model and the models below it.
 
     Args:
         path: dotted name of the section; "" for the run.
@@ -128,7 +128,7 @@ def _section(
 def _below(
     path: str, field: FieldInfo, level: int, written: dict[type[BaseModel], str]
 ) -> Iterator[str]:
-    """The sections of the models that a field admits, where they have none yet."""
+    """Renders the models of a field that have no section yet."""
     annotation, common = field.annotation, frozenset[str]()
     if get_origin(annotation) is dict:
         # Rewards, under names that the user chooses.
@@ -179,6 +179,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _default(field: FieldInfo) -> str:
+    # JSON is YAML too, so a default can be copied into a file as it stands.
     default = field.get_default(call_default_factory=True)
     if default is PydanticUndefined:
         return "required"

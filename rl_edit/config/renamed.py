@@ -145,7 +145,7 @@ def modern_override(
     nested = value
     for part in reversed(path):
         nested = {part: nested}
-    nested = modern(nested, context=context, note=note)
+    nested = modern(nested, context=context, note=note)  # a value may hold old names too
     # A rename changes one component and never the depth, so the path is read back step by step.
     names = []
     for _ in path:

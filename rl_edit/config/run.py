@@ -174,7 +174,7 @@ class RunConfig(BaseModel):
             )
 
     def _require_edit_scored(self, weighted: Set[str]) -> None:
-        """Refuses credit split by area that follows no reward inside the mask."""
+        """Refuses split credit without a reward inside the mask."""
         credit = self.algorithm.credit
         if (
             isinstance(credit, SplitCredit)
@@ -199,7 +199,7 @@ class RunConfig(BaseModel):
             )
 
     def _require_even_batches(self) -> None:
-        """Refuses chunks, minibatches and ranks that do not divide the work evenly."""
+        """Refuses chunks, minibatches and ranks of unequal size."""
         # Batches of equal size give equal bits, so no chunk may end within a batch.
         chunk, batch = self.rollout.chunk, self.editor.micro_batch
         if chunk is not None and chunk % batch:
@@ -242,7 +242,9 @@ class RunConfig(BaseModel):
             )
 
     def require_measured(self, left_out: Mapping[str, str]) -> None:
-        """Refuses a run whose credit or exploration reads a reward that its data cannot feed.
+        """Refuses a run that reads a reward its data cannot feed.
+
+        Credit and exploration read rewards by name.
 
         Args:
             left_out: the reason for each reward that is left out (``rewards.available``).

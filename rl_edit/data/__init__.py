@@ -165,7 +165,7 @@ class RowsDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the words, the file names within the dataset and the file sizes.
+        """Hash of words, relative file names and file sizes.
 
         Absolute paths and times do not enter, so a moved dataset is the same dataset.
         """
@@ -230,7 +230,7 @@ class RowsDataset:
 def open_dataset(
     config: DataConfig, split: Split, *, resolution: int | None = None, multiple: int = 1
 ) -> Dataset:
-    """Opens the training or held-out tasks of ``config`` and checks every row.
+    """Opens the tasks of a split and checks every row.
 
     Args:
         resolution: of the editor (``editor.resolution``). When given, masks are checked on its
@@ -271,9 +271,9 @@ def open_dataset(
 
 
 def open_requests(config: DataConfig) -> tuple[Request, ...]:
-    """Opens every row of a dataset on disk, with or without a mask.
+    """Opens all rows of a dataset on disk.
 
-    Any first part of the rows is a fair sample.
+    Rows without a mask are included. Any first part of the rows is a fair sample.
 
     Raises:
         InputError: for all problems of the rows, in one message; for the built-in world, and for a
@@ -318,7 +318,10 @@ R = TypeVar("R", bound=Request)
 
 
 def _ordered(rows: list[R]) -> list[R]:
-    """The rows in the order of a hash of their ids, so that any first part is a fair sample."""
+    """Orders rows by a hash of their ids.
+
+    Any first part is then a fair sample.
+    """
     return sorted(rows, key=lambda row: (_hash(row.task_id), row.task_id))
 
 

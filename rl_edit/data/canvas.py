@@ -77,9 +77,9 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
 
 
 def leaves_no_token(mask: Bool[Tensor, "height width"], *, resolution: int, multiple: int) -> bool:
-    """True when a mask on its canvas touches every token, so that nothing is background.
+    """True when a mask touches every token of its canvas.
 
-    A token covers ``multiple`` x ``multiple`` pixels.
+    Nothing is background then. A token covers ``multiple`` x ``multiple`` pixels.
     """
     original_height, original_width = mask.shape
     height, width = canvas_size(original_height, original_width, resolution, multiple)
@@ -100,7 +100,7 @@ def _resize(
 def _cover(
     mask: Bool[Tensor, "height width"], size: tuple[int, int]
 ) -> Bool[Tensor, "new_height new_width"]:
-    """True where a new pixel's square touches a set pixel's square with positive area."""
+    """True where a new pixel overlaps a set pixel."""
     pixels = mask.numpy()
     for axis, new in enumerate(size):
         old = pixels.shape[axis]

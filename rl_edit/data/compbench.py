@@ -169,7 +169,7 @@ def _write_images(task: PairedTask, folder: Path, image_path: str) -> None:
 
 
 def _require_file_names(task: PairedTask) -> None:
-    """Refuses an id or a type that could not name a file, or would leave its folder."""
+    """Refuses an id or type that cannot name a file."""
     if (
         not _SAFE_NAME.fullmatch(task.task_id)
         or not _SAFE_NAME.fullmatch(task.task_type)

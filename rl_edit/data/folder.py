@@ -70,7 +70,7 @@ _EXPECTED = (
 
 
 def read_folder(path: Path) -> list[Row]:
-    """Rows of a ``.jsonl`` file, or of a folder in either of the two layouts above."""
+    """Reads rows of a file or folder in the layouts above."""
     return [request for request in request_folder(path, masked=True) if isinstance(request, Row)]
 
 
@@ -99,7 +99,7 @@ def request_folder(path: Path, *, masked: bool = False) -> list[Request]:
 
 
 class FoundMasks:
-    """Writes rows with masks that were found for them, in the JSON-lines layout.
+    """Writes rows with found masks, as JSON lines.
 
     Images are copied as they are.
     """
@@ -286,7 +286,10 @@ def _read_pairs(root: Path, masked: bool) -> list[Request]:
 
 
 def _sources(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The images to edit by stem, and a problem for each mask or target without its image."""
+    """Finds the images to edit, by stem.
+
+    Each mask or target without its image is a problem.
+    """
     # A folder of sources hides the images beside it, which are then something else.
     folders = [root / name for name in _SOURCE_FOLDERS if (root / name).is_dir()] or [root]
     sources: dict[str, list[Path]] = {}

@@ -1,4 +1,4 @@
-"""Reads images and masks from files of any common kind, as arrays of one kind.
+"""Reads images and masks from files of any common kind.
 
 An image becomes RGB 0..255 the way a viewer would show it. It is turned as its EXIF orientation
 says; palette, grey, CMYK and 16-bit values are converted; transparency is composited on white. A
@@ -132,7 +132,7 @@ def upright_size(path: Path, *, where: str) -> tuple[int, int]:
 
 
 def has_turn(path: Path) -> bool:
-    """True when the file asks viewers to turn the image by a quarter (EXIF).
+    """True when EXIF turns the image by a quarter.
 
     This is the usual cause of masks that do not fit.
     """

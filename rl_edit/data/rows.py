@@ -123,6 +123,7 @@ def check(
             f"{source}: every mask ({len(rows)}) is empty or full, so no row is left. Black is "
             f"read as {black}; set data.mask_polarity if yours are the other way round."
         )
+    # Such masks look black in a viewer, so the user may take them for empty.
     zero_one = [row for row, finding in zip(rows, findings, strict=True) if finding.zero_one]
     if zero_one:
         warnings.warn(
@@ -154,7 +155,7 @@ def check_requests(
 
 
 def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
-    """Raises one InputError for all problems of a dataset, if there are any."""
+    """Raises one InputError for all problems, if any."""
     if not problems:
         return
     shown = "; ".join(
@@ -244,7 +245,7 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
 
 
 def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The regions of a row as ``[region, height, width]``, checked against its mask."""
+    """Reads regions as ``[region, height, width]`` and checks the mask."""
     assert row.regions is not None
     # One 8-bit channel holds up to 255 regions, numbered from 1.
     labels = images.read_labels(row.regions, where=row.where)

@@ -75,7 +75,7 @@ def mark_change(
     *,
     around: Thing,
 ) -> None:
-    """Sets the bounding box of the pixels that differ around an object, widened by the margin."""
+    """Sets the bounding box of changed pixels, widened by the margin."""
     # The anti-aliased border reaches a pixel beyond the radius.
     reach = around.radius + 2
     top, left = max(int(around.y - reach), 0), max(int(around.x - reach), 0)

@@ -35,7 +35,10 @@ def pick(rng: random.Random, choices: Sequence[T]) -> T:
 
 
 def draw_ground(rng: random.Random, texture: np.random.Generator) -> NDArray[np.float32]:
-    """Draws a pattern (or two, mixed by a smooth field), shaded, with grain in every pixel."""
+    """Draws a shaded pattern with grain in every pixel.
+
+    Some grounds mix two patterns by a smooth field.
+    """
     pattern = pick(rng, _PATTERNS)(rng, texture)
     if rng.random() < 0.35:
         other = pick(rng, _PATTERNS)(rng, texture)

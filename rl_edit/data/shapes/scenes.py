@@ -21,7 +21,7 @@ SIZE_WORDS = tuple(filter(None, _ADDED_RADIUS))
 # Between the edges of two objects: both margins, both anti-aliased borders, and a pixel of ground.
 _GAP = 2 * MASK_MARGIN + 3
 _BORDER = 2.0
-_CORNER_BORDER = 4.0
+_CORNER_BORDER = 4.0  # an object in a corner keeps a visible distance from the border
 _DARTS = 40
 """Random places tried for an object before the scene is given up."""
 
@@ -138,7 +138,7 @@ def _try_compose(task_type: str, rng: random.Random) -> Scene | None:
 
 
 def _addition(names: _Names, rng: random.Random) -> tuple[Change, Thing | None]:
-    """An added object, and the object that its instruction names as a neighbour, if any."""
+    """An added object, and the neighbour that its instruction names, if any."""
     size = pick(rng, tuple(_ADDED_RADIUS))
     radius = _ADDED_RADIUS[size]
     neighbour = None
