@@ -348,14 +348,14 @@ class RewardTable:
         values: higher is better (a term that is better when lower is negated). NaN exactly where
             ``valid`` is False.
         reasons: why terms are invalid, in words, without repeats.
-        out_of_contract: whether a term returned something its declaration rules out: not finite,
-            out of range, or a wrong count.
+        out_of_contract: whether a term returned a value that its declaration rules out.
         components: named parts of the scores by term, then by part.
         regions: scores by region of the terms that give them, by term.
         repeats: a second score minus the first, by term; NaN for candidates scored once.
         measures: what every run measures; None where only rewards were asked for.
         counts: scores by "term.status" (``counts["editscore.timeout"]``), and of terms with a cache
             those recalled ("term.cached") and those that could not be written ("term.uncached").
+        notes: what the user should know about how the scores came about, without repeats.
 
     Example:
         >>> table = RewardTable(
@@ -383,6 +383,7 @@ class RewardTable:
     measures: Measures | None = None
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def complete(self, *others: str) -> bool:
         """Checks that every candidate has a score of every weighted term, and of ``others``.

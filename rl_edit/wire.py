@@ -21,10 +21,11 @@ from rl_edit import messages, scores, types
 
 Blob = NDArray[np.uint8]
 
-SCHEMA = 4
+SCHEMA = 5
 """Counts up with every change of a record that travels or is stored."""
 
-READABLE_AS_STORED = {3: ("AdapterWeights", "AdapterId", "LearnerState")}
+_STORED = ("AdapterWeights", "AdapterId", "LearnerState")
+READABLE_AS_STORED = {3: _STORED, 4: _STORED}
 """Older schemas whose stored records still read the same: checkpoints outlive a version.
 
 Records that only travel are not listed: a group of another version means that processes run

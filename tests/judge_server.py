@@ -18,20 +18,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Answer = tuple[int, bytes | None]
-"""Status and body; no body is a connection cut in the middle of one."""
+from rl_edit.rewards.vlm.backends.server_limits import LEARNT
+
+Answer = tuple[int, bytes | None] | tuple[int, bytes | None, dict[str, str]]
+"""Status, body and further headers; no body is a connection cut in the middle of one."""
 
 
 @dataclass
 class JudgeServer:
     """``reply`` decides, from the request and its number, what is sent; ``requests`` and
-    ``headers`` keep what came."""
+    ``headers`` keep what came. ``models`` are listed at ``/models``."""
 
     reply: Callable[[dict[str, Any], int], Answer]
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     delay_s: float = 0.0
     reply_headers: dict[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
     busiest: int = 0
     url: str = ""
     _in_flight: int = 0
@@ -46,20 +49,27 @@ class JudgeServer:
             self.requests.append({**body, "path": handler.path})
             self.headers.append(dict(handler.headers))
         time.sleep(self.delay_s)
-        status, payload = self.reply(body, number)
+        status, payload, *more = self.reply(body, number)
         with self._lock:
             self._in_flight -= 1
         cut = payload is None
         payload = b'{"choices": [' if payload is None else payload
         handler.send_response(status)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(payload) + (1000 if cut else 0)))
-        for name, value in self.reply_headers.items():
+        headers = {"Content-Type": "application/json", **self.reply_headers, **dict(*more)}
+        headers["Content-Length"] = str(len(payload) + (1000 if cut else 0))
+        for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(payload)
         if cut:
             handler.close_connection = True
+
+    def list_models(self, handler: BaseHTTPRequestHandler) -> None:
+        payload = json.dumps({"data": [{"id": name} for name in self.models]}).encode()
+        handler.send_response(200 if self.models else 404)
+        handler.send_header("Content-Length", str(len(payload)))
+        handler.end_headers()
+        handler.wfile.write(payload)
 
 
 @contextlib.contextmanager
@@ -68,6 +78,8 @@ def serving(
 ) -> Iterator[JudgeServer]:
     """A running server; ``url`` is its address."""
     judge = JudgeServer(reply=reply, **options)
+    # A port may be that of an earlier server, of which something was learnt.
+    LEARNT.clear()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -76,6 +88,9 @@ def serving(
             except (BrokenPipeError, ConnectionResetError):
                 # The client gave up first, which is what the timeout test is about.
                 self.close_connection = True
+
+        def do_GET(self) -> None:
+            judge.list_models(self)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Quiet."""
@@ -152,13 +167,17 @@ FAULTS: dict[str, tuple[Answer, str, str]] = {
     "server error": ((500, b"boom"), "invalid", "HTTP 500"),
     "too many requests": ((429, b"slow down"), "invalid", "HTTP 429"),
     "cut connection": ((200, None), "invalid", "no answer from the judge"),
-    "not a completion": ((200, b"<html>hello</html>"), "invalid", "no chat completion"),
+    "not a completion": (
+        (200, b"<html>hello</html>"),
+        "invalid",
+        r"no chat completion but an HTML page \(hello\)",
+    ),
     "no choices": ((200, b'{"choices": []}'), "invalid", "no chat completion"),
     "truncated JSON": ((200, completion(_TWO[:-4])), "invalid", "no JSON object"),
     "stopped at max_tokens": (
         (200, completion(_TWO, finish_reason="length")),
         "invalid",
-        "cut off at max_tokens",
+        r"cut off at max_tokens\(512\)",
     ),
     "single score": (
         (200, completion('{"reasoning": "", "score": [10]}')),
@@ -173,7 +192,7 @@ FAULTS: dict[str, tuple[Answer, str, str]] = {
     "no score": (
         (200, completion('{"reasoning": ""}')),
         "invalid",
-        "not an object of exactly reasoning, score",
+        'no JSON object with "score": it has reasoning',
     ),
     "two answers": (
         (200, completion('{"reasoning": "", "score": [1, 2], "score": [3, 4]}')),

@@ -40,16 +40,11 @@ from rl_edit.data import shapes
 from rl_edit.errors import InputError
 from rl_edit.rewards import score_candidates
 from rl_edit.rewards.composite import Composite
+from rl_edit.rewards.vlm.answers import Unreadable, scores_in
 from rl_edit.rewards.vlm.backends import OpenAI, Token
 from rl_edit.rewards.vlm.editscore import EditScore, overall
 from rl_edit.rewards.vlm.expected_score import expected_scores
-from rl_edit.rewards.vlm.prompts import (
-    Unreadable,
-    pair_schema,
-    quality_question,
-    region_schema,
-    scores_in,
-)
+from rl_edit.rewards.vlm.prompts import pair_schema, quality_question, region_schema
 from rl_edit.rewards.vlm.region_judge import RegionJudge, box_of
 from rl_edit.training import _capacity, _require_judge_deadline
 from rl_edit.types import Candidates, EditTask
@@ -221,7 +216,8 @@ def test_a_lasting_fault_makes_the_score_invalid_with_its_status_and_reason(
     judge = judge_server(
         lambda body, number: answer if question_of(body) == "PQ" else good_reply(body, number)
     )
-    term = client(judge, retries=1)
+    # Too short to wait for a judge that is busy.
+    term = client(judge, retries=1, timeout_s=0.4 if fault == "too many requests" else 5.0)
     table = score_candidates([term], small_group(1), group_id="w")
     assert not table.valid.any() and math.isnan(table.values[0, 0].item()) and not table.components
     assert table.counts["editscore." + status] == 1
@@ -230,7 +226,7 @@ def test_a_lasting_fault_makes_the_score_invalid_with_its_status_and_reason(
     assert "PQ of pass 1" in table.reasons[0] and "after 2 attempts" in table.reasons[0]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"too many requests"}))
 def test_a_passing_fault_is_asked_again_with_a_new_seed(fault: str, judge_server: Serve) -> None:
     answer, _, _ = FAULTS[fault]
     judge = judge_server(
@@ -456,7 +452,8 @@ def test_faults_of_some_candidates_never_move_the_scores_of_the_others(
         )
 
     with serving(reply) as judge:
-        table = score_candidates([client(judge, retries=0)], small_group(6), group_id="w")
+        term = client(judge, retries=0, timeout_s=0.4 if fault == "too many requests" else 5.0)
+        table = score_candidates([term], small_group(6), group_id="w")
     assert table.valid[:, 0].tolist() == [row not in hit for row in range(6)]
     clean = [math.sqrt(row * 4 / 2.5 * 8) for row in range(6)]
     others = [row for row in range(6) if row not in hit]
@@ -467,11 +464,11 @@ def test_faults_of_some_candidates_never_move_the_scores_of_the_others(
 
 def test_retry_after_is_respected(judge_server: Serve) -> None:
     judge = judge_server(
-        lambda body, n: (429, b"") if body["seed"] == 42 else good_reply(body, n),
+        lambda body, n: (429, b"") if n < 2 else good_reply(body, n),
         reply_headers={"Retry-After": "0.3"},
     )
     began = time.perf_counter()
-    (score,) = client(judge).score(small_group(1))
+    (score,) = client(judge, retries=0).score(small_group(1))
     assert score.ok and time.perf_counter() - began >= 0.3
 
 
@@ -578,7 +575,7 @@ def test_parsed_scores_are_the_two_numbers_of_the_answer_and_in_range(scores: li
     [
         (
             {"regions": [[1, 2]], "background": 3, "overall": [4, 5]},
-            "exactly reasoning, regions, background, overall",
+            'has no "reasoning": it has regions, background, overall',
         ),
         (
             {"reasoning": "", "regions": [[1, 2]], "background": 3, "overall": [4, 5]},
@@ -628,7 +625,7 @@ HEAD = ('{"reasoning": "', "1 of 2", '", "score": [')
 
 def test_the_expected_score_weighs_every_number_by_its_probability() -> None:
     tokens = spelled(*HEAD, {"7": 0.5, "8": 0.3, "6": 0.1, "x": 0.1}, ", ", {"0": 1.0}, "]}")
-    found = expected_scores(tokens, (7, 0), top=9, min_mass=0.8)
+    found = expected_scores(tokens, (7, 0), schema=pair_schema(9), top=9, min_mass=0.8)
     assert found.scores == pytest.approx(((7 * 0.5 + 8 * 0.3 + 6 * 0.1) / 0.9, 0.0))
     assert found.mass == pytest.approx(0.9)
 
@@ -639,7 +636,7 @@ def test_a_number_of_several_tokens_is_weighed_along_them() -> None:
     tokens = spelled(
         *HEAD, {"2": 0.8, "3": 0.2}, {"0": 0.6, "1": 0.3, ",": 0.1}, ",", " ", {"4": 1.0}, "]}"
     )
-    found = expected_scores(tokens, (20, 4), top=25, min_mass=0.8)
+    found = expected_scores(tokens, (20, 4), schema=pair_schema(25), top=25, min_mass=0.8)
     assert found.scores[0] == pytest.approx(0.8 * (20 * 0.6 + 21 * 0.3 + 2 * 0.1) + 0.2 * 3)
     assert found.mass == pytest.approx(1.0)
 
@@ -648,25 +645,29 @@ def test_tokens_that_hold_more_than_digits_are_understood() -> None:
     tokens = spelled(
         '{"reasoning": "", "score":', {" [20": 0.5, " [25": 0.5}, {", 5": 0.75, ", 15": 0.25}, "]}"
     )
-    found = expected_scores(tokens, (20, 5), top=25, min_mass=0.5)
+    found = expected_scores(tokens, (20, 5), schema=pair_schema(25), top=25, min_mass=0.5)
     assert found.scores == pytest.approx((22.5, 7.5))
 
 
 def test_a_beginning_that_was_not_chosen_is_left_open_and_too_much_of_it_is_refused() -> None:
     places = (*HEAD, {"2": 0.6, "1": 0.4}, {"0": 1.0}, ", ", {"4": 1.0}, "]}")
-    assert expected_scores(spelled(*places), (20, 4), top=25, min_mass=0.5).scores == pytest.approx(
-        (20.0, 4.0)
-    )
+    assert expected_scores(
+        spelled(*places), (20, 4), schema=pair_schema(25), top=25, min_mass=0.5
+    ).scores == pytest.approx((20.0, 4.0))
     with pytest.raises(Unreadable, match=r"only 0\.60 of the probability"):
-        expected_scores(spelled(*places), (20, 4), top=25, min_mass=0.8)
+        expected_scores(spelled(*places), (20, 4), schema=pair_schema(25), top=25, min_mass=0.8)
 
 
 def test_an_answer_without_probabilities_or_with_fractions_has_no_expectation() -> None:
     with pytest.raises(Unreadable, match="do not spell"):
-        expected_scores([], (7, 0), top=9, min_mass=0.8)
+        expected_scores([], (7, 0), schema=pair_schema(9), top=9, min_mass=0.8)
     with pytest.raises(Unreadable, match="do not spell"):
         expected_scores(
-            spelled(*HEAD, "5", ".", "5", ", ", "4", "]}"), (5.5, 4), top=9, min_mass=0.8
+            spelled(*HEAD, "5", ".", "5", ", ", "4", "]}"),
+            (5.5, 4),
+            schema=pair_schema(9),
+            top=9,
+            min_mass=0.8,
         )
 
 
@@ -680,7 +681,7 @@ def test_an_expectation_lies_within_the_scale_and_is_certain_where_the_judge_is(
     tokens = spelled(
         *HEAD, {text: chance / total for text, chance in chances.items()}, ", ", "3", "]}"
     )
-    found = expected_scores(tokens, (said, 3), top=9, min_mass=0.9)
+    found = expected_scores(tokens, (said, 3), schema=pair_schema(9), top=9, min_mass=0.9)
     assert 0 <= found.scores[0] <= 9 and found.scores[0] == pytest.approx(
         sum(k * w for k, w in enumerate(weights)) / total
     )

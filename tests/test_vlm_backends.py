@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from judge_server import completion, images_of, parts_of, serving
 from rl_edit.errors import InputError
 from rl_edit.rewards import score_candidates
+from rl_edit.rewards.vlm.answers import scores_in
 from rl_edit.rewards.vlm.backends import (
     VLLM,
     JudgeTransport,
@@ -32,7 +33,7 @@ from rl_edit.rewards.vlm.backends.constrained_decoding import Constraint, Form, 
 from rl_edit.rewards.vlm.backends.families import IMAGE, chat_text, family_named, family_of
 from rl_edit.rewards.vlm.backends.merge import merge_judge
 from rl_edit.rewards.vlm.editscore import EditScore
-from rl_edit.rewards.vlm.prompts import pair_schema, region_schema, scores_in
+from rl_edit.rewards.vlm.prompts import pair_schema, region_schema
 from rl_edit.rewards.vlm.region_judge import RegionJudge
 from rl_edit.types import Candidates, EditTask
 
@@ -291,7 +292,9 @@ def test_rewards_of_a_model_that_talks_nonsense_are_invalid(judge_path: str) -> 
         retries=1,
     )
     table = score_candidates([reward], group(), group_id="w")
-    assert not table.valid.any() and "cut off at max_tokens (after 2 attempts)" in table.reasons[0]
+    assert (
+        not table.valid.any() and "cut off at max_tokens(16). Raise max_tokens" in table.reasons[0]
+    )
 
 
 def test_a_model_that_is_no_known_judge_is_refused(tmp_path: Path) -> None:

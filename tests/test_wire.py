@@ -49,7 +49,7 @@ def test_a_stored_record_of_the_schema_before_is_read(
     assert np.array_equal(wire.pack(wire.unpack(blob)), wire.pack(record))
 
 
-@pytest.mark.parametrize("schema", [2, 3, 5])
+@pytest.mark.parametrize("schema", [2, 3, 6])
 def test_a_record_that_only_travels_is_read_under_its_own_schema_alone(
     schema: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

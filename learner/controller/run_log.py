@@ -134,6 +134,7 @@ class UpdateLog:
         self.metrics = JsonLines(run.directory / METRICS)
         self.updates_reported = 0
         self._costs: list[GroupCost] = []
+        self._notes: set[str] = set()
 
     async def write(
         self,
@@ -155,6 +156,7 @@ class UpdateLog:
             used=report.used,
             consumed=[group.group_id for group in groups],
         )
+        self._write_notes(groups)
         for kind, reasons in report.declined.items():
             self.events("groups_dropped", update=update, kind=kind, reasons=count_reasons(reasons))
         if report.skipped:
@@ -180,6 +182,14 @@ class UpdateLog:
         # After the file: the cluster's monitoring is a copy and may be missing.
         self.executor.mirror(metrics)
         self.observer.update_done(metrics)
+
+    def _write_notes(self, groups: Sequence[ScoredGroup]) -> None:
+        """Shows every note of the rewards once."""
+        for note in (note for group in groups if not group.lost for note in group.table().notes):
+            if note not in self._notes:
+                self._notes.add(note)
+                self.events("reward_note", note=note)
+                self.observer.note(note)
 
     def advise(self, cost: GroupCost) -> None:
         """Says after two updates how the workers would best be divided among the roles."""

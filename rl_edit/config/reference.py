@@ -130,7 +130,8 @@ def _below(
 ) -> Iterator[str]:
     """Renders the models of a field that have no section yet."""
     annotation, common = field.annotation, frozenset[str]()
-    if get_origin(annotation) is dict:
+    # A mapping of plain values, such as transport.extra_body, has no section below it.
+    if get_origin(annotation) is dict and models_of(get_args(annotation)[1]):
         # Rewards, under names that the user chooses.
         # Keys that every reward has are described once, in a section before the kinds.
         annotation, path = get_args(annotation)[1], f"{path}.NAME"
@@ -148,6 +149,8 @@ def _type(field: FieldInfo, written: dict[type[BaseModel], str]) -> str:
     annotation = field.annotation
     if get_origin(annotation) is dict:
         annotation = get_args(annotation)[1]
+        if annotation is Any:
+            return "mapping"
     # A part is described elsewhere on the page, so its type is a link.
     if members := models_of(annotation):
         links = [f"[{tag_of(m) or 'section'}](#{_slug(written[m])})" for m in members]

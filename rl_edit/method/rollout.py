@@ -244,6 +244,7 @@ def joined(tables: Sequence[RewardTable]) -> RewardTable:
         valid=torch.cat([table.valid for table in tables]),
         # The same reason from several chunks is one, and the first one comes first.
         reasons=tuple(dict.fromkeys(reason for table in tables for reason in table.reasons)),
+        notes=tuple(dict.fromkeys(note for table in tables for note in table.notes)),
         out_of_contract=any(table.out_of_contract for table in tables),
         components=components,
         regions=regions,

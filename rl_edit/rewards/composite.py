@@ -59,6 +59,9 @@ class Composite(RewardTerm):
     def remote(self) -> bool:
         return self.of.remote
 
+    def notes(self) -> tuple[str, ...]:
+        return self.of.notes()
+
     def fingerprint(self) -> dict[str, Any]:
         # The wrapped term's weight, cache and name do not change the score.
         return {"kind": self.kind, "of": self.of.fingerprint()}

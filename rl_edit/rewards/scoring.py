@@ -63,6 +63,7 @@ def score_candidates(
             for name, scored in checked.items()
             for status, number in scored.counts.items()
         },
+        notes=tuple(f"{term.name}: {note}" for term in terms for note in term.notes()),
     )
 
 

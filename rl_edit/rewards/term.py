@@ -168,6 +168,13 @@ class RewardTerm(BaseModel, ABC):
         """True when scoring waits for another machine and occupies no device of this run."""
         return False
 
+    def notes(self) -> tuple[str, ...]:
+        """Says what the user should know about how scores came about, a sentence each.
+
+        Asked for after scoring, in the process that scored.
+        """
+        return ()
+
     def fingerprint(self) -> dict[str, Any]:
         """Lists what scores follow from besides the candidates.
 

@@ -16,6 +16,8 @@ from rl_edit.rewards.vlm.judge_reward import JudgeQuestion, JudgeReward, mean_of
 from rl_edit.rewards.vlm.prompts import consistency_question, pair_schema, quality_question
 from rl_edit.types import EditTask, Score
 
+_PAIR = ("the original (source)", "the edited image (result)")
+
 
 def overall(sc: Sequence[float], pq: Sequence[float]) -> float:
     """Composes sub-scores: ``sqrt(min(sc) * min(pq))``, in their unit (EditScore, after VIEScore).
@@ -66,11 +68,16 @@ class EditScore(JudgeReward):
         schema = pair_schema(self.score_range)
         return (
             JudgeQuestion(
-                name="SC", images=(task.source, edited), prompt=consistency, schema=schema
+                name="SC",
+                images=(task.source, edited),
+                labels=_PAIR,
+                prompt=consistency,
+                schema=schema,
             ),
             JudgeQuestion(
                 name="PQ",
                 images=(task.source, edited) if both else (edited,),
+                labels=_PAIR if both else _PAIR[1:],
                 prompt=quality,
                 schema=schema,
             ),

@@ -18,9 +18,10 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from rl_edit.rewards.vlm.answers import Unreadable, answer_in
 from rl_edit.rewards.vlm.backends import Token
-from rl_edit.rewards.vlm.prompts import Unreadable
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NUMBER = re.compile(r"\d+")
@@ -39,30 +40,28 @@ class Expected:
 
 
 def expected_scores(
-    tokens: Sequence[Token], stated: Sequence[float], *, top: int, min_mass: float
+    tokens: Sequence[Token],
+    stated: Sequence[float],
+    *,
+    schema: dict[str, Any],
+    top: int,
+    min_mass: float,
 ) -> Expected:
     """Computes the expected value of each score that an answer states.
 
     Args:
-        tokens: the answer, token by token, with alternatives.
+        tokens: the answer, token by token, with alternatives; thinking before it is read past.
         stated: its scores, as read from the text.
+        schema: form of the answer.
         top: of the scale 0..top.
         min_mass: share of probability that every score must rest on.
 
     Raises:
         Unreadable: the tokens do not spell the scores, or the mass is too small.
     """
-    spelled = "".join(token.text for token in tokens)
-    # Digits within the reasoning are no scores. Blanks keep the offsets.
-    bare = _STRING.sub(lambda string: " " * len(string[0]), spelled)
-    places = [(number.start(), int(number[0])) for number in _NUMBER.finditer(bare)]
-    if [number for _, number in places] != list(stated):
-        raise Unreadable(
-            "the answer's tokens do not spell its scores as whole numbers, so no expectation can "
-            "be formed"
-        )
+    places = _places("".join(token.text for token in tokens), stated, schema)
     scores, masses = [], []
-    for place, _ in places:
+    for place in places:
         # The token in which the number begins; it may hold other characters before.
         offset = index = 0
         while offset + len(tokens[index].text) <= place:
@@ -79,6 +78,24 @@ def expected_scores(
         scores.append(sum(number * chance for number, chance in chances.items()) / mass)
         masses.append(mass)
     return Expected(scores=tuple(scores), mass=min(masses, default=1.0))
+
+
+def _places(spelled: str, stated: Sequence[float], schema: dict[str, Any]) -> list[int]:
+    """Returns the offset of each score in the text that the tokens spell."""
+    try:
+        answer = answer_in(spelled, schema)
+    except Unreadable:
+        numbers = []
+    else:
+        # Digits within the reasoning are no scores. Blanks keep the offsets.
+        inside = _STRING.sub(lambda text: " " * len(text[0]), spelled[answer.start : answer.end])
+        numbers = [(number.start(), int(number[0])) for number in _NUMBER.finditer(inside)]
+    if not numbers or [number for _, number in numbers] != list(stated):
+        raise Unreadable(
+            "the answer's tokens do not spell its scores as whole numbers, so no expectation can "
+            "be formed"
+        )
+    return [answer.start + place for place, _ in numbers]
 
 
 def _chances(tokens: Sequence[Token], lead: str, digits: str, top: int) -> dict[int, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from rl_edit.errors import InputError
 from rl_edit.rewards.term import RewardTerm
+from rl_edit.rewards.vlm.answers import Unreadable, scores_in, thinking_in
 from rl_edit.rewards.vlm.backends import JudgeTransport, OpenAI, Question, Reply, Sampling
 from rl_edit.rewards.vlm.expected_score import expected_scores
-from rl_edit.rewards.vlm.prompts import Unreadable, scores_in
 from rl_edit.types import Candidates, EditTask, Score, Status
 
 _LONGEST_WAIT_S = 30.0
+NEWER = ("extra_body", "omit", "max_images")
+"""Settings of a transport that runs of earlier versions do not have. Unset, they mean the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +38,12 @@ class JudgeQuestion:
 
     Attributes:
         name: appears in the reasons of missing scores.
+        labels: a few words for each image, for servers that take a single one.
     """
 
     name: str
     images: tuple[UInt8[Tensor, "height width 3"], ...]
+    labels: tuple[str, ...]
     prompt: str
     schema: dict[str, Any]
 
@@ -66,6 +71,23 @@ class Failure:
     status: Status
     reason: str
     final: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One question of one pass, with its last reply and what was read in it."""
+
+    question: str
+    reply: Reply
+    result: Answer | Failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consultation:
+    """The score of one candidate, and the exchanges that it follows from."""
+
+    score: Score
+    exchanges: tuple[Exchange, ...]
 
 
 class JudgeReward(RewardTerm):
@@ -125,19 +147,13 @@ class JudgeReward(RewardTerm):
     def judge_timeout_s(self, num_candidates: int) -> float:
         if not isinstance(self.transport, OpenAI):
             return 0.0
-        # Requests beyond ``concurrency`` wait for a free slot, so timeouts add up in waves.
-        waves = math.ceil(
-            num_candidates * self.num_questions * self.num_pass / self.transport.concurrency
-        )
-        pauses: float = sum(
-            min(self.backoff_s * 2**attempt, _LONGEST_WAIT_S) for attempt in range(self.retries)
-        )
+        longest_s = self._longest_s(num_candidates * self.num_questions * self.num_pass)
         again = (
             self.model_copy(update={"repeat_every": 0}).judge_timeout_s(1)
             if self.repeat_every
             else 0.0
         )
-        return (self.retries + 1) * waves * self.transport.timeout_s + pauses + again
+        return longest_s + again
 
     @property
     def remote(self) -> bool:
@@ -157,12 +173,26 @@ class JudgeReward(RewardTerm):
             passes: numbers scaled to 0..10, by pass and then in the order of the questions.
         """
 
+    def notes(self) -> tuple[str, ...]:
+        return self.transport.notes() if isinstance(self.transport, OpenAI) else ()
+
+    def fingerprint(self) -> dict[str, Any]:
+        # Settings that are newer than stored runs count where they are set.
+        content = super().fingerprint()
+        unset = {name for name in NEWER if not content["transport"].get(name)}
+        transport = {name: v for name, v in content["transport"].items() if name not in unset}
+        return {**content, "transport": transport}
+
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
+        return tuple(consultation.score for consultation in self.consult(candidates))
+
+    def consult(self, candidates: Candidates) -> tuple[Consultation, ...]:
+        """Scores every candidate and keeps what the judge was asked and answered."""
         # A thread has an event loop of its own, even when the caller already runs one.
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, self._score(candidates)).result()
+            return thread.submit(asyncio.run, self._consult(candidates)).result()
 
-    async def _score(self, candidates: Candidates) -> tuple[Score, ...]:
+    async def _consult(self, candidates: Candidates) -> tuple[Consultation, ...]:
         by_candidate = [self.questions(candidates.task, image) for image in candidates.images]
         # Passes of one question are neighbours, then questions of one candidate: each request
         # shares the longest prefix with the one before it, which servers cache.
@@ -172,13 +202,19 @@ class JudgeReward(RewardTerm):
             for question in questions
             for number in range(self.num_pass)
         ]
-        results = iter(await self._request_all(requests))
+        exchanges = await self._request_all(requests)
+        per_candidate = len(exchanges) // len(by_candidate)
         return tuple(
-            self._scored(
-                questions, [[next(results) for _ in range(self.num_pass)] for _ in questions]
-            )
-            for questions in by_candidate
+            self._concluded(questions, exchanges[row * per_candidate : (row + 1) * per_candidate])
+            for row, questions in enumerate(by_candidate)
         )
+
+    def _concluded(
+        self, questions: Sequence[JudgeQuestion], exchanges: Sequence[Exchange]
+    ) -> Consultation:
+        results = iter(exchange.result for exchange in exchanges)
+        passes = [[next(results) for _ in range(self.num_pass)] for _ in questions]
+        return Consultation(score=self._scored(questions, passes), exchanges=tuple(exchanges))
 
     def _scored(
         self, questions: Sequence[JudgeQuestion], results: Sequence[Sequence[Answer | Failure]]
@@ -200,38 +236,71 @@ class JudgeReward(RewardTerm):
         mass = {"mass": min(masses)} if self.score_from == "expected" else {}
         return replace(score, components={**score.components, **mass})
 
-    async def _request_all(
-        self, requests: Sequence[tuple[JudgeQuestion, int]]
-    ) -> list[Answer | Failure]:
+    async def _request_all(self, requests: Sequence[tuple[JudgeQuestion, int]]) -> list[Exchange]:
         """Requests an answer to every question and pass.
 
         Those without one are requested again, together and with new seeds.
         """
-        results: dict[int, Answer | Failure] = {}
+        exchanges: dict[int, Exchange] = {}
         pending = list(range(len(requests)))
+        began = time.monotonic()
         for attempt in range(self.retries + 1):
             replies = await self.transport.ask(
                 [self._question(*requests[row], attempt) for row in pending]
             )
             for row, reply in zip(pending, replies, strict=True):
-                results[row] = self._read(requests[row][0], reply, attempt)
-            unanswered = [
-                (row, reply)
-                for row, reply in zip(pending, replies, strict=True)
-                if _worth_repeating(results[row])
-            ]
-            pending = [row for row, _ in unanswered]
+                question, _ = requests[row]
+                result = self._read(question, reply, attempt)
+                exchanges[row] = Exchange(question=question.name, reply=reply, result=result)
+            pending = [row for row in pending if _worth_repeating(exchanges[row].result)]
             if not pending or attempt == self.retries:
                 break
             # An unreadable answer is requested again at once; only a silent server needs a pause.
-            if missing := [reply for _, reply in unanswered if reply.status != "ok"]:
-                wait_s = max(self.backoff_s * 2**attempt, *(reply.wait_s for reply in missing))
-                await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
-        return [results[row] for row in range(len(requests))]
+            if missing := [
+                reply for row in pending if (reply := exchanges[row].reply).status != "ok"
+            ]:
+                spent_s = time.monotonic() - began
+                # Busy for longer than this judge may be waited for: waiting would be in vain.
+                if min(r.wait_s for r in missing) > self._longest_s(len(requests)) - spent_s > 0:
+                    break
+                requested_s = max(reply.wait_s for reply in missing)
+                await asyncio.sleep(self._pause_s(attempt, requested_s, spent_s, len(requests)))
+        return [exchanges[row] for row in range(len(requests))]
+
+    def _pause_s(
+        self, attempt: int, requested_s: float, spent_s: float, num_requests: int
+    ) -> float:
+        """Returns the seconds before the next attempt.
+
+        A server that asks for a longer pause gets it from the time that is left over by attempts
+        which ended early, so that the whole stays within ``judge_timeout_s``.
+        """
+        planned_s = self._longest_s(num_requests, attempts=attempt + 1)
+        return max(self._pauses()[attempt], min(requested_s, planned_s - spent_s))
+
+    def _longest_s(self, num_requests: int, attempts: int | None = None) -> float:
+        """Returns the longest time of some attempts, each with the pause after it.
+
+        Args:
+            attempts: from the first; all of them unless given.
+        """
+        if not isinstance(self.transport, OpenAI):
+            return 0.0
+        # Requests beyond ``concurrency`` wait for a free slot, so timeouts add up in waves.
+        waves = math.ceil(num_requests / self.transport.concurrency)
+        number = self.retries + 1 if attempts is None else attempts
+        return number * waves * self.transport.timeout_s + sum(self._pauses()[:number])
+
+    def _pauses(self) -> list[float]:
+        """Lists the planned seconds before each repeated attempt."""
+        return [
+            min(self.backoff_s * 2**attempt, _LONGEST_WAIT_S) for attempt in range(self.retries)
+        ]
 
     def _question(self, question: JudgeQuestion, number: int, attempt: int) -> Question:
         return Question(
             images=question.images,
+            labels=question.labels,
             prompt=question.prompt,
             # Passes take consecutive seeds and each retry a fresh block of them, so no request
             # repeats another's.
@@ -251,22 +320,40 @@ class JudgeReward(RewardTerm):
         if reply.status != "ok":
             status: Status = "invalid" if reply.status == "unreachable" else reply.status
             return Failure(status=status, reason=f"{reply.reason} {attempts}", final=reply.final)
+        # Servers without a parser for it send the answer among the thinking, or nothing else.
+        text = reply.text if reply.text.strip() else reply.thinking
         try:
             if not reply.finished:
-                raise Unreadable("the answer was cut off at max_tokens")
+                raise Unreadable(self._cut_off(reply))
             # Also for expected scores: an answer of the wrong form has none.
-            scores = scores_in(reply.text, question.schema)
+            scores = scores_in(text, question.schema)
             if self.score_from == "text":
                 return Answer(scores=scores)
             expected = expected_scores(
-                reply.tokens, scores, top=self.score_range, min_mass=self.min_mass
+                reply.tokens,
+                scores,
+                schema=question.schema,
+                top=self.score_range,
+                min_mass=self.min_mass,
             )
             return Answer(scores=expected.scores, mass=expected.mass)
         except Unreadable as error:
             return Failure(
                 status="invalid",
-                reason=f"{error} {attempts}: {' '.join(reply.text.split())[:160]!r}",
+                reason=f"{error} {attempts}: {' '.join(text.split())[:160]!r}",
             )
+
+    def _cut_off(self, reply: Reply) -> str:
+        """Says where an answer was cut off and which setting gives it more room."""
+        reason = f"the answer was cut off at max_tokens({self.max_tokens})"
+        if reply.thinking or thinking_in(reply.text):
+            reason += (
+                ", which its thinking used up. Raise max_tokens of this reward, or switch thinking "
+                "off, e.g. transport.extra_body: {chat_template_kwargs: {enable_thinking: false}}"
+            )
+        else:
+            reason += ". Raise max_tokens of this reward"
+        return reason
 
 
 def _worth_repeating(answer: Answer | Failure) -> bool:

@@ -1,4 +1,4 @@
-"""Builds the questions for judges, and reads the numbers out of their answers.
+"""Builds the questions for judges.
 
 Scores are comparable within a run. For published EditScore numbers, use the prompts of its package
 (``prompt: upstream``).
@@ -6,10 +6,7 @@ Scores are comparable within a run. For published EditScore numbers, use the pro
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from rl_edit.rewards.vlm import prompt_texts as texts
 
@@ -77,89 +74,3 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
         "required": list(properties),
         "additionalProperties": False,
     }
-
-
-class Unreadable(Exception):
-    """Raised for an answer that holds no score. Another attempt may help."""
-
-
-_QUOTES = str.maketrans(
-    {"\u201c": '"', "\u201d": '"', "\u201e": '"', "\u201f": '"', "\u2018": "'", "\u2019": "'"}
-)
-
-
-def scores_in(text: str, schema: dict[str, Any]) -> tuple[float, ...]:
-    """Reads the numbers of an answer, in the schema's order, each within its bounds.
-
-    Accepted are a code fence around the object, typographic quotes, and fractions in place of whole
-    numbers.
-
-    Raises:
-        Unreadable: anything else. A number taken out of prose would be an invented one.
-    """
-    bare = _unfenced(text.strip())
-    try:
-        answer = _strict_json(bare)
-    except ValueError:
-        # Second, not first: typographic quotes inside a well-formed string are its content.
-        try:
-            answer = _strict_json(bare.translate(_QUOTES))
-        except ValueError as error:
-            raise Unreadable(f"the answer is no JSON object ({error})") from None
-    return tuple(_numbers(answer, schema, "the answer"))
-
-
-def _numbers(value: Any, schema: dict[str, Any], name: str) -> Iterator[float]:
-    kind = schema["type"]
-    if kind == "object":
-        properties: dict[str, Any] = schema["properties"]
-        if not isinstance(value, dict) or set(value) != set(properties):
-            raise Unreadable(f"{name} is not an object of exactly {', '.join(properties)}")
-        if _numeric(value, properties) != _numeric(properties, properties):
-            # Judges that write in another order often mean another order.
-            order = ", ".join(_numeric(properties, properties))
-            raise Unreadable(f"the scores in {name} are not in the order {order}")
-        for key, inner in properties.items():
-            yield from _numbers(value[key], inner, f'"{key}"')
-    elif kind == "array":
-        if not isinstance(value, list) or len(value) != schema["minItems"]:
-            raise Unreadable(f"{name} is not a list of {schema['minItems']}")
-        for item in value:
-            yield from _numbers(item, schema["items"], name)
-    elif kind == "string":
-        if not isinstance(value, str):
-            raise Unreadable(f"{name} is not text")
-    else:
-        low, high = schema["minimum"], schema["maximum"]
-        if (
-            # A bool is an int in Python.
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not low <= value <= high
-        ):
-            raise Unreadable(f"{name}: {value!r} is not a number in {low}..{high}")
-        yield float(value)
-
-
-def _numeric(keys: dict[str, Any], properties: dict[str, Any]) -> list[str]:
-    return [key for key in keys if properties[key]["type"] != "string"]
-
-
-def _strict_json(text: str) -> Any:
-    # Python's JSON accepts NaN and Infinity, which are no scores.
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number")
-
-    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        # Python's JSON keeps the last of two equal keys, so the score would depend on their order.
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    return json.loads(text, parse_constant=refuse, object_pairs_hook=once)
-
-
-def _unfenced(text: str) -> str:
-    # Only around the complete text: a fence within prose would be a guess.
-    fenced = re.fullmatch(r"```[^\n]*\n(.*)```", text, re.DOTALL)
-    return fenced[1].strip() if fenced else text

@@ -70,6 +70,11 @@ class RegionJudge(JudgeReward):
                 f"images {2 * number + 1} and {2 * number + 2} show region {number}"
                 for number in range(1, len(boxes) + 1)
             )
+            labels = tuple(
+                f"region {number} of the {which}"
+                for number in range(1, len(boxes) + 1)
+                for which in ("original", "edited image")
+            )
             shown = (
                 "After them the same regions are cut out of both, first the original, then the "
                 f"result: {places}."
@@ -81,6 +86,7 @@ class RegionJudge(JudgeReward):
                 else torch.stack([_filled(box, task.edit_mask) for box in boxes])
             )
             more = (_marked(task.source, areas, boxes),)
+            labels = ("the original with numbered regions",)
             shape = "outlines" if self.show == "outlined" else "boxes"
             shown = (
                 f"The third image is the original again, with numbered {shape} drawn on it for you "
@@ -90,6 +96,7 @@ class RegionJudge(JudgeReward):
             JudgeQuestion(
                 name="regions",
                 images=(task.source, edited, *more),
+                labels=("the original (source)", "the edited image (result)", *labels),
                 prompt=region_question(task.instruction, shown, len(regions), self.score_range),
                 schema=region_schema(len(regions), self.score_range),
             ),

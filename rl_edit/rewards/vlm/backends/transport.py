@@ -30,6 +30,7 @@ class Question:
     Questions about the same images are neighbours, so that a server can reuse its prefix.
 
     Attributes:
+        labels: a few words for each image, which say where it stands when images are joined.
         schema: form of the answer (JSON schema), for transports that can constrain it.
         want_logprobs: whether the answer needs the alternatives at each of its tokens.
     """
@@ -41,6 +42,7 @@ class Question:
     schema: dict[str, Any]
     # Off unless needed: alternatives make a reply many times as large.
     want_logprobs: bool = False
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,25 @@ class Token:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of a question and its answer, as the server counts them.
+
+    Attributes:
+        cost: in the server's currency; None where it names none.
+    """
+
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    cost: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
     """An answer, or the reason why there is none.
 
     Attributes:
         text: the answer; "" unless the status is ok.
+        thinking: what the server sent apart from the answer; it may be all there is.
         finished: whether it ended by itself rather than at the token limit.
         tokens: of the text, when the question has ``want_logprobs`` and the transport offers them.
         status: "unreachable" is every cause of a missing answer except a refusal and a missed
@@ -69,9 +85,11 @@ class Reply:
         final: another attempt cannot help, as with a wrong key or model name.
         wait_s: pause that the server requested.
         seconds: from the request to the answer.
+        usage: None where the server does not say.
     """
 
     text: str = ""
+    thinking: str = ""
     finished: bool = True
     tokens: tuple[Token, ...] = ()
     status: Literal["ok", "timeout", "refused", "unreachable"] = "ok"
@@ -79,6 +97,7 @@ class Reply:
     final: bool = False
     wait_s: float = 0.0
     seconds: float = 0.0
+    usage: Usage | None = None
 
 
 class Transport(Protocol):
