@@ -7,34 +7,25 @@ Everything that can be checked is checked before a file is written.
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 import shutil
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from learner.controller import heldout
-from learner.controller.capacity import Capacity
 from learner.controller.lease import Lease
 from learner.controller.loop import TrainingLoop
 from learner.controller.run import Observer, Outcome, Run, Silent
 from learner.controller.run_log import Events
-from learner.controller.same_run import require_resumable
 from learner.controller.stop import Signals, Stop
 from rl_edit.config import RunConfig
-from rl_edit.data import open_dataset
-from rl_edit.editors import editor_identity, inspect_editor, lora
+from rl_edit.editors import lora
 from rl_edit.errors import Fenced, InputError, Interrupted
 from rl_edit.files import EVENTS, METRICS, read_json_lines, replace_file
 from rl_edit.method.update import TrainingFailed
-from rl_edit.provenance import code_sha256, versions
-from rl_edit.rewards import available
+from rl_edit.preparation import prepare, require_judge_deadline, require_place
 from rl_edit.run_record import RUN_FILE, RunRecord
 from rl_edit.types import AdapterWeights
 
@@ -85,14 +76,14 @@ def train(
         Interrupted: a signal stopped the run; everything is saved.
     """
     observer = observer or Silent()
-    had_begun = _require_place(directory, resume=resume)
-    _require_judge_deadline(config)
+    had_begun = require_place(directory, resume=resume)
+    require_judge_deadline(config)
     if config.actors.runtime == "ray" and not dry_run:
         from actors import ray_cluster
 
         # A missing cluster is reported first: opening data and editor may take minutes.
         ray_cluster.probe()
-    run, record = _prepare(config, directory, observer, resume=resume, allow_drift=allow_drift)
+    run, record = prepare(config, directory, observer, resume=resume, allow_drift=allow_drift)
     if dry_run:
         return None
     directory.mkdir(parents=True, exist_ok=True)
@@ -108,105 +99,6 @@ def train(
     outcome = _run(attempt)
     _say_end(outcome, run, observer)
     return outcome.adapter
-
-
-def _require_place(directory: Path, *, resume: bool) -> bool:
-    """Returns True when a run has begun in ``directory``.
-
-    Raises:
-        InputError: it has and is not to be resumed, or has not and is, or ``directory`` is a file.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"--run-dir {directory} is a file: give a directory")
-    occupied = directory.is_dir() and any(directory.iterdir())
-    if occupied and not resume:
-        raise InputError(
-            f"run directory {directory} already holds a run: add --resume to continue it, or give "
-            "another --run-dir"
-        )
-    if resume and not occupied:
-        raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
-    return occupied
-
-
-def _require_judge_deadline(config: RunConfig) -> None:
-    """Refuses deadlines that a hanging judge outlasts: it must cost scores, not the actor.
-
-    Raises:
-        InputError: timeouts and retries of the judges exceed ``actors.deadline_s``.
-    """
-    judge_s, actors = config.judge_timeout_s(), config.actors
-    # Inline there is no deadline to miss: nothing could kill the caller's own process.
-    if actors.runtime != "inline" and judge_s >= actors.deadline_s:
-        raise InputError(
-            f"actors.deadline_s {actors.deadline_s:g} is not above the {judge_s:g} s that scoring "
-            "may wait for judges that hang (timeout_s, retries and pauses of rewards, questions "
-            "beyond transport.concurrency one after another): their actors would be killed in "
-            "place of a few scores. Raise deadline_s, or lower timeout_s or retries."
-        )
-
-
-def _prepare(
-    config: RunConfig,
-    directory: Path,
-    observer: Observer,
-    *,
-    resume: bool,
-    allow_drift: frozenset[str],
-) -> tuple[Run, RunRecord]:
-    """Opens data, editor and rewards and says the plan. Writes nothing.
-
-    Returns:
-        the run, and the content of ``run.json``.
-    """
-    facts = inspect_editor(config.editor)
-    dataset = open_dataset(
-        config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token
-    )
-    terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
-    config.require_measured(left_out)
-    base = editor_identity(config.editor)
-    run = Run(
-        config=config,
-        dataset=dataset,
-        directory=directory,
-        settings={**config.identity(), "content": {"data": dataset.fingerprint, "editor": base}},
-        pixels_per_token=facts.pixels_per_token,
-        code_version=code_sha256(),
-        capacity=_capacity(config),
-        allow_drift=allow_drift,
-        probes=heldout.probes(config, terms, pixels_per_token=facts.pixels_per_token),
-    )
-    if resume:
-        # Before the directory is touched: a refused resume must leave the run as it was.
-        require_resumable(run)
-    _say_plan(run, [term.name for term in terms], left_out, observer)
-    return run, _run_record(run, base, [f"{name}: {why}" for name, why in left_out.items()])
-
-
-def _say_plan(run: Run, terms: list[str], left_out: dict[str, str], observer: Observer) -> None:
-    """Says what is trained, on how much, and what is left out."""
-    config, dataset = run.config, run.dataset
-    observer.say(
-        f"{config.name}: {config.algorithm.name} on {config.editor.path}; {_size(run)}; "
-        f"rewards: {', '.join(terms)}"
-    )
-    if dataset.skipped:
-        observer.note(
-            f"skipped {dataset.skipped} rows whose mask is empty or full (data.empty_mask=skip)"
-        )
-    for name, why in left_out.items():
-        observer.note(f"left out reward {name}: {why}")
-
-
-def _size(run: Run) -> str:
-    """Describes the amount of work."""
-    train = run.config.train
-    return (
-        f"{train.updates} updates x {train.groups_per_update} groups x "
-        f"{run.config.rollout.group_size} candidates "
-        f"({train.updates * train.groups_per_update} groups from {len(run.dataset)} tasks)"
-    )
 
 
 def _run(attempt: _Attempt) -> Outcome:
@@ -403,12 +295,6 @@ def _executor(attempt: _Attempt) -> Any:
     return ray_executor.RayExecutor(roles, places)
 
 
-def _capacity(config: RunConfig) -> Capacity:
-    from actors.roles import available_cores, threads_per_actor
-
-    return Capacity.of(config, threads_per_actor(config), available_cores())
-
-
 def _close(config: RunConfig, executor: Any) -> None:
     if executor is not None:
         # In a loop of its own: that of the run has ended, maybe by an exception.
@@ -417,34 +303,3 @@ def _close(config: RunConfig, executor: Any) -> None:
         from actors import ray_cluster
 
         ray_cluster.disconnect()
-
-
-def _run_record(run: Run, base: str, left_out: list[str]) -> RunRecord:
-    """Returns the record of a run at the start of an attempt."""
-    config = run.config
-    return RunRecord(
-        name=config.name,
-        method=config.algorithm.name,
-        editor=config.editor.path,
-        seed=config.seed,
-        status="running",
-        updates=config.train.updates,
-        config_sha256=config.sha256(),
-        data_fingerprint=run.dataset.fingerprint,
-        editor_identity=base,
-        left_out_rewards=tuple(left_out),
-        versions=versions(),
-        hardware=_hardware(),
-        command=" ".join(["rl-edit", *sys.argv[1:]]),
-        started=time.time(),
-    )
-
-
-def _hardware() -> dict[str, Any]:
-    """Describes this machine."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
-    }

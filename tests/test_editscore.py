@@ -38,6 +38,7 @@ from learner.controller.placement import GroupCost
 from learner.controller.supervisor import Supervisor
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
+from rl_edit.preparation import _capacity, require_judge_deadline
 from rl_edit.rewards import score_candidates
 from rl_edit.rewards.composite import Composite
 from rl_edit.rewards.vlm.answers import Unreadable, scores_in
@@ -46,7 +47,6 @@ from rl_edit.rewards.vlm.editscore import EditScore, overall
 from rl_edit.rewards.vlm.expected_score import expected_scores
 from rl_edit.rewards.vlm.prompts import pair_schema, quality_question, region_schema
 from rl_edit.rewards.vlm.region_judge import RegionJudge, box_of
-from rl_edit.training import _capacity, _require_judge_deadline
 from rl_edit.types import Candidates, EditTask
 from runs import metrics_of, run_inline, small_config
 
@@ -357,14 +357,14 @@ def test_judges_may_not_be_waited_for_longer_than_their_actor_is_trusted(
     rewards = {"mine": {"kind": "editscore", "transport": {**ELSEWHERE, "timeout_s": timeout_s}}}
     config = small_config(small_editor, f"actors.runtime={runtime}", rewards=rewards)
     if fits:
-        _require_judge_deadline(config)
+        require_judge_deadline(config)
         assert config.judge_timeout_s() == 3 * timeout_s + 1.5
         return
     with pytest.raises(
         InputError,
         match=r"deadline_s 600 is not above the 601\.5 s that scoring may wait.*Raise deadline_s",
     ):
-        _require_judge_deadline(config)
+        require_judge_deadline(config)
 
 
 def test_waiting_for_a_judge_elsewhere_occupies_no_device(small_editor: str) -> None:

@@ -106,8 +106,8 @@ def test_a_row_with_a_region_map_and_no_target_is_a_task_with_regions_that_trave
     rows[0] |= {"region_map": "regions.png", "split_group": "one"}
     rows[1] |= {"split_group": "one"}
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    with pytest.warns(UserWarning, match="a single image"):
-        dataset = open_dataset(DataConfig(path=str(data)), "train")
+    dataset = open_dataset(DataConfig(path=str(data)), "train")
+    assert [notice.kind for notice in dataset.notices] == ["single-image"]
     task = next(
         dataset[index] for index in range(2) if dataset[index].instruction == rows[0]["instruction"]
     )

@@ -50,8 +50,15 @@ def test_tiny_data_keeps_a_row_on_each_side(tmp_path: Path, fraction: float) -> 
 def test_a_single_image_serves_both_sides_with_a_warning(tmp_path: Path) -> None:
     write_folder(tmp_path, num_rows=1)
     for split in ("train", "heldout"):
-        with pytest.warns(UserWarning, match="single image.*data.heldout_path"):
-            assert task_ids(tmp_path, split) == {"p0"}
+        assert task_ids(tmp_path, split) == {"p0"}
+        (notice,) = open_dataset(DataConfig(path=str(tmp_path)), split).notices
+        assert notice.kind == "single-image" and "data.heldout_path" in notice.message
+
+
+def test_strict_makes_a_notice_an_error(tmp_path: Path) -> None:
+    write_folder(tmp_path, num_rows=1)
+    with pytest.raises(InputError, match=r"a single image.*because of data\.strict"):
+        open_dataset(DataConfig(path=str(tmp_path), strict=True), "train")
 
 
 def test_train_and_heldout_folders_are_taken_as_they_are(tmp_path: Path) -> None:

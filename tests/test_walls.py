@@ -83,6 +83,7 @@ ROOMS = {
                 "wire",
                 "config",
                 "training",
+                "preparation",
             )
             for end in (".py", "/*.py")
         ),

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from rl_edit.config import RunConfig, load_config
+from rl_edit.data import Dataset
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file of a run. Or use --preset.")]
 Overrides = Annotated[
@@ -31,6 +34,14 @@ def config_and_overrides(
     if config is not None and "=" in str(config):
         return None, [str(config), *changes]
     return config, changes
+
+
+def print_notices(console: Console, dataset: Dataset) -> None:
+    """Prints the findings about a dataset, before anything is done with it."""
+    for notice in dataset.notices:
+        console.print(
+            f"[yellow]note[/yellow] {escape(str(notice))}", highlight=False, soft_wrap=True
+        )
 
 
 def configured(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rl_edit.audit import Audit, TermAudit, Verdict, audit, expected_of
 from rl_edit.audit.page import render
-from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured
+from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured, print_notices
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
@@ -60,11 +60,12 @@ def audit_reward_command(
     """
     run = configured(config, overrides, preset)
     dataset = open_dataset(run.data, "train")
+    console = Console()
+    print_notices(console, dataset)
     chosen, left_out = chosen_terms(run, dataset.fields, term)
     terms = [
         (reward, expected_of(reward, expects, reads_instruction=instruction)) for reward in chosen
     ]
-    console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         # The total is known with the first call of progress: terms times tasks.
         bar = progress.add_task("auditing", total=None)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rl_edit.audit.images import Reference, reference
 from rl_edit.audit.throughput import TAIL, Throughput, measure
-from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured
+from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured, print_notices
 from rl_edit.cli.audit_reward import chosen_terms, first_tasks
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
@@ -52,11 +52,12 @@ def bench_reward_command(
     """Score groups of noisy correct edits and report candidates per second and latencies."""
     run = configured(config, overrides, preset)
     dataset = open_dataset(run.data, "train")
+    console = Console()
+    print_notices(console, dataset)
     terms, left_out = chosen_terms(run, dataset.fields, term)
     references = [
         reference(task) for task in first_tasks(dataset, tasks, resolution=run.editor.resolution)
     ]
-    console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         results = _measure_all(
             run, terms, references, seconds, concurrency or CONCURRENCY, progress

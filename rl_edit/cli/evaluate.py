@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from rl_edit.cli.arguments import print_notices
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
 from rl_edit.editors import inspect_editor, load_editor, lora
@@ -83,6 +84,7 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     dataset = open_dataset(
         config.data, "heldout", resolution=config.editor.resolution, multiple=facts.pixels_per_token
     )
+    print_notices(console, dataset)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     # Read before the editor is loaded: a wrong path must not cost a minute.
     weights, lora_config = lora.read(adapter)

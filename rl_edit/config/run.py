@@ -24,7 +24,7 @@ from rl_edit.config.sections import (
     TrainConfig,
     automatic_ranks,
 )
-from rl_edit.data import DataConfig
+from rl_edit.data.config import DataConfig
 from rl_edit.editors import EditorConfig, editor_config
 from rl_edit.editors.lora import LoraConfig
 from rl_edit.errors import InputError

@@ -12,77 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rl_edit.data import shapes
 from rl_edit.data.canvas import leaves_no_token
 from rl_edit.data.compbench import is_compbench, read_compbench, request_compbench
+from rl_edit.data.config import BUILTIN_SHAPES
+from rl_edit.data.config import DataConfig as DataConfig
 from rl_edit.data.folder import read_folder, request_folder
 from rl_edit.data.images import MaskPolarity, read_mask
+from rl_edit.data.notices import Notice, require_none
 from rl_edit.data.rows import EmptyMask, Request, Row, check, check_requests, load, refuse
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedRegionsTask
 
-BUILTIN_SHAPES = "builtin:shapes"
-
 Split = Literal["train", "heldout"]
-
-
-class DataConfig(BaseModel):
-    """The source of tasks.
-
-    Attributes:
-        path: ``builtin:shapes``, a directory or a ``.jsonl`` file.
-        seed: of the built-in world.
-        num_train: training tasks of the built-in world. Data on disk has the rows it has.
-        num_heldout: held-out tasks of the built-in world.
-        task_types: only these kinds of edit. None is all.
-        mask_polarity: the meaning of white in masks on disk. "edit_white" marks the edit
-            (CompBench, MagicBrush), "edit_black" marks what should stay (CoCoEdit).
-        empty_mask: treatment of a row on disk whose mask is empty or full. "error" stops, "skip"
-            leaves it out and counts it.
-        heldout_fraction: share of the images on disk that is held out without ``heldout_path``.
-        heldout_path: a separate dataset for evaluation. All of ``path`` is then for training.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    path: str = BUILTIN_SHAPES
-    seed: int = 0
-    # Tasks of the built-in world are drawn on demand, so their number costs nothing.
-    num_train: int = Field(default=4096, ge=1)
-    num_heldout: int = Field(default=256, ge=1)
-    task_types: tuple[str, ...] | None = None
-    mask_polarity: MaskPolarity = "edit_white"
-    empty_mask: EmptyMask = "error"
-    # Where nothing else divides the two splits.
-    heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
-    heldout_path: str | None = None
-
-    @field_validator("path", "heldout_path")
-    @classmethod
-    def _known_builtin(cls, path: str | None) -> str | None:
-        if path is not None and path.startswith("builtin:") and path != BUILTIN_SHAPES:
-            raise InputError(
-                f"There is no built-in dataset {path!r}. Use {BUILTIN_SHAPES} or the path of a "
-                "directory or .jsonl file."
-            )
-        return path
-
-    @field_validator("task_types")
-    @classmethod
-    def _some_types(cls, task_types: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if task_types is not None and not task_types:
-            raise InputError(
-                "task_types is empty, so no task is left. Name some, or leave it out for all."
-            )
-        return task_types
 
 
 @runtime_checkable
@@ -104,6 +52,10 @@ class Dataset(Protocol):
     def skipped(self) -> int:
         """Rows left out because their mask was empty or full."""
 
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """Findings about the rows that are used, to show before any work starts."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> EditTask: ...
@@ -119,6 +71,7 @@ class ShapesDataset:
     task_types: tuple[str, ...] | None
     fields: frozenset[str] = frozenset({"target", "caption", "regions"})
     skipped: int = 0
+    notices: tuple[Notice, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -157,6 +110,7 @@ class RowsDataset:
     root: Path
     mask_polarity: MaskPolarity
     skipped: int
+    notices: tuple[Notice, ...] = ()
 
     @property
     def fields(self) -> frozenset[str]:
@@ -250,21 +204,27 @@ def open_dataset(
     takes_all = config.heldout_path is not None
     if not takes_all and _holds_two_splits(root):
         root, takes_all = root / split, True
-    rows = read_compbench(root) if is_compbench(root) else read_folder(root)
+    all_rows = read_compbench(root) if is_compbench(root) else read_folder(root)
     checked = check(
-        _ordered(_of_types(rows, config.task_types, root)),
+        _ordered(_of_types(all_rows, config.task_types, root)),
         source=str(root),
         polarity=config.mask_polarity,
         empty_mask=config.empty_mask,
     )
-    dataset = RowsDataset(
-        rows=checked.rows
+    rows, notices = (
+        (checked.rows, ())
         if takes_all
-        else _rows_of_split(checked.rows, split, config.heldout_fraction, root),
+        else _rows_of_split(checked.rows, split, config.heldout_fraction, root)
+    )
+    dataset = RowsDataset(
+        rows=rows,
         root=root if root.is_dir() else root.parent,
         mask_polarity=config.mask_polarity,
         skipped=checked.skipped,
+        notices=(*checked.notices, *notices),
     )
+    if config.strict:
+        require_none(dataset.notices, source=str(root))
     if resolution is None:
         return dataset
     return dataset.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
@@ -340,23 +300,24 @@ def _of_types(rows: list[R], task_types: tuple[str, ...] | None, root: Path) -> 
 
 def _rows_of_split(
     rows: tuple[Row, ...], split: Split, heldout_fraction: float, root: Path
-) -> tuple[Row, ...]:
-    """The rows of one split."""
+) -> tuple[tuple[Row, ...], tuple[Notice, ...]]:
+    """Returns the rows of one split, and what there is to say about the split."""
     # A hash of the image's name decides. Adding rows moves no other row, and no image is in both
     # splits.
     names = sorted({row.group for row in rows}, key=lambda name: (_hash(name), name))
     if len(names) == 1:
-        warnings.warn(
-            f"{root} has a single image: it is used for training and for evaluation alike, so "
-            "results say nothing about other images. Add images or set data.heldout_path.",
-            stacklevel=3,
+        single = Notice(
+            kind="single-image",
+            count=1,
+            message=f"{root} has a single image: it is used for training and for evaluation alike, "
+            "so results say nothing about other images. Add images or set data.heldout_path.",
         )
-        return rows
+        return rows, (single,)
     # A hash is uniform below 2**64, so this share of the names lies below the fraction. At least
     # one image stays in each split.
     num_heldout = sum(_hash(name) < heldout_fraction * 2**64 for name in names)
     heldout = set(names[: min(max(num_heldout, 1), len(names) - 1)])
-    return tuple(row for row in rows if (row.group in heldout) == (split == "heldout"))
+    return tuple(row for row in rows if (row.group in heldout) == (split == "heldout")), ()
 
 
 def _hash(text: str) -> int:

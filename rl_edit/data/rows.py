@@ -8,7 +8,6 @@ anything.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from rl_edit.data import images
 from rl_edit.data.images import MaskPolarity
+from rl_edit.data.notices import NUM_EXAMPLES, Notice
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedRegionsTask, PairedTask, RegionsTask
 
@@ -87,10 +87,12 @@ class CheckedRows:
 
     Attributes:
         skipped: rows left out because their mask was empty or full.
+        notices: what there is to say about the rows that stay.
     """
 
     rows: tuple[Row, ...]
     skipped: int
+    notices: tuple[Notice, ...] = ()
 
 
 def check(
@@ -125,15 +127,16 @@ def check(
         )
     # Such masks look black in a viewer, so the user may take them for empty.
     zero_one = [row for row, finding in zip(rows, findings, strict=True) if finding.zero_one]
-    if zero_one:
-        warnings.warn(
-            f"{source}: {len(zero_one)} masks hold only the values 0 and 1 "
-            f"(first: {zero_one[0].mask}); 1 is read as {one}. Save masks as black and white to be "
-            "sure.",
-            # The reader of a dataset is two calls up.
-            stacklevel=3,
-        )
-    return CheckedRows(rows=usable, skipped=len(rows) - len(usable))
+    notice = Notice(
+        kind="zero-one-masks",
+        count=len(zero_one),
+        message=f"{len(zero_one)} masks hold only the values 0 and 1; 1 is read as {one}. Save "
+        "masks as black and white to be sure.",
+        examples=tuple(str(row.mask) for row in zero_one[:NUM_EXAMPLES]),
+    )
+    return CheckedRows(
+        rows=usable, skipped=len(rows) - len(usable), notices=(notice,) if zero_one else ()
+    )
 
 
 def check_requests(

@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         ),
     ),
     (_room("rl_edit/training.py", "the life of a run directory"),),
+    (_room("rl_edit/preparation.py", "checks before a run starts"),),
     (_room("learner/controller", "loop, ledger, checkpoints"),),
     (_room("actors", "rollout, rewards, executors"), _room("learner", "policy, optimizer, ranks")),
     (_room("rl_edit/audit", "audits of rewards"),),
