@@ -27,7 +27,7 @@ split_group                      optional: a split never separates rows that sha
   ``instructions.csv`` (columns ``name``, ``instruction``), where NAME may carry its ending;
 * target, optional: ``NAME_target.png`` or ``NAME.target.png`` beside it, or ``targets/NAME.png``.
 
-Each of the three may have any ending of ``images.SUFFIXES``. Images are not opened here.
+Each of the three may have any ending of ``file_kinds.SUFFIXES``. Images are not opened here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rl_edit.data.images import SUFFIXES
+from rl_edit.data.file_kinds import SUFFIXES
 from rl_edit.data.rows import Request, Row, refuse
 from rl_edit.errors import InputError
 

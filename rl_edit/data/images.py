@@ -17,15 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from rl_edit.data.causes import why_unreadable_image
 from rl_edit.errors import InputError
 
 MaskPolarity = Literal["edit_white", "edit_black"]
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""File endings taken for images when a folder is searched, in any case.
-
-A file that is named may have any ending.
-"""
 
 # Pillow raises these on files that are cut short, damaged, or no images at all.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -167,9 +162,4 @@ def _brightness(image: Image.Image, polarity: MaskPolarity) -> NDArray[np.uint8]
 
 
 def _unreadable(path: Path, where: str, error: BaseException) -> InputError:
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{where}: {path} does not exist. Correct the path or remove the row.")
-    return InputError(
-        f"{where}: {path} cannot be read as an image ({error}): it may be cut short or no image at "
-        "all. Open it in a viewer and save it again as PNG or JPEG, or remove the row."
-    )
+    return InputError(f"{where}: {path} {why_unreadable_image(path, error)}")
