@@ -187,7 +187,7 @@ def test_runs_that_were_not_evaluated_are_refused_with_the_commands_that_do_it(
         and f"evaluate {one}" not in line
     )
     code, _, (line,) = rl_edit("compare", one, tmp_path / "none")
-    assert code == 2 and "no run at" in line and "rl-edit train" in line
+    assert code == 2 and "no run at" in line and "there is no such directory" in line
 
 
 def test_compare_prints_the_table_and_writes_page_and_json(

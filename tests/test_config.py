@@ -454,7 +454,7 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
         load_config(path)
     with pytest.raises(InputError, match="no config file at"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(InputError, match="either a YAML file or --preset"):
+    with pytest.raises(InputError, match="give a YAML file, or --preset"):
         load_config()
 
 

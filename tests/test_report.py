@@ -377,7 +377,7 @@ def test_nothing_to_show_is_an_input_error_and_writes_nothing(
         run.mkdir()
         for name, text in content.items():
             (run / name).write_text(text)
-    with pytest.raises(InputError, match=r"no run directory|nothing to report"):
+    with pytest.raises(InputError, match=r"no run at|nothing to report"):
         render_report(run)
     assert not (run / "report.html").exists()
 

@@ -24,6 +24,7 @@ from rl_edit.evaluation.evaluate import Evaluation, evaluate
 from rl_edit.evaluation.record import EvaluationRecord
 from rl_edit.measures.intervals import Interval
 from rl_edit.rewards import available
+from rl_edit.run_directory import holds_run, no_run_at
 
 # Label and decimals of each metric in the printed table; evaluation.json has all of them.
 SHOWN = {
@@ -54,10 +55,8 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Compare base and trained editor on the same held-out tasks and noises."""
-    if not (run / "config.yaml").is_file():
-        raise InputError(
-            f"no run at {run}: expected {run / 'config.yaml'}, written by rl-edit train"
-        )
+    if not holds_run(run):
+        raise InputError(no_run_at(run))
     config = load_config(run / "config.yaml", overrides=list(overrides or []))
     console = Console()
     if out is not None and out.exists() and not out.is_dir():

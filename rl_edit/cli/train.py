@@ -21,6 +21,7 @@ from rich.progress import (
 from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, config_and_overrides
 from rl_edit.config import RunConfig, load_config, modern_name
 from rl_edit.errors import InputError
+from rl_edit.run_directory import CONFIG_FILE, holds_run, no_run_at
 from rl_edit.training import train
 
 
@@ -68,7 +69,7 @@ def train_command(
     config, changes = config_and_overrides(config, overrides)
     # A run that goes on needs no config on the command line: its directory has one.
     if (resume or auto_resume) and config is None and preset is None:
-        config = _config_of_run(run_dir)
+        config = _config_of_run(run_dir, may_start=auto_resume)
     settings = load_config(config, preset=preset, overrides=changes)
     directory = run_dir or Path("runs") / settings.name
     # An empty directory is a place to start in, such as a volume that was just mounted.
@@ -84,15 +85,21 @@ def train_command(
     )
 
 
-def _config_of_run(run_dir: Path | None) -> Path | None:
-    """Finds the configuration that a run wrote; None where none has begun."""
+def _config_of_run(run_dir: Path | None, *, may_start: bool) -> Path:
+    """Finds the configuration that a run wrote."""
     if run_dir is None:
         raise InputError(
             "There is nothing to continue: neither a run directory nor a configuration is given. "
             "Add --run-dir, or a YAML file or --preset whose run lies in runs/NAME."
         )
-    config = run_dir / "config.yaml"
-    return config if config.is_file() else None
+    if not holds_run(run_dir):
+        start = (
+            "--auto-resume starts a run there when a YAML file or --preset is given too."
+            if may_start
+            else "To start a new run, drop --resume and give a YAML file or --preset NAME."
+        )
+        raise InputError(f"nothing to resume: {no_run_at(run_dir)} {start}")
+    return run_dir / CONFIG_FILE
 
 
 class LiveProgress:

@@ -23,6 +23,7 @@ from rl_edit.config.renamed import modern, modern_override, print_once
 from rl_edit.config.run import RunConfig
 from rl_edit.errors import InputError
 from rl_edit.method.algorithms import METHODS
+from rl_edit.run_directory import CONFIG_FILE, did_you_mean, holds_run
 
 Override = tuple[tuple[str, ...], Any]
 """The keys on the way to a setting, and its value."""
@@ -52,8 +53,7 @@ def load_config(
     Raises:
         InputError: one line that names the key, the value and the remedy.
     """
-    if (source is None) == (preset is None):
-        raise InputError("give either a YAML file or --preset NAME (see: rl-edit presets)")
+    _require_one(source, preset)
     text, origin = _preset(preset) if preset is not None else _file(Path(str(source)))
     # The file first and the overrides after it: an override under a present name then takes the
     # place of the file's old one.
@@ -87,12 +87,27 @@ def parse_override(override: str) -> Override:
         raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from error
 
 
+def _require_one(source: str | Path | None, preset: str | None) -> None:
+    """Refuses no settings at all, and two sets of them."""
+    if source is None and preset is None:
+        raise InputError(
+            "nothing says what to run: give a YAML file, or --preset NAME, for instance --preset "
+            "tiny-rc-grpo, which needs no data and no GPU (all of them: rl-edit presets)"
+        )
+    if source is not None and preset is not None:
+        raise InputError(
+            f"two sets of settings are given, {source} and --preset {preset}: keep one. Settings "
+            "of either are changed by KEY=VALUE, such as train.updates=50"
+        )
+
+
 def _preset(name: str) -> tuple[str, str]:
     """(text, origin) of a shipped preset."""
     known = presets()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
+        if Path(name).is_file():
+            raise InputError(f"--preset {name} is a file: give it without --preset")
+        hint = did_you_mean(name, known) or "."
         raise InputError(f"unknown preset {name!r}{hint} Known: {', '.join(known)}.")
     return (resources.files("rl_edit.presets") / f"{name}.yaml").read_text(), f"preset {name}"
 
@@ -100,16 +115,33 @@ def _preset(name: str) -> tuple[str, str]:
 def _file(path: Path) -> tuple[str, str]:
     """(text, origin) of a YAML file."""
     if not path.is_file():
-        raise InputError(
-            f"no config file at {path}: give an existing YAML file or --preset NAME "
-            "(see: rl-edit presets)"
-        )
+        raise InputError(f"no config file at {path}: {_instead_of(path)}")
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} cannot be read as UTF-8 text ({error}): give a YAML file"
         ) from error
+
+
+def _instead_of(path: Path) -> str:
+    """Says what to give in place of a path that is no file."""
+    if holds_run(path):
+        return (
+            f"it is the directory of a run. Continue it with rl-edit train --run-dir {path} "
+            f"--resume; its settings are in {path / CONFIG_FILE}"
+        )
+    known = presets()
+    if path.stem in known:
+        return f"a preset has this name. Give it as --preset {path.stem}"
+    if path.is_dir():
+        return "it is a directory. Give a YAML file or --preset NAME (see: rl-edit presets)"
+    files = [entry.name for end in ("yaml", "yml") for entry in path.parent.glob(f"*.{end}")]
+    if near := difflib.get_close_matches(path.name, files, n=1):
+        return f"did you mean {path.with_name(near[0])}?"
+    if near := difflib.get_close_matches(path.stem, known, n=1):
+        return f"did you mean --preset {near[0]}?"
+    return "give an existing YAML file or --preset NAME (see: rl-edit presets)"
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations

@@ -14,6 +14,7 @@ from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import InputError
 from rl_edit.evaluation.record import EvaluationMeta, EvaluationRecord, Row
 from rl_edit.files import METRICS, read_json_lines, validated
+from rl_edit.run_directory import holds_run, no_run_at
 from rl_edit.run_record import RunRecord, read_run_record
 
 PRESERVATION = "preservation"
@@ -75,11 +76,8 @@ def read_runs(directories: Sequence[Path]) -> list[EvaluatedRun]:
             that do it), or a file is damaged.
     """
     for directory in directories:
-        if not (directory / "config.yaml").is_file():
-            raise InputError(
-                f"no run at {directory}: expected {directory / 'config.yaml'}, "
-                "written by rl-edit train"
-            )
+        if not holds_run(directory):
+            raise InputError(no_run_at(directory))
     runs = {directory: _read_checked(directory) for directory in directories}
     # All of them in one message: an evaluation takes minutes, and its command can be copied.
     missing = [directory for directory, run in runs.items() if run is None]

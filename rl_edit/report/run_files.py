@@ -15,6 +15,7 @@ from typing import Any
 from rl_edit.errors import InputError
 from rl_edit.evaluation.record import EvaluationRecord
 from rl_edit.files import Model, validated
+from rl_edit.run_directory import holds_run, no_run_at
 from rl_edit.run_record import RUN_FILE, RunRecord
 
 Points = tuple[tuple[float, float], ...]
@@ -85,10 +86,7 @@ def read_run(directory: Path) -> RunFiles:
             in it is broken.
     """
     if not directory.is_dir():
-        raise InputError(
-            f"no run directory at {directory}: a report is made from the files a run wrote. "
-            "Give the directory of a training run."
-        )
+        raise InputError(no_run_at(directory))
     # Each file is read once, here: the page shows one state of a run that goes on.
     files = RunFiles(
         directory=directory,
@@ -109,9 +107,14 @@ def read_run(directory: Path) -> RunFiles:
         or files.evaluation
         or files.examples
     ):
+        reason = (
+            "the run has done nothing yet. Start it, or give the directory of one that has begun."
+            if holds_run(directory)
+            else no_run_at(directory)
+        )
         raise InputError(
-            f"{directory} has nothing to report: no run.json, metrics.jsonl, events.jsonl or "
-            "evaluation/ with content in it. Give the directory of a training run that has started."
+            f"{directory} has nothing to report: it has no run.json, metrics.jsonl, events.jsonl "
+            f"or evaluation/ with content; {reason}"
         )
     return files
 

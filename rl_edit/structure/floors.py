@@ -86,6 +86,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
                 "rl_edit.errors",
                 "rl_edit.files",
                 "rl_edit.provenance",
+                "rl_edit.run_directory",
                 "rl_edit.run_record",
             ),
         ),
