@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_files import a_box, an_image, saved
-from rl_edit.data.images import read_mask, read_rgb, upright_size
+from rl_edit.data.images import examine_image, read_mask, read_rgb
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -30,7 +30,7 @@ def test_exif_orientation_is_applied_to_images_and_sizes(tmp_path: Path, orienta
     exif[0x0112] = orientation
     path = saved(tmp_path / "turned.png", np.ascontiguousarray(stored), exif=exif)
     assert np.array_equal(read_rgb(path, where="row"), upright)
-    assert upright_size(path, where="row") == (5, 7)
+    assert examine_image(path, where="row").size == (5, 7)
     mask_path = saved(tmp_path / "mask.png", np.ascontiguousarray(stored[..., 0]), exif=exif)
     assert np.array_equal(
         read_mask(mask_path, polarity="edit_white", where="row").edit, upright[..., 0] >= 128

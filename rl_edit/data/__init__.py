@@ -26,6 +26,7 @@ from rl_edit.data.config import DataConfig as DataConfig
 from rl_edit.data.folder import read_folder, request_folder
 from rl_edit.data.images import MaskPolarity, read_mask
 from rl_edit.data.notices import Notice, require_none
+from rl_edit.data.pixels import COLOUR_CHANGES
 from rl_edit.data.rows import EmptyMask, Request, Row, check, check_requests, load, refuse
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedRegionsTask
@@ -133,8 +134,11 @@ class RowsDataset:
             ]
             for row in self.rows
         ]
-        # The polarity belongs to it: the same files then hold other masks.
-        return hashlib.sha256(json.dumps([self.mask_polarity, content]).encode()).hexdigest()
+        # The polarity belongs to it: the same files then hold other masks. So do changes of colour,
+        # which earlier versions left out: their runs saw other pixels.
+        colour = sorted({notice.kind for notice in self.notices} & COLOUR_CHANGES)
+        parts = [self.mask_polarity, content, *([colour] if colour else [])]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def on_canvas(self, *, resolution: int, multiple: int, empty_mask: EmptyMask) -> RowsDataset:
         """The rows whose mask leaves a background on the editor's canvas.

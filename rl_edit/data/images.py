@@ -17,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from rl_edit.data import pixels
 from rl_edit.data.causes import why_unreadable_image
+from rl_edit.data.pixels import Conversion
+from rl_edit.data.stored import Stored, open_stored, tiff_layout
 from rl_edit.errors import InputError
 
 MaskPolarity = Literal["edit_white", "edit_black"]
@@ -47,23 +50,40 @@ class Mask:
         return bool(self.edit.any()) and not bool(self.edit.all())
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageFacts:
+    """Facts about an image that are known without keeping its pixels.
+
+    Attributes:
+        size: (height, width) as :func:`read_rgb` returns it.
+        conversions: what it converts or leaves out.
+    """
+
+    size: tuple[int, int]
+    conversions: tuple[Conversion, ...]
+
+
 def read_rgb(path: Path, *, where: str) -> NDArray[np.uint8]:
     """Reads an image, upright, as ``[height, width, 3]``.
 
     Args:
         where: names the row in errors.
     """
-    image = _open(path, where=where)
-    if image.mode in _SIXTEEN_BIT:
-        # White is 65535, and 65535 / 257 = 255.
-        grey = np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        # As on a page: what lies behind a transparent pixel is white.
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    return pixels.convert(_stored(path, where=where), path=path, where=where)[0]
+
+
+def examine_image(path: Path, *, where: str) -> ImageFacts:
+    """Checks an image and finds out what :func:`read_rgb` will make of it.
+
+    Raises:
+        InputError: it cannot be read, or the meaning of its values is unknown.
+    """
+    stored = _stored(path, where=where, small=True)
+    if pixels.needs_values(stored):
+        conversions = pixels.convert(stored, path=path, where=where)[1]
+    else:
+        conversions = pixels.header_conversions(stored)
+    return ImageFacts(size=stored.size, conversions=conversions)
 
 
 def read_mask(path: Path, *, polarity: MaskPolarity, where: str) -> Mask:
@@ -111,21 +131,6 @@ def read_labels(path: Path, *, where: str) -> NDArray[np.uint8]:
     return np.array(image, dtype=np.uint8)
 
 
-def upright_size(path: Path, *, where: str) -> tuple[int, int]:
-    """(height, width) of an image as ``read_rgb`` returns it. Damaged files raise an error."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # A JPEG decoded at an eighth of its size still shows damage, and takes far less time.
-            if image.format == "JPEG":
-                image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
-            image.load()
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except _DAMAGE as error:
-        raise _unreadable(path, where, error) from error
-    return (width, height) if turned else (height, width)
-
-
 def has_turn(path: Path) -> bool:
     """True when EXIF turns the image by a quarter.
 
@@ -150,6 +155,13 @@ def _open(path: Path, *, where: str) -> Image.Image:
     return upright
 
 
+def _stored(path: Path, *, where: str, small: bool = False) -> Stored:
+    try:
+        return open_stored(path, small=small)
+    except _DAMAGE as error:
+        raise _unreadable(path, where, error) from error
+
+
 def _brightness(image: Image.Image, polarity: MaskPolarity) -> NDArray[np.uint8]:
     """The brightest channel, ``[height, width]``. Transparent pixels take the value of "keep"."""
     if image.mode in ("1", "L"):
@@ -162,4 +174,9 @@ def _brightness(image: Image.Image, polarity: MaskPolarity) -> NDArray[np.uint8]
 
 
 def _unreadable(path: Path, where: str, error: BaseException) -> InputError:
+    if layout := tiff_layout(path):
+        return InputError(
+            f"{where}: {path} is a TIFF of {layout}, which cannot be read as colours ({error}). "
+            "Save it as sRGB with 8 bits per channel, or remove the row."
+        )
     return InputError(f"{where}: {path} {why_unreadable_image(path, error)}")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rl_edit.data import images
 from rl_edit.data.images import MaskPolarity
 from rl_edit.data.notices import NUM_EXAMPLES, Notice
+from rl_edit.data.pixels import Conversion, conversion_notices
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedRegionsTask, PairedTask, RegionsTask
 
@@ -134,8 +135,14 @@ def check(
         "masks as black and white to be sure.",
         examples=tuple(str(row.mask) for row in zero_one[:NUM_EXAMPLES]),
     )
+    # By file: several rows may show one image.
+    converted = dict(
+        pair for finding in findings if not finding.unusable_mask for pair in finding.conversions
+    )
     return CheckedRows(
-        rows=usable, skipped=len(rows) - len(usable), notices=(notice,) if zero_one else ()
+        rows=usable,
+        skipped=len(rows) - len(usable),
+        notices=(*((notice,) if zero_one else ()), *conversion_notices([*converted.items()])),
     )
 
 
@@ -207,11 +214,13 @@ class _Finding:
 
     Attributes:
         problem: a sentence, or "" for a good row.
+        conversions: what is converted in the source and in the target.
     """
 
     problem: str = ""
     unusable_mask: bool = False
     zero_one: bool = False
+    conversions: tuple[tuple[Path, tuple[Conversion, ...]], ...] = ()
 
 
 def _examined(rows: Sequence[Request], polarity: MaskPolarity) -> tuple[list[str], list[_Finding]]:
@@ -232,9 +241,11 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
         if missing:
             return _Finding(problem=f"{row.where}: {' and '.join(missing)} not found")
         # Sizes first, because most mistakes are about them.
-        size = images.upright_size(row.source, where=row.where)
+        facts = [(row.source, images.examine_image(row.source, where=row.where))]
+        size = facts[0][1].size
         if row.target is not None:
-            _same_size(row, row.target, images.upright_size(row.target, where=row.where), size)
+            facts.append((row.target, images.examine_image(row.target, where=row.where)))
+            _same_size(row, row.target, facts[1][1].size, size)
         if not isinstance(row, Row):
             return _Finding()
         mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
@@ -244,7 +255,11 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
             _regions(row, mask.edit)
     except InputError as error:
         return _Finding(problem=str(error))
-    return _Finding(unusable_mask=not mask.usable, zero_one=mask.zero_one)
+    return _Finding(
+        unusable_mask=not mask.usable,
+        zero_one=mask.zero_one,
+        conversions=tuple((path, fact.conversions) for path, fact in facts),
+    )
 
 
 def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
