@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class ClusterUnreachable(RuntimeError):
     """No Ray cluster answers at the given address. Exit code 5."""
@@ -53,3 +56,9 @@ class BlobLost(RuntimeError):
 
     The work that made it can be repeated, and gives the same bytes.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Suggests the nearest known name, as the end of a sentence; "" where none is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f", did you mean {near[0]!r}?" if near else ""

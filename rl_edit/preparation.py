@@ -99,6 +99,8 @@ def prepare(
         # Before the directory is touched: a refused resume must leave the run as it was.
         require_resumable(run)
     _say_plan(run, [term.name for term in terms], left_out, observer)
+    for note in facts.notes:
+        observer.note(note)
     return run, _run_record(run, base, [f"{name}: {why}" for name, why in left_out.items()])
 
 

@@ -5,19 +5,12 @@ The directory of a run is recognised by the ``config.yaml`` that training writes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
 
 _MOST_NAMED = 5
-
-
-def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """Suggests the nearest known name, as the end of a sentence; "" where none is near."""
-    near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def holds_run(directory: Path) -> bool:

@@ -80,6 +80,8 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     An earlier evaluation is replaced only when the new one is complete.
     """
     facts = inspect_editor(config.editor)
+    for note in facts.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     dataset = open_dataset(
         config.data, "heldout", resolution=config.editor.resolution, multiple=facts.pixels_per_token
     )

@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from rl_edit.config.explain import explained
 from rl_edit.config.renamed import modern, modern_override, print_once
 from rl_edit.config.run import RunConfig
-from rl_edit.errors import InputError
+from rl_edit.errors import InputError, did_you_mean
 from rl_edit.method.algorithms import METHODS
-from rl_edit.run_directory import CONFIG_FILE, did_you_mean, holds_run
+from rl_edit.run_directory import CONFIG_FILE, holds_run
 
 Override = tuple[tuple[str, ...], Any]
 """The keys on the way to a setting, and its value."""

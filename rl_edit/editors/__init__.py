@@ -105,7 +105,8 @@ def _require_trainable(config: EditorFamily) -> None:
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
     if pipeline != config.pipeline:
         trainable = ", ".join(family.pipeline for family in FAMILIES)
+        seen = f"is a {pipeline}" if pipeline else f"names no pipeline in its {INDEX}"
         raise InputError(
-            f"{place.name} is a {pipeline}, this version trains {trainable}: give such an editor, "
-            "or name a family of yours as editor.kind=module:Class"
+            f"{place.name} {seen}, this version trains {trainable}: give such "
+            "an editor, or name a family of yours as editor.kind=module:Class"
         )

@@ -78,9 +78,11 @@ class EditorFacts:
     Attributes:
         pixels_per_token: side of the square of pixels that one packed token covers. Canvases are
             multiples of it.
+        notes: what a person should know about how it will be loaded, a sentence each.
     """
 
     pixels_per_token: int
+    notes: tuple[str, ...] = ()
 
 
 class Editor(Protocol):
@@ -187,10 +189,12 @@ class EditorFamily(Protocol):
         ...
 
     def inspect(self) -> EditorFacts:
-        """Reads the editor's configuration and no weights.
+        """Reads the editor's configuration and the names of its files, and no weights.
+
+        What passes here should load: a dry run asks nothing else of the editor.
 
         Raises:
-            InputError: it cannot be found or reached, or a setting does not fit it.
+            InputError: it cannot be found or reached, a file is missing, or a setting does not fit.
         """
         ...
 

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rl_edit.editors.attention_capture import captured
+from rl_edit.editors.component_files import pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorSettings
 from rl_edit.editors.location import Location, locate
 from rl_edit.errors import InputError
@@ -86,14 +87,23 @@ class FluxKontextConfig(EditorSettings):
         return self.true_cfg > 1
 
     def inspect(self) -> EditorFacts:
-        """Reads the VAE's and the transformer's configuration, from the directory or the hub."""
+        """Checks all files, and reads the VAE's and the transformer's configuration."""
         place = locate(self.path, self.revision)
+        files = pipeline_files(place, dtype=self.dtype)
         vae, transformer = (
             place.read_json(f"{part}/config.json") for part in ("vae", "transformer")
         )
-        _require_layers(self, transformer["num_layers"] + transformer["num_single_layers"])
+        try:
+            layers = transformer["num_layers"] + transformer["num_single_layers"]
+            blocks = len(vae["block_out_channels"])
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"config.json of vae or transformer of {place.name} is none of a {self.pipeline} "
+                f"({type(error).__name__}: {error}). Copy or save the editor again"
+            ) from error
+        _require_layers(self, layers)
         # The VAE halves the sides between its blocks; packing halves them once more.
-        return EditorFacts(pixels_per_token=2 * 2 ** (len(vae["block_out_channels"]) - 1))
+        return EditorFacts(pixels_per_token=2 * 2 ** (blocks - 1), notes=files.notes)
 
     def load(self) -> FluxKontextEditor:
         """Loads the stock pipeline and freezes it."""
@@ -117,9 +127,13 @@ def _stock_pipeline(config: FluxKontextConfig, place: Location) -> FluxKontextPi
         pipeline = FluxKontextPipeline.from_pretrained(
             place.name,
             revision=config.revision,
+            variant=pipeline_files(place, dtype=config.dtype).variant,
+            use_safetensors=True,
             dtype=getattr(torch, config.dtype),
             local_files_only=place.local,
         )
+    except InputError:
+        raise
     except Exception as error:
         raise place.unreachable(error) from error
     pipeline.set_progress_bar_config(disable=True)

@@ -57,6 +57,34 @@ class Location:
 
         return Path(hf_hub_download(self.name, file, revision=self.revision))
 
+    def files(self) -> frozenset[str] | None:
+        """Lists all files by their names within the editor; None where the hub does not answer."""
+        if self.local:
+            return _names_in(Path(self.name))
+        from huggingface_hub import HfApi
+
+        try:
+            return frozenset(HfApi().list_repo_files(self.name, revision=self.revision))
+        # Offline, or no answer: what an earlier download has left is what can be loaded.
+        except Exception:
+            snapshot = self._snapshot()
+            return None if snapshot is None else _names_in(snapshot)
+
+    def local_path(self, file: str) -> Path | None:
+        """Finds a file on this machine; None for one that is still on the hub."""
+        root = Path(self.name) if self.local else self._snapshot()
+        path = None if root is None else root / file
+        return path if path is not None and path.is_file() else None
+
+    def _snapshot(self) -> Path | None:
+        """Finds the directory that the hub's files were downloaded into."""
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
+        except Exception:
+            return None
+
     def unreachable(self, error: Exception) -> InputError:
         """Turns an error of loading into one line with what to do."""
         lines = str(error).strip().splitlines()
@@ -91,7 +119,19 @@ def locate(path: str, revision: str | None = None) -> Location:
             f"no editor at {name}: give a directory written by save_pretrained, a Hugging Face id "
             f"such as ORG/NAME, or {BUILTIN}"
         )
+    if local and revision is not None:
+        raise InputError(
+            f"editor.revision is {revision!r}, and {path} is a directory on this machine, which "
+            "has no revisions: it would be ignored. Leave editor.revision out, or give the id of a "
+            "repository that is no directory here"
+        )
     return Location(name=name, local=local, revision=revision)
+
+
+def _names_in(directory: Path) -> frozenset[str]:
+    return frozenset(
+        entry.relative_to(directory).as_posix() for entry in directory.rglob("*") if entry.is_file()
+    )
 
 
 def local_pipeline(path: str) -> str | None:

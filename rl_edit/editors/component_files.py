@@ -1,0 +1,252 @@
+"""Checks the files of a diffusers pipeline before any weight is loaded.
+
+A pipeline is a directory with a folder for each component of its ``model_index.json``. What is
+read here is small: names, JSON files, and the tables of tensors at the head of safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from rl_edit.editors.location import INDEX, Location
+from rl_edit.errors import InputError
+
+_MOST_PROBLEMS = 3
+
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""Names of weight files before any variant, by the library of the component."""
+
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""Files of which one set must be in a tokenizer's folder."""
+
+_LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFiles:
+    """The files that a pipeline is loaded from.
+
+    Attributes:
+        variant: diffusers' name of the weights to load, such as "fp16"; None for the plain ones.
+        notes: what a person should know about the choice.
+    """
+
+    variant: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Component:
+    """One folder of a pipeline.
+
+    Attributes:
+        stem: of its weight files; "" for a component without weights.
+    """
+
+    name: str
+    kind: str
+    stem: str
+    files: frozenset[str]
+
+    def variants(self) -> dict[str | None, str]:
+        """Finds the complete weights: a file or an index for each variant; None is the plain one.
+
+        Example:
+            ``model.safetensors`` and ``model.safetensors.index.fp16.json`` give
+            ``{None: "model.safetensors", "fp16": "model.safetensors.index.fp16.json"}``.
+        """
+        weights: dict[str | None, str] = {}
+        single = re.compile(rf"{self.stem}(?:\.(\w+))?\.safetensors")
+        index = re.compile(rf"{self.stem}\.safetensors\.index(?:\.(\w+))?\.json")
+        for file in sorted(self.files):
+            if match := single.fullmatch(file) or index.fullmatch(file):
+                weights.setdefault(match[1], file)
+        return weights
+
+
+def pipeline_files(place: Location, *, dtype: str) -> PipelineFiles:
+    """Finds the weights of a pipeline and checks that all its files are there and complete.
+
+    Args:
+        dtype: number format to load; among several variants it prefers that of its name.
+
+    Raises:
+        InputError: files are missing or damaged, or no one variant has every component.
+    """
+    names = place.files()
+    # A hub that cannot be listed is asked again, file by file, when the editor is loaded.
+    if names is None:
+        return PipelineFiles()
+    components = _components(place.read_json(INDEX), names)
+    _refuse(place, [problem for part in components for problem in _missing(part)])
+    files = _chosen(place, components, dtype)
+    _refuse(place, [problem for part in components for problem in _damaged(place, part, files)])
+    return files
+
+
+def _components(index: Any, names: Collection[str]) -> tuple[_Component, ...]:
+    """Lists the components that ``model_index.json`` names; null entries are optional ones."""
+    entries = index.items() if isinstance(index, dict) else ()
+    return tuple(
+        _Component(
+            name=name,
+            kind=entry[1],
+            stem=_STEMS[entry[0]] if _has_weights(entry[1]) else "",
+            files=frozenset(
+                file.removeprefix(f"{name}/") for file in names if file.startswith(f"{name}/")
+            ),
+        )
+        for name, entry in entries
+        # A component of the pipeline's own code is left to diffusers.
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] in _STEMS and entry[1]
+    )
+
+
+def _has_weights(kind: str) -> bool:
+    return not any(word in kind for word in ("Scheduler", "Tokenizer", "Processor", "Extractor"))
+
+
+def _missing(part: _Component) -> Iterator[str]:
+    """Says which files of a component are not there."""
+    if not part.files:
+        yield f"the folder {part.name}/ is missing or empty"
+        return
+    expected = "scheduler_config.json" if "Scheduler" in part.kind else "config.json"
+    if (part.stem or "Scheduler" in part.kind) and expected not in part.files:
+        yield f"{part.name}/{expected} is missing"
+    if "Tokenizer" in part.kind and not any(part.files >= set(files) for files in _VOCABULARIES):
+        yield f"{part.name}/ has no vocabulary (tokenizer.json)"
+    if part.stem and not part.variants():
+        yield f"{part.name}/ has no weights: {_instead_of_weights(part)}"
+
+
+def _instead_of_weights(part: _Component) -> str:
+    if any(file.endswith((".bin", ".ckpt", ".pt", ".pth")) for file in part.files):
+        return (
+            "only pickled ones (.bin), which can run code when they are read. Save it again with "
+            "pipeline.save_pretrained(DIR, safe_serialization=True)"
+        )
+    if any(file.endswith(".safetensors") for file in part.files):
+        return f"its parts lie there without their {part.stem}.safetensors.index.json"
+    return f"{part.stem}.safetensors is missing"
+
+
+def _chosen(place: Location, components: Collection[_Component], dtype: str) -> PipelineFiles:
+    """Chooses the variant that completes every component; the plain weights where they do."""
+    lacking = {part.name: part.variants() for part in components if part.stem}
+    lacking = {name: weights for name, weights in lacking.items() if None not in weights}
+    if not lacking:
+        return PipelineFiles()
+    shared = set.intersection(*(set(weights) for weights in lacking.values()))
+    if not shared:
+        seen = "; ".join(
+            f"{name}: {', '.join(map(str, weights))}" for name, weights in lacking.items()
+        )
+        raise InputError(
+            f"the editor {place.name} has weights of different variants ({seen}), and no one of "
+            "them loads every component. Save it with pipeline.save_pretrained(DIR)"
+        )
+    preferred = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")
+    # The name decides between two, so that the choice is the same on every machine.
+    variant = min(shared, key=lambda name: (name != preferred, str(name)))
+    note = (
+        f"{', '.join(lacking)} of the editor {place.name} exist only as variant {variant}: these "
+        f"weights are loaded, converted to editor.dtype {dtype}"
+    )
+    return PipelineFiles(variant=variant, notes=(note,))
+
+
+def _damaged(place: Location, part: _Component, files: PipelineFiles) -> Iterator[str]:
+    """Says what is wrong with the small files and the tables of a component."""
+    for file in sorted(part.files):
+        path = place.local_path(f"{part.name}/{file}")
+        if file.endswith(".json") and "index" not in file and path is not None:
+            yield from _unreadable_json(path, f"{part.name}/{file}")
+    if not part.stem:
+        return
+    weights = part.variants()
+    # diffusers takes the plain weights of a component that does not have the variant.
+    file = weights[files.variant if files.variant in weights else None]
+    if not file.endswith(".json"):
+        yield from _problem_of_table(place, f"{part.name}/{file}")
+        return
+    shards = _shards(place, f"{part.name}/{file}")
+    if absent := sorted(set(shards) - part.files):
+        yield (
+            f"{part.name}/{file} names {len(shards)} files, of which {len(absent)} are missing "
+            f"(first: {absent[0]})"
+        )
+        return
+    for shard, tensors in shards.items():
+        yield from _problem_of_table(place, f"{part.name}/{shard}", expected=tensors)
+
+
+def _shards(place: Location, index: str) -> dict[str, set[str]]:
+    """Reads which tensors each file of divided weights holds."""
+    content = place.read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise InputError(
+            f"{index} of the editor {place.name} has no weight_map, so its weights cannot be "
+            "located: copy the file again"
+        )
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        shards.setdefault(str(shard), set()).add(str(tensor))
+    return shards
+
+
+def _unreadable_json(path: Path, name: str) -> Iterator[str]:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield f"{name} is no JSON ({_pointer(path) or error})"
+
+
+def _problem_of_table(
+    place: Location, file: str, *, expected: Collection[str] = ()
+) -> Iterator[str]:
+    """Reads a table of tensors; the file's length must agree with it."""
+    path = place.local_path(file)
+    if path is None:  # on the hub and not here yet
+        return
+    try:
+        with safe_open(path, framework="pt") as opened:
+            stored = set(opened.keys())
+    # safetensors raises errors of its own and of the system.
+    except Exception as error:
+        yield f"{file} is damaged or cut short ({_pointer(path) or error})"
+        return
+    if absent := sorted(set(expected) - stored):
+        yield f"{file} lacks {len(absent)} tensors that its index names (first: {absent[0]})"
+
+
+def _pointer(path: Path) -> str:
+    """Recognises the text that Git leaves where git lfs has not fetched a file."""
+    try:
+        with path.open("rb") as file:
+            return "a Git LFS pointer: run git lfs pull" if file.read(32).startswith(_LFS) else ""
+    except OSError:
+        return ""
+
+
+def _refuse(place: Location, problems: list[str]) -> None:
+    if not problems:
+        return
+    more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+    remedy = (
+        "Copy or save the editor again, with all its files"
+        if place.local
+        else f"Download it completely: hf download {place.name}"
+    )
+    raise InputError(
+        f"the editor {place.name} cannot be loaded: "
+        f"{'; '.join(problems[:_MOST_PROBLEMS])}{more}. {remedy}."
+    )
