@@ -25,9 +25,10 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import ray_start
 from actors.roles import Roles, available_cores
 from rl_edit.config import RunConfig
-from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible
+from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible, brief
 from rl_edit.provenance import differences, versions
 
 NODE_TIMEOUT_S = 120.0
@@ -43,7 +44,7 @@ Places = dict[tuple[str, int], tuple[PlacementGroup, int]]
 """Placement group and bundle of each process with GPUs, by kind of process and worker slot."""
 
 
-def connect(config: RunConfig) -> None:
+def connect(config: RunConfig, *, note: Callable[[str], None] = print) -> None:
     """Joins the cluster of ``RAY_ADDRESS``, or starts one.
 
     The variable is set by hand or by ``ray job submit``. Without it a cluster of this machine
@@ -51,10 +52,11 @@ def connect(config: RunConfig) -> None:
     address, so the address is probed first.
 
     Raises:
-        ClusterUnreachable: within seconds, naming the address.
+        ClusterUnreachable: within seconds, naming the address; or Ray did not start.
+        ResourcesInfeasible: this machine has no room for a cluster.
     """
     if not ray.is_initialized():
-        join_or_start(config)
+        join_or_start(config, note=note)
 
 
 def probe() -> None:
@@ -70,7 +72,7 @@ def probe() -> None:
         _probe(address)
 
 
-def join_or_start(config: RunConfig) -> None:
+def join_or_start(config: RunConfig, *, note: Callable[[str], None]) -> None:
     """Connects a process that is not connected yet."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
@@ -78,14 +80,16 @@ def join_or_start(config: RunConfig) -> None:
     if address and address != "local":
         _probe(address)
         try:
-            ray.init(log_to_driver=False)
-        except ConnectionError as error:
-            raise _unreachable(address, str(error)) from error
+            with ray_start.own_signals(), ray_start.quiet():
+                ray.init(log_to_driver=False)
+        except Exception as error:  # of several kinds: a refused token, other versions, no answer
+            raise _unreachable(address, brief(error)) from error
         return
     # Ray runs workers at nice 15. Beside one busy program they would wait for every core, and the
     # run would take many times as long (benchmarks/busy.py). The raylet reads this at its start.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
+    ray_start.start(
+        note=note,
         address="local",
         num_cpus=available_cores(),
         include_dashboard=config.actors.dashboard,
@@ -97,7 +101,7 @@ def join_or_start(config: RunConfig) -> None:
         object_store_memory=CPU_OBJECT_STORE_BYTES if config.actors.rollout_gpus == 0 else None,
     )
     # Ray writes the token of a local cluster readable by everyone.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
@@ -107,10 +111,19 @@ def disconnect() -> None:
         ray.shutdown()
 
 
-def reserve(config: RunConfig, roles: Roles, *, note: Callable[[str], None]) -> Places:
+def reserve(
+    config: RunConfig,
+    roles: Roles,
+    *,
+    note: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
+) -> Places:
     """Reserves the GPUs of every process at once.
 
     A run therefore never starts with half of its actors.
+
+    Args:
+        check: called while waiting; it raises when the run is to end.
 
     Raises:
         ResourcesInfeasible: naming what is requested and what there is. It is raised at once when
@@ -135,7 +148,7 @@ def reserve(config: RunConfig, roles: Roles, *, note: Callable[[str], None]) -> 
     request = ", ".join(f"{count} {kind} x {spec.gpus:g}" for kind, (spec, count) in kinds.items())
     # One bundle per process. PACK fills a node before the next: adapters and groups move less.
     group = placement_group([{"GPU": gpus} for *_, gpus in bundles], strategy="PACK")
-    _wait_for(group, sum(gpus for *_, gpus in bundles), request, config, note=note)
+    _wait_for(group, sum(gpus for *_, gpus in bundles), request, config, note=note, check=check)
     return {
         (kind, worker_slot): (group, bundle)
         for bundle, (kind, worker_slot, _) in enumerate(bundles)
@@ -149,10 +162,12 @@ def _wait_for(
     config: RunConfig,
     *,
     note: Callable[[str], None],
+    check: Callable[[], None],
 ) -> None:
     """Waits until a placement group has its GPUs; gives it back when it cannot get them."""
     began, noted = time.monotonic(), 0.0
     while not group.wait(RESERVE_POLL_S):
+        check()
         waited = time.monotonic() - began
         present = ray.cluster_resources().get("GPU", 0)
         free = ray.available_resources().get("GPU", 0)

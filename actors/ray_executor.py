@@ -22,6 +22,7 @@ from ray.exceptions import (
     OutOfDiskError,
     OutOfMemoryError,
     RayActorError,
+    RayError,
     RaySystemError,
     RayTaskError,
     WorkerCrashedError,
@@ -32,7 +33,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.ray_cluster import Places
 from actors.roles import ProcessTable, Roles
-from rl_edit.errors import BlobLost, InputError, WorkerLost, WorkFailed
+from rl_edit.errors import MESSAGE_LENGTH, BlobLost, InputError, WorkerLost, WorkFailed, brief
 from rl_edit.method.update import TrainingFailed
 
 LOST = (
@@ -49,8 +50,6 @@ LOST = (
 POISONED = ("OutOfMemoryError", "AcceleratorError", "CudaError", "CUDA error")
 """Signs of errors after which a process with a GPU cannot be trusted: it is replaced."""
 
-REASON_LENGTH = 500
-
 
 def actor_class(kind: str) -> type:
     """Makes the class of an actor process; Ray shows the process as ``ray::KIND``.
@@ -63,12 +62,22 @@ def actor_class(kind: str) -> type:
 
     class Actor:
         def __init__(self, roles: list[Any]) -> None:
-            import rl_edit  # noqa: F401 - imported for its effect, see above
-            from actors.roles import make_workers
+            self._refusal: Exception | None = None
+            try:
+                import rl_edit  # noqa: F401 - imported for its effect, see above
+                from actors.roles import make_workers
 
-            self._workers = make_workers(ray.get(roles[0]))
+                self._workers = make_workers(ray.get(roles[0]))
+            except RayError:
+                raise  # a lost object says nothing about the settings
+            except Exception as error:
+                # Of an actor whose constructor raises, Ray passes on some text only. So the
+                # process lives, and every call raises the error itself.
+                self._refusal = error
 
         def run(self, role: str, method: str, *args: Any) -> Any:
+            if self._refusal is not None:
+                raise self._refusal
             return getattr(self._workers[role], method)(*args)
 
     Actor.__name__ = Actor.__qualname__ = kind
@@ -232,23 +241,20 @@ def _of_method(error: RayTaskError) -> Exception:
         return cause
     if isinstance(cause, ObjectLostError):
         return BlobLost(_first_line(cause))
-    kind, text = type(cause).__name__, " ".join(str(cause).split())[:REASON_LENGTH]
-    if any(sign in kind or sign in text for sign in POISONED):
-        return WorkerLost(f"{kind}: {text}")
-    return WorkFailed(f"{kind}: {text}")
+    text = brief(cause)
+    return WorkerLost(text) if any(sign in text for sign in POISONED) else WorkFailed(text)
 
 
-def _of_actor(error: RayActorError) -> Exception:
-    """Translates the death of an actor.
-
-    An actor whose constructor refused the user's settings would refuse them again. Ray keeps only
-    the text of that error.
-    """
-    name = f"{InputError.__module__}.{InputError.__name__}: "
-    _, refused, message = str(error).rpartition(name)
-    if refused and error.actor_init_failed:
-        return InputError(" ".join(message.split()))
-    return WorkerLost(_first_line(error))
+def _of_actor(error: RayActorError) -> WorkerLost:
+    """Translates the death of an actor's process, with Ray's reason for it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.actor_init_failed:
+        # A traceback: its last line is the message.
+        return WorkerLost(lines[-1][:MESSAGE_LENGTH])
+    reason = next((line for line in lines if "exit detail" in line), lines[0] if lines else "")
+    # Ray lists every cause there is, each time. The beginning is what it saw.
+    seen = reason.rpartition("exit detail: ")[2].partition(" There are some potential")[0]
+    return WorkerLost(f"{type(error).__name__}: {seen}")
 
 
 def _first_line(error: BaseException) -> str:

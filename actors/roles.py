@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,15 @@ from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from rl_edit.config import RunConfig
 from rl_edit.editors import EditorConfig, load_editor, lora
+from rl_edit.errors import (
+    InputError,
+    WorkerLost,
+    WorkerOutOfMemory,
+    brief,
+    lacks_memory,
+    place,
+)
+from rl_edit.method.update import TrainingFailed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +105,40 @@ def make_workers(roles: Roles) -> dict[str, Any]:
 
     Called inside that process. An editor that several roles share is loaded once. Each role then
     switches its own adapter on before a forward, so the results are those of separate processes.
+
+    Raises:
+        InputError: a constructor refuses the settings.
+        WorkerOutOfMemory: memory did not suffice.
+        TrainingFailed: a constructor raised anything else.
     """
     shared = [spec.shared_editor for spec in roles.values() if spec.shared_editor is not None]
-    editor = load_editor(shared[0]) if shared else None
-    return {
-        role: spec.make(*spec.arguments)
-        if spec.shared_editor is None
-        else spec.make(*spec.arguments, editor=editor)
-        for role, spec in roles.items()
-    }
+    with _refusals(" and ".join(roles)):
+        editor = load_editor(shared[0]) if shared else None
+    workers: dict[str, Any] = {}
+    for role, spec in roles.items():
+        more = {} if spec.shared_editor is None else {"editor": editor}
+        with _refusals(role):
+            workers[role] = spec.make(*spec.arguments, **more)
+    return workers
+
+
+@contextlib.contextmanager
+def _refusals(who: str) -> Iterator[None]:
+    """Turns what a constructor raises into an error that ends the run, or names missing memory.
+
+    The same constructor would raise the same again, so another worker is no remedy. Memory is:
+    the worker before may not have given its own back yet.
+    """
+    try:
+        yield
+    except (InputError, TrainingFailed, WorkerLost):
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise WorkerOutOfMemory(f"no memory to make the {who}: {brief(error)}") from error
+        raise TrainingFailed(
+            f"the {who} could not be made: {brief(error)} (in {place(error)})"
+        ) from error
 
 
 class Process(Protocol):

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# Documented in docs/usage.md; scripts rely on them. 75 is EX_TEMPFAIL of sysexits.h: another
+# attempt holds the run directory, and repeating this one is no error.
+BAD_INPUT, FAILED, INFEASIBLE, UNREACHABLE, FENCED = 2, 3, 4, 5, 75
+
+MESSAGE_LENGTH = 500
+"""Characters of a library's message that fit a line."""
+
+NO_MEMORY = ("OutOfMemoryError", "MemoryError", "CUDA out of memory", "can't allocate memory")
+"""Signs of a failed allocation, in the type's name or in the message."""
+
+
+def brief(error: BaseException) -> str:
+    """Returns an exception's type and message in one line.
+
+    Example:
+        ``"KeyError: 'alpha'"``
+    """
+    text = " ".join(str(error).split())[:MESSAGE_LENGTH]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def place(error: BaseException) -> str:
+    """Returns ``FILE:LINE`` of the statement that raised; "" without a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Tests for a failed allocation of memory, in the machine or in a GPU."""
+    shown = brief(error)
+    return any(sign in shown for sign in NO_MEMORY)
+
 
 class ClusterUnreachable(RuntimeError):
-    """No Ray cluster answers at the given address. Exit code 5."""
+    """No Ray cluster answers at the given address, or none could be started. Exit code 5."""
+
+    exit_code = UNREACHABLE
 
 
 class ResourcesInfeasible(RuntimeError):
     """The cluster can never place what the run asks for. Exit code 4."""
+
+    exit_code = INFEASIBLE
 
 
 class InputError(ValueError):
@@ -20,6 +57,8 @@ class InputError(ValueError):
     The message names the value, why it matters, and what to do instead.
     """
 
+    exit_code = BAD_INPUT
+
 
 class Fenced(RuntimeError):
     """A newer attempt owns the run directory. Exit code 75.
@@ -27,20 +66,34 @@ class Fenced(RuntimeError):
     This process must not write there any more.
     """
 
+    exit_code = FENCED
+
 
 class Interrupted(RuntimeError):
-    """A signal stopped the run, and everything is saved. Exit code 128 plus the signal's number."""
+    """A signal stopped the run. Exit code 128 plus the signal's number.
 
-    def __init__(self, number: int) -> None:
+    Args:
+        reported: True when a line about it has been shown already.
+    """
+
+    def __init__(self, number: int, *, reported: bool = False) -> None:
         super().__init__(f"stopped by signal {number}")
-        self.number = number
+        self.number, self.reported = number, reported
+        self.exit_code = 128 + number
 
 
-# The three below are not for the command line: the controller retries or replaces first.
+# The four below are not for the command line: the controller retries or replaces first.
 class WorkerLost(RuntimeError):
     """A process or machine is gone, or did not answer in time.
 
     The same call on another worker may well succeed.
+    """
+
+
+class WorkerOutOfMemory(WorkerLost):
+    """A worker ran out of memory while it was made.
+
+    Another may get it, once the one before has given its own back.
     """
 
 

@@ -120,9 +120,8 @@ def _run(attempt: _Attempt) -> Outcome:
     stop = Stop()
     try:
         observer.starting(config)
-        executor = _executor(attempt)
-        # Installed after Ray has connected, because ray.init replaces the SIGTERM handler.
         with Signals(stop) as signals:
+            executor = _executor(attempt, signals)
             loop = TrainingLoop(
                 run, executor, lease=lease, events=events, observer=observer, stop=stop
             )
@@ -150,7 +149,7 @@ def _run(attempt: _Attempt) -> Outcome:
             f"stopped after update {outcome.updates_done}; everything is saved. Continue with: "
             f"rl-edit train --run-dir {directory} --resume"
         )
-        raise Interrupted(signals.received)
+        raise Interrupted(signals.received, reported=True)
     return outcome
 
 
@@ -274,7 +273,7 @@ def _save_best(run: Run, last: AdapterWeights, observer: Observer) -> None:
     )
 
 
-def _executor(attempt: _Attempt) -> Any:
+def _executor(attempt: _Attempt, signals: Signals) -> Any:
     """Starts the executor of the run's runtime."""
     # Imported here: only a run with Ray may need Ray, and a dry run needs neither.
     from actors.roles import worker_roles
@@ -288,9 +287,11 @@ def _executor(attempt: _Attempt) -> Any:
         return LocalExecutor(roles, threaded=config.actors.runtime == "thread")
     from actors import ray_cluster, ray_executor
 
-    ray_cluster.connect(config)
+    signals.check()
+    ray_cluster.connect(config, note=note)
+    signals.check()
     ray_cluster.check_stop_wait(config.train.grace_s, note=note)
-    places = ray_cluster.reserve(config, roles, note=note)
+    places = ray_cluster.reserve(config, roles, note=note, check=signals.check)
     ray_cluster.check_nodes(allow_skew=attempt.allow_skew, note=note)
     return ray_executor.RayExecutor(roles, places)
 

@@ -25,7 +25,7 @@ import ray
 import typer
 import yaml
 
-from rl_edit.cli import app
+from rl_edit.cli.verbs import app
 from rl_edit.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent

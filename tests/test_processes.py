@@ -91,7 +91,7 @@ def test_the_command_line_sets_how_threads_wait_before_torch_is_imported() -> No
         "    def find_spec(name, path=None, target=None):\n"
         "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'))\n"
         "sys.meta_path.insert(0, Finder)\n"
-        "import rl_edit.cli"
+        "import rl_edit.cli.verbs"
     )
     outside = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     shown = subprocess.run(

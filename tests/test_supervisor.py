@@ -4,6 +4,7 @@ told."""
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,7 +13,13 @@ import pytest
 from learner.controller.deadlines import LONGEST_BACKOFF_S, SHORTEST_DEADLINE_S
 from learner.controller.supervisor import QUARANTINE_WINDOW_S, GivenUp, Supervisor
 from rl_edit.config import ActorsConfig
-from rl_edit.errors import InputError, ResourcesInfeasible, WorkerLost, WorkFailed
+from rl_edit.errors import (
+    InputError,
+    ResourcesInfeasible,
+    WorkerLost,
+    WorkerOutOfMemory,
+    WorkFailed,
+)
 from rl_edit.method.update import TrainingFailed
 
 
@@ -398,5 +405,46 @@ def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free() -> Non
 
 
 def test_an_actor_that_dies_while_it_starts_ends_the_run() -> None:
-    with pytest.raises(TrainingFailed, match="an actor died while it was starting"):
+    with pytest.raises(TrainingFailed, match=r"ended while it was starting.* gone$"):
         supervised(Puppets(ready=[WorkerLost("gone")]), lambda supervisor: supervisor.ready())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "raised", "words"),
+    [
+        (InputError("no such module 'to_qq'"), InputError, "^no such module 'to_qq'$"),
+        (TrainingFailed("the reward: KeyError"), TrainingFailed, "^the reward: KeyError$"),
+        (WorkFailed("ModuleNotFoundError: x"), TrainingFailed, "ModuleNotFoundError: x$"),
+        (WorkerOutOfMemory("no memory: 80 GiB"), ResourcesInfeasible, r"80 GiB\. Lower actors"),
+    ],
+)
+def test_what_a_constructor_raises_is_the_message_and_is_not_tried_again(
+    refusal: Exception, raised: type[Exception], words: str
+) -> None:
+    # The second worker is lost in the same instant; the first one's reason counts.
+    puppets = Puppets(ready=[refusal, WorkerLost("killed")])
+    with pytest.raises(raised, match=words):
+        supervised(puppets, lambda supervisor: supervisor.ready(), slots=2)
+    assert puppets.spawned == 2
+
+
+def test_a_start_that_is_cancelled_leaves_no_error_that_nobody_looked_at() -> None:
+    complaints: list[str] = []
+
+    async def body(supervisor: Supervisor) -> None:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: complaints.append(context["message"])
+        )
+        starting = asyncio.create_task(supervisor.ready())
+        await asyncio.sleep(0.01)
+        # As when an executor closes: the workers are gone while the start is cancelled.
+        for slot in supervisor.worker_slots("rollout"):
+            slot.worker.kill()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        del starting
+        gc.collect()
+        await asyncio.sleep(0.01)
+
+    supervised(Puppets(ready=["hang", "hang"]), body, slots=2)
+    assert complaints == []

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from learner.controller.calls import together
 from learner.controller.executor import Ref
 from learner.controller.ledger import Ledger, Verdict
 from learner.controller.stalls import Progress
@@ -146,17 +147,13 @@ class GroupCollector:
         for item in items:
             self.ledger.plan(item)
         group_id, task_type = items[0].group_id, items[0].task.task_type
-        chunks = [asyncio.ensure_future(self._chunk(item, kind)) for item in items]
         try:
-            done = tuple(await asyncio.gather(*chunks))
+            # When one chunk is given up, the work of the others is of no use.
+            done = tuple(await together(self._chunk(item, kind) for item in items))
             return ScoredGroup(group_id=group_id, task_type=task_type, chunks=done)
         except GivenUp as error:
             self.events("group_lost", group_id=group_id, update=items[0].update, reason=str(error))
             return ScoredGroup(group_id=group_id, task_type=task_type, lost=str(error))
-        finally:
-            # When one chunk is given up, the work of the others is of no use.
-            for chunk in chunks:
-                chunk.cancel()
 
     async def _chunk(self, item: WorkItem, kind: str) -> ScoredChunk:
         """Rolls out and scores one item, again when its blob is lost before it is scored."""

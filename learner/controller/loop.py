@@ -45,7 +45,14 @@ from learner.controller.stop import Stop
 from learner.controller.supervisor import Supervisor
 from learner.controller.work import WorkPlan
 from rl_edit import wire
-from rl_edit.errors import BlobLost, InputError, WorkerLost, WorkFailed
+from rl_edit.errors import (
+    BlobLost,
+    InputError,
+    ResourcesInfeasible,
+    WorkerLost,
+    WorkerOutOfMemory,
+    WorkFailed,
+)
 from rl_edit.messages import LearnAnswer, LearnOrder, LearnReport
 from rl_edit.method.update import TrainingFailed
 from rl_edit.types import AdapterId, AdapterWeights
@@ -185,10 +192,9 @@ class TrainingLoop:
 
     def _learner_port(self) -> LearnerPort:
         try:
-            with _as_worker():
-                direct = self.executor.direct("learner")
-        except WorkFailed as error:
-            raise TrainingFailed(f"the learner could not be made: {error}") from error
+            direct = self.executor.direct("learner")
+        except WorkerOutOfMemory as error:
+            raise ResourcesInfeasible(str(error)) from error
         if direct is not None:
             return InProcessLearner(direct, on_event=self.events)
         num_ranks = self.config.actors.num_learner

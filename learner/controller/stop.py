@@ -8,6 +8,8 @@ import signal
 import threading
 from typing import Any
 
+from rl_edit.errors import Interrupted
+
 
 class Stop:
     """Asks a run to commit and end. Thread- and signal-safe; a second request changes nothing."""
@@ -54,6 +56,15 @@ class Signals:
         # A handler that was not installed from Python reads as None and cannot be put back.
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Ends work that comes before anything could be saved.
+
+        Raises:
+            Interrupted: a signal has come.
+        """
+        if self.received:
+            raise Interrupted(self.received)
 
     def _received(self, number: int, _frame: object) -> None:
         if self.received:

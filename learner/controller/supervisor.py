@@ -9,16 +9,22 @@ neither Ray nor a tensor.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.controller.calls import pass_on, together
 from learner.controller.deadlines import Deadlines
 from learner.controller.executor import Executor, Worker
 from rl_edit.config import ActorsConfig
-from rl_edit.errors import BlobLost, InputError, ResourcesInfeasible, WorkerLost, WorkFailed
+from rl_edit.errors import (
+    BlobLost,
+    ResourcesInfeasible,
+    WorkerLost,
+    WorkerOutOfMemory,
+    WorkFailed,
+)
 from rl_edit.method.update import TrainingFailed
 
 QUARANTINE_WINDOW_S = 600.0
@@ -120,14 +126,13 @@ class Supervisor:
 
         Raises:
             ResourcesInfeasible: when some worker could not be placed or did not load within
-                ``actors.start_timeout_s``.
+                ``actors.start_timeout_s``, or found too little memory.
+            InputError, TrainingFailed: a worker's constructor raised; it is not tried again.
         """
         slots = self._all()
-        waiting = asyncio.gather(
-            *(
-                self.timed("start", f"start of {role}-{slot.index}", slot, role, "ready")
-                for role, slot in slots
-            )
+        waiting = together(
+            self.timed("start", f"start of {role}-{slot.index}", slot, role, "ready")
+            for role, slot in slots
         )
         try:
             await asyncio.wait_for(waiting, self.config.start_timeout_s)
@@ -138,11 +143,18 @@ class Supervisor:
                 f"free are {self.executor.free()}. Lower actors.*, wait for other jobs, or allow "
                 "more time for loading."
             ) from error
+        except WorkerOutOfMemory as error:
+            raise ResourcesInfeasible(
+                f"{error}. Lower actors.num_* or editor.micro_batch, or give the run a larger "
+                "machine or GPU."
+            ) from error
         except WorkerLost as error:
             raise TrainingFailed(
-                f"an actor died while it was starting ({error}): see the Ray logs; "
-                "it may lack memory"
+                "an actor's process ended while it was starting, and left no message. The Ray "
+                f"logs may have one; a machine that is out of memory does this too: {error}"
             ) from error
+        except WorkFailed as error:
+            raise TrainingFailed(f"an actor could not be started: {error}") from error
 
     def _all(self) -> list[tuple[str, WorkerSlot]]:
         return [
@@ -251,7 +263,7 @@ class Supervisor:
             (worker, answer) of those that were not lost.
         """
         calls = (self._send(slot, role, what, method, *args) for slot in self.worker_slots(role))
-        responses = await asyncio.gather(*calls)
+        responses = await together(calls)
         return [response for of_worker in responses for response in of_worker]
 
     def broadcast_when_idle(self, role: str, what: str, method: str, *args: Any) -> None:
@@ -326,7 +338,7 @@ class Supervisor:
         try:
             done, _ = await asyncio.wait({call}, timeout=limit_s)
             if not done:
-                call.add_done_callback(lambda finished: _pass_on(finished, late))
+                call.add_done_callback(lambda finished: pass_on(finished, late))
                 # Killed, not cancelled: a hung CUDA call cannot be cancelled.
                 slot.worker.kill()
                 raise WorkerLost(f"no answer within {limit_s:g} s, killed")
@@ -422,11 +434,9 @@ class Supervisor:
         for slot in self.worker_slots(role):
             slot.worker = self.executor.spawn(role, slot.index)
             slot.incarnation += 1
-        await asyncio.gather(
-            *(
-                self.timed("start", f"start of {s.name(role)}", s, role, "ready")
-                for s in self.worker_slots(role)
-            )
+        await together(
+            self.timed("start", f"start of {s.name(role)}", s, role, "ready")
+            for s in self.worker_slots(role)
         )
 
     def kill_all(self, roles: Sequence[str] | None = None) -> None:
@@ -434,11 +444,3 @@ class Supervisor:
         for role, slot in self._all():
             if roles is None or role in roles:
                 slot.worker.kill()
-
-
-def _pass_on(finished: asyncio.Future[Any], late: Callable[[Any], object]) -> None:
-    """Passes a late answer on. The error of a worker that was killed no longer matters."""
-    with contextlib.suppress(
-        asyncio.CancelledError, WorkerLost, WorkFailed, InputError, TrainingFailed
-    ):
-        late(finished.result())

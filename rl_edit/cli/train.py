@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rl_edit.cli import ending
 from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, config_and_overrides
 from rl_edit.config import RunConfig, load_config, modern_name
 from rl_edit.errors import InputError
@@ -74,15 +77,16 @@ def train_command(
     directory = run_dir or Path("runs") / settings.name
     # An empty directory is a place to start in, such as a volume that was just mounted.
     resume = resume or (auto_resume and directory.is_dir() and any(directory.iterdir()))
-    train(
-        settings,
-        directory,
-        resume=resume,
-        dry_run=dry_run,
-        observer=LiveProgress(Console(stderr=False)),
-        allow_drift=frozenset(map(modern_name, allow_config_drift or ())),
-        allow_skew=allow_version_skew,
-    )
+    with ending.within_run(directory):
+        train(
+            settings,
+            directory,
+            resume=resume,
+            dry_run=dry_run,
+            observer=LiveProgress(Output()),
+            allow_drift=frozenset(map(modern_name, allow_config_drift or ())),
+            allow_skew=allow_version_skew,
+        )
 
 
 def _config_of_run(run_dir: Path | None, *, may_start: bool) -> Path:
@@ -100,6 +104,21 @@ def _config_of_run(run_dir: Path | None, *, may_start: bool) -> Path:
         )
         raise InputError(f"nothing to resume: {no_run_at(run_dir)} {start}")
     return run_dir / CONFIG_FILE
+
+
+class Output(Console):
+    """A console whose reader may go away: hours of training must not end with a ``head``."""
+
+    def on_broken_pipe(self) -> None:
+        """Prints nothing more."""
+        if not self.quiet:
+            print(
+                "rl-edit: the reader of the output is gone; the run goes on, and its numbers are "
+                "in its run directory.",
+                file=sys.stderr,
+            )
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class LiveProgress:

@@ -28,6 +28,8 @@ token, channel]``."""
 class TrainingFailed(RuntimeError):
     """Ends a run that cannot go on: the message says why and what to change. Exit code 3."""
 
+    exit_code = 3
+
 
 @runtime_checkable
 class Collective(Protocol):

@@ -1,0 +1,218 @@
+"""Starts the Ray cluster of one machine, wherever the user's environment leaves room for it.
+
+Ray needs a short temporary directory, a home directory to write a token to, and memory for its
+object store. What is missing is replaced or named in one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible, brief
+
+SOCKET_LENGTH = 103 if sys.platform == "darwin" else 107
+"""Bytes that the name of a Unix socket may have."""
+
+SESSION_LENGTH = len("/ray/session_2026-11-28_12-20-53_123456_4194304/sockets/plasma_store.9")
+"""Bytes that Ray appends to the temporary directory for its longest socket name."""
+
+ROOM = SOCKET_LENGTH - SESSION_LENGTH
+"""Bytes left for the temporary directory itself."""
+
+ENOUGH_FILES = 1024
+"""Open files that Ray's own processes get by with."""
+
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+Note = Callable[[str], None]
+
+
+def start(*, note: Note, **settings: Any) -> None:
+    """Starts a cluster of this machine and connects to it.
+
+    Args:
+        note: takes a line about what was replaced.
+        settings: arguments of ``ray.init``.
+
+    Raises:
+        ResourcesInfeasible: no room for sockets, or no memory for the object store.
+        ClusterUnreachable: Ray did not come up, with its reason.
+    """
+    folder, why = _temporary_folder()
+    if why:
+        note(f"{why}; Ray's session and logs are in {folder}")
+        settings["_temp_dir"] = f"{folder}/ray"
+    _keep_token(folder, note=note)
+    _say_slow_store(settings.get("object_store_memory"), folder, note=note)
+    with quiet(), own_signals():
+        try:
+            ray.init(**settings)
+        except Exception as error:
+            # Half a cluster would keep its processes, and the next try would join it.
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            raise _translated(error, folder) from error
+
+
+def _temporary_folder() -> tuple[str, str]:
+    """Chooses the directory of Ray's session.
+
+    Returns:
+        the directory, and why it is not the user's; "" where it is.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
+    # On macOS Ray reads RAY_TMPDIR only.
+    if not name or (name == "TMPDIR" and sys.platform == "darwin"):
+        name, folder = "the temporary directory", "/tmp"
+    else:
+        folder = os.environ[name]
+    problem = _problem(folder)
+    if not problem:
+        return folder, ""
+    for other in SHORT_FOLDERS:
+        if not _problem(other):
+            # A new one for every run and for its owner only: a name that others can foresee in a
+            # directory that everyone writes to could be theirs.
+            return tempfile.mkdtemp(prefix="rl-edit-", dir=other), f"{name} {problem}"
+    raise ResourcesInfeasible(
+        f"Ray has no place for its files: {name} {problem}, and none of "
+        f"{', '.join(SHORT_FOLDERS)} can be written to. Set RAY_TMPDIR to a directory that you may "
+        f"write to, with at most {ROOM} characters."
+    )
+
+
+def _problem(folder: str) -> str:
+    """Returns why Ray cannot keep its session in a directory; "" when it can."""
+    length = len(os.fsencode(os.path.abspath(folder)))
+    if length > ROOM:
+        return f"is {length} characters long and Ray's sockets leave room for {ROOM}"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        session = os.path.join(folder, "ray")
+        place = session if os.path.isdir(session) else folder
+        # Asks the file system: permissions do not show one that is full or read-only.
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        return f"({folder}) cannot be written to ({error.strerror})"
+    return ""
+
+
+def _keep_token(folder: str, *, note: Note) -> None:
+    """Gives Ray a place for its token where the home directory takes no file.
+
+    A user's own token or choice of authentication stays.
+    """
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(name in os.environ for name in names):
+        return
+    try:
+        home = Path.home()
+        token = home / ".ray" / "auth_token"
+        if token.is_file() and os.access(token, os.R_OK):
+            return
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=token.parent):
+            return
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home at all
+        private = Path(tempfile.mkdtemp(prefix="rl-edit-", dir=folder))
+    path = private / "auth_token"
+    # mkdtemp made a directory for the owner only.
+    path.write_text(secrets.token_hex(32))
+    path.chmod(0o600)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    note(f"the home directory cannot be written to: the token of this run's cluster is in {path}")
+
+
+def _say_slow_store(size: int | None, folder: str, *, note: Note) -> None:
+    """Says that arrays between processes go through files, where shared memory is too small."""
+    if size is None or not os.path.isdir("/dev/shm"):
+        return  # Ray chooses the size by what there is, or has no such directory to choose
+    free = shutil.disk_usage("/dev/shm").free
+    if free < size:
+        note(
+            f"/dev/shm has {free / 2**20:.0f} MiB free and the object store wants "
+            f"{size / 2**20:.0f}: it is in {folder}, which is slower. Free /dev/shm, or start the "
+            "container with docker run --shm-size=8g"
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Ray's advice about its own future off the terminal."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore", FutureWarning)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        yield
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Keeps the process's answer to SIGTERM, which ``ray.init`` would replace.
+
+    Ray's own exits in the middle of the start, and the half of a cluster then aborts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    theirs = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = theirs
+        # Ray's C++ part has put its own before ours. None is one that Python did not install.
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _translated(error: Exception, folder: str) -> Exception:
+    """Names cause and remedy of an error of Ray's start."""
+    text = brief(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if "/dev/shm" in text or "object store memory" in text:
+        return ResourcesInfeasible(
+            f"Ray's object store does not fit: {text} Free /dev/shm, or start the container with "
+            "a larger one (docker run --shm-size=8g)."
+        )
+    if number == errno.ENOSPC:
+        return ResourcesInfeasible(
+            f"no space is left in {folder}, where Ray keeps its session: free some, or set "
+            "RAY_TMPDIR to another directory."
+        )
+    if number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN):
+        return ResourcesInfeasible(
+            f"this user may not open more files or processes ({text}): raise ulimit -n and "
+            "ulimit -u, or end other programs."
+        )
+    if number == errno.EADDRINUSE or "ddress already in use" in text:
+        remedy = "Another program has a port that a RAY_*_PORT gives to Ray: unset it."
+    elif "RAY_RUNTIME_ENV_HOOK" in os.environ:
+        remedy = "RAY_RUNTIME_ENV_HOOK is set and runs at Ray's start: unset it to try without."
+    elif (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < ENOUGH_FILES:
+        remedy = f"A process may open {limit} files and Ray needs more: ulimit -n 65536."
+    else:
+        remedy = (
+            f"See the newest session_*/logs in {folder}/ray; end what other runs left (ray stop), "
+            "or train in one process with actors.runtime=thread."
+        )
+    return ClusterUnreachable(f"Ray could not start on this machine ({text}). {remedy}")
