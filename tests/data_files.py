@@ -45,7 +45,7 @@ def write_folder(root: Path, num_rows: int = 4, height: int = 37, width: int = 5
     for index in range(num_rows):
         saved(root / f"p{index}.png", an_image(height, width, seed=index))
         saved(root / f"p{index}_mask.png", a_box(height, width))
-        (root / f"p{index}.txt").write_text(f"  edit\n number {index} ")
+        (root / f"p{index}.txt").write_text(f"  edit\t number {index} \n")
     return root
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_files import a_box, an_image, assert_equal_tasks, saved
 from rl_edit.data import DataConfig, open_dataset, shapes
-from rl_edit.data.compbench import read_compbench, write_compbench
+from rl_edit.data.compbench import list_compbench, write_compbench
 from rl_edit.errors import InputError
 from rl_edit.types import PairedTask
 
@@ -50,9 +50,10 @@ def test_the_benchmark_s_own_rows_are_read_and_frames_of_one_clip_stay_together(
     (folder / "metadata.json").write_text(json.dumps(entries))
     for entry in entries:
         for kind in ("input_image", "edited_image"):
-            saved(folder / kind / entry["image_path"], an_image(20, 30))
+            clip = ord(entry["image_path"][0])
+            saved(folder / kind / entry["image_path"], an_image(20, 30, seed=clip))
         saved(folder / "mask" / entry["image_path"], a_box(20, 30))
-    assert read_compbench(tmp_path)[0].task_id == "remove/a/0/00000"
+    assert list_compbench(tmp_path).requests[0].task_id == "remove/a/0/00000"
     sides = [
         open_dataset(DataConfig(path=str(tmp_path), heldout_fraction=0.5), split)
         for split in ("train", "heldout")
@@ -86,7 +87,7 @@ def test_writing_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_writing_into_an_empty_directory_works(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     write_compbench([shapes.task("train", 0)], tmp_path / "data")
-    assert len(read_compbench(tmp_path / "data")) == 1
+    assert len(list_compbench(tmp_path / "data").requests) == 1
 
 
 @pytest.mark.parametrize(

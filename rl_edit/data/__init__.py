@@ -10,28 +10,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
+from urllib.parse import unquote, urlsplit
 
 import torch
 
 from rl_edit.data import shapes
 from rl_edit.data.canvas import leaves_no_token
-from rl_edit.data.compbench import is_compbench, read_compbench, request_compbench
+from rl_edit.data.compbench import is_compbench, list_compbench
 from rl_edit.data.config import BUILTIN_SHAPES
 from rl_edit.data.config import DataConfig as DataConfig
-from rl_edit.data.folder import read_folder, request_folder
+from rl_edit.data.folder import list_folder
 from rl_edit.data.images import MaskPolarity, read_mask
+from rl_edit.data.listing import Listing, expanded
 from rl_edit.data.notices import Notice, require_none
 from rl_edit.data.pixels import COLOUR_CHANGES
-from rl_edit.data.rows import EmptyMask, Request, Row, check, check_requests, load, refuse
+from rl_edit.data.problems import refuse
+from rl_edit.data.rows import EmptyMask, Request, Row, check, check_requests, load
+from rl_edit.data.splits import Split, divide, ordered, shared_images
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedRegionsTask
-
-Split = Literal["train", "heldout"]
 
 
 @runtime_checkable
@@ -203,29 +207,31 @@ def open_dataset(
     # The built-in world is split by construction; both splits come from the same path.
     if path == BUILTIN_SHAPES:
         return _open_shapes(config, split)
-    root = Path(path).expanduser()
+    root = located(path)
     # Where the two splits lie apart, no row has to be assigned to one.
     takes_all = config.heldout_path is not None
     if not takes_all and _holds_two_splits(root):
         root, takes_all = root / split, True
-    all_rows = read_compbench(root) if is_compbench(root) else read_folder(root)
+    listing = _list_rows(root, config, masked=True)
     checked = check(
-        _ordered(_of_types(all_rows, config.task_types, root)),
+        ordered(_of_types(listing.rows, config.task_types, root)),
         source=str(root),
         polarity=config.mask_polarity,
         empty_mask=config.empty_mask,
     )
-    rows, notices = (
-        (checked.rows, ())
-        if takes_all
-        else _rows_of_split(checked.rows, split, config.heldout_fraction, root)
-    )
+    rows, notices = checked.rows, [*listing.notices, *checked.notices]
+    if takes_all:
+        notices += _shared_with_heldout(rows, split, config, root)
+    else:
+        divided = divide(rows, config.heldout_fraction, source=str(root))
+        rows = divided.rows[split]
+        notices += divided.notices
     dataset = RowsDataset(
         rows=rows,
         root=root if root.is_dir() else root.parent,
         mask_polarity=config.mask_polarity,
         skipped=checked.skipped,
-        notices=(*checked.notices, *notices),
+        notices=tuple(notices),
     )
     if config.strict:
         require_none(dataset.notices, source=str(root))
@@ -248,16 +254,16 @@ def open_requests(config: DataConfig) -> tuple[Request, ...]:
             f"{config.path} has its masks, and no rows on disk: write some first with "
             "rl-edit dataset make-shapes DIR"
         )
-    root = Path(config.path).expanduser()
+    root = located(config.path)
     if _holds_two_splits(root):
         raise InputError(
             f"{root} holds two datasets, train and heldout: name one of them, "
             f"{root / 'train'} or {root / 'heldout'}."
         )
     # Rows of both splits: a mask is needed by either.
-    requests = request_compbench(root) if is_compbench(root) else request_folder(root)
+    listing = _list_rows(root, config, masked=False)
     return check_requests(
-        _ordered(_of_types(requests, config.task_types, root)),
+        ordered(_of_types(listing.requests, config.task_types, root)),
         source=str(root),
         polarity=config.mask_polarity,
     )
@@ -281,17 +287,33 @@ def _holds_two_splits(root: Path) -> bool:
 R = TypeVar("R", bound=Request)
 
 
-def _ordered(rows: list[R]) -> list[R]:
-    """Orders rows by a hash of their ids.
-
-    Any first part is then a fair sample.
-    """
-    return sorted(rows, key=lambda row: (_hash(row.task_id), row.task_id))
+def located(path: str) -> Path:
+    """The directory or file that ``data.path`` names; also as "~/data" or "file:///data"."""
+    return expanded(unquote(urlsplit(path).path) if path.startswith("file://") else path)
 
 
-def _of_types(rows: list[R], task_types: tuple[str, ...] | None, root: Path) -> list[R]:
+def _list_rows(root: Path, config: DataConfig, *, masked: bool) -> Listing:
+    if is_compbench(root):
+        return list_compbench(root, masked=masked)
+    return list_folder(root, masked=masked, lines=config.text_lines)
+
+
+def _shared_with_heldout(
+    rows: tuple[Row, ...], split: Split, config: DataConfig, root: Path
+) -> list[Notice]:
+    """Counts the images of the other dataset that are in this one, which is trained on."""
+    if split == "heldout" or config.heldout_path == BUILTIN_SHAPES:
+        return []
+    # A fault of that dataset is reported when it is opened itself.
+    with contextlib.suppress(InputError):
+        other = located(config.heldout_path) if config.heldout_path else root.parent / "heldout"
+        return shared_images(rows, _list_rows(other, config, masked=True).rows)
+    return []
+
+
+def _of_types(rows: Sequence[R], task_types: tuple[str, ...] | None, root: Path) -> list[R]:
     if task_types is None:
-        return rows
+        return list(rows)
     present = sorted({row.task_type for row in rows})
     absent = [task_type for task_type in task_types if task_type not in present]
     if absent:
@@ -300,33 +322,6 @@ def _of_types(rows: list[R], task_types: tuple[str, ...] | None, root: Path) -> 
             "Correct data.task_types."
         )
     return [row for row in rows if row.task_type in task_types]
-
-
-def _rows_of_split(
-    rows: tuple[Row, ...], split: Split, heldout_fraction: float, root: Path
-) -> tuple[tuple[Row, ...], tuple[Notice, ...]]:
-    """Returns the rows of one split, and what there is to say about the split."""
-    # A hash of the image's name decides. Adding rows moves no other row, and no image is in both
-    # splits.
-    names = sorted({row.group for row in rows}, key=lambda name: (_hash(name), name))
-    if len(names) == 1:
-        single = Notice(
-            kind="single-image",
-            count=1,
-            message=f"{root} has a single image: it is used for training and for evaluation alike, "
-            "so results say nothing about other images. Add images or set data.heldout_path.",
-        )
-        return rows, (single,)
-    # A hash is uniform below 2**64, so this share of the names lies below the fraction. At least
-    # one image stays in each split.
-    num_heldout = sum(_hash(name) < heldout_fraction * 2**64 for name in names)
-    heldout = set(names[: min(max(num_heldout, 1), len(names) - 1)])
-    return tuple(row for row in rows if (row.group in heldout) == (split == "heldout")), ()
-
-
-def _hash(text: str) -> int:
-    # Not hash(), which differs from process to process.
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _relative(file: Path, root: Path) -> str:

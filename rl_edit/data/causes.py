@@ -6,13 +6,14 @@ LFS, an error page, or an image that is only too large. Nothing here decodes pix
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
 
 from PIL import Image
 
-from rl_edit.data.file_kinds import HAS_AVIF, HAS_HEIF
+from rl_edit.data.file_kinds import HAS_AVIF, HAS_HEIF, is_image
 
 _FIRST_BYTES = 1024
 _SHOWN = 60
@@ -38,6 +39,8 @@ def why_missing(path: Path) -> str:
         return f"is a link to {os.readlink(path)}, which does not exist: copy the file it named"
     if path.is_dir():
         return "is a directory, not a file"
+    if near := _other_spelling(path):
+        return f"not found, but there is {near}: correct the name"
     return "not found"
 
 
@@ -49,11 +52,9 @@ def why_unreadable_image(path: Path, error: BaseException) -> str:
     """
     if isinstance(error, FileNotFoundError):
         missing = why_missing(path)
-        return (
-            "does not exist. Correct the path or remove the row."
-            if missing == "not found"
-            else f"{missing}."
-        )
+        if missing == "not found":
+            return "does not exist. Correct the path or remove the row."
+        return f"{missing}."
     if isinstance(error, PermissionError):
         return "may not be read (permission denied): give yourself the right (chmod u+r)."
     if isinstance(error, Image.DecompressionBombError):
@@ -71,6 +72,23 @@ def why_unreadable_image(path: Path, error: BaseException) -> str:
         "Copy it again from its origin, or open it in a viewer and save it again as PNG or JPEG, "
         "or remove the row."
     )
+
+
+def _other_spelling(path: Path) -> str | None:
+    """A file beside the missing one with its name in another case or with another ending."""
+    names = _names_in(path.parent)
+    return names.get(path.name.casefold()) or names.get(path.stem.casefold())
+
+
+@functools.lru_cache(maxsize=16)
+def _names_in(folder: Path) -> dict[str, str]:
+    """Names of images by folded name and by folded stem. Many missing files share a folder."""
+    try:
+        images = sorted(file.name for file in folder.iterdir() if is_image(file))
+    except OSError:
+        return {}
+    by_stem = {Path(name).stem.casefold(): name for name in images}
+    return by_stem | {name.casefold(): name for name in images}
 
 
 def _too_large(error: Image.DecompressionBombError) -> str:

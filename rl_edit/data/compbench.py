@@ -26,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rl_edit.data.rows import Request, Row, refuse
+from rl_edit.data.listing import Listing, unused_files
+from rl_edit.data.problems import refuse
+from rl_edit.data.rows import Request, Row
 from rl_edit.errors import InputError
 from rl_edit.files import new_directory
 from rl_edit.types import PairedRegionsTask, PairedTask
@@ -70,15 +72,8 @@ def new_dataset(directory: Path) -> Iterator[Path]:
         yield partial
 
 
-def read_compbench(directory: Path) -> list[Row]:
-    """Rows of every task type, in the order of their files. Images are not opened."""
-    return [
-        request for request in request_compbench(directory, masked=True) if isinstance(request, Row)
-    ]
-
-
-def request_compbench(directory: Path, *, masked: bool = False) -> list[Request]:
-    """Rows of every task type, with or without a mask.
+def list_compbench(directory: Path, *, masked: bool = False) -> Listing:
+    """Lists the rows of every task type, in the order of their files. Images are not opened.
 
     Args:
         masked: every row has a mask; a missing mask file is then a problem of the row.
@@ -101,7 +96,8 @@ def request_compbench(directory: Path, *, masked: bool = False) -> list[Request]
             f"{directory} has {_PATTERN} files but no entries in them, so there is nothing to "
             "train on. Check the download."
         )
-    return rows
+    unused = unused_files(directory, rows, kind="files-in-no-row")
+    return Listing(requests=tuple(rows), notices=tuple(unused))
 
 
 def _row(folder: Path, entry: dict[str, Any], where: str, *, masked: bool) -> Request:

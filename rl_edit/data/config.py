@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rl_edit.data.images import MaskPolarity
+from rl_edit.data.instructions import TextLines
 from rl_edit.data.rows import EmptyMask
 from rl_edit.errors import InputError
 
@@ -24,6 +25,8 @@ class DataConfig(BaseModel):
             (CompBench, MagicBrush), "edit_black" marks what should stay (CoCoEdit).
         empty_mask: treatment of a row on disk whose mask is empty or full. "error" stops, "skip"
             leaves it out and counts it.
+        text_lines: the meaning of several lines in an image's .txt file. "split" makes each an
+            instruction of its own, "join" makes them one. None splits them, and says so.
         heldout_fraction: share of the images on disk that is held out without ``heldout_path``.
         strict: whether a notice is an error: files that are not used, masks that were guessed, text
             that was cut.
@@ -40,6 +43,7 @@ class DataConfig(BaseModel):
     task_types: tuple[str, ...] | None = None
     mask_polarity: MaskPolarity = "edit_white"
     empty_mask: EmptyMask = "error"
+    text_lines: TextLines | None = None
     # Where nothing else divides the two splits.
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
     heldout_path: str | None = None

@@ -20,16 +20,15 @@ import torch
 from numpy.typing import NDArray
 
 from rl_edit.data import images
+from rl_edit.data.causes import why_missing
 from rl_edit.data.images import MaskPolarity
 from rl_edit.data.notices import NUM_EXAMPLES, Notice
 from rl_edit.data.pixels import Conversion, conversion_notices
+from rl_edit.data.problems import refuse
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedRegionsTask, PairedTask, RegionsTask
 
 EmptyMask = Literal["error", "skip"]
-
-_NUM_SHOWN = 5
-"""Problems that one message spells out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,20 +163,6 @@ def check_requests(
     )
 
 
-def refuse(problems: Sequence[str], *, num_rows: int, source: str) -> None:
-    """Raises one InputError for all problems, if any."""
-    if not problems:
-        return
-    shown = "; ".join(
-        f"({number}) {problem}" for number, problem in enumerate(problems[:_NUM_SHOWN], start=1)
-    )
-    more = f"; and {len(problems) - _NUM_SHOWN} more" if len(problems) > _NUM_SHOWN else ""
-    raise InputError(
-        f"{source}: {len(problems)} problems in {num_rows} rows. Correct or remove these rows: "
-        f"{shown}{more}"
-    )
-
-
 def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
     """Reads a row as the record that fits its files.
 
@@ -237,9 +222,8 @@ def _examined(rows: Sequence[Request], polarity: MaskPolarity) -> tuple[list[str
 
 def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
     try:
-        missing = [str(path) for path in row.files if not path.is_file()]
-        if missing:
-            return _Finding(problem=f"{row.where}: {' and '.join(missing)} not found")
+        if missing := _missing(row):
+            return _Finding(problem=f"{row.where}: {missing}")
         # Sizes first, because most mistakes are about them.
         facts = [(row.source, images.examine_image(row.source, where=row.where))]
         size = facts[0][1].size
@@ -260,6 +244,14 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
         zero_one=mask.zero_one,
         conversions=tuple((path, fact.conversions) for path, fact in facts),
     )
+
+
+def _missing(row: Request) -> str:
+    """Names the files that do not exist, with the reason; "" if all do."""
+    reasons = {path: why_missing(path) for path in row.files if not path.is_file()}
+    if set(reasons.values()) == {"not found"}:
+        return f"{' and '.join(map(str, reasons))} not found"
+    return " and ".join(f"{path} {reason}" for path, reason in reasons.items())
 
 
 def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
