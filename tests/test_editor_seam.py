@@ -126,6 +126,6 @@ def test_a_family_that_lacks_a_method_is_refused_with_its_name() -> None:
 
 def test_targets_that_fit_no_module_are_refused_with_the_names_that_there_are() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    with pytest.raises(InputError, match=r"lora\.targets .*fit no module .*\(0, 2, \.\.\.\)"):
+    with pytest.raises(InputError, match=r"lora\.targets .*fit no module .*\(0, 2\)"):
         lora.attach(module, lora.LoraConfig(), seed=0)
     assert not lora.parameters(module)

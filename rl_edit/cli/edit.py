@@ -13,7 +13,15 @@ from torch import Tensor
 
 from rl_edit.data.canvas import fit
 from rl_edit.data.images import read_rgb
-from rl_edit.editors import BUILTIN, Editor, EditorFamily, editor_config, load_editor, lora
+from rl_edit.editors import (
+    BUILTIN,
+    Editor,
+    EditorFamily,
+    editor_config,
+    load_editor,
+    lora,
+    require_adapter,
+)
 from rl_edit.errors import InputError
 from rl_edit.method.exploration import NoiseSource
 from rl_edit.method.rollout import denoise
@@ -52,11 +60,16 @@ def edit_command(
     target = output or Path(f"{image.stem}_edited.png")
     # Everything that can be refused is refused before the editor is loaded.
     _require_writable(target)
-    weights = lora.read(adapter) if adapter is not None else None
+    console = Console()
+    stored = lora.read(adapter) if adapter is not None else None
+    if stored is not None:
+        for note in stored[1].notes:
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        require_adapter(config, stored[0])
     loaded = load_editor(config)
-    if weights is not None:
-        lora.attach(loaded.transformer, weights[1], seed=0)
-        lora.load(loaded.transformer, weights[0])
+    if stored is not None:
+        lora.attach(loaded.transformer, stored[1], seed=0)
+        lora.load(loaded.transformer, stored[0])
     task = fit(
         _task(image.name, source, instruction),
         resolution=config.resolution,
@@ -64,7 +77,7 @@ def edit_command(
     )
     Image.fromarray(_edited(loaded, task, steps=steps, seed=seed).numpy()).save(target)
     height, width = task.source.shape[:2]
-    Console().print(
+    console.print(
         f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})",
         highlight=False,
         markup=False,

@@ -18,7 +18,7 @@ from rich.table import Table
 from rl_edit.cli.arguments import print_notices
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
-from rl_edit.editors import inspect_editor, load_editor, lora
+from rl_edit.editors import inspect_editor, load_editor, lora, require_adapter
 from rl_edit.errors import InputError
 from rl_edit.evaluation.evaluate import Evaluation, evaluate
 from rl_edit.evaluation.record import EvaluationRecord
@@ -89,6 +89,9 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     # Read before the editor is loaded: a wrong path must not cost a minute.
     weights, lora_config = lora.read(adapter)
+    for note in lora_config.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    require_adapter(config.editor, weights)
     editor = load_editor(config.editor)
     # The seed is of initial weights, which are overwritten at once.
     lora.attach(editor.transformer, lora_config, seed=0)

@@ -11,12 +11,16 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter
+from torch import nn
 
 from rl_edit.editors.family import Editor, EditorFacts, EditorFamily, EditorSettings
 from rl_edit.editors.flux_kontext import FluxKontextConfig
 from rl_edit.editors.location import BUILTIN, BUILTIN_WEIGHTS, INDEX, local_pipeline, locate
+from rl_edit.editors.lora import LoraConfig, attach
+from rl_edit.editors.lora_targets import require_fit
 from rl_edit.errors import InputError
 from rl_edit.method.plugins import Plugin
+from rl_edit.types import AdapterWeights
 
 __all__ = [
     "BUILTIN",
@@ -31,6 +35,8 @@ __all__ = [
     "editor_identity",
     "inspect_editor",
     "load_editor",
+    "require_adapter",
+    "require_targets",
 ]
 
 FAMILIES = (FluxKontextConfig,)
@@ -88,6 +94,36 @@ def load_editor(config: EditorFamily) -> Editor:
     """
     _require_trainable(config)
     return config.load()
+
+
+def require_targets(config: EditorFamily, lora: LoraConfig) -> None:
+    """Refuses LoRA settings that the editor cannot take, before any weight is loaded.
+
+    A family that offers no ``skeleton`` is checked when the adapter is attached.
+
+    Raises:
+        InputError: a target fits no module (with the nearest names), or PEFT refuses the settings.
+    """
+    skeleton = _skeleton(config)
+    if skeleton is not None:
+        attach(skeleton, lora, seed=0)
+
+
+def require_adapter(config: EditorFamily, weights: AdapterWeights) -> None:
+    """Refuses an adapter of another editor, before any weight of this one is loaded.
+
+    Raises:
+        InputError: its modules are not there, or have other widths.
+    """
+    skeleton = _skeleton(config)
+    if skeleton is not None:
+        require_fit(skeleton, weights)
+
+
+def _skeleton(config: EditorFamily) -> nn.Module | None:
+    # Optional, so that a family of yours need not offer it.
+    build = getattr(config, "skeleton", None)
+    return build() if build is not None else None
 
 
 def editor_identity(config: EditorFamily) -> str:

@@ -63,6 +63,13 @@ class EditorSettings(BaseModel):
         """Names the frozen base: a hash of its directory's files, or repository id and revision."""
         return identity_of(self.path, self.revision)
 
+    def skeleton(self) -> nn.Module | None:
+        """Builds the transformer without its weights; None where the family cannot.
+
+        LoRA targets and adapters are then checked before the weights are loaded.
+        """
+        return None
+
     def evaluation_settings(self) -> dict[str, Any]:
         """Settings that an evaluation records and compares; None where the family has none."""
         # The keys of evaluation.json. A family of yours that has settings beyond them puts them

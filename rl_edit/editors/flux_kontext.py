@@ -105,6 +105,22 @@ class FluxKontextConfig(EditorSettings):
         # The VAE halves the sides between its blocks; packing halves them once more.
         return EditorFacts(pixels_per_token=2 * 2 ** (blocks - 1), notes=files.notes)
 
+    def skeleton(self) -> nn.Module:
+        """Builds the transformer of the editor's configuration on the meta device."""
+        from diffusers import FluxTransformer2DModel
+
+        place = locate(self.path, self.revision)
+        settings = place.read_json("transformer/config.json")
+        try:
+            with torch.device("meta"):
+                transformer: nn.Module = FluxTransformer2DModel.from_config(settings)
+        except Exception as error:
+            raise InputError(
+                f"transformer/config.json of {place.name} describes no FLUX transformer "
+                f"({type(error).__name__}: {error}): save the editor again"
+            ) from error
+        return transformer
+
     def load(self) -> FluxKontextEditor:
         """Loads the stock pipeline and freezes it."""
         pipeline = _stock_pipeline(self, locate(self.path, self.revision))

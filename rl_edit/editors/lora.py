@@ -17,11 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from rl_edit.editors.adapter_config import AdapterConfig
+from rl_edit.editors.adapter_forms import (
+    METADATA,
+    PREFIX,
+    WEIGHTS_FILE,
+    find_file,
+    read_form,
+)
+from rl_edit.editors.lora_targets import require_fit, require_modules, unmatched
 from rl_edit.errors import InputError
 from rl_edit.files import replace_file, replace_json
 from rl_edit.types import AdapterId, AdapterWeights
@@ -44,12 +51,7 @@ ACTING = "acting"
 Objectives that read the acting weights' velocity need it.
 """
 
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 NOTE_FILE = "adapter.json"
-
-PREFIX = "transformer."
-METADATA = "lora_adapter_metadata"
-"""Prefix of tensors, and key of PEFT's settings, in a LoRA file of diffusers."""
 
 ATTENTION_PROJECTIONS = (
     "to_q",
@@ -97,35 +99,58 @@ class LoraConfig(BaseModel):
 
 
 def attach(
-    transformer: nn.Module, config: LoraConfig, *, seed: int, adapter_name: str = POLICY
+    transformer: nn.Module,
+    config: LoraConfig | AdapterConfig,
+    *,
+    seed: int,
+    adapter_name: str = POLICY,
 ) -> None:
     """Adds an adapter in fp32 and switches it on.
 
-    A is Gaussian from ``seed`` and B zero, so that the edited model starts as the base.
+    A is Gaussian from ``seed`` and B zero, so that the edited model starts as the base. The adapter
+    of an :class:`AdapterConfig` goes to the modules that have tensors in its file.
 
     Raises:
-        InputError: the transformer has no module of a target's name.
+        InputError: the transformer has no module of a target's name, or PEFT refuses the settings.
     """
     from peft import inject_adapter_in_model
 
+    if isinstance(config, LoraConfig):
+        problem = unmatched(transformer, config.targets)
+        if problem:
+            raise InputError(problem)
+    else:
+        require_modules(transformer, config.modules)
     # A fork: attaching must not move the process's own random stream.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # A second adapter beside the first is meant.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # A second adapter beside the first is meant, and so are modules other than the targets.
+        # What a user must know of an adapter's settings stands in its notes.
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(config.peft(), transformer, adapter_name)
-        except ValueError as error:
-            linear = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+            inject_adapter_in_model(
+                config.peft(), transformer, adapter_name, state_dict=_places(config)
+            )
+        # PEFT raises whatever its own code meets: a pattern that does not compile, a module that it
+        # cannot adapt.
+        except Exception as error:
             raise InputError(
-                f"lora.targets {', '.join(config.targets)} fit no module of this editor: name "
-                f"suffixes of its linear layers ({', '.join(linear[:8])}, ...)"
+                f"PEFT cannot attach this LoRA ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}): check lora.targets, or the adapter's "
+                "settings"
             ) from error
     # PEFT may make the adapter in the base's number format; an optimizer step in bf16 would round
     # most updates away.
     set_active(transformer, True, adapter_name=adapter_name)
     for parameter in parameters(transformer, adapter_name=adapter_name):
         parameter.data = parameter.data.float()
+
+
+def _places(config: LoraConfig | AdapterConfig) -> dict[str, Tensor] | None:
+    """Returns names of tensors by which PEFT finds the modules; their values are not read."""
+    if isinstance(config, LoraConfig):
+        return None
+    return {f"{module}.lora_A.weight": torch.empty(0) for module in config.modules}
 
 
 def named_parameters(
@@ -180,10 +205,16 @@ def load(transformer: nn.Module, weights: AdapterWeights, *, adapter_name: str =
 
     misfit = f"adapter {weights.id} does not fit this editor's LoRA:"
     remedy = "Use the run's own editor and lora settings."
+    require_fit(transformer, weights)
     try:
-        result = set_peft_model_state_dict(transformer, weights.tensors, adapter_name=adapter_name)
+        with warnings.catch_warnings():
+            # On the bias of a LoRA, which has one side, as if it were a matrix.
+            warnings.simplefilter("ignore")
+            result = set_peft_model_state_dict(
+                transformer, weights.tensors, adapter_name=adapter_name
+            )
     # torch raises for shapes; missing and unexpected names are returned.
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{misfit} {reason} {remedy}") from error
     if result is None:
@@ -213,7 +244,7 @@ def set_active(transformer: nn.Module, active: bool, *, adapter_name: str = POLI
             layer.enable_adapters(enabled=active)
 
 
-def save(directory: Path, weights: AdapterWeights, config: LoraConfig) -> None:
+def save(directory: Path, weights: AdapterWeights, config: LoraConfig | AdapterConfig) -> None:
     """Writes a directory from which ``pipeline.load_lora_weights`` restores tensors and alpha.
 
     diffusers resets alpha to the rank when the file carries no adapter metadata; ours always does.
@@ -231,7 +262,7 @@ def save(directory: Path, weights: AdapterWeights, config: LoraConfig) -> None:
     note: dict[str, Any] = {
         "step": weights.id.step,
         "sha256": weights.id.sha256,
-        "lora": config.model_dump(mode="json"),
+        "lora": config.model_dump(mode="json", exclude={"notes"}),
     }
     replace_json(directory / NOTE_FILE, note)
 
@@ -246,64 +277,29 @@ def _sorted_header(raw: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + raw[8 + size :]
 
 
-def read(directory: Path) -> tuple[AdapterWeights, LoraConfig]:
-    """Reads what :func:`save` wrote, or any diffusers LoRA file of a transformer with its metadata.
+def read(directory: Path) -> tuple[AdapterWeights, AdapterConfig]:
+    """Reads an adapter file or directory, as stock diffusers or PEFT applies it.
 
     Raises:
-        InputError: the file is missing, is no transformer LoRA, or its bytes are not those its note
-            names.
+        InputError: there is none, it cannot be applied, or its bytes are not those its note names.
     """
-    path = directory / WEIGHTS_FILE if directory.is_dir() else directory
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise InputError(
-            f"no adapter at {directory}: expected {WEIGHTS_FILE} (a diffusers LoRA). "
-            "Point --adapter at RUN/adapter."
-        )
-    try:
-        raw = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:
-        raise InputError(
-            f"{path} is not a readable safetensors file ({error}): copy the adapter again"
-        ) from error
-    tensors = {
-        name.removeprefix(PREFIX): value for name, value in raw.items() if name.startswith(PREFIX)
-    }
-    # A is [rank, in], so its first side is the rank.
-    ranks = [value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight")]
-    if not ranks:
-        raise InputError(
-            f"{path} holds no transformer LoRA (keys start with {next(iter(raw), '')!r}): "
-            "train one with rl-edit train"
-        )
+    path = find_file(directory)
+    tensors, config = read_form(path)
     # The name follows from the content, never from the note.
     sha = digest(tensors)
     step = _noted_step(path.parent / NOTE_FILE, path, sha)
-    return AdapterWeights(id=AdapterId(step, sha), tensors=tensors), _config(metadata, ranks[0])
-
-
-def _config(metadata: Mapping[str, str], rank: int) -> LoraConfig:
-    """Reads the settings of a LoRA file; without them, alpha is the rank as in diffusers."""
-    stored = {
-        key.removeprefix(PREFIX): value
-        for key, value in json.loads(metadata.get(METADATA, "{}")).items()
-    }
-    return LoraConfig(
-        rank=stored.get("r", rank),
-        alpha=stored.get("lora_alpha", rank),
-        targets=tuple(sorted(stored.get("target_modules", ATTENTION_PROJECTIONS))),
-    )
+    return AdapterWeights(id=AdapterId(step, sha), tensors=tensors), config
 
 
 def _noted_step(note: Path, path: Path, sha: str) -> int:
     """Reads the update that an adapter came from; 0 for a file of another program."""
-    if not note.is_file():
+    # A note is of the file that save() writes, and of no other one beside it.
+    if path.name != WEIGHTS_FILE or not note.is_file():
         return 0
     try:
         record = json.loads(note.read_text())
         step, noted = int(record["step"]), str(record["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{note} is not readable ({type(error).__name__}: {error}): copy the adapter again"
         ) from error

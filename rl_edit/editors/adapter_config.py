@@ -1,0 +1,108 @@
+"""Settings of an adapter that was read from a file, as PEFT's own record holds them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from rl_edit.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftLoraConfig
+
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations of PEFT that also change the base's weights, which a file does not hold."""
+
+
+class AdapterConfig(BaseModel):
+    """Settings of an adapter that was read, as PEFT applies them.
+
+    Attributes:
+        settings: all fields of PEFT's ``LoraConfig``: rank and alpha with their patterns,
+            rank-stabilised scale, targets (names, or a pattern).
+        modules: names of the modules that have tensors. They decide where the adapter goes, as in
+            diffusers, and not the targets.
+        notes: what a user should know about the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    settings: dict[str, Any]
+    modules: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Rank of the modules that no pattern names."""
+        return int(self.settings["r"])
+
+    @property
+    def alpha(self) -> float:
+        """Alpha of the modules that no pattern names."""
+        return float(self.settings["lora_alpha"])
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Targets as the file names them; a pattern is one."""
+        named = self.settings["target_modules"]
+        return (named,) if isinstance(named, str) else tuple(named or ())
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Ranks of single modules."""
+        return dict(self.settings["rank_pattern"])
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """Alphas of single modules."""
+        return dict(self.settings["alpha_pattern"])
+
+    @property
+    def rslora(self) -> bool:
+        """Is the scale ``alpha / sqrt(rank)`` instead of ``alpha / rank``?"""
+        return bool(self.settings["use_rslora"])
+
+    def peft(self) -> PeftLoraConfig:
+        """Returns the settings as PEFT's own record."""
+        from peft import LoraConfig as PeftLoraConfig
+
+        return PeftLoraConfig(**self.settings)
+
+
+def require_applicable(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses LoRAs without a scale, or whose effect does not stand in their tensors alone."""
+    alphas = [settings["lora_alpha"], *settings["alpha_pattern"].values()]
+    if not all(math.isfinite(alpha) for alpha in alphas):
+        raise InputError(
+            f"{path} has alphas that are no number ({alphas[:3]}): the settings in its metadata "
+            "are damaged. Copy the adapter again"
+        )
+    start = str(settings.get("init_lora_weights")).lower()
+    changed = next((name for name in CHANGED_BASE if start.startswith(name)), None)
+    if changed:
+        raise InputError(
+            f"{path} is a LoRA begun with {changed} (init_lora_weights), which also changes the "
+            "base's weights: convert it with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
+        )
+    for field in ("modules_to_save", "target_parameters", "layer_replication"):
+        if settings.get(field):
+            raise InputError(
+                f"{path} sets {field} {settings[field]}: beside the LoRA it replaces parts of the "
+                "editor, which stays frozen here. Train without it, or merge it into the editor"
+            )
+
+
+def idle_patterns(path: Path, settings: Mapping[str, Any], modules: list[str]) -> list[str]:
+    """Notes patterns of rank or alpha that fit no module of the file."""
+    return [
+        f"{path.name}: {field} {key} fits no module of the file and has no effect"
+        for field in ("rank_pattern", "alpha_pattern")
+        for key in settings[field]
+        # As PEFT matches.
+        if not any(re.match(rf"(.*\.)?({key})$", module) for module in modules)
+    ]

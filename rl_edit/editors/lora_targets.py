@@ -1,0 +1,103 @@
+"""Checks that LoRA targets and adapters fit a transformer, by names and shapes alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import nn
+
+from rl_edit.errors import InputError
+from rl_edit.types import AdapterWeights
+
+_BASE = ".base_layer"
+"""Suffix under which PEFT keeps the linear layer that it wraps."""
+
+
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+"""Layers that PEFT's LoRA can adapt."""
+
+
+def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers of the editor itself that can take an adapter, by name."""
+    return {
+        # A layer with an adapter on it goes by its own name.
+        name.removesuffix(_BASE): module
+        for name, module in transformer.named_modules()
+        if isinstance(module, ADAPTABLE) and ".lora_" not in name
+    }
+
+
+def unmatched(transformer: nn.Module, targets: Iterable[str]) -> str | None:
+    """Describes targets that fit no layer, with the nearest names; None where all fit."""
+    names = _layers(transformer)
+    missing = [
+        target
+        for target in targets
+        # As PEFT matches: the complete name, or its last parts.
+        if not any(name == target or name.endswith("." + target) for name in names)
+    ]
+    if not missing:
+        return None
+    short = dict.fromkeys(_short(name) for name in names)
+    lines = []
+    for target in missing:
+        near = difflib.get_close_matches(target, [*short, *names], n=3, cutoff=0.6)
+        lines.append(target + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    return (
+        f"lora.targets {', '.join(lines)} fit no module of this editor, so that part of it would "
+        "get no adapter: name linear layers by the ends of their names "
+        f"({', '.join(list(short)[:12])}{', ...' if len(short) > 12 else ''})"
+    )
+
+
+def _short(name: str) -> str:
+    """Returns the end of a module's name that says what it does, e.g. ``to_out.0``."""
+    parts = name.split(".")
+    # A number alone is a place in a list.
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def require_modules(transformer: nn.Module, modules: Iterable[str]) -> None:
+    """Refuses an adapter with modules that an editor does not have.
+
+    Raises:
+        InputError: of some or all of them.
+    """
+    layers, wanted = _layers(transformer), list(modules)
+    absent = [module for module in wanted if module not in layers]
+    if absent:
+        raise InputError(
+            f"the adapter does not fit this editor's LoRA: {len(absent)} of its {len(wanted)} "
+            f"modules are not there (unexpected {', '.join(absent[:3])}), so it was trained on "
+            "another editor. Name that one (--editor, editor.path)"
+        )
+
+
+def require_fit(transformer: nn.Module, weights: AdapterWeights) -> None:
+    """Refuses an adapter whose modules or widths are of another editor.
+
+    Raises:
+        InputError: a module is not there, or has other sides.
+    """
+    sides: dict[str, dict[str, int]] = {}
+    for name, value in weights.tensors.items():
+        module, _, part = name.partition(".lora_")
+        # A is [rank, input] and B [output, rank].
+        if part in ("A.weight", "B.weight") and value.ndim == 2:
+            sides.setdefault(module, {})[part[0]] = value.shape[1 if part[0] == "A" else 0]
+    require_modules(transformer, sides)
+    layers = _layers(transformer)
+    for module, side in sides.items():
+        layer = layers[module]
+        # The sides of other layers are PEFT's to check.
+        if not isinstance(layer, nn.Linear):
+            continue
+        out, into = layer.out_features, layer.in_features
+        if side.get("A", into) != into or side.get("B", out) != out:
+            raise InputError(
+                f"adapter {weights.id} does not fit this editor's LoRA: {module} takes "
+                f"{side.get('A', into)} numbers and gives {side.get('B', out)} in the adapter, "
+                f"{into} and {out} here, so it was trained on an editor of another width. Name "
+                "that one (--editor, editor.path)"
+            )
