@@ -21,7 +21,7 @@ from learner.controller.run import Observer, Run
 from learner.controller.same_run import require_resumable
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
-from rl_edit.editors import editor_identity, inspect_editor
+from rl_edit.editors import editor_identity, inspect_editor, require_targets
 from rl_edit.errors import InputError
 from rl_edit.provenance import code_sha256, versions
 from rl_edit.rewards import available
@@ -83,6 +83,7 @@ def prepare(
     )
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     config.require_measured(left_out)
+    require_targets(config.editor, config.lora)
     base = editor_identity(config.editor)
     run = Run(
         config=config,

@@ -171,22 +171,21 @@ def test_a_peft_folder_acts_bitwise_as_in_peft(config: dict[str, Any], tmp_path:
     assert not torch.equal(theirs, base_output())
 
 
-def test_a_pickled_file_is_read_without_running_its_code(tmp_path: Path) -> None:
-    tensors = load_file(written(tmp_path / "safe", settings=False) / WEIGHTS_FILE)
-    torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
-    expected = ours(tmp_path / "safe")
-    assert torch.equal(ours(tmp_path / "pytorch_lora_weights.bin"), expected)
-
-    ran = tmp_path / "ran"
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+def test_a_pickled_file_is_refused_unread_with_the_way_to_convert_it(
+    suffix: str, tmp_path: Path
+) -> None:
+    file, ran = tmp_path / f"adapter{suffix}", tmp_path / "ran"
 
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (ran,)
 
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"transformer.lora": Evil()}))
-    with pytest.raises(InputError, match=r"evil\.pt is not a readable PyTorch file") as caught:
-        lora.read(tmp_path / "evil.pt")
-    assert not ran.exists() and "\n" not in str(caught.value)
+    file.write_bytes(pickle.dumps({"transformer.lora": Evil()}))
+    for place in (tmp_path, file):
+        with pytest.raises(InputError, match=r"is a pickled file .*weights_only=True"):
+            lora.read(place)
+    assert not ran.exists()
 
 
 # --- a property: any rank, alpha, patterns and rank-stabilised scale -----------------------------
@@ -259,8 +258,8 @@ def test_any_rank_alpha_patterns_and_scale_act_as_in_stock_diffusers(
     lora.attach(mine, read, seed=0)
     lora.load(mine, weights)
     assert torch.equal(output(mine), output(theirs))
-    # With its settings in the file, the adapter acts as it was trained. Of patterns that overlap the
-    # first one counts, and diffusers sorts them when it saves.
+    # With its settings in the file, the adapter acts as it was trained. Of patterns that overlap
+    # the first one counts, and diffusers sorts them when it saves.
     ordered = len(config["alpha_pattern"]) < 2 and len(config["rank_pattern"]) < 2
     assert not (with_settings and ordered) or torch.equal(output(mine), output(trained))
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from rl_edit.editors.adapter_config import AdapterConfig, idle_patterns, require_applicable
@@ -57,13 +56,13 @@ def find_file(place: Path) -> Path:
         for name in (WEIGHTS_FILE, PEFT_FILE):
             if (place / name).is_file():
                 return place / name
-        found = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", *PICKLED))
-        if len(found) > 1:
+        candidates = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", *PICKLED))
+        if len(candidates) > 1:
             raise InputError(
-                f"{len(found)} files in {place} could be the adapter "
-                f"({', '.join(p.name for p in found[:3])}, ...): name one of them"
+                f"{len(candidates)} files in {place} could be the adapter "
+                f"({', '.join(p.name for p in candidates[:3])}, ...): name one of them"
             )
-        place = found[0] if found else place
+        place = candidates[0] if candidates else place
     if not place.is_file() or place.suffix not in (".safetensors", *PICKLED):
         raise InputError(
             f"no adapter at {place}: expected {WEIGHTS_FILE} (a diffusers LoRA) or {PEFT_FILE} (a "
@@ -82,7 +81,7 @@ def read_form(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
     _require_lora(file)
     try:
         # Of the libraries' warnings, those that matter are said as notes and refusals.
-        with _heard() as said:
+        with _library_messages() as messages:
             tensors, config = _applied(file)
     except InputError:
         raise
@@ -93,37 +92,30 @@ def read_form(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
             "damaged, or of another model or a newer trainer. Copy it again, or save it with "
             "diffusers' save_lora_weights"
         ) from error
-    heard = tuple(f"{path.name}: diffusers says: {words}" for words in said)
-    return tensors, config.model_copy(update={"notes": (*config.notes, *heard)})
+    left_out = tuple(f"{path.name}: diffusers says: {words}" for words in messages)
+    return tensors, config.model_copy(update={"notes": (*config.notes, *left_out)})
 
 
 def _stored(path: Path) -> _File:
-    """Reads a file's tensors and metadata. Pickled files are read without running their code."""
+    """Reads a file's tensors and metadata."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    metadata: dict[str, str] = {}
-    try:
-        if path.suffix != ".safetensors":
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(stored, Mapping):
-                raise ValueError(f"it holds a {type(stored).__name__}, not named tensors")
-            tensors = dict(stored)
-        else:
-            tensors = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-    except Exception as error:
-        form = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    if path.suffix in PICKLED:
+        # Pickled files can run code when they are read.
         raise InputError(
-            f"{path} is not a readable {form} file ({_line(error)}): copy the adapter again"
-        ) from error
-    other = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if other:
-        raise InputError(
-            f"{path} holds entries that are no tensors ({other[0]}, ...): it is a checkpoint of a "
-            "trainer. Save the adapter alone, with diffusers' save_lora_weights"
+            f"{path} is a pickled file ({path.suffix}), which may run code when it is read: write "
+            "it as safetensors, with safetensors.torch.save_file(torch.load(FILE, "
+            "weights_only=True), 'adapter.safetensors')"
         )
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:
+        raise InputError(
+            f"{path} is not a readable safetensors file ({_line(error)}): copy the adapter again"
+        ) from error
     return _File(path=path, tensors=tensors, metadata=metadata)
 
 
@@ -166,6 +158,8 @@ def _applied(file: _File) -> tuple[dict[str, Tensor], AdapterConfig]:
     _require_numbers(file.path, tensors)
     # Dropout acts in training only. PEFT's new layers would begin in training mode.
     settings["lora_dropout"] = 0.0
+    # Converters let several modules share one tensor, which no file can hold.
+    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     modules = sorted({name.split(".lora_")[0] for name in tensors})
     notes += idle_patterns(file.path, settings, modules)
     # Stored as JSON beside the adapter when it is saved again.
@@ -228,11 +222,11 @@ def _as_diffusers(file: _File) -> tuple[dict[str, Tensor], PeftLoraConfig, list[
 
 def _converted(file: _File) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Returns tensors under diffusers' names, and the alphas that stand beside them."""
-    plain = all(
+    converted_names = all(
         name.startswith(PREFIX) and (".lora_A." in name or ".lora_B." in name)
         for name in file.tensors
     )
-    if plain:
+    if converted_names:
         # No converter changes these. A family of yours may have any module names.
         return file.tensors, None
     from diffusers import FluxKontextPipeline
@@ -263,9 +257,11 @@ def _with_settings(
         for name, value in tensors.items()
         if "lora_B" in name and value.ndim > 1
     }
-    near = {k.removeprefix(PREFIX): v for k, v in (alphas or {}).items() if k.startswith(PREFIX)}
-    inferred = get_peft_kwargs(ranks, near, tensors)
-    if near:
+    of_transformer = {
+        k.removeprefix(PREFIX): v for k, v in (alphas or {}).items() if k.startswith(PREFIX)
+    }
+    inferred = get_peft_kwargs(ranks, of_transformer, tensors)
+    if of_transformer:
         inferred |= _numbers(inferred, tensors)
     elif not any("alpha" in name for name in file.tensors):
         notes.append(
@@ -336,13 +332,13 @@ def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[list[str]]:
+def _library_messages() -> Iterator[list[str]]:
     """Keeps the libraries' words from the terminal, and lists what converters left out."""
-    said: list[str] = []
+    messages: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(" ".join(record.getMessage().split())[:200])
+            messages.append(" ".join(record.getMessage().split())[:200])
 
     # Converters say there, and nowhere else, which tensors they did not take.
     source = logging.getLogger("diffusers.loaders.lora_conversion_utils")
@@ -354,7 +350,7 @@ def _heard() -> Iterator[list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield said
+            yield messages
     finally:
         source.removeHandler(listener)
         source.setLevel(before[0])

@@ -25,6 +25,7 @@ from rl_edit.editors.attention_capture import captured
 from rl_edit.editors.component_files import pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorSettings
 from rl_edit.editors.location import Location, locate
+from rl_edit.editors.skeleton import transformer_skeleton
 from rl_edit.errors import InputError
 from rl_edit.method import flow
 from rl_edit.method.attention import MassTally
@@ -107,19 +108,7 @@ class FluxKontextConfig(EditorSettings):
 
     def skeleton(self) -> nn.Module:
         """Builds the transformer of the editor's configuration on the meta device."""
-        from diffusers import FluxTransformer2DModel
-
-        place = locate(self.path, self.revision)
-        settings = place.read_json("transformer/config.json")
-        try:
-            with torch.device("meta"):
-                transformer: nn.Module = FluxTransformer2DModel.from_config(settings)
-        except Exception as error:
-            raise InputError(
-                f"transformer/config.json of {place.name} describes no FLUX transformer "
-                f"({type(error).__name__}: {error}): save the editor again"
-            ) from error
-        return transformer
+        return transformer_skeleton(locate(self.path, self.revision))
 
     def load(self) -> FluxKontextEditor:
         """Loads the stock pipeline and freezes it."""

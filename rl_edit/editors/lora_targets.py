@@ -39,23 +39,25 @@ def unmatched(transformer: nn.Module, targets: Iterable[str]) -> str | None:
     ]
     if not missing:
         return None
-    short = dict.fromkeys(_short(name) for name in names)
+    ends = list(dict.fromkeys(end for name in names for end in _ends(name)))
     lines = []
     for target in missing:
-        near = difflib.get_close_matches(target, [*short, *names], n=3, cutoff=0.6)
+        near = difflib.get_close_matches(target, ends, n=3, cutoff=0.6)
         lines.append(target + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    short = [end for end in ends if end.count(".") < 1 or end.rsplit(".", 1)[1].isdigit()]
     return (
-        f"lora.targets {', '.join(lines)} fit no module of this editor, so that part of it would "
-        "get no adapter: name linear layers by the ends of their names "
-        f"({', '.join(list(short)[:12])}{', ...' if len(short) > 12 else ''})"
+        f"lora.targets {', '.join(lines)} fit{'s' * (len(lines) == 1)} no module of this editor, "
+        "so that part of it would get no adapter: name layers by the ends of their names "
+        f"({', '.join(short[:12])}{', ...' if len(short) > 12 else ''})"
     )
 
 
-def _short(name: str) -> str:
-    """Returns the end of a module's name that says what it does, e.g. ``to_out.0``."""
+def _ends(name: str) -> list[str]:
+    """Returns a module's name and its last parts, shortest first, e.g. ``to_out.0``."""
     parts = name.split(".")
-    # A number alone is a place in a list.
-    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+    ends = [parts[-count:] for count in range(1, min(len(parts), 3) + 1)]
+    # An end that begins with a number is a place in a list.
+    return [".".join(end) for end in ends if not end[0].isdigit()] + [name]
 
 
 def require_modules(transformer: nn.Module, modules: Iterable[str]) -> None:
@@ -64,11 +66,11 @@ def require_modules(transformer: nn.Module, modules: Iterable[str]) -> None:
     Raises:
         InputError: of some or all of them.
     """
-    layers, wanted = _layers(transformer), list(modules)
-    absent = [module for module in wanted if module not in layers]
+    layers, requested = _layers(transformer), list(modules)
+    absent = [module for module in requested if module not in layers]
     if absent:
         raise InputError(
-            f"the adapter does not fit this editor's LoRA: {len(absent)} of its {len(wanted)} "
+            f"the adapter does not fit this editor's LoRA: {len(absent)} of its {len(requested)} "
             f"modules are not there (unexpected {', '.join(absent[:3])}), so it was trained on "
             "another editor. Name that one (--editor, editor.path)"
         )
