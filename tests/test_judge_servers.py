@@ -488,11 +488,11 @@ def test_a_pause_beyond_the_deadline_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_waiting_stays_within_the_time_that_deadlines_are_checked_against(status: int) -> None:
-    with serving(lambda body, number: (status, b"busy")) as server:
-        judge = judge_at(server, timeout_s=0.6, retries=1, concurrency=1)
+    with serving(lambda body, number: (status, b"busy", {"Retry-After": "0.1"})) as server:
+        judge = judge_at(server, timeout_s=0.3, retries=1, concurrency=1)
         began = time.perf_counter()
         score, _ = judge.score(group(2))
-    assert time.perf_counter() - began <= judge.judge_timeout_s(2) == 2 * 4 * 0.6
+    assert time.perf_counter() - began <= judge.judge_timeout_s(2) == 2 * 4 * 0.3
     assert score.status == "invalid" and f"HTTP {status}" in score.reason
 
 

@@ -13,6 +13,7 @@ from rl_edit.cli.dataset import dataset_app
 from rl_edit.cli.edit import edit_command
 from rl_edit.cli.evaluate import evaluate_command
 from rl_edit.cli.find_masks import find_masks_command
+from rl_edit.cli.judge import judge_app
 from rl_edit.cli.merge_judge import merge_judge_command
 from rl_edit.cli.pretrain import pretrain_command
 from rl_edit.cli.report import report_command
@@ -42,6 +43,7 @@ app.command("merge-judge")(merge_judge_command)
 app.command("find-masks")(find_masks_command)
 app.command("structure")(structure_command)
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(judge_app, name="judge")
 
 
 @app.callback()

@@ -77,7 +77,7 @@ class Failure:
 class Exchange:
     """One question of one pass, with its last reply and what was read in it."""
 
-    question: str
+    question: JudgeQuestion
     reply: Reply
     result: Answer | Failure
 
@@ -251,7 +251,7 @@ class JudgeReward(RewardTerm):
             for row, reply in zip(pending, replies, strict=True):
                 question, _ = requests[row]
                 result = self._read(question, reply, attempt)
-                exchanges[row] = Exchange(question=question.name, reply=reply, result=result)
+                exchanges[row] = Exchange(question=question, reply=reply, result=result)
             pending = [row for row in pending if _worth_repeating(exchanges[row].result)]
             if not pending or attempt == self.retries:
                 break
@@ -320,8 +320,7 @@ class JudgeReward(RewardTerm):
         if reply.status != "ok":
             status: Status = "invalid" if reply.status == "unreachable" else reply.status
             return Failure(status=status, reason=f"{reply.reason} {attempts}", final=reply.final)
-        # Servers without a parser for it send the answer among the thinking, or nothing else.
-        text = reply.text if reply.text.strip() else reply.thinking
+        text = reply.words
         try:
             if not reply.finished:
                 raise Unreadable(self._cut_off(reply))

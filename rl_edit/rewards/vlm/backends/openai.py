@@ -308,7 +308,7 @@ class _Exchange:
         if error.status in (401, 403) and self.key is None:
             return ". No key was sent; name one with api_key_env or api_key_file"
         if "model" in message and (error.status == 404 or _NO_MODEL.search(message)):
-            return f". It serves {await self._served()}; correct transport.model"
+            return f". {await self._served()}; correct transport.model"
         if error.status == 404:
             where = f"Is base_url({self.transport.base_url}) right?"
             return f". {where} It ends before /chat/completions, usually in /v1"
@@ -326,8 +326,8 @@ class _Exchange:
             names = [str(model["id"]) for model in json.loads(listed.text)["data"]]
         except (ValueError, KeyError, TypeError):
             seen = listed.failure or described(listed.text, listed.content_type)
-            return f"no list of models at /models ({shortened(seen)})"
-        return shortened(", ".join(names)) if names else "no model"
+            return f"Its models cannot be listed ({shortened(seen)})"
+        return f"It serves {shortened(', '.join(names)) or 'no model'}"
 
 
 def _error(received: _Received) -> ServerError | None:
@@ -340,7 +340,7 @@ def _named(status: int, error: ServerError) -> str:
     """Writes an error for a reason."""
     code = f" with an error of code {error.status}" if error.status != status else ""
     error_in_200 = " with an error" if status == 200 and not code else code
-    return f"HTTP {status}{error_in_200} from the judge: {shortened(error.message)}"
+    return f"HTTP {status}{error_in_200} from the judge: {shortened(error.message).rstrip('.')}"
 
 
 def _seconds(header: str | None) -> float:

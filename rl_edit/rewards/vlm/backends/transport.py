@@ -99,6 +99,12 @@ class Reply:
     seconds: float = 0.0
     usage: Usage | None = None
 
+    @property
+    def words(self) -> str:
+        """The text to read: the answer, or the thinking where nothing else was sent."""
+        # Servers without a parser for thinking put the answer among it.
+        return self.text if self.text.strip() else self.thinking
+
 
 class Transport(Protocol):
     """Puts questions to a model.
