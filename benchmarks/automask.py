@@ -26,7 +26,6 @@ from rich.progress import track
 from rl_edit.config import load_config
 from rl_edit.data import DataConfig, open_requests, shapes
 from rl_edit.data.compbench import write_compbench
-from rl_edit.data.images import read_mask
 from rl_edit.data.mask_finding import FoundRegions, MaskFinder, agreement
 from rl_edit.data.rows import Request, Row, load
 from rl_edit.editors import BUILTIN, Editor, load_editor
@@ -73,9 +72,8 @@ def observe_split(
         requests = open_requests(DataConfig(path=str(root)))
         for request in track(requests, description=f"{split} tasks"):
             assert isinstance(request, Row)
-            masks = read_mask(request.mask, polarity="edit_white", where=request.where)
-            mask = torch.from_numpy(masks.edit)
-            task = load(request, polarity="edit_white")
+            mask = torch.from_numpy(request.edit_mask())
+            task = load(request)
             assert isinstance(task, PairedTask)
             observation = observe(editor, task, samples=samples, num_steps=num_steps, seed=0)
             observed.append((request, mask, observation))

@@ -21,11 +21,13 @@ from learner.controller.run import Observer, Outcome, Run, Silent
 from learner.controller.run_log import Events
 from learner.controller.stop import Signals, Stop
 from rl_edit.config import RunConfig
+from rl_edit.data import RowsDataset
 from rl_edit.editors import lora
 from rl_edit.errors import Fenced, InputError, Interrupted
 from rl_edit.files import EVENTS, METRICS, read_json_lines, replace_file
 from rl_edit.method.update import TrainingFailed
 from rl_edit.preparation import prepare, require_judge_deadline, require_place
+from rl_edit.report.overlays import write_mask_files
 from rl_edit.run_record import RUN_FILE, RunRecord
 from rl_edit.types import AdapterWeights
 
@@ -114,6 +116,8 @@ def _run(attempt: _Attempt) -> Outcome:
     # After the lease: these files belong to the attempt that owns the directory.
     replace_file(directory / "config.yaml", config.to_yaml())
     attempt.record.write(directory)
+    if isinstance(run.dataset, RowsDataset):
+        write_mask_files(run.dataset, directory)
     events = Events(directory / EVENTS)
     executor: Any = None
     loop: TrainingLoop | None = None

@@ -9,7 +9,12 @@ import pytest
 from PIL import Image
 
 from data_files import a_box, an_image, saved
-from rl_edit.data.images import examine_image, read_mask, read_rgb
+from rl_edit.data.images import examine_image, read_rgb
+from rl_edit.data.masks import Foreground, Reading, read_foreground, read_mask
+
+
+def foreground(path: Path) -> Foreground:
+    return read_foreground(path, mask_from="auto", where="row", source=None)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -32,9 +37,7 @@ def test_exif_orientation_is_applied_to_images_and_sizes(tmp_path: Path, orienta
     assert np.array_equal(read_rgb(path, where="row"), upright)
     assert examine_image(path, where="row").size == (5, 7)
     mask_path = saved(tmp_path / "mask.png", np.ascontiguousarray(stored[..., 0]), exif=exif)
-    assert np.array_equal(
-        read_mask(mask_path, polarity="edit_white", where="row").edit, upright[..., 0] >= 128
-    )
+    assert np.array_equal(read_mask(mask_path, Reading(), where="row"), upright[..., 0] >= 128)
 
 
 def test_palette_grey_and_sixteen_bit_images_become_rgb(tmp_path: Path) -> None:
@@ -79,10 +82,8 @@ def test_masks_of_any_mode_are_split_at_half(tmp_path: Path) -> None:
         "strokes": strokes,
         "sixteen": soft.astype(np.uint16) * 257,
     }.items():
-        mask = read_mask(
-            saved(tmp_path / f"{name}.png", pixels), polarity="edit_white", where="row"
-        )
-        assert np.array_equal(mask.edit, expected), name
+        mask = foreground(saved(tmp_path / f"{name}.png", pixels))
+        assert np.array_equal(mask.edit("edit_white"), expected), name
         assert not mask.zero_one
 
 
@@ -95,14 +96,14 @@ def test_zero_one_masks_are_recognised(tmp_path: Path) -> None:
     saved(tmp_path / "grey.png", ones)
     saved(tmp_path / "sixteen.png", ones.astype(np.uint16))
     for name in ("label", "grey", "sixteen"):
-        mask = read_mask(tmp_path / f"{name}.png", polarity="edit_white", where="row")
-        assert mask.zero_one and np.array_equal(mask.edit, ones > 0), name
+        mask = foreground(tmp_path / f"{name}.png")
+        assert mask.zero_one and np.array_equal(mask.edit("edit_white"), ones > 0), name
 
 
 def test_edit_black_is_the_complement_of_edit_white(tmp_path: Path) -> None:
     path = saved(tmp_path / "mask.png", a_box(8, 8))
     white, black = (
-        read_mask(path, polarity=polarity, where="row").edit
-        for polarity in ("edit_white", "edit_black")
+        read_mask(path, reading, where="row")
+        for reading in (Reading(polarity="edit_white"), Reading(polarity="edit_black"))
     )
     assert np.array_equal(white, ~black) and white.any()

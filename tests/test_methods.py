@@ -25,8 +25,9 @@ from learner.ranks import Alone
 from reference import cocoedit, diffusion_nft, edit_grpo, flow_grpo, mixgrpo, neighbor, spatialflow
 from rl_edit import wire
 from rl_edit.config import RunConfig
-from rl_edit.data import images, open_dataset
+from rl_edit.data import open_dataset
 from rl_edit.data.canvas import fit
+from rl_edit.data.masks import Reading, read_mask
 from rl_edit.measures import pixels
 from rl_edit.messages import LearnOrder, LearnSlot
 from rl_edit.method import flow
@@ -1284,8 +1285,8 @@ def test_a_mask_of_either_polarity_names_the_same_edit_region(tmp_path: Any) -> 
     pixels[:2] = 255
     for name, content in (("white.png", pixels), ("black.png", 255 - pixels)):
         Image.fromarray(content).save(tmp_path / name)
-    white = images.read_mask(tmp_path / "white.png", polarity="edit_white", where="row").edit
-    black = images.read_mask(tmp_path / "black.png", polarity="edit_black", where="row").edit
+    white = read_mask(tmp_path / "white.png", Reading(polarity="edit_white"), where="row")
+    black = read_mask(tmp_path / "black.png", Reading(polarity="edit_black"), where="row")
     assert np.array_equal(white, black) and bool(white[0].all()) and not bool(white[7].any())
 
 

@@ -28,7 +28,7 @@ from rl_edit.config import RunConfig, load_config, modern, modern_name
 from rl_edit.data import open_requests
 from rl_edit.data.compbench import new_dataset
 from rl_edit.data.folder import FoundMasks
-from rl_edit.data.images import read_mask, read_rgb
+from rl_edit.data.images import read_rgb
 from rl_edit.data.mask_finding import MaskFinder, NotFound, agreement
 from rl_edit.data.rows import Request, Row
 from rl_edit.editors import Editor, editor_identity, load_editor
@@ -245,7 +245,7 @@ def _found_row(
     result = finder(observation.change, observation.attention)
     refusal = result if isinstance(result, NotFound) else None
     regions = regions_at_size(result, source.shape[0], source.shape[1])
-    true = _true_mask(request, config)
+    true = _true_mask(request)
     # Agreement of nothing with a mask would be 0 and pull the mean; such rows are counted apart.
     both = refusal is None and true is not None
     outcome = Outcome(
@@ -259,12 +259,11 @@ def _found_row(
     )
 
 
-def _true_mask(request: Request, config: RunConfig) -> Bool[Tensor, "height width"] | None:
+def _true_mask(request: Request) -> Bool[Tensor, "height width"] | None:
     """Reads the mask that a row came with; None for a request without."""
     if not isinstance(request, Row):
         return None
-    polarity = config.data.mask_polarity
-    return torch.from_numpy(read_mask(request.mask, polarity=polarity, where=request.where).edit)
+    return torch.from_numpy(request.edit_mask())
 
 
 def mask_finder(changes: Sequence[str], attention_weight: float | None) -> MaskFinder:

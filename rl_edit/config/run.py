@@ -292,7 +292,13 @@ class RunConfig(BaseModel):
         )
         content["train"] = _without(content["train"], OPERATIONAL_TRAIN)
         content["rollout"] = _without(content["rollout"], OPERATIONAL_ROLLOUT)
-        content["data"] = _without(content["data"], {"path", "heldout_path"})
+        content["data"] = _without(content["data"], {"path", "heldout_path", "strict"})
+        # The data's fingerprint says how its masks were read, so a run whose masks are read as
+        # before is the run of before.
+        if content["data"]["mask_polarity"] == "auto":
+            content["data"]["mask_polarity"] = "edit_white"
+        if content["data"]["mask_from"] == "auto":
+            del content["data"]["mask_from"]
         content["editor"] = _without(content["editor"], {"path", "revision", "device"})
         # The files of a built-in family's editor name the family; runs of before had no kind.
         if ":" not in self.editor.kind:

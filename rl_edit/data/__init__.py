@@ -27,8 +27,9 @@ from rl_edit.data.compbench import is_compbench, list_compbench
 from rl_edit.data.config import BUILTIN_SHAPES
 from rl_edit.data.config import DataConfig as DataConfig
 from rl_edit.data.folder import list_folder
-from rl_edit.data.images import MaskPolarity, read_mask
 from rl_edit.data.listing import Listing, expanded
+from rl_edit.data.mask_evidence import MaskRecord
+from rl_edit.data.masks import Reading
 from rl_edit.data.notices import Notice, require_none
 from rl_edit.data.pixels import COLOUR_CHANGES
 from rl_edit.data.problems import refuse
@@ -113,9 +114,9 @@ class RowsDataset:
 
     rows: tuple[Row, ...]
     root: Path
-    mask_polarity: MaskPolarity
     skipped: int
     notices: tuple[Notice, ...] = ()
+    masks: tuple[MaskRecord, ...] = ()
 
     @property
     def fields(self) -> frozenset[str]:
@@ -138,10 +139,15 @@ class RowsDataset:
             ]
             for row in self.rows
         ]
-        # The polarity belongs to it: the same files then hold other masks. So do changes of colour,
-        # which earlier versions left out: their runs saw other pixels.
+        # The readings belong to it: the same files then hold other masks. So do changes of colour,
+        # which earlier versions left out: their runs saw other pixels. A usual dataset has the hash
+        # of when there was one polarity for all.
+        readings = [row.reading or Reading() for row in self.rows]
+        polarity = readings[0].polarity
+        usual = all(reading == Reading(polarity=polarity) for reading in readings)
+        unusual = [] if usual else [[reading.form, reading.polarity] for reading in readings]
         colour = sorted({notice.kind for notice in self.notices} & COLOUR_CHANGES)
-        parts = [self.mask_polarity, content, *([colour] if colour else [])]
+        parts = [polarity, content, *(part for part in (colour, unusual) if part)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def on_canvas(self, *, resolution: int, multiple: int, empty_mask: EmptyMask) -> RowsDataset:
@@ -155,9 +161,7 @@ class RowsDataset:
             row
             for row in self.rows
             if leaves_no_token(
-                torch.from_numpy(
-                    read_mask(row.mask, polarity=self.mask_polarity, where=row.where).edit
-                ),
+                torch.from_numpy(row.edit_mask()),
                 resolution=resolution,
                 multiple=multiple,
             )
@@ -186,7 +190,7 @@ class RowsDataset:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> EditTask:
-        return load(self.rows[index], polarity=self.mask_polarity)
+        return load(self.rows[index])
 
 
 def open_dataset(
@@ -217,6 +221,7 @@ def open_dataset(
         ordered(_of_types(listing.rows, config.task_types, root)),
         source=str(root),
         polarity=config.mask_polarity,
+        mask_from=config.mask_from,
         empty_mask=config.empty_mask,
     )
     rows, notices = checked.rows, [*listing.notices, *checked.notices]
@@ -229,9 +234,9 @@ def open_dataset(
     dataset = RowsDataset(
         rows=rows,
         root=root if root.is_dir() else root.parent,
-        mask_polarity=config.mask_polarity,
         skipped=checked.skipped,
         notices=tuple(notices),
+        masks=checked.masks,
     )
     if config.strict:
         require_none(dataset.notices, source=str(root))
@@ -266,6 +271,7 @@ def open_requests(config: DataConfig) -> tuple[Request, ...]:
         ordered(_of_types(listing.requests, config.task_types, root)),
         source=str(root),
         polarity=config.mask_polarity,
+        mask_from=config.mask_from,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from rl_edit.data.images import MaskPolarity
 from rl_edit.data.instructions import TextLines
+from rl_edit.data.masks import MaskFrom, MaskPolarity
 from rl_edit.data.rows import EmptyMask
 from rl_edit.errors import InputError
 
@@ -21,8 +21,13 @@ class DataConfig(BaseModel):
         num_train: training tasks of the built-in world. Data on disk has the rows it has.
         num_heldout: held-out tasks of the built-in world.
         task_types: only these kinds of edit. None is all.
-        mask_polarity: the meaning of white in masks on disk. "edit_white" marks the edit
-            (CompBench, MagicBrush), "edit_black" marks what should stay (CoCoEdit).
+        mask_polarity: the meaning of white in masks on disk, and of all that stands for it (opaque
+            pixels, labels, paint). "edit_white" marks the edit (CompBench), "edit_black" marks
+            what should stay (CoCoEdit; MagicBrush, whose hole is to be edited). "auto" takes what
+            the rows agree on, white to edit where nothing contradicts it, or refuses.
+        mask_from: the form of masks on disk: their "luminance", "alpha" (transparency), "labels"
+            (every value but 0), or what is "painted" on a copy of the source. "auto" recognises
+            the form of each.
         empty_mask: treatment of a row on disk whose mask is empty or full. "error" stops, "skip"
             leaves it out and counts it.
         text_lines: the meaning of several lines in an image's .txt file. "split" makes each an
@@ -41,7 +46,8 @@ class DataConfig(BaseModel):
     num_train: int = Field(default=4096, ge=1)
     num_heldout: int = Field(default=256, ge=1)
     task_types: tuple[str, ...] | None = None
-    mask_polarity: MaskPolarity = "edit_white"
+    mask_polarity: MaskPolarity = "auto"
+    mask_from: MaskFrom = "auto"
     empty_mask: EmptyMask = "error"
     text_lines: TextLines | None = None
     # Where nothing else divides the two splits.

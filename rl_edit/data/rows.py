@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +21,28 @@ from numpy.typing import NDArray
 
 from rl_edit.data import images
 from rl_edit.data.causes import why_missing
-from rl_edit.data.images import MaskPolarity
-from rl_edit.data.notices import NUM_EXAMPLES, Notice
+from rl_edit.data.mask_evidence import Evidence, MaskRecord, changed_side, evidence_of
+from rl_edit.data.mask_survey import Survey, survey
+from rl_edit.data.masks import (
+    Foreground,
+    MaskFrom,
+    MaskPolarity,
+    Polarity,
+    Reading,
+    read_foreground,
+    read_labels,
+    read_mask,
+)
+from rl_edit.data.notices import Notice
 from rl_edit.data.pixels import Conversion, conversion_notices
 from rl_edit.data.problems import refuse
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedRegionsTask, PairedTask, RegionsTask
 
 EmptyMask = Literal["error", "skip"]
+
+_NUM_COMPARED = 512
+"""Rows whose target is compared with the source, which means reading both in full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +77,17 @@ class Row(Request):
 
     Attributes:
         regions: a label map, 0 background, 1..R regions. None when the row has none.
+        reading: how the mask is read. None until the rows of the dataset have decided it together.
     """
 
     mask: Path
     regions: Path | None = None
+    reading: Reading | None = None
+
+    def edit_mask(self) -> NDArray[np.bool_]:
+        """Reads the mask as ``[height, width]``, True where pixels may change."""
+        assert self.reading is not None, "rows are checked before their masks are read"
+        return read_mask(self.mask, self.reading, where=self.where, source=self.source)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -88,15 +109,22 @@ class CheckedRows:
     Attributes:
         skipped: rows left out because their mask was empty or full.
         notices: what there is to say about the rows that stay.
+        masks: the reading of each row's mask, for people.
     """
 
     rows: tuple[Row, ...]
     skipped: int
     notices: tuple[Notice, ...] = ()
+    masks: tuple[MaskRecord, ...] = ()
 
 
 def check(
-    rows: Sequence[Row], *, source: str, polarity: MaskPolarity, empty_mask: EmptyMask
+    rows: Sequence[Row],
+    *,
+    source: str,
+    polarity: MaskPolarity,
+    empty_mask: EmptyMask,
+    mask_from: MaskFrom = "auto",
 ) -> CheckedRows:
     """Checks every file of every row.
 
@@ -108,7 +136,7 @@ def check(
     Raises:
         InputError: names the first problems and counts the rest.
     """
-    problems, findings = _examined(rows, polarity)
+    problems, findings = _examined(rows, mask_from)
     if empty_mask == "error":
         problems += [
             _unusable(row)
@@ -116,74 +144,106 @@ def check(
             if finding.unusable_mask
         ]
     refuse(problems, num_rows=len(rows), source=source)
-    usable = tuple(
-        row for row, finding in zip(rows, findings, strict=True) if not finding.unusable_mask
-    )
-    black, one = ("keep", "edit") if polarity == "edit_white" else ("edit", "keep")
-    if not usable:
+    pairs = [(row, f.evidence) for row, f in zip(rows, findings, strict=True) if f.evidence]
+    if not pairs:
         raise InputError(
-            f"{source}: every mask ({len(rows)}) is empty or full, so no row is left. Black is "
-            f"read as {black}; set data.mask_polarity if yours are the other way round."
+            f"{source}: every mask ({len(rows)}) is empty or full, so no row is left. Draw the "
+            "regions; or set data.mask_from if the masks are stored in another form, and "
+            "data.mask_polarity if they are the other way round."
         )
-    # Such masks look black in a viewer, so the user may take them for empty.
-    zero_one = [row for row, finding in zip(rows, findings, strict=True) if finding.zero_one]
-    notice = Notice(
-        kind="zero-one-masks",
-        count=len(zero_one),
-        message=f"{len(zero_one)} masks hold only the values 0 and 1; 1 is read as {one}. Save "
-        "masks as black and white to be sure.",
-        examples=tuple(str(row.mask) for row in zero_one[:NUM_EXAMPLES]),
-    )
+    usable, masks = _read_alike(pairs, source=source, polarity=polarity, mask_from=mask_from)
     # By file: several rows may show one image.
     converted = dict(
         pair for finding in findings if not finding.unusable_mask for pair in finding.conversions
     )
     return CheckedRows(
-        rows=usable,
+        rows=tuple(row for row in usable if isinstance(row, Row)),
         skipped=len(rows) - len(usable),
-        notices=(*((notice,) if zero_one else ()), *conversion_notices([*converted.items()])),
+        notices=(*masks.notices, *conversion_notices([*converted.items()])),
+        masks=masks.records,
     )
 
 
 def check_requests(
-    requests: Sequence[Request], *, source: str, polarity: MaskPolarity
+    requests: Sequence[Request],
+    *,
+    source: str,
+    polarity: MaskPolarity,
+    mask_from: MaskFrom = "auto",
 ) -> tuple[Request, ...]:
     """Checks every file of every row, with or without a mask.
 
     A row whose mask is empty or full becomes a row without one.
     """
-    problems, findings = _examined(requests, polarity)
+    problems, findings = _examined(requests, mask_from)
     refuse(problems, num_rows=len(requests), source=source)
+    pairs = [
+        (request, finding.evidence)
+        for request, finding in zip(requests, findings, strict=True)
+        if isinstance(request, Row) and finding.evidence
+    ]
+    masked: dict[str, Request] = {}
+    if pairs:
+        rows, _ = _read_alike(pairs, source=source, polarity=polarity, mask_from=mask_from)
+        masked = {row.task_id: row for row in rows}
     # Copying only the fields of Request drops the mask and the regions of a Row.
     return tuple(
-        Request(**{field.name: getattr(request, field.name) for field in fields(Request)})
-        if finding.unusable_mask
-        else request
-        for request, finding in zip(requests, findings, strict=True)
+        masked.get(request.task_id)
+        or Request(**{field.name: getattr(request, field.name) for field in fields(Request)})
+        for request in requests
     )
 
 
-def load(row: Row, *, polarity: MaskPolarity) -> EditTask:
+def _read_alike(
+    pairs: Sequence[tuple[Row, Evidence]],
+    *,
+    source: str,
+    polarity: MaskPolarity,
+    mask_from: MaskFrom,
+) -> tuple[tuple[Row, ...], Survey]:
+    """Gives every row the reading of its mask that the rows decide together."""
+    masks = survey(
+        [row for row, _ in pairs],
+        [evidence for _, evidence in pairs],
+        source=source,
+        polarity=polarity,
+        mask_from=mask_from,
+    )
+    rows = tuple(
+        replace(row, reading=reading)
+        for (row, _), reading in zip(pairs, masks.readings, strict=True)
+    )
+    # Regions that fit the other side of the mask would be scored where nothing may change.
+    turned = [
+        _disagreeing_regions(row)
+        for row, (_, evidence) in zip(rows, pairs, strict=True)
+        if row.reading and evidence.regions not in (None, row.reading.polarity)
+    ]
+    refuse(turned, num_rows=len(rows), source=source)
+    return rows, masks
+
+
+def load(row: Row) -> EditTask:
     """Reads a row as the record that fits its files.
 
     It is a ``PairedTask`` with a target, a ``RegionsTask`` with regions, a ``PairedRegionsTask``
     with both, and an ``EditTask`` otherwise.
     """
     source = images.read_rgb(row.source, where=row.where)
-    mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
+    edit = row.edit_mask()
     # Files may have changed since the check when the dataset was opened.
-    _same_size(row, row.mask, mask.edit.shape, source.shape[:2])
-    if not mask.usable:
+    _same_size(row, row.mask, edit.shape, source.shape[:2])
+    if not edit.any() or edit.all():
         raise InputError(_unusable(row))
     common: dict[str, Any] = {
         "task_id": row.task_id,
         "task_type": row.task_type,
         "source": torch.from_numpy(source),
         "instruction": row.instruction,
-        "edit_mask": torch.from_numpy(mask.edit),
+        "edit_mask": torch.from_numpy(edit),
     }
     if row.regions is not None:
-        common["regions"] = torch.from_numpy(_regions(row, mask.edit))
+        common["regions"] = torch.from_numpy(_regions(row, edit))
     if row.target is None:
         return EditTask(**common) if row.regions is None else RegionsTask(**common)
     target = images.read_rgb(row.target, where=row.where)
@@ -200,19 +260,21 @@ class _Finding:
     Attributes:
         problem: a sentence, or "" for a good row.
         conversions: what is converted in the source and in the target.
+        evidence: of the mask; None without a usable one.
     """
 
     problem: str = ""
     unusable_mask: bool = False
-    zero_one: bool = False
+    evidence: Evidence | None = None
     conversions: tuple[tuple[Path, tuple[Conversion, ...]], ...] = ()
 
 
-def _examined(rows: Sequence[Request], polarity: MaskPolarity) -> tuple[list[str], list[_Finding]]:
+def _examined(rows: Sequence[Request], mask_from: MaskFrom) -> tuple[list[str], list[_Finding]]:
     """All problems, and the finding of each row."""
     # Decoding images releases the interpreter lock, so threads use all cores.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        findings = list(pool.map(lambda row: _examine(row, polarity), rows))
+        numbers = range(len(rows))
+        findings = list(pool.map(lambda row, n: _examine(row, n, mask_from), rows, numbers))
     # An id seeds noises and names files, so two rows of one id would share both.
     repeated = [
         f"{row.where}: task id {row.task_id!r} is used more than once" for row in _repeated(rows)
@@ -220,7 +282,8 @@ def _examined(rows: Sequence[Request], polarity: MaskPolarity) -> tuple[list[str
     return repeated + [finding.problem for finding in findings if finding.problem], findings
 
 
-def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
+def _examine(row: Request, number: int, mask_from: MaskFrom) -> _Finding:
+    """Checks the ``number``-th row."""
     try:
         if missing := _missing(row):
             return _Finding(problem=f"{row.where}: {missing}")
@@ -232,18 +295,47 @@ def _examine(row: Request, polarity: MaskPolarity) -> _Finding:
             _same_size(row, row.target, facts[1][1].size, size)
         if not isinstance(row, Row):
             return _Finding()
-        mask = images.read_mask(row.mask, polarity=polarity, where=row.where)
-        _same_size(row, row.mask, mask.edit.shape, size)
-        # Of an unusable mask the row is refused or skipped anyway.
-        if row.regions is not None and mask.usable:
-            _regions(row, mask.edit)
+        mask = read_foreground(row.mask, mask_from=mask_from, where=row.where, source=row.source)
+        _same_size(row, row.mask, mask.marked.shape, size)
+        # An unusable mask is refused or skipped anyway.
+        if not mask.marked.any() or mask.marked.all():
+            return _Finding(unusable_mask=True)
+        return _Finding(
+            evidence=_evidence(row, mask, compares=number < _NUM_COMPARED),
+            conversions=tuple((path, fact.conversions) for path, fact in facts),
+        )
     except InputError as error:
         return _Finding(problem=str(error))
-    return _Finding(
-        unusable_mask=not mask.usable,
-        zero_one=mask.zero_one,
-        conversions=tuple((path, fact.conversions) for path, fact in facts),
-    )
+
+
+def _evidence(row: Row, mask: Foreground, *, compares: bool) -> Evidence:
+    """Measures a mask beside the other files of its row.
+
+    Args:
+        compares: whether to read source and target in full.
+    """
+    target: Polarity | None = None
+    if row.target is not None and compares:
+        target = changed_side(
+            images.read_rgb(row.source, where=row.where),
+            images.read_rgb(row.target, where=row.where),
+            mask,
+        )
+    regions = None if row.regions is None else _side_of_regions(row, mask)
+    return evidence_of(mask, instruction=row.instruction, target=target, regions=regions)
+
+
+def _side_of_regions(row: Row, mask: Foreground) -> Polarity:
+    """Finds the polarity under which the regions are the mask's."""
+    try:
+        _regions(row, mask.edit("edit_white"))
+        return "edit_white"
+    except InputError as error:
+        try:
+            _regions(row, mask.edit("edit_black"))
+        except InputError:
+            raise error from None
+        return "edit_black"
 
 
 def _missing(row: Request) -> str:
@@ -258,15 +350,11 @@ def _regions(row: Row, edit: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Reads regions as ``[region, height, width]`` and checks the mask."""
     assert row.regions is not None
     # One 8-bit channel holds up to 255 regions, numbered from 1.
-    labels = images.read_labels(row.regions, where=row.where)
+    labels = read_labels(row.regions, where=row.where)
     _same_size(row, row.regions, labels.shape, edit.shape)
     regions = labels[None] == np.arange(1, int(labels.max()) + 1, dtype=np.uint8)[:, None, None]
     if not np.array_equal(labels > 0, edit) or not regions.any(axis=(1, 2)).all():
-        raise InputError(
-            f"{row.where}: {row.regions} does not agree with the mask: its labels 1..R must each "
-            "occur and together cover the edit region and nothing else. Draw it again from the "
-            "mask, or remove it."
-        )
+        raise InputError(_disagreeing_regions(row))
     return np.asarray(regions)
 
 
@@ -295,6 +383,14 @@ def _unusable(row: Row) -> str:
         f"{row.where}: {row.mask} is empty or full: a mask must leave something to edit and "
         "something to keep. Draw the region, check data.mask_polarity, or set data.empty_mask=skip "
         "to leave such rows out"
+    )
+
+
+def _disagreeing_regions(row: Row) -> str:
+    return (
+        f"{row.where}: {row.regions} does not agree with the mask: its labels 1..R must each occur "
+        "and together cover the edit region and nothing else. Draw it again from the mask, or "
+        "remove it."
     )
 
 
