@@ -20,6 +20,16 @@ Overrides = Annotated[
 ]
 Preset = Annotated[str | None, typer.Option(help="A shipped preset; rl-edit presets lists them.")]
 
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Make every notice about the data an error: data.strict=true."),
+]
+
+
+def strictly(overrides: Sequence[str] | None, *, strict: bool) -> list[str]:
+    """Adds the override of --strict."""
+    return [*(overrides or ()), *(["data.strict=true"] if strict else ())]
+
 
 def config_and_overrides(
     config: Path | None, overrides: Sequence[str] | None

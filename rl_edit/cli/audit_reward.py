@@ -14,7 +14,15 @@ from rich.table import Table
 
 from rl_edit.audit import Audit, TermAudit, Verdict, audit, expected_of
 from rl_edit.audit.page import render
-from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured, print_notices
+from rl_edit.cli.arguments import (
+    ConfigFile,
+    Overrides,
+    Preset,
+    Strict,
+    configured,
+    print_notices,
+    strictly,
+)
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
@@ -53,12 +61,13 @@ def audit_reward_command(
     out: Annotated[Path, typer.Option(help="Directory for audit.json and audit.html.")] = Path(
         "audit"
     ),
+    strict: Strict = False,
 ) -> None:
     """Corrupt correct edits in known ways and check that every reward notices.
 
     Exits with 3 when a reward would mislead training.
     """
-    run = configured(config, overrides, preset)
+    run = configured(config, strictly(overrides, strict=strict), preset)
     dataset = open_dataset(run.data, "train")
     console = Console()
     print_notices(console, dataset)

@@ -17,7 +17,15 @@ from rich.table import Table
 
 from rl_edit.audit.images import Reference, reference
 from rl_edit.audit.throughput import TAIL, Throughput, measure
-from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured, print_notices
+from rl_edit.cli.arguments import (
+    ConfigFile,
+    Overrides,
+    Preset,
+    Strict,
+    configured,
+    print_notices,
+    strictly,
+)
 from rl_edit.cli.audit_reward import chosen_terms, first_tasks
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
@@ -48,9 +56,10 @@ def bench_reward_command(
         int, typer.Option(help="Number of training tasks to take images from.", min=1)
     ] = 16,
     out: Annotated[Path, typer.Option(help="File for the numbers.")] = Path("bench-reward.json"),
+    strict: Strict = False,
 ) -> None:
     """Score groups of noisy correct edits and report candidates per second and latencies."""
-    run = configured(config, overrides, preset)
+    run = configured(config, strictly(overrides, strict=strict), preset)
     dataset = open_dataset(run.data, "train")
     console = Console()
     print_notices(console, dataset)

@@ -1,4 +1,4 @@
-"""``rl-edit dataset``: writes the built-in world to disk."""
+"""``rl-edit dataset``: checks data, and writes the built-in world to disk."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from rl_edit.cli.dataset_check import check_command
 from rl_edit.data import shapes
 from rl_edit.data.compbench import write_compbench
 
-dataset_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+dataset_app = typer.Typer(help="Check and make data sets.", no_args_is_help=True)
+
+
+dataset_app.command("check")(check_command)
 
 
 @dataset_app.callback()
 def _group() -> None:
-    """Make data sets."""
+    """Check and make data sets."""
 
 
 @dataset_app.command("make-shapes")

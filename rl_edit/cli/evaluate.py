@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from rl_edit.cli.arguments import print_notices
+from rl_edit.cli.arguments import Strict, print_notices, strictly
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
 from rl_edit.editors import inspect_editor, load_editor, lora, require_adapter
@@ -53,11 +53,12 @@ def evaluate_command(
             "Default: RUN, where they replace the last ones."
         ),
     ] = None,
+    strict: Strict = False,
 ) -> None:
     """Compare base and trained editor on the same held-out tasks and noises."""
     if not holds_run(run):
         raise InputError(no_run_at(run))
-    config = load_config(run / "config.yaml", overrides=list(overrides or []))
+    config = load_config(run / "config.yaml", overrides=strictly(overrides, strict=strict))
     console = Console()
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a directory")

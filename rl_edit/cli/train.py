@@ -21,7 +21,14 @@ from rich.progress import (
 )
 
 from rl_edit.cli import ending
-from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, config_and_overrides
+from rl_edit.cli.arguments import (
+    ConfigFile,
+    Overrides,
+    Preset,
+    Strict,
+    config_and_overrides,
+    strictly,
+)
 from rl_edit.config import RunConfig, load_config, modern_name
 from rl_edit.errors import InputError
 from rl_edit.run_directory import CONFIG_FILE, holds_run, no_run_at
@@ -62,6 +69,7 @@ def train_command(
     allow_version_skew: Annotated[
         bool, typer.Option(help="Run even if nodes have other package versions or sources.")
     ] = False,
+    strict: Strict = False,
 ) -> None:
     """Train an adapter.
 
@@ -73,6 +81,7 @@ def train_command(
     # A run that goes on needs no config on the command line: its directory has one.
     if (resume or auto_resume) and config is None and preset is None:
         config = _config_of_run(run_dir, may_start=auto_resume)
+    changes = strictly(changes, strict=strict)
     settings = load_config(config, preset=preset, overrides=changes)
     directory = run_dir or Path("runs") / settings.name
     # An empty directory is a place to start in, such as a volume that was just mounted.

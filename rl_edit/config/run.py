@@ -292,7 +292,10 @@ class RunConfig(BaseModel):
         )
         content["train"] = _without(content["train"], OPERATIONAL_TRAIN)
         content["rollout"] = _without(content["rollout"], OPERATIONAL_ROLLOUT)
-        content["data"] = _without(content["data"], {"path", "heldout_path", "strict"})
+        # What the lines of a text mean shows in the rows, which are hashed with the data.
+        content["data"] = _without(
+            content["data"], {"path", "heldout_path", "strict", "text_lines"}
+        )
         # The data's fingerprint says how its masks were read, so a run whose masks are read as
         # before is the run of before.
         if content["data"]["mask_polarity"] == "auto":
