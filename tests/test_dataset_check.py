@@ -24,6 +24,7 @@ def test_a_good_folder_is_shown_with_its_split_notices_and_first_rows(
     assert "note (masks-without-image, 1): 1 mask is not used" in text
     assert "53x37" in text and "edit number 0" in text
     assert (out / "problems.txt").read_text().startswith("note: 1 mask is not used")
+    assert (out / "masks.png").is_file()
 
 
 def test_strict_shows_the_notices_and_refuses(

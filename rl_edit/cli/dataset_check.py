@@ -20,6 +20,7 @@ from rl_edit.data.problems import FaultyRows, problem_list
 from rl_edit.editors import inspect_editor
 from rl_edit.errors import InputError
 from rl_edit.files import replace_file
+from rl_edit.report.overlays import SHEET, write_mask_files
 
 PROBLEMS = "problems.txt"
 """File of all problems and notices in --out."""
@@ -42,7 +43,8 @@ def check_command(
     ] = None,
     preset: Preset = None,
     out: Annotated[
-        Path | None, typer.Option(help=f"Directory for {PROBLEMS}: all problems and notices.")
+        Path | None,
+        typer.Option(help=f"Directory for {PROBLEMS} and the masks on their images, {SHEET}."),
     ] = None,
     strict: Strict = False,
 ) -> None:
@@ -68,7 +70,11 @@ def check_command(
     _print(console, {"train": train, "held out": heldout}, notices)
     if out is not None:
         _write(out / PROBLEMS, [f"note: {notice}" for notice in notices])
-        console.print(str(out / PROBLEMS), highlight=False, markup=False, soft_wrap=True)
+        if isinstance(train, RowsDataset):
+            write_mask_files(train, out)
+        console.print(
+            f"{out / PROBLEMS}, {out / SHEET}", highlight=False, markup=False, soft_wrap=True
+        )
     if strict or run.data.strict:
         require_none(notices, source=data)
 
