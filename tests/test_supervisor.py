@@ -428,7 +428,7 @@ def test_what_a_constructor_raises_is_the_message_and_is_not_tried_again(
     assert puppets.spawned == 2
 
 
-def test_a_start_that_is_cancelled_leaves_no_error_that_nobody_looked_at() -> None:
+def test_a_start_that_is_cancelled_leaves_no_error_that_was_not_looked_at() -> None:
     complaints: list[str] = []
 
     async def body(supervisor: Supervisor) -> None:

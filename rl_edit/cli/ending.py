@@ -84,14 +84,15 @@ def leave(error: BaseException, *, debug: bool) -> NoReturn:
     line, code = _line(cause or error, within_run=directory is not None)
     if debug:
         traceback.print_exception(error)
-    elif code == INTERNAL or not (hasattr(error, "exit_code") or isinstance(error, _SIGNALS)):
+    elif not (hasattr(error, "exit_code") or isinstance(error, _QUIET)):
         line += f" The traceback is in {_saved(error, directory)}; --debug shows it."
     if line:
         print(f"rl-edit: {line}", file=sys.stderr)
     sys.exit(code)
 
 
-_SIGNALS = (KeyboardInterrupt, Interrupted, BrokenPipeError)
+# Their cause is known without a traceback.
+_QUIET = (KeyboardInterrupt, BrokenPipeError)
 
 
 def _line(error: BaseException, *, within_run: bool) -> tuple[str, int]:
@@ -128,7 +129,11 @@ def _of_the_system(error: OSError) -> tuple[str, int] | None:
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where, reason = " and ".join(names), error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = f" for {where}" if where else f" (temporary files are in {_temporary()})"
+        place = (
+            f" for {where}"
+            if where
+            else f" for the output or for temporary files in {_temporary()}"
+        )
         return f"no space is left{place} ({reason}): free some, or write elsewhere.", INFEASIBLE
     if error.errno == errno.EPIPE and not where:
         return "", INTERNAL

@@ -65,8 +65,11 @@ def pretrain(
         stop_after: (stage, step) at which it checkpoints and returns None.
 
     Raises:
-        InputError: ``out`` holds a finished editor, or an unfinished one of other settings.
+        InputError: ``out`` is a file, or holds a finished editor, or an unfinished one of
+            other settings.
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a directory for the editor")
     if (out / "model_index.json").exists() and not (out / CHECKPOINT_DIR).exists():
         raise InputError(
             f"{out} already holds an editor: training would overwrite it. Choose another directory "
