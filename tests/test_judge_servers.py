@@ -233,6 +233,23 @@ BEHAVIOURS: dict[str, Behaviour] = {
         "response_format is left out",
         json_schema=True,
     ),
+    "no json_schema": usable(
+        refusing(400, openai_error("Invalid value: 'json_schema'. Use 'text'."), "response_format"),
+        "response_format is left out",
+        json_schema=True,
+    ),
+    "unknown max_tokens": usable(
+        refusing(
+            422,
+            {
+                "detail": [
+                    {"loc": ["body", "max_tokens"], "msg": "Extra inputs are not permitted"},
+                ]
+            },
+            "max_tokens",
+        ),
+        "max_tokens is sent as max_completion_tokens",
+    ),
     "no system role": usable(
         no_system, "the system text stands before the question", model="EditScore-7B"
     ),
@@ -260,6 +277,18 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "unclosed thinking cut off": unusable(
         lambda body, number: (200, completion("<think>hm", finish_reason="length")),
         r"cut off at max_tokens\(512\).*enable_thinking: false",
+    ),
+    "cut off in another API's words": unusable(
+        lambda body, number: (200, completion('{"reasoning": "', finish_reason="MAX_TOKENS")),
+        r"cut off at max_tokens\(512\). Raise max_tokens",
+    ),
+    "error beside the answer": unusable(
+        always(200, {"choices": [{"error": {"message": "engine died"}, "message": None}]}),
+        "error in the answer: engine died",
+    ),
+    "redirect": unusable(
+        lambda body, number: (301, b"", {"Location": "https://other/v1/chat/completions"}),
+        "HTTP 301 .*redirects to https://other/v1.*Correct base_url",
     ),
     "error with HTTP 200": unusable(
         always(200, {"error": {"message": "Provider returned error", "code": 502}}),

@@ -140,14 +140,26 @@ def test_a_judge_that_cannot_be_reached_is_not_asked_again_and_again(judge_test:
     assert "HTTP 503" in err[0] and len(server.requests) == 2
 
 
-def test_what_a_server_does_not_take_is_a_note(judge_test: Judge) -> None:
-    def no_seed(body: dict[str, Any], number: int) -> Answer:
-        refused = (400, b'{"error": {"message": "unknown field seed", "param": "seed"}}')
-        return refused if "seed" in body else seeing(body, number)
+def no_seed(body: dict[str, Any], number: int) -> Answer:
+    refused = (400, b'{"error": {"message": "unknown field seed", "param": "seed"}}')
+    return refused if "seed" in body else seeing(body, number)
 
+
+def test_what_a_server_does_not_take_is_a_note(judge_test: Judge) -> None:
     with serving(no_seed) as server:
         code, out, _ = judge_test(server.url)
     assert code == 0 and "note: seed is left out (the server says: unknown field seed)" in out
+
+
+def test_a_benchmark_of_the_judge_shows_the_note_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    short = ("--term", "mine", "--seconds", "0.01", "--concurrency", "1", "--tasks", "1")
+    with serving(no_seed) as server:
+        where = f"rewards.mine.transport.base_url={server.url}"
+        options = (*SETTINGS, where, *short, "--out", tmp_path / "bench.json")
+        code, out, _ = command(monkeypatch, capsys, "bench-reward", *options)
+    assert code == 0 and out.count("note: mine: seed is left out") == 1
 
 
 def test_without_a_judge_or_a_row_the_command_refuses(

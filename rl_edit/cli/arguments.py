@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import Dataset
+from rl_edit.rewards import RewardTerm
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file of a run. Or use --preset.")]
 Overrides = Annotated[
@@ -60,3 +61,9 @@ def configured(
     """Loads the run of a file or a preset, with overrides."""
     file, changes = config_and_overrides(config, overrides)
     return load_config(file, preset=preset, overrides=changes)
+
+
+def print_reward_notes(console: Console, terms: Iterable[RewardTerm]) -> None:
+    """Shows what rewards say about their scores, once they have scored."""
+    for line in [f"note: {term.name}: {note}" for term in terms for note in term.notes()]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from rl_edit.cli.arguments import (
     Strict,
     configured,
     print_notices,
+    print_reward_notes,
     strictly,
 )
 from rl_edit.config import RunConfig
@@ -90,6 +91,7 @@ def audit_reward_command(
     write_result(files[0], result.to_json(run=run.name, data=run.data.path))
     write_result(files[1], render(result, title=run.name))
     _print(console, result, files)
+    print_reward_notes(console, chosen)
     if result.verdict == "fail":
         raise typer.Exit(MISLEADS)
 

@@ -24,6 +24,7 @@ from rl_edit.cli.arguments import (
     Strict,
     configured,
     print_notices,
+    print_reward_notes,
     strictly,
 )
 from rl_edit.cli.audit_reward import chosen_terms, first_tasks
@@ -79,6 +80,7 @@ def bench_reward_command(
     }
     write_result(out, json.dumps(content, indent=2, allow_nan=False) + "\n")
     _print(console, results, out)
+    print_reward_notes(console, terms)
 
 
 def _measure_all(

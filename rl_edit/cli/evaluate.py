@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from rl_edit.cli.arguments import Strict, print_notices, strictly
+from rl_edit.cli.arguments import Strict, print_notices, print_reward_notes, strictly
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
 from rl_edit.editors import inspect_editor, load_editor, lora, require_adapter
@@ -114,6 +114,7 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
             images=temporary / "images",
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
+    print_reward_notes(console, terms)
     evaluation.write(temporary / "evaluation.json", temporary / "rows.jsonl")
     # evaluation.json comes last: a reader that sees it finds its rows and images beside it.
     shutil.rmtree(directory, ignore_errors=True)

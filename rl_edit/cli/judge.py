@@ -18,10 +18,10 @@ from rich.table import Table
 
 from rl_edit.audit.images import Reference, reference
 from rl_edit.audit.judge_trial import JudgeTrial, judge_of, judge_trial
-from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured
+from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured, print_notices
 from rl_edit.cli.audit_reward import first_tasks
 from rl_edit.config import RunConfig
-from rl_edit.data import open_dataset
+from rl_edit.data import Dataset, open_dataset
 from rl_edit.errors import InputError
 from rl_edit.files import write_result
 from rl_edit.rewards.vlm.judge_reward import JudgeReward
@@ -64,8 +64,9 @@ def judge_test_command(
     """
     run = configured(config, overrides, preset)
     judges = _judges(run, term)
-    correct = _reference(run, row)
-    console = Console()
+    dataset, console = open_dataset(run.data, "train"), Console()
+    print_notices(console, dataset)
+    correct = _reference(dataset, row, run.editor.resolution)
     _say(console, _introduction(correct, row))
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task("asking", total=3 * repeats * len(judges))
@@ -117,13 +118,12 @@ def _judges(run: RunConfig, names: Sequence[str] | None) -> dict[str, JudgeRewar
     }
 
 
-def _reference(run: RunConfig, row: int) -> Reference:
-    dataset = open_dataset(run.data, "train")
+def _reference(dataset: Dataset, row: int, resolution: int) -> Reference:
     if row >= len(dataset):
         raise InputError(
             f"--row {row} is beyond the last of {len(dataset)} rows, which count from 0."
         )
-    return reference(first_tasks(dataset, row + 1, resolution=run.editor.resolution)[row])
+    return reference(first_tasks(dataset, row + 1, resolution=resolution)[row])
 
 
 def _introduction(correct: Reference, row: int) -> str:

@@ -80,12 +80,16 @@ def completion_of(text: str, content_type: str) -> Reply:
     try:
         content: Any = json.loads(text)
         choice = content["choices"][0]
+        if choice.get("error"):
+            error = read_error(200, json.dumps(choice), content_type)
+            return Reply(status="unreachable", reason=f"error in the answer: {error.message}")
         message = choice["message"]
         refusal, finish = message.get("refusal"), choice.get("finish_reason")
         reply = Reply(
             text="\n".join(filter(str.strip, _texts(message))),
             thinking=_thinking(message),
-            finished=finish != "length",
+            # Gateways to other APIs keep the words of those.
+            finished=str(finish).lower() not in ("length", "max_tokens"),
             tokens=_tokens(choice),
             usage=_usage(content),
         )

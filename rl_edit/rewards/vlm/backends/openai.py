@@ -208,6 +208,7 @@ class _Received:
     text: str = ""
     content_type: str = ""
     retry_after: str | None = None
+    location: str = ""
     failure: str = ""
 
 
@@ -238,8 +239,8 @@ class _Exchange:
             limits = limits_of(server)
             body = self._body(limits)
             received = await self._request("POST", "/chat/completions", body)
-            if received.failure:
-                return Reply(status="unreachable", reason=received.failure)
+            if received.failure or received.location:
+                return _elsewhere(received)
             error = _error(received)
             if error is None:
                 return completion_of(received.text, received.content_type)
@@ -286,6 +287,7 @@ class _Exchange:
                     text=text.replace(self.key, "***") if self.key else text,
                     content_type=response.headers.get("Content-Type", ""),
                     retry_after=response.headers.get("Retry-After"),
+                    location=response.headers.get("Location", ""),
                 )
         except (aiohttp.ClientError, ConnectionError, ValueError) as error:
             words = str(error).replace(self.key, "***") if self.key else str(error)
@@ -328,6 +330,17 @@ class _Exchange:
             seen = listed.failure or described(listed.text, listed.content_type)
             return f"Its models cannot be listed ({shortened(seen)})"
         return f"It serves {shortened(', '.join(names)) or 'no model'}"
+
+
+def _elsewhere(received: _Received) -> Reply:
+    """Says that nothing answered at the address, or that it points to another."""
+    if received.failure:
+        return Reply(status="unreachable", reason=received.failure)
+    reason = (
+        f"HTTP {received.status} from the judge: it redirects to {shortened(received.location)}, "
+        "which is not followed since it would be sent the key. Correct base_url"
+    )
+    return Reply(status="unreachable", reason=reason, final=True)
 
 
 def _error(received: _Received) -> ServerError | None:

@@ -84,6 +84,12 @@ _ALTERNATIVES = re.compile(
     r"|expected one of|instead|use )\b",
     re.IGNORECASE,
 )
+# Here a refused value, such as json_schema, is as good as a refused part.
+_OTHER_FORMAT = re.compile(
+    r"(response_format|json_schema).*(invalid|must be|only|unavailable)"
+    r"|(invalid|unavailable|only).*(response_format|json_schema)",
+    re.IGNORECASE | re.DOTALL,
+)
 _TOO_LARGE = re.compile(
     r"too large|context length|maximum context|exceed|less than|at most", re.IGNORECASE
 )
@@ -145,12 +151,7 @@ def _next(
     message = error.message
     if takes_no_images(message):
         return None
-    if (
-        not known.max_completion_tokens
-        and "max_tokens" in body
-        and "max_completion_tokens" in message
-        and not _TOO_LARGE.search(message)
-    ):
+    if "max_tokens" in body and not known.max_completion_tokens and _renames(error):
         note = "max_tokens is sent as max_completion_tokens" + _because(message)
         return replace(known, max_completion_tokens=True, notes=(*known.notes, note))
     if _FEW_IMAGES.search(message):
@@ -165,6 +166,13 @@ def _next(
         return None
     note = f"{name} is left out{_because(message)}: {_CONSEQUENCES[name]}"
     return replace(known, omitted=known.omitted | {name}, notes=(*known.notes, note))
+
+
+def _renames(error: ServerError) -> bool:
+    """Checks whether ``max_tokens`` is refused as a name, and not for its value."""
+    named = error.parameter == "max_tokens" and _REFUSES.search(error.message)
+    suggested = "max_completion_tokens" in error.message
+    return bool(named or suggested) and not _TOO_LARGE.search(error.message)
 
 
 def _with_fewer_images(known: Limits, message: str, num_images: int) -> Limits | None:
@@ -186,6 +194,8 @@ def _with_fewer_images(known: Limits, message: str, num_images: int) -> Limits |
 def _refused_part(error: ServerError, body: Mapping[str, Any]) -> str | None:
     """Returns the part of a request that the server refuses; None when it names none."""
     message = error.message
+    if "response_format" in body and _OTHER_FORMAT.search(message):
+        return "response_format"
     if not _REFUSES.search(message):
         return None
     if error.parameter in _PARTS and error.parameter in body:
