@@ -18,7 +18,15 @@ from rich.table import Table
 
 from rl_edit.audit.images import Reference, reference
 from rl_edit.audit.judge_trial import JudgeTrial, judge_of, judge_trial
-from rl_edit.cli.arguments import ConfigFile, Overrides, Preset, configured, print_notices
+from rl_edit.cli.arguments import (
+    ConfigFile,
+    Overrides,
+    Preset,
+    Strict,
+    configured,
+    print_notices,
+    strictly,
+)
 from rl_edit.cli.audit_reward import first_tasks
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, open_dataset
@@ -57,12 +65,13 @@ def judge_test_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File for all answers and numbers.")
     ] = None,
+    strict: Strict = False,
 ) -> None:
     """Ask the judges of a run about a correct edit, an untouched source and a noisy edit.
 
     No editor is loaded. Exits with 3 when a judge gives no scores or does not prefer the edit.
     """
-    run = configured(config, overrides, preset)
+    run = configured(config, strictly(overrides, strict=strict), preset)
     judges = _judges(run, term)
     dataset, console = open_dataset(run.data, "train"), Console()
     print_notices(console, dataset)
