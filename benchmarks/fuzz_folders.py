@@ -3,9 +3,10 @@
     python benchmarks/fuzz_folders.py --folders 2000 [--first 0] [--fault masks/hole/one]
 
 A folder ends in one of five ways. ``read``: every row agrees with what was drawn. ``said``: some
-row does not or is missing, and a notice about its kind of fault says so. ``refused``: an InputError. ``wrong``: a
-row disagrees or is missing and nothing is said, or an image is in both splits. ``traceback``: any other exception. The last two are defects, and
-the command then exits with 1. Folders are numbered, so a defect can be repeated with ``--first``.
+row does not or is missing, and a notice about its kind of fault says so. ``refused``: an
+InputError. ``wrong``: a row disagrees or is missing and nothing is said, or an image is in both
+splits. ``traceback``: any other exception. The last two are defects, and the command then exits
+with 1. Folders are numbered, so a defect can be repeated with ``--first``.
 """
 
 from __future__ import annotations
