@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections import Counter
@@ -38,14 +39,13 @@ def test_no_random_fault_ends_in_a_traceback_or_a_silent_wrong_row(
 
 
 def test_good_folders_are_read_without_a_notice(tmp_path: Path) -> None:
-    import random
-
     for seed in range(20):
         root = tmp_path / str(seed)
         good_folder(random.Random(seed), 12).write(root)
         config = DataConfig(path=str(root), heldout_fraction=0.4)
         for split in ("train", "heldout"):
-            assert open_dataset(config, split).notices == (), seed
+            kinds = {notice.kind for notice in open_dataset(config, split).notices}
+            assert kinds <= {"few-held-out"}, seed
 
 
 def test_every_fault_occurs_in_the_long_run() -> None:
