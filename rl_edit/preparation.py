@@ -24,27 +24,15 @@ from rl_edit.data import open_dataset
 from rl_edit.editors import editor_identity, inspect_editor, require_targets
 from rl_edit.errors import InputError
 from rl_edit.provenance import code_sha256, versions
+from rl_edit.readiness import (
+    require_device,
+    require_gold,
+    require_heldout,
+    require_regions,
+    require_reward_files,
+)
 from rl_edit.rewards import available
 from rl_edit.run_record import RunRecord
-
-
-def require_place(directory: Path, *, resume: bool) -> bool:
-    """Returns True when a run has begun in ``directory``.
-
-    Raises:
-        InputError: it has and is not to be resumed, or has not and is, or ``directory`` is a file.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"--run-dir {directory} is a file: give a directory")
-    occupied = directory.is_dir() and any(directory.iterdir())
-    if occupied and not resume:
-        raise InputError(
-            f"run directory {directory} already holds a run: add --resume to continue it, or give "
-            "another --run-dir"
-        )
-    if resume and not occupied:
-        raise InputError(f"nothing to resume in {directory}: drop --resume to start a run there")
-    return occupied
 
 
 def require_judge_deadline(config: RunConfig) -> None:
@@ -70,6 +58,7 @@ def prepare(
     observer: Observer,
     *,
     resume: bool,
+    dry_run: bool,
     allow_drift: frozenset[str],
 ) -> tuple[Run, RunRecord]:
     """Opens data, editor and rewards and says the plan. Writes nothing.
@@ -77,6 +66,8 @@ def prepare(
     Returns:
         the run, and the content of ``run.json``.
     """
+    require_device(config)
+    require_gold(config)
     facts = inspect_editor(config.editor)
     dataset = open_dataset(
         config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token
@@ -84,6 +75,16 @@ def prepare(
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     config.require_measured(left_out)
     require_targets(config.editor, config.lora)
+    require_reward_files(config, terms, observer)
+    require_regions(config, terms, dataset, observer)
+    # Training reads them only where it evaluates; a dry run answers for what comes after it too.
+    if dry_run or config.data.heldout_path is not None:
+        require_heldout(
+            config,
+            pixels_per_token=facts.pixels_per_token,
+            shown=[str(notice) for notice in dataset.notices],
+            observer=observer,
+        )
     base = editor_identity(config.editor)
     run = Run(
         config=config,

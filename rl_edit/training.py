@@ -26,7 +26,8 @@ from rl_edit.editors import lora
 from rl_edit.errors import Fenced, InputError, Interrupted
 from rl_edit.files import EVENTS, METRICS, read_json_lines, replace_file
 from rl_edit.method.update import TrainingFailed
-from rl_edit.preparation import prepare, require_judge_deadline, require_place
+from rl_edit.preparation import prepare, require_judge_deadline
+from rl_edit.readiness import require_place
 from rl_edit.report.overlays import write_mask_files
 from rl_edit.run_record import RUN_FILE, RunRecord
 from rl_edit.types import AdapterWeights
@@ -85,7 +86,14 @@ def train(
 
         # A missing cluster is reported first: opening data and editor may take minutes.
         ray_cluster.probe()
-    run, record = prepare(config, directory, observer, resume=resume, allow_drift=allow_drift)
+    run, record = prepare(
+        config,
+        directory,
+        observer,
+        resume=resume,
+        dry_run=dry_run,
+        allow_drift=allow_drift,
+    )
     if dry_run:
         return None
     directory.mkdir(parents=True, exist_ok=True)

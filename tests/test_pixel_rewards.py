@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
+from clip_files import write_tiny_clip
 from rl_edit.audit.checks import expected_of
 from rl_edit.data import shapes
 from rl_edit.errors import InputError
@@ -384,49 +385,7 @@ def test_a_image_too_small_for_lpips_is_invalid_not_zero(weights: str) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of the real classes with random weights and a byte vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {
-        piece: number
-        for number, piece in enumerate([*alphabet, "<|startoftext|>", "<|endoftext|>"])
-    }
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    start, end = len(alphabet), len(alphabet) + 1
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>",
-        special_tokens=[("<|startoftext|>", start), ("<|endoftext|>", end)],
-    )
-    directory = tmp_path_factory.mktemp("clip")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = CLIPConfig(
-        text_config={
-            **small,
-            "vocab_size": len(vocabulary),
-            "max_position_embeddings": 24,
-            "bos_token_id": start,
-            "eos_token_id": end,
-        },
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    CLIPModel(config).save_pretrained(directory)
-    return str(directory)
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_images_are_prepared_as_clips_own_processor_does() -> None:

@@ -115,7 +115,7 @@ def test_task_types_choose_rows_on_disk_and_must_exist(tmp_path: Path) -> None:
         DataConfig(heldout_path=str(tmp_path / "data"), task_types=("replace",)), "heldout"
     )
     assert len(dataset) == 6 and {dataset[index].task_type for index in range(6)} == {"replace"}
-    with pytest.raises(InputError, match=r"no task of type rotate; it has add, recolour"):
+    with pytest.raises(InputError, match=r"no task of type rotate. It has add, recolour"):
         open_dataset(DataConfig(path=str(tmp_path / "data"), task_types=("rotate",)), "train")
     with pytest.raises(InputError, match=r"no task type 'rotate'. Use some of add"):
         open_dataset(DataConfig(task_types=("rotate",)), "train")

@@ -84,6 +84,7 @@ ROOMS = {
                 "config",
                 "training",
                 "preparation",
+                "readiness",
             )
             for end in (".py", "/*.py")
         ),

@@ -88,6 +88,8 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     )
     print_notices(console, dataset)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
+    for term in terms:
+        term.require_files()
     # Read before the editor is loaded: a wrong path must not cost a minute.
     weights, lora_config = lora.read(adapter)
     for note in lora_config.notes:

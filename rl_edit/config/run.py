@@ -267,7 +267,8 @@ class RunConfig(BaseModel):
                 raise InputError(
                     f"{reader} reads reward {name!r}, which is left out here ({left_out[name]}): "
                     "nothing could be learnt from it. Give the data what it lacks, or name a "
-                    "reward that it can feed, e.g. one of kind region_judge."
+                    "reward that it can feed, e.g. one of kind region_judge (with "
+                    "data.without_regions=mask where no task has regions)."
                 )
 
     def judge_timeout_s(self) -> float:
@@ -294,7 +295,7 @@ class RunConfig(BaseModel):
         content["rollout"] = _without(content["rollout"], OPERATIONAL_ROLLOUT)
         # What the lines of a text mean shows in the rows, which are hashed with the data.
         content["data"] = _without(
-            content["data"], {"path", "heldout_path", "strict", "text_lines"}
+            content["data"], {"path", "heldout_path", "strict", "text_lines", "without_regions"}
         )
         # The data's fingerprint says how its masks were read, so a run whose masks are read as
         # before is the run of before.

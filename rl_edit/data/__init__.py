@@ -35,7 +35,7 @@ from rl_edit.data.pixels import COLOUR_CHANGES
 from rl_edit.data.problems import refuse
 from rl_edit.data.rows import EmptyMask, Request, Row, check, check_requests, load
 from rl_edit.data.splits import Split, divide, ordered, shared_images
-from rl_edit.errors import InputError
+from rl_edit.errors import InputError, did_you_mean
 from rl_edit.types import EditTask, PairedRegionsTask
 
 
@@ -278,8 +278,9 @@ def open_requests(config: DataConfig) -> tuple[Request, ...]:
 def _open_shapes(config: DataConfig, split: Split) -> ShapesDataset:
     for task_type in config.task_types or ():
         if task_type not in shapes.TASK_TYPES:
+            hint = did_you_mean(task_type, shapes.TASK_TYPES) or "."
             raise InputError(
-                f"{BUILTIN_SHAPES} has no task type {task_type!r}. "
+                f"{BUILTIN_SHAPES} has no task type {task_type!r}{hint} "
                 f"Use some of {', '.join(shapes.TASK_TYPES)} in data.task_types."
             )
     length = config.num_train if split == "train" else config.num_heldout
@@ -323,9 +324,10 @@ def _of_types(rows: Sequence[R], task_types: tuple[str, ...] | None, root: Path)
     present = sorted({row.task_type for row in rows})
     absent = [task_type for task_type in task_types if task_type not in present]
     if absent:
+        hint = did_you_mean(absent[0], present) or "."
         raise InputError(
-            f"{root} has no task of type {', '.join(absent)}; it has {', '.join(present)}. "
-            "Correct data.task_types."
+            f"{root} has no task of type {', '.join(absent)}{hint} It has {', '.join(present)}: "
+            "correct data.task_types."
         )
     return [row for row in rows if row.task_type in task_types]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rl_edit.data.instructions import TextLines
@@ -35,6 +37,8 @@ class DataConfig(BaseModel):
         heldout_fraction: share of the images on disk that is held out without ``heldout_path``.
         strict: whether a notice is an error: files that are not used, masks that were guessed, text
             that was cut.
+        without_regions: treatment of data in which no task has regions, where a reward or credit
+            scores region by region. "error" stops, "mask" takes each mask as the one region.
         heldout_path: a separate dataset for evaluation. All of ``path`` is then for training.
     """
 
@@ -54,6 +58,7 @@ class DataConfig(BaseModel):
     heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
     heldout_path: str | None = None
     strict: bool = False
+    without_regions: Literal["error", "mask"] = "error"
 
     @field_validator("path", "heldout_path")
     @classmethod

@@ -23,7 +23,10 @@ _MOST_PROBLEMS = 3
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Names of weight files before any variant, by the library of the component."""
 
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+_VOCABULARIES = (
+    *(("tokenizer.json",), ("vocab.json", "merges.txt")),
+    *(("spiece.model",), ("tokenizer.model",), ("vocab.txt",)),
+)
 """Files of which one set must be in a tokenizer's folder."""
 
 _LFS = b"version https://git-lfs"
@@ -44,7 +47,7 @@ class PipelineFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class _Component:
-    """One folder of a pipeline.
+    """One folder of a pipeline; without a name, a directory that holds one model.
 
     Attributes:
         stem: of its weight files; "" for a component without weights.
@@ -54,6 +57,15 @@ class _Component:
     kind: str
     stem: str
     files: frozenset[str]
+
+    @property
+    def place(self) -> str:
+        """Names the folder in a message."""
+        return f"{self.name}/" if self.name else "the directory"
+
+    def path(self, file: str) -> str:
+        """Names a file of the folder within the pipeline."""
+        return f"{self.name}/{file}" if self.name else file
 
     def variants(self) -> dict[str | None, str]:
         """Finds the complete weights: a file or an index for each variant; None is the plain one.
@@ -91,6 +103,27 @@ def pipeline_files(place: Location, *, dtype: str) -> PipelineFiles:
     return files
 
 
+def model_problems(place: Location) -> list[str]:
+    """Says what is missing or damaged in a directory of one model of transformers.
+
+    The plain weights, the tokenizer and all JSON files are looked at; nothing is said of a model
+    on the hub that cannot be listed.
+    """
+    names = place.files()
+    if names is None:
+        return [] if place.offers("config.json") else ["the hub does not answer or lacks it"]
+    files = frozenset(name for name in names if "/" not in name)
+    model = _Component(name="", kind="Model", stem=_STEMS["transformers"], files=files)
+    tokenizer = _Component(name="", kind="Tokenizer", stem="", files=files)
+    problems = [*_missing(model), *_missing(tokenizer)]
+    if not problems and None not in model.variants():
+        problems = [
+            f"model.safetensors is missing, only variant {', '.join(map(str, model.variants()))} "
+            "is there: rename it, or save the model again without a variant"
+        ]
+    return problems or list(_damaged(place, model, PipelineFiles()))
+
+
 def _components(index: Any, names: Collection[str]) -> tuple[_Component, ...]:
     """Lists the components that ``model_index.json`` names; null entries are optional ones."""
     entries = index.items() if isinstance(index, dict) else ()
@@ -116,15 +149,15 @@ def _has_weights(kind: str) -> bool:
 def _missing(part: _Component) -> Iterator[str]:
     """Says which files of a component are not there."""
     if not part.files:
-        yield f"the folder {part.name}/ is missing or empty"
+        yield f"the folder {part.name}/ is missing or empty" if part.name else "it holds no files"
         return
     expected = "scheduler_config.json" if "Scheduler" in part.kind else "config.json"
     if (part.stem or "Scheduler" in part.kind) and expected not in part.files:
-        yield f"{part.name}/{expected} is missing"
+        yield f"{part.path(expected)} is missing"
     if "Tokenizer" in part.kind and not any(part.files >= set(files) for files in _VOCABULARIES):
-        yield f"{part.name}/ has no vocabulary (tokenizer.json)"
+        yield f"{part.place} has no vocabulary (tokenizer.json)"
     if part.stem and not part.variants():
-        yield f"{part.name}/ has no weights: {_instead_of_weights(part)}"
+        yield f"{part.place} has no weights: {_instead_of_weights(part)}"
 
 
 def _instead_of_weights(part: _Component) -> str:
@@ -166,26 +199,26 @@ def _chosen(place: Location, components: Collection[_Component], dtype: str) -> 
 def _damaged(place: Location, part: _Component, files: PipelineFiles) -> Iterator[str]:
     """Says what is wrong with the small files and the tables of a component."""
     for file in sorted(part.files):
-        path = place.local_path(f"{part.name}/{file}")
+        path = place.local_path(part.path(file))
         if file.endswith(".json") and "index" not in file and path is not None:
-            yield from _unreadable_json(path, f"{part.name}/{file}")
+            yield from _unreadable_json(path, part.path(file))
     if not part.stem:
         return
     weights = part.variants()
     # diffusers takes the plain weights of a component that does not have the variant.
     file = weights[files.variant if files.variant in weights else None]
     if not file.endswith(".json"):
-        yield from _problem_of_table(place, f"{part.name}/{file}")
+        yield from _problem_of_table(place, part.path(file))
         return
-    shards = _shards(place, f"{part.name}/{file}")
+    shards = _shards(place, part.path(file))
     if absent := sorted(set(shards) - part.files):
         yield (
-            f"{part.name}/{file} names {len(shards)} files, of which {len(absent)} are missing "
+            f"{part.path(file)} names {len(shards)} files, of which {len(absent)} are missing "
             f"(first: {absent[0]})"
         )
         return
     for shard, tensors in shards.items():
-        yield from _problem_of_table(place, f"{part.name}/{shard}", expected=tensors)
+        yield from _problem_of_table(place, part.path(shard), expected=tensors)
 
 
 def _shards(place: Location, index: str) -> dict[str, set[str]]:

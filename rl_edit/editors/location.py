@@ -70,6 +70,14 @@ class Location:
             snapshot = self._snapshot()
             return None if snapshot is None else _names_in(snapshot)
 
+    def offers(self, file: str) -> bool:
+        """Returns True where a small file can be had."""
+        try:
+            self.read_json(file)
+        except InputError:
+            return False
+        return True
+
     def local_path(self, file: str) -> Path | None:
         """Finds a file on this machine; None for one that is still on the hub."""
         root = Path(self.name) if self.local else self._snapshot()

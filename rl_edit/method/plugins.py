@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, GetCoreSchemaHandler, ValidatorFunctionWrapHandler
 from pydantic_core import CoreSchema, core_schema
 
-from rl_edit.errors import InputError
+from rl_edit.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 
@@ -92,18 +93,43 @@ def _imported_model(kind: str) -> type[BaseModel]:
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: "
-            f"{error}): install it, put it on PYTHONPATH, or mend it"
+            f"{error}): {import_remedy(module, error)}"
         ) from error
     if not (
         isinstance(model, type)
         and issubclass(model, BaseModel)
         and model.model_config.get("frozen")
     ):
+        classes = [other for other, value in _public(module) if isinstance(value, type)]
+        hint = did_you_mean(name, classes) if model is None else ""
         raise ValueError(
-            f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}: define one with "
-            "that kind"
+            f"kind {kind!r}: {module!r} has no frozen pydantic model {name!r}{hint or ':'} define "
+            "one with that kind"
         )
     return model
+
+
+def import_remedy(module: str, error: BaseException) -> str:
+    """Says how a module that cannot be imported can be."""
+    if not isinstance(error, ModuleNotFoundError) or error.name != module.partition(".")[0]:
+        return "mend it, or install what it imports"
+    if Path(f"{error.name}.py").is_file() or Path(str(error.name), "__init__.py").is_file():
+        # The installed command does not search the directory it is started in, as python does.
+        return "it lies in this directory, so put that on the path: PYTHONPATH=. rl-edit ..."
+    here = [file.stem for file in Path().glob("*.py")]
+    if hint := did_you_mean(str(error.name), here):
+        return hint.removeprefix(", ")
+    return "install it, or put its folder on PYTHONPATH"
+
+
+def nearest_function(module: str, name: str) -> str:
+    """Suggests the callable of a module whose name is nearest, as the end of a sentence."""
+    return did_you_mean(name, [other for other, value in _public(module) if callable(value)])
+
+
+def _public(module: str) -> list[tuple[str, Any]]:
+    content = vars(importlib.import_module(module))
+    return [(name, value) for name, value in content.items() if not name.startswith("_")]
 
 
 def plugin_result(what: str, function: Callable[[], T]) -> T:

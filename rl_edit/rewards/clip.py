@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rl_edit.errors import InputError
 from rl_edit.rewards.cache import content_sha256
+from rl_edit.rewards.model_files import require_model
 from rl_edit.rewards.networks import clip
 from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, PairedTask, Score
@@ -61,6 +62,16 @@ class ClipSimilarity(RewardTerm):
 
     def fingerprint(self) -> dict[str, Any]:
         return {**super().fingerprint(), "model": content_sha256(self.model)}
+
+    def require_files(self) -> None:
+        super().require_files()
+        kind = require_model(self.model, reward=f"reward {self.name!r}").get("model_type")
+        if kind != "clip":
+            raise InputError(
+                f"{self.model}, the model of reward {self.name!r}, is of type {kind!r} and not "
+                "CLIP, so its vectors could not be compared. Give a CLIP model such as "
+                "openai/clip-vit-large-patch14."
+            )
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Component: ``cosine``, the mean over captions before they are cut off at 0."""

@@ -66,6 +66,10 @@ class Composite(RewardTerm):
         # The wrapped term's weight, cache and name do not change the score.
         return {"kind": self.kind, "of": self.of.fingerprint()}
 
+    def require_files(self) -> None:
+        super().require_files()
+        self.of.require_files()
+
     def reseeded(self) -> Self:
         return self.model_copy(update={"of": self.of.reseeded()})
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from rl_edit.errors import InputError
+from rl_edit.method.plugins import import_remedy, nearest_function
 from rl_edit.rewards.term import RewardTerm, Sides, source_sha256
 from rl_edit.types import Candidates, Score
 
@@ -100,14 +101,16 @@ def _resolve(function: str) -> Callable[[Candidates], Iterable[object]]:
     except (Exception, SystemExit) as error:
         raise InputError(
             f"The module {module_name!r} of reward function {function!r} cannot be imported "
-            f"({type(error).__name__}: {error}). Install it, put its folder on PYTHONPATH of every "
-            "process, or mend it."
+            f"({type(error).__name__}: {error}): {import_remedy(module_name, error)}"
         ) from error
     resolved: Callable[[Candidates], Iterable[object]] | None = getattr(module, name, None)
     if not callable(resolved):
         what = "is not callable" if hasattr(module, name) else "does not exist"
+        hint = nearest_function(module_name, name) or "."
+        # A module that is built in has no file.
+        where = f"{module_name!r} ({getattr(module, '__file__', 'built in')})"
         raise InputError(
-            f"{name!r} {what} in {module_name!r} ({module.__file__}), so there is no reward to "
-            "compute. Define it or correct 'function'."
+            f"{name!r} {what} in {where}, so there is no reward to compute{hint} Define it or "
+            "correct 'function'."
         )
     return resolved

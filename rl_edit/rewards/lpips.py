@@ -65,6 +65,11 @@ class Lpips(RewardTerm):
     def fingerprint(self) -> dict[str, Any]:
         return {**super().fingerprint(), "weights": content_sha256(self.weights)}
 
+    def require_files(self) -> None:
+        super().require_files()
+        # A few megabytes: loading them is the check.
+        network(self.weights)
+
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         task = candidates.task
         values = distance(

@@ -197,6 +197,21 @@ class RewardTerm(BaseModel, ABC):
         seed = dict(self).get("seed")
         return self if seed is None else self.model_copy(update={"seed": seed + _OTHER_SEED})
 
+    def require_files(self) -> None:
+        """Refuses a term whose files, models or keys are not here.
+
+        It loads nothing large. A dry run calls it for every term, so a term of yours that reads
+        files should look for them here.
+
+        Raises:
+            InputError: with what is missing and the remedy.
+        """
+        if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
+            raise InputError(
+                f"cache({self.cache}) of reward {self.name!r} is a file, so no score could be "
+                "stored. Name a directory."
+            )
+
     @abstractmethod
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Scores every candidate, in their order.

@@ -59,7 +59,13 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         ),
     ),
     (_room("rl_edit/training.py", "the life of a run directory"),),
-    (_room("rl_edit/preparation.py", "checks before a run starts"),),
+    (
+        Room(
+            name="preparation",
+            holds="checks before a run starts",
+            modules=("rl_edit.preparation", "rl_edit.readiness"),
+        ),
+    ),
     (_room("learner/controller", "loop, ledger, checkpoints"),),
     (_room("actors", "rollout, rewards, executors"), _room("learner", "policy, optimizer, ranks")),
     (_room("rl_edit/audit", "audits of rewards"),),

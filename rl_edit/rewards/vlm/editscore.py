@@ -53,6 +53,11 @@ class EditScore(JudgeReward):
     high: ClassVar[float] = 10.0
     num_questions: ClassVar[int] = 2
 
+    def require_files(self) -> None:
+        super().require_files()
+        if self.prompt == "upstream":
+            upstream_prompts(self.score_range)
+
     def questions(
         self, task: EditTask, edited: UInt8[Tensor, "height width 3"]
     ) -> tuple[JudgeQuestion, ...]:

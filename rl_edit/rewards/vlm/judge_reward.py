@@ -155,6 +155,10 @@ class JudgeReward(RewardTerm):
         )
         return longest_s + again
 
+    def require_files(self) -> None:
+        super().require_files()
+        self.transport.require_files()
+
     @property
     def remote(self) -> bool:
         return isinstance(self.transport, OpenAI)

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from rl_edit.errors import InputError
+from rl_edit.rewards.model_files import require_model
 from rl_edit.rewards.vlm.backends.transport import Question, Reply, Sampling
 
 # The package's models are not safe for two threads.
@@ -45,6 +47,20 @@ class Upstream(BaseModel):
     tensor_parallel_size: int = Field(default=1, ge=1)
 
     offers_logprobs: ClassVar[bool] = False
+
+    def require_files(self) -> None:
+        _package()
+        require_model(self.path, reward=f"transport {self.kind}")
+        if self.lora_path is None:
+            return
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        missing = [file for file in files if not (Path(self.lora_path) / file).is_file()]
+        # An id of the hub has no directory here; the package downloads it.
+        if missing and (Path(self.lora_path).is_dir() or self.lora_path.count("/") != 1):
+            raise InputError(
+                f"lora_path({self.lora_path!r}) of the judge has no {' and no '.join(missing)}. "
+                "Give the directory of a PEFT LoRA, or leave it out for a merged checkpoint."
+            )
 
     async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
         return await asyncio.to_thread(self._ask_all, questions)

@@ -12,6 +12,7 @@ import re
 from typing import Any, Literal
 
 from rl_edit.errors import InputError
+from rl_edit.rewards.model_files import require_image_processor, require_model
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 FamilyChoice = Literal["auto", "qwen2_5_vl", "qwen3_vl"]
@@ -43,6 +44,17 @@ def family_of(checkpoint: str) -> Family:
         f"{checkpoint} holds a {model_type} model, whose chat template is not known here. Use "
         f"{' or '.join(SYSTEM)}, or serve it."
     )
+
+
+def require_judge(path: str, *, transport: str) -> None:
+    """Refuses a judge of the own process that is not here, or that no template here fits."""
+    model_type = require_model(path, reward=f"transport {transport}").get("model_type")
+    if model_type not in SYSTEM:
+        raise InputError(
+            f"{path} holds a {model_type} model, whose chat template is not known here. Use "
+            f"{' or '.join(SYSTEM)}, or serve it."
+        )
+    require_image_processor(path, reward=f"transport {transport}")
 
 
 def mark(family: Family, number: int) -> str:

@@ -146,6 +146,9 @@ class OpenAI(BaseModel):
         """Says what is asked otherwise than configured, because the server refused it."""
         return limits_of(self.server).notes
 
+    def require_files(self) -> None:
+        self._key()
+
     async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
         """Sends all questions, at most ``concurrency`` of them at a time."""
         key = self._key()

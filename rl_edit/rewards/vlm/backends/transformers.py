@@ -20,7 +20,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from rl_edit.rewards.vlm.backends.constrained_decoding import Constraint, Form, Vocabulary
-from rl_edit.rewards.vlm.backends.families import IMAGE, Family, FamilyChoice, chat_text, family_of
+from rl_edit.rewards.vlm.backends.families import (
+    IMAGE,
+    Family,
+    FamilyChoice,
+    chat_text,
+    family_of,
+    require_judge,
+)
 from rl_edit.rewards.vlm.backends.transport import TOP_LOGPROBS, Question, Reply, Sampling, Token
 
 # Two threads must not load the same model twice.
@@ -53,6 +60,9 @@ class Transformers(BaseModel):
     timeout_s: float = Field(default=600.0, gt=0)
 
     offers_logprobs: ClassVar[bool] = True
+
+    def require_files(self) -> None:
+        require_judge(self.path, transport=self.kind)
 
     async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
         return await asyncio.to_thread(self._answer_all, questions)

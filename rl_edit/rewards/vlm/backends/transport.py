@@ -115,6 +115,14 @@ class Transport(Protocol):
 
     offers_logprobs: ClassVar[bool]
 
+    def require_files(self) -> None:
+        """Refuses a transport whose model, package or key is not here, and loads nothing.
+
+        Raises:
+            InputError: with what is missing and the remedy.
+        """
+        ...
+
     async def ask(self, questions: Sequence[Question]) -> Sequence[Reply]:
         """Returns one reply per question, in their order.
 

@@ -10,14 +10,22 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from rl_edit.errors import InputError
-from rl_edit.rewards.vlm.backends.families import FamilyChoice, chat_text, family_of
+from rl_edit.rewards.model_files import require_model
+from rl_edit.rewards.vlm.backends.families import FamilyChoice, chat_text, family_of, require_judge
 from rl_edit.rewards.vlm.backends.transport import TOP_LOGPROBS, Question, Reply, Token
+
+_NO_PACKAGE = (
+    "The transport vllm needs the package vllm, which cannot be imported here ({error}). "
+    "Install it where reward actors run (pip install vllm, Linux with CUDA), or serve the "
+    "judge elsewhere and use openai."
+)
 
 # One engine per process, one call at a time.
 _BUSY = threading.Lock()
@@ -51,6 +59,14 @@ class VLLM(BaseModel):
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
 
     offers_logprobs: ClassVar[bool] = True
+
+    def require_files(self) -> None:
+        if find_spec("vllm") is None:
+            raise InputError(_NO_PACKAGE.format(error="no such module"))
+        if self.family == "auto":
+            require_judge(self.path, transport=self.kind)
+        else:
+            require_model(self.path, reward=f"transport {self.kind}")
 
     async def ask(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
         return await asyncio.to_thread(self._ask_all, questions)
@@ -101,11 +117,7 @@ def _engine(config: VLLM) -> Any:
     try:
         from vllm import LLM
     except ImportError as error:
-        raise InputError(
-            f"The transport vllm needs the package vllm, which cannot be imported here ({error}). "
-            "Install it where reward actors run (pip install vllm, Linux with CUDA), or serve the "
-            "judge elsewhere and use openai."
-        ) from error
+        raise InputError(_NO_PACKAGE.format(error=error)) from error
     return LLM(
         model=config.path,
         dtype=config.dtype,

@@ -1,0 +1,179 @@
+"""Checks that everything a run will need is here: directory, device, models, data of both splits.
+
+Each function refuses one kind of absence, and a dry run calls them all, so that what it passes
+starts. Nothing is loaded that is large, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from learner.controller.run import Observer
+from rl_edit.config import RunConfig
+from rl_edit.data import Dataset, RowsDataset, open_dataset
+from rl_edit.errors import InputError, did_you_mean
+from rl_edit.files import EVENTS
+from rl_edit.rewards import Reward, available
+from rl_edit.rewards.vlm.region_judge import RegionJudge
+from rl_edit.run_directory import CONFIG_FILE, no_run_at
+from rl_edit.run_record import RUN_FILE
+
+_MARKS = (CONFIG_FILE, RUN_FILE, EVENTS, "LEASE.json", "checkpoints")
+"""Names of which a directory has at least one where a run has begun."""
+
+_PROBE = b"\0" * (1 << 20)
+
+
+def require_place(directory: Path, *, resume: bool) -> bool:
+    """Returns True when a run has begun in ``directory``.
+
+    Raises:
+        InputError: it has and is not to be resumed, or has not and is; or nothing can be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--run-dir {directory} is a file: give a directory")
+    entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    begun = any(mark in entries for mark in _MARKS)
+    if entries and not begun:
+        raise InputError(
+            f"--run-dir {directory} is not empty and holds no run (it has {entries[0]}): a run's "
+            "files would be mixed with what is there. Give a new directory"
+        )
+    if begun and not resume:
+        raise InputError(
+            f"run directory {directory} already holds a run: add --resume to continue it, or give "
+            "another --run-dir"
+        )
+    if resume and not begun:
+        raise InputError(
+            f"nothing to resume: {no_run_at(directory)} Or drop --resume to start a run there"
+        )
+    _require_writable(directory)
+    return begun
+
+
+def _require_writable(directory: Path) -> None:
+    """Writes a nameless file where the run directory is or will be made."""
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise InputError(
+            f"--run-dir {directory} cannot be made: {existing} is a file. Give another directory"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(_PROBE)
+            file.flush()
+    except OSError as error:
+        raise InputError(
+            f"--run-dir {directory} cannot be written to: {existing} refuses a file of 1 MiB "
+            f"({error.strerror}). Free space or change its rights, or give another directory"
+        ) from error
+
+
+def require_device(config: RunConfig) -> None:
+    """Refuses a device that does not exist, where this process is the one to use it."""
+    name = config.editor.device
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"editor.device {name!r} is no device: use auto, cpu, cuda or cuda:0"
+        ) from error
+    # Actors of Ray may run on other machines.
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.actors.runtime != "ray" and device.type == "cuda" and (device.index or 0) >= there:
+        raise InputError(
+            f"editor.device is {name!r} and this machine has {there} GPUs that torch can use: set "
+            "editor.device=auto, or cpu"
+        )
+
+
+def require_reward_files(config: RunConfig, terms: Sequence[Reward], observer: Observer) -> None:
+    """Refuses rewards whose models, files or keys are missing."""
+    elsewhere = config.actors.runtime == "ray" and os.environ.get("RAY_ADDRESS") not in (
+        *(None, "", "local"),
+    )
+    for term in terms:
+        try:
+            term.require_files()
+        except InputError as error:
+            # The machines of a cluster may have what the one that starts the run has not.
+            if not elsewhere:
+                raise
+            observer.note(f"on this machine, which may not be one of the cluster's: {error}")
+
+
+def require_regions(
+    config: RunConfig, terms: Sequence[Reward], dataset: Dataset, observer: Observer
+) -> None:
+    """Refuses credit and judges by region on data in which no task has regions."""
+    names = set(config.algorithm.credit.needed_components())
+    readers = [t.name for t in terms if isinstance(t, RegionJudge) or t.name in names]
+    if not readers or "regions" in dataset.fields:
+        return
+    having = (
+        sum("regions" in row.fields for row in dataset.rows)
+        if isinstance(dataset, RowsDataset)
+        else 0
+    )
+    if having:
+        observer.note(
+            f"{having} of {len(dataset)} tasks have regions (region_map); the mask of each other "
+            f"one is its only region, for {', '.join(readers)}"
+        )
+    elif config.data.without_regions == "error":
+        raise InputError(
+            f"reward {readers[0]!r} scores region by region, and none of the {len(dataset)} tasks "
+            "has regions: each mask would be one region. Add a region_map to the rows (rl-edit "
+            "find-masks writes one), or accept that with data.without_regions=mask"
+        )
+
+
+def require_gold(config: RunConfig) -> None:
+    """Refuses a trusted reward that no reward is called, also where nothing is evaluated yet."""
+    gold = config.evaluation.gold
+    if gold and gold not in config.rewards:
+        hint = did_you_mean(gold, config.rewards) or "."
+        raise InputError(
+            f"evaluation.gold {gold!r} is no reward of this run{hint} It has "
+            f"{', '.join(config.rewards)}"
+        )
+
+
+def require_heldout(
+    config: RunConfig, *, pixels_per_token: int, shown: Sequence[str], observer: Observer
+) -> None:
+    """Opens the held-out tasks, which an evaluation after the run will need.
+
+    Args:
+        shown: notices that the training tasks had, which are not repeated.
+
+    Raises:
+        InputError: they cannot be opened, or cannot feed a reward.
+    """
+    try:
+        heldout = open_dataset(
+            config.data,
+            "heldout",
+            resolution=config.editor.resolution,
+            multiple=pixels_per_token,
+        )
+        _, left_out = available(tuple(config.rewards.values()), heldout.fields)
+    except InputError as error:
+        raise InputError(f"held-out tasks (for rl-edit evaluate): {error}") from error
+    for text in (str(notice) for notice in heldout.notices):
+        if text not in shown:
+            observer.note(f"held-out tasks: {text}")
+    _say_left_out(left_out, observer)
+
+
+def _say_left_out(left_out: Mapping[str, str], observer: Observer) -> None:
+    for name, why in left_out.items():
+        observer.note(f"held-out tasks leave out reward {name}: {why}")

@@ -1,0 +1,68 @@
+"""Checks the model directories of rewards before anything is loaded or started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rl_edit.editors.component_files import model_problems
+from rl_edit.editors.location import Location
+from rl_edit.errors import InputError, did_you_mean
+
+
+def require_model(path: str, *, reward: str) -> dict[str, Any]:
+    """Checks a directory or hub id of a model, its tokenizer and its weights.
+
+    Args:
+        reward: what needs the model, for the message.
+
+    Returns:
+        the content of its ``config.json``.
+
+    Raises:
+        InputError: it is not there, or its files are not complete.
+    """
+    place = Location(name=path, local=Path(path).is_dir())
+    if not place.local:
+        _require_id(path, reward)
+    elif (Path(path) / "adapter_config.json").is_file() and not (
+        Path(path) / "config.json"
+    ).is_file():
+        raise InputError(
+            f"{path}, the model of {reward}, holds a LoRA without its base. Make a complete model "
+            f"of both: rl-edit merge-judge BASE {path} DIR"
+        )
+    if problems := model_problems(place):
+        raise InputError(
+            f"{path}, the model of {reward}, cannot be loaded: {'; '.join(problems[:3])}. "
+            f"{'Copy it again' if place.local else f'Download it: hf download {path}'}"
+        )
+    content = place.read_json("config.json")
+    return content if isinstance(content, dict) else {}
+
+
+def require_image_processor(path: str, *, reward: str) -> None:
+    """Refuses a model that lacks the settings by which its images are prepared."""
+    place = Location(name=path, local=Path(path).is_dir())
+    if not any(place.offers(f"{name}_config.json") for name in ("preprocessor", "processor")):
+        raise InputError(
+            f"{path}, the model of {reward}, has no preprocessor_config.json, so no image could be "
+            "prepared for it. Copy it from the checkpoint that this one was made from"
+        )
+
+
+def _require_id(path: str, reward: str) -> None:
+    """Refuses a path that is neither a directory nor an id that the hub can have."""
+    if Path(path).exists():
+        raise InputError(f"{path}, the model of {reward}, is a file: give its directory")
+    parent = Path(path).expanduser().parent
+    # ORG/NAME may be on the hub; every other form was meant as a path.
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        siblings = (
+            [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+        )
+        hint = did_you_mean(Path(path).name, siblings)
+        raise InputError(
+            f"there is no model of {reward} at {path}{hint or '.'} Give an existing directory, or "
+            "an id of the Hugging Face hub such as ORG/NAME"
+        )
