@@ -27,7 +27,7 @@ LARGE_SHARE = 0.6
 EDGE_SHARE = 0.7
 """The same for the share of the image's outermost pixels: the background touches all sides."""
 
-MIN_AGREEMENT = 0.85
+MIN_AGREEMENT = 0.7
 """Below this IoU between thresholds a mask is said to be soft."""
 
 _CHANGED = 30

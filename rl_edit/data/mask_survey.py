@@ -20,7 +20,7 @@ from rl_edit.data.masks import MaskForm, MaskFrom, MaskPolarity, Reading
 from rl_edit.data.notices import NUM_EXAMPLES, Notice
 from rl_edit.errors import InputError
 
-EQUAL_MASKS = 20
+EQUAL_MASKS = 64
 """So many rows with one and the same edit share are no coincidence."""
 
 FORMS: dict[MaskForm, str] = {
