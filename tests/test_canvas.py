@@ -160,7 +160,7 @@ def test_a_mask_that_leaves_no_background_on_the_canvas_is_refused_or_skipped_an
     assert len(open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train")) == 4
     with pytest.raises(
         InputError,
-        match=r"1 problems in 4 rows.*touches every 8 px token.*raise editor\.resolution",
+        match=r"1 problem in 4 rows.*touches every 8 px token.*raise editor\.resolution",
     ):
         open_dataset(DataConfig(path=str(root), heldout_path=str(root)), "train", **canvas)
     usable = open_dataset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,19 @@ def test_inverted_masks_are_refused_until_the_polarity_is_named(tmp_path: Path) 
     kept = opened(tmp_path, mask_polarity="edit_white")
     assert kinds(kept) == {"mask-share": 3}
     assert "data.mask_polarity=edit_black" in kept.notices[0].message
+
+
+def test_the_refusal_names_a_command_that_shows_the_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write_rows(tmp_path / "rows", [INVERTED] * 3)
+    with pytest.raises(InputError) as refused:
+        opened(tmp_path / "rows")
+    words = shlex.split(str(refused.value).partition("rl-edit ")[2])
+    assert words[-1] == "sheets"
+    code, out, _ = command(monkeypatch, capsys, *words[:-1], tmp_path / "sheets")
+    assert code == 0 and (tmp_path / "sheets" / "masks.png").is_file()
+    assert "set data.mask_polarity=edit_black" in " ".join(out.split())
 
 
 def test_targets_prove_the_polarity(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -87,8 +88,8 @@ def survey(
     if isinstance(readings, str):
         listed = _listed(rows, [f"{item.white.share:.0%}" for item in evidence])
         raise InputError(
-            f"{source}: {readings}. Share per row: {listed}. rl-edit dataset check {source} shows "
-            "them on their images."
+            f"{source}: {readings}. Share per row: {listed}. To see them on their images: rl-edit "
+            f"dataset check {shlex.quote(source)} data.mask_polarity=edit_white --out sheets"
         )
     records = tuple(
         MaskRecord(
