@@ -6,10 +6,12 @@ goes on from the :class:`Run` that :func:`prepare` returns.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from learner.controller import heldout
 from learner.controller.capacity import Capacity
 from learner.controller.run import Observer, Run
 from learner.controller.same_run import require_resumable
+from rl_edit.audit.total import TASKS_BEFORE_TRAINING, Purpose, examine
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
+from rl_edit.data.canvas import fit
 from rl_edit.editors import editor_identity, inspect_editor, require_targets
 from rl_edit.errors import InputError
 from rl_edit.provenance import code_sha256, versions
@@ -31,8 +35,13 @@ from rl_edit.readiness import (
     require_regions,
     require_reward_files,
 )
-from rl_edit.rewards import available
+from rl_edit.rewards import Reward, available
 from rl_edit.run_record import RunRecord
+from rl_edit.types import EditTask
+
+_MEASURED_SIDE = 128
+"""Largest canvas, in pixels, on which the weighted sum is measured before the start."""
+_TRAINED_NEVERTHELESS = "It is trained nevertheless; the report says so first."
 
 
 def require_judge_deadline(config: RunConfig) -> None:
@@ -100,10 +109,54 @@ def prepare(
     if resume:
         # Before the directory is touched: a refused resume must leave the run as it was.
         require_resumable(run)
+    purpose = _require_edit_rewarded(run, terms, left_out, resume=resume)
     _say_plan(run, [term.name for term in terms], left_out, observer)
     for note in facts.notes:
         observer.note(note)
-    return run, _run_record(run, base, [f"{name}: {why}" for name, why in left_out.items()])
+    if purpose.problem:
+        observer.note(f"{purpose.problem}. {_TRAINED_NEVERTHELESS}")
+    if purpose.unknown:
+        observer.say(purpose.unknown)
+    record = _run_record(run, base, [f"{name}: {why}" for name, why in left_out.items()])
+    return run, record.model_copy(update={"unrewarded_edit": purpose.problem})
+
+
+def _require_edit_rewarded(
+    run: Run, terms: Sequence[Reward], left_out: dict[str, str], *, resume: bool
+) -> Purpose:
+    """Refuses to begin a run whose weighted sum does not ask for the edit.
+
+    A run that has begun goes on, and says so: it was begun by a version that did not look, or on
+    purpose.
+
+    Raises:
+        InputError: with what was found and the setting that trains nevertheless.
+    """
+    config, dataset = run.config, run.dataset
+    purpose = examine(
+        terms,
+        lambda: _measured_tasks(run),
+        left_out=left_out,
+        has_targets="target" in dataset.fields,
+        seed=config.seed,
+    )
+    if purpose.problem and not (config.train.allow_unrewarded_edit or resume):
+        raise InputError(
+            f"{purpose.problem}. To train nevertheless, set train.allow_unrewarded_edit=true"
+        )
+    return purpose
+
+
+def _measured_tasks(run: Run) -> list[EditTask]:
+    """Reads the first tasks, small: the start of a run must not wait for large images."""
+    side = min(run.config.editor.resolution, _MEASURED_SIDE)
+    tasks = []
+    for row in range(min(TASKS_BEFORE_TRAINING, len(run.dataset))):
+        task = run.dataset[row]
+        # A mask may fill so small a canvas; the other tasks do.
+        with contextlib.suppress(InputError):
+            tasks.append(fit(task, resolution=side, multiple=run.pixels_per_token))
+    return tasks
 
 
 def _say_plan(run: Run, terms: list[str], left_out: dict[str, str], observer: Observer) -> None:

@@ -25,6 +25,8 @@ class RunRecord(BaseModel):
         status: running, stopped, done, done early or failed.
         updates: planned, not done.
         left_out_rewards: ``NAME: REASON`` of each reward term that the data cannot feed.
+        unrewarded_edit: why the rewards do not ask for the edit, of a run that was trained
+            nevertheless (``train.allow_unrewarded_edit``); "" of any other.
         started, finished: seconds since the epoch; ``seconds`` is their difference.
         adapter: id of the trained adapter; None when no update was done.
         reason: cause of a failure.
@@ -48,6 +50,7 @@ class RunRecord(BaseModel):
     data_fingerprint: str = ""
     editor_identity: str = ""
     left_out_rewards: tuple[str, ...] = ()
+    unrewarded_edit: str = ""
     versions: Mapping[str, str] = {}
     hardware: Mapping[str, Any] = {}
     command: str = ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learner.controller import heldout
+from learner.controller import heldout, silent
 from learner.controller.lease import Lease
 from learner.controller.loop import TrainingLoop
 from learner.controller.run import Observer, Outcome, Run, Silent
@@ -141,6 +141,7 @@ def _run(attempt: _Attempt) -> Outcome:
         status = _status(outcome, config)
         if status != "stopped":
             _require_learnt(directory)
+            silent.require_informative(directory, config)
         observer.ended()
         _save(attempt, outcome, status, events)
     except Fenced:

@@ -78,6 +78,8 @@ def small_config(
             "learning_rate": 5.0e-3,
             "ratio_tolerance": 0.0,
             "checkpoint_every": 1,
+            # Preservation and attention do not ask for the edit; the loop does not care.
+            "allow_unrewarded_edit": True,
         },
         "actors": {"runtime": "inline", "threads": 1, "backoff_s": 0, "preflight": False},
         "evaluation": {"num_tasks": 3, "examples": 1, "num_steps": 2},

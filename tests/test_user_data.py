@@ -80,7 +80,7 @@ def run(
     small = (
         "actors.runtime=inline", "actors.threads=1", "train.updates=1", "train.groups_per_update=3",
         "rollout.group_size=4", "rollout.num_steps=3",
-        "algorithm.objective={kind: neighbor, num_anchors: 2}",
+        "algorithm.objective={kind: neighbor, num_anchors: 2}", "train.allow_unrewarded_edit=true",
     )  # fmt: skip
     arguments = (
         "train",

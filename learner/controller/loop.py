@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from learner.controller import checkpoint, heldout, preflight
+from learner.controller import checkpoint, heldout, preflight, silent
 from learner.controller.commits import Commits
 from learner.controller.executor import Executor, Ref
 from learner.controller.groups import GroupCollector, ScoredGroup, learn_order, shards
@@ -287,6 +287,7 @@ class TrainingLoop:
                 break
             await self._update(self._newest().updates_done)
             await self._evaluate_heldout()
+            silent.watch(self.of, events=self.events, note=self.observer.note)
 
     def _newest(self) -> LearnerSnapshot:
         assert self.snapshot is not None, "there is no snapshot before the learner has started"

@@ -8,5 +8,16 @@ from __future__ import annotations
 
 from rl_edit.audit.audit import Audit, TermAudit, audit
 from rl_edit.audit.checks import Check, Expectation, Verdict, expected_of
+from rl_edit.audit.total import TotalAudit, audit_total
 
-__all__ = ["Audit", "Check", "Expectation", "TermAudit", "Verdict", "audit", "expected_of"]
+__all__ = [
+    "Audit",
+    "Check",
+    "Expectation",
+    "TermAudit",
+    "TotalAudit",
+    "Verdict",
+    "audit",
+    "audit_total",
+    "expected_of",
+]

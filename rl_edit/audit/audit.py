@@ -13,6 +13,7 @@ from rl_edit.audit.checks import Case, Check, Expectation, Verdict, run_checks, 
 from rl_edit.audit.corruptions import LEVELS, Side
 from rl_edit.audit.images import Reference, TestImages, make_test_images, reference
 from rl_edit.audit.responses import AuditSession, Responses
+from rl_edit.audit.total import TotalAudit
 from rl_edit.errors import InputError
 from rl_edit.files import without_nan
 from rl_edit.measures.intervals import bootstrap
@@ -79,6 +80,7 @@ class Audit:
         left_out: terms that were not audited, and the reasons.
         has_targets: whether correct edits are the data's own. Otherwise masks were painted and the
             instructions replaced to say so.
+        total: the audit of the run's weighted sum; None where single terms were chosen.
     """
 
     terms: tuple[TermAudit, ...]
@@ -87,11 +89,13 @@ class Audit:
     num_tasks: int
     seed: int
     has_targets: bool
+    total: TotalAudit | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict of its terms."""
-        return worst(term.verdict for term in self.terms)
+        """The worst verdict of its terms and of the weighted sum."""
+        weighted_sum = () if self.total is None else (self.total.verdict,)
+        return worst([*(term.verdict for term in self.terms), *weighted_sum])
 
     def to_json(self, **about: Any) -> str:
         """Writes the audit for machines; numbers that do not exist are null."""
@@ -105,6 +109,7 @@ class Audit:
             "reference": "target" if self.has_targets else "painted",
             "levels": LEVELS,
             "left_out": self.left_out,
+            "total": None if self.total is None else _total_json(self.total),
             "terms": [_term_json(term) for term in self.terms],
         }
         return json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
@@ -219,6 +224,28 @@ def _curve(case: Case, corruption: str, side: Side) -> Curve:
     )
 
 
+def _total_json(total: TotalAudit) -> dict[str, Any]:
+    return {
+        "verdict": total.verdict,
+        "weights": total.weights,
+        "unseen": total.unseen,
+        "allowed": total.allowed,
+        "checks": _checks_json(total.checks),
+    }
+
+
+def _checks_json(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": check.name,
+            "verdict": check.verdict,
+            "sentence": check.sentence,
+            "numbers": check.numbers,
+        }
+        for check in checks
+    ]
+
+
 def _term_json(term: TermAudit) -> dict[str, Any]:
     return {
         "name": term.name,
@@ -228,15 +255,7 @@ def _term_json(term: TermAudit) -> dict[str, Any]:
         "expects": list(term.expected.sides),
         "reads_instruction": term.expected.reads_instruction,
         "seconds": term.seconds,
-        "checks": [
-            {
-                "name": check.name,
-                "verdict": check.verdict,
-                "sentence": check.sentence,
-                "numbers": check.numbers,
-            }
-            for check in term.checks
-        ],
+        "checks": _checks_json(term.checks),
         "curves": [
             {
                 # The key of the schema's first version; readers of old files know no other.

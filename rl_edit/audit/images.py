@@ -94,7 +94,7 @@ def make_test_images(correct: Reference, *, seed: int) -> TestImages:
         clean=clean,
         graded=graded(clean, task.source, task.edit_mask, key=key),
         elsewhere=_moved_elsewhere(correct, generator(*key, "elsewhere")),
-        blanks=_blanks(clean, generator(*key, "static")),
+        blanks=blank_images(clean, seed=seed, task_id=task.task_id),
         patches={
             name: _patch_pairs(clean, where, generator(*key, "patches", name))
             for name, where in places.items()
@@ -120,7 +120,9 @@ def _doubled(tensor: Tensor, *, first: int) -> Tensor:
     return tensor.repeat_interleave(2, dim=first).repeat_interleave(2, dim=first + 1)
 
 
-def _blanks(clean: RGB, random: torch.Generator) -> dict[str, RGB]:
+def blank_images(clean: RGB, *, seed: int, task_id: str) -> dict[str, RGB]:
+    """Makes images that show no edit at all, of the size of ``clean``."""
+    random = generator(seed, task_id, "static")
     # No content, or content that follows no instruction. A judge that likes one of them does not
     # look at the image.
     return {

@@ -73,6 +73,7 @@ def render(audit: Audit, *, title: str) -> str:
         height=height,
         rows=list(_rows(audit)),
         sides=SIDE_CLASS,
+        examples=_total_examples(audit),
     )
 
 
@@ -172,6 +173,16 @@ def _drawings(term: TermAudit) -> Iterator[Drawing]:
         if curves:
             svg = response_svg(curves, title=f"{term.name}: {corruption}")
             yield Drawing(title=corruption, svg=svg)
+
+
+def _total_examples(audit: Audit) -> list[Thumbnail]:
+    """Shows what the weighted sum was asked about, with its values."""
+    if audit.total is None:
+        return []
+    return [
+        _thumbnail(title, image, {"weighted sum": audit.total.scores[title]})
+        for title, image in audit.total.example.items()
+    ]
 
 
 def _rows(audit: Audit) -> Iterator[tuple[str, list[Thumbnail]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from rl_edit.audit import Audit, TermAudit, Verdict, audit, expected_of
+from rl_edit.audit import Audit, Check, TotalAudit, Verdict, audit, audit_total, expected_of
 from rl_edit.audit.page import render
 from rl_edit.cli.arguments import (
     ConfigFile,
@@ -66,7 +67,8 @@ def audit_reward_command(
 ) -> None:
     """Corrupt correct edits in known ways and check that every reward notices.
 
-    Exits with 3 when a reward would mislead training.
+    Without --term, the weighted sum of the run is audited too. Exits with 3 when a reward or the
+    sum would mislead training.
     """
     run = configured(config, strictly(overrides, strict=strict), preset)
     dataset = open_dataset(run.data, "train")
@@ -76,16 +78,19 @@ def audit_reward_command(
     terms = [
         (reward, expected_of(reward, expects, reads_instruction=instruction)) for reward in chosen
     ]
+    examples = first_tasks(dataset, tasks, resolution=run.editor.resolution)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         # The total is known with the first call of progress: terms times tasks.
         bar = progress.add_task("auditing", total=None)
         result = audit(
             terms,
-            first_tasks(dataset, tasks, resolution=run.editor.resolution),
+            examples,
             seed=run.seed,
             left_out=left_out,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
+    if not term:
+        result = replace(result, total=_total(run, dataset, examples))
     # Written before anything is printed: a closed pipe must not cost the result.
     files = (out / "audit.json", out / "audit.html")
     write_result(files[0], result.to_json(run=run.name, data=run.data.path))
@@ -94,6 +99,13 @@ def audit_reward_command(
     print_reward_notes(console, chosen)
     if result.verdict == "fail":
         raise typer.Exit(MISLEADS)
+
+
+def _total(run: RunConfig, dataset: Dataset, examples: Sequence[EditTask]) -> TotalAudit:
+    """Audits the weighted sum of all rewards that the data can feed."""
+    usable, left_out = available(tuple(run.rewards.values()), dataset.fields)
+    allowed = run.train.allow_unrewarded_edit
+    return audit_total(usable, examples, seed=run.seed, left_out=left_out, allowed=allowed)
 
 
 def chosen_terms(
@@ -147,21 +159,25 @@ def first_tasks(dataset: Dataset, count: int, *, resolution: int) -> list[EditTa
 
 def _print(console: Console, result: Audit, files: Sequence[Path]) -> None:
     for term in result.terms:
-        console.print(_table(term))
+        console.print(_table(term.name, term.verdict, term.checks))
+    if result.total is not None:
+        console.print(_table("weighted sum", result.total.verdict, result.total.checks))
     lines = [f"not audited: {name} ({why})" for name, why in result.left_out.items()]
     # No wrapping: a path must stay one word for a terminal that opens it.
     for line in (*lines, ", ".join(str(file) for file in files)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    failed = ", ".join(term.name for term in result.terms if term.verdict == "fail")
+    failed = [term.name for term in result.terms if term.verdict == "fail"]
+    if result.total is not None and result.total.verdict == "fail":
+        failed.append("the weighted sum")
     if failed:
-        text = f"[red]would mislead training: {escape(failed)}[/red]"
+        text = f"[red]would mislead training: {escape(', '.join(failed))}[/red]"
         console.print(text, highlight=False, soft_wrap=True)
 
 
-def _table(term: TermAudit) -> Table:
-    title = f"{escape(term.name)}: {_coloured(term.verdict)}"
+def _table(name: str, verdict: Verdict, checks: Sequence[Check]) -> Table:
+    title = f"{escape(name)}: {_coloured(verdict)}"
     table = Table("check", "verdict", "finding", title=title)
-    for check in term.checks:
+    for check in checks:
         table.add_row(check.name, _coloured(check.verdict), escape(check.sentence))
     return table
 

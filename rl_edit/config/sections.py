@@ -15,6 +15,7 @@ from rl_edit.method.rollout import Solver
 OPERATIONAL_TRAIN = frozenset(
     {"updates", "checkpoint_every", "keep_checkpoints", "max_dropped_groups", "max_skipped"}
     | {"max_failed_commits", "ratio_tolerance", "grace_s"}
+    | {"warn_silent", "max_silent", "allow_unrewarded_edit"}
 )
 OPERATIONAL_ROLLOUT = frozenset({"chunk"})
 """Settings of the place and manner of work. They change no result, so they may change on resume."""
@@ -82,6 +83,15 @@ class TrainConfig(BaseModel):
             before the run stops.
         max_skipped: updates in a row skipped for a loss or gradient that is not finite, at which
             the run stops.
+        warn_silent: updates in a row in which a reward with a weight gives all candidates of every
+            group the same score, at which the run warns. Some groups tie by chance or because all
+            edits are right; with 8 groups an update, 3 updates are 24 groups without a difference.
+        max_silent: the same, at which the run stops; also at its end, when the reward never varied
+            in it. A reward that varied before and now gives everything its best score is learnt,
+            and only warned of. None never stops.
+        allow_unrewarded_edit: train although the weighted sum of the rewards does not prefer the
+            edit to the untouched source, to another task's edit or to a blank image. The report
+            then says so first.
         checkpoint_every: updates between two checkpoints. The last update always has one.
         keep_checkpoints: checkpoints that stay on disk, the newest.
         max_failed_commits: checkpoints in a row that fail (a full disk), at which the run stops.
@@ -108,6 +118,9 @@ class TrainConfig(BaseModel):
     # From here on: safety, not learning. Each limit ends the run rather than let it go wrong.
     max_dropped_groups: int = Field(default=0, ge=0)
     max_skipped: int = Field(default=3, ge=1)
+    warn_silent: int = Field(default=3, ge=1)
+    max_silent: int | None = Field(default=10, ge=1)
+    allow_unrewarded_edit: bool = False
     checkpoint_every: int = Field(default=10, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     max_failed_commits: int = Field(default=3, ge=1)

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rl_edit.errors import InputError
 from rl_edit.files import write_result
+from rl_edit.measures.silence import silence
 from rl_edit.report.charts import smoothing_span
 from rl_edit.report.curves import chart_groups
 from rl_edit.report.metric_charts import spaced
@@ -32,7 +33,7 @@ NUM_LAST_EVENTS = 40
 # Events with such a word are shown in full; the others are only counted.
 NOTABLE = re.compile(
     r"warn|drop|declin|refus|reject|stale|invalid|error|fail|retr|restart|resum|timeout"
-    r"|interrupt|lost|died|alarm|evaluation_",
+    r"|interrupt|lost|died|alarm|silent|evaluation_",
     re.IGNORECASE,
 )
 
@@ -82,6 +83,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "status": run.status,
         "facts": _facts(files),
         "left_out": run.left_out_rewards,
+        "unrewarded": run.unrewarded_edit,
+        "silent": _silent(files),
         "has_evaluation": evaluation is not None,
         "headlines": headlines(evaluation) if evaluation else (),
         "table": metric_table(evaluation) if evaluation else (),
@@ -101,6 +104,21 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "environment": _environment(run),
         **_events(files),
     }
+
+
+def _silent(files: RunFiles) -> list[str]:
+    """Describes each reward that an event calls silent, as the metrics stand at the end."""
+    named = dict.fromkeys(
+        str(row.get("reward")) for row in files.events.rows if row.get("event") == "silent_reward"
+    )
+    rows = files.metrics.rows
+    return [
+        str(silence(rows, name))
+        if silence(rows, name)
+        else f"reward {name!r} gave all candidates of every group the same score for some updates, "
+        "and varied again later"
+        for name in named
+    ]
 
 
 def _facts(files: RunFiles) -> list[tuple[str, str]]:

@@ -62,6 +62,10 @@ class Composite(RewardTerm):
     def notes(self) -> tuple[str, ...]:
         return self.of.notes()
 
+    @property
+    def quick(self) -> bool:
+        return self.of.quick
+
     def fingerprint(self) -> dict[str, Any]:
         # The wrapped term's weight, cache and name do not change the score.
         return {"kind": self.kind, "of": self.of.fingerprint()}

@@ -44,6 +44,10 @@ class Psnr(RewardTerm):
     def high(self) -> float:
         return self.ceiling_db
 
+    @property
+    def quick(self) -> bool:
+        return True
+
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components: ``saturated`` and ``keep_fraction``; zero-filled values depend on it."""
         task = candidates.task
@@ -76,6 +80,10 @@ class Ssim(RewardTerm):
     @property
     def high(self) -> float:
         return self.ceiling
+
+    @property
+    def quick(self) -> bool:
+        return True
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components: ``saturated`` and ``keep_fraction``; zero-filled values depend on it."""

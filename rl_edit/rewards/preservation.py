@@ -44,6 +44,10 @@ class Preservation(RewardTerm):
     high: ClassVar[float] = 1.0
     needs_attention: ClassVar[bool] = False
 
+    @property
+    def quick(self) -> bool:
+        return True
+
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components: ``psnr`` (dB, masked convention) and ``ssim`` (map masked)."""
         task = candidates.task
@@ -86,6 +90,10 @@ class Similarity(RewardTerm):
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
     needs_attention: ClassVar[bool] = False
+
+    @property
+    def quick(self) -> bool:
+        return True
 
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components: ``psnr`` in dB and ``ssim``, by the variant's arithmetic."""

@@ -88,6 +88,10 @@ class ShapesJudge(RewardTerm):
     needs_attention: ClassVar[bool] = False
     gives_regions: ClassVar[bool] = True
 
+    @property
+    def quick(self) -> bool:
+        return True
+
     def score(self, candidates: Candidates) -> tuple[Score, ...]:
         """Components, each 0..10: ``instruction, not_over_edited, clean, artefacts, SC, PQ``.
 

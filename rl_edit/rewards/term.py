@@ -175,6 +175,14 @@ class RewardTerm(BaseModel, ABC):
         """
         return ()
 
+    @property
+    def quick(self) -> bool:
+        """True when it loads no model and scores in milliseconds on a CPU.
+
+        Such terms are measured before a run starts (:mod:`rl_edit.audit.total`).
+        """
+        return False
+
     def fingerprint(self) -> dict[str, Any]:
         """Lists what scores follow from besides the candidates.
 

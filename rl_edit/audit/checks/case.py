@@ -143,17 +143,24 @@ class Case:
         ]
 
     def interval(self, values: Sequence[float], tasks: Sequence[str]) -> dict[str, float]:
-        """Computes a mean and its 95 % interval over tasks.
+        """Computes a mean and its 95 % interval over tasks."""
+        return interval_over_tasks(values, tasks, seed=self.seed)
 
-        Values of one task depend on each other, so whole tasks are drawn.
-        """
-        # An interval of no values does not exist, but the keys of the numbers stay the same.
-        if not values:
-            return {"mean": math.nan, "low": math.nan, "high": math.nan, "tasks": 0.0}
-        interval = bootstrap(values, seed=self.seed, resamples=_RESAMPLES, groups=tasks)
-        return {
-            "mean": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
-            "tasks": float(interval.n),
-        }
+
+def interval_over_tasks(
+    values: Sequence[float], tasks: Sequence[str], *, seed: int
+) -> dict[str, float]:
+    """Computes a mean and its 95 % interval over tasks.
+
+    Values of one task depend on each other, so whole tasks are drawn.
+    """
+    # An interval of no values does not exist, but the keys of the numbers stay the same.
+    if not values:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "tasks": 0.0}
+    interval = bootstrap(values, seed=seed, resamples=_RESAMPLES, groups=tasks)
+    return {
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "tasks": float(interval.n),
+    }

@@ -47,7 +47,9 @@ def check_comparisons(case: Case) -> list[Check]:
             checks.append(not_applicable(comparison.name, sentence))
         else:
             tasks, wins = [task for task, _ in valid], [score for _, score in valid]
-            checks.append(check_wins(case, comparison.name, wins, tasks, comparison.worse))
+            checks.append(
+                check_wins(comparison.name, wins, tasks, comparison.worse, seed=case.seed)
+            )
     return checks
 
 
@@ -65,7 +67,7 @@ def check_blank(case: Case) -> Check:
     if not wins:
         return passed("blank image", "Every blank image was refused.")
     worse = "grey, black, white, negative and static images"
-    return check_wins(case, "blank image", wins, tasks, worse)
+    return check_wins("blank image", wins, tasks, worse, seed=case.seed)
 
 
 def _comparisons(case: Case) -> tuple[_Comparison, ...]:

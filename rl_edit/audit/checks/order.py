@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rl_edit.audit.checks.case import Case
+from rl_edit.audit.checks.case import Case, interval_over_tasks
 from rl_edit.audit.checks.ranks import kendall, win
 from rl_edit.audit.checks.response import FLAT
 from rl_edit.audit.checks.verdict import Check, claim, failed, grade, not_applicable
@@ -67,14 +67,15 @@ def check_separation(case: Case, side: Side) -> Check:
             if where == side and math.isfinite(row[-1]):
                 wins.append(win(response.clean, row[-1]))
                 tasks.append(response.task_id)
-    return check_wins(case, name, wins, tasks, f"the same edit grossly corrupted {side}")
+    worse = f"the same edit grossly corrupted {side}"
+    return check_wins(name, wins, tasks, worse, seed=case.seed)
 
 
 def check_wins(
-    case: Case, name: str, wins: Sequence[float], tasks: Sequence[str], worse: str
+    name: str, wins: Sequence[float], tasks: Sequence[str], worse: str, *, seed: int
 ) -> Check:
     """Grades how often the correct edit beats ``worse``."""
-    auroc = case.interval(wins, tasks)
+    auroc = interval_over_tasks(wins, tasks, seed=seed)
     verdict = grade(auroc["mean"], (AUROC_PASS, AUROC_FAIL))
     shown = f"AUROC {auroc['mean']:.2f} [{auroc['low']:.2f}, {auroc['high']:.2f}]"
     return Check(
