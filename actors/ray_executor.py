@@ -51,6 +51,10 @@ POISONED = ("OutOfMemoryError", "AcceleratorError", "CudaError", "CUDA error")
 """Signs of errors after which a process with a GPU cannot be trusted: it is replaced."""
 
 
+EVERY_CAUSE = " (?:There are some potential|Some common causes)"
+"""Begins Ray's list of all reasons for which a process may end."""
+
+
 def actor_class(kind: str) -> type:
     """Makes the class of an actor process; Ray shows the process as ``ray::KIND``.
 
@@ -253,7 +257,7 @@ def _of_actor(error: RayActorError) -> WorkerLost:
         return WorkerLost(lines[-1][:MESSAGE_LENGTH])
     reason = next((line for line in lines if "exit detail" in line), lines[0] if lines else "")
     # Ray lists every cause there is, each time. The beginning is what it saw.
-    seen = reason.rpartition("exit detail: ")[2].partition(" There are some potential")[0]
+    seen = re.split(EVERY_CAUSE, reason.rpartition("exit detail: ")[2])[0]
     return WorkerLost(f"{type(error).__name__}: {seen}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -77,7 +78,7 @@ class Interrupted(RuntimeError):
     """
 
     def __init__(self, number: int, *, reported: bool = False) -> None:
-        super().__init__(f"stopped by signal {number}")
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number, self.reported = number, reported
         self.exit_code = 128 + number
 

@@ -60,7 +60,7 @@ def ended(
         (TrainingFailed("nothing was learnt"), 3, "nothing was learnt"),
         (ClusterUnreachable("no answer"), 5, "no answer"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-        (Interrupted(signal.SIGTERM), 143, "stopped by signal 15"),
+        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (MemoryError(), 4, "memory did not suffice (MemoryError)"),
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), 4, "editor.micro_batch"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 4, "no space is left for /x/y"),

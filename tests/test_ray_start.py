@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors import ray_start
-from actors.ray_executor import RayExecutor
+from actors.ray_executor import RayExecutor, _of_actor
 from actors.roles import WorkerSpec, make_workers
 from rl_edit.errors import (
     ClusterUnreachable,
@@ -110,6 +111,17 @@ def test_an_error_of_rays_start_has_a_cause_and_a_remedy(
     kind = {4: ResourcesInfeasible, 5: ClusterUnreachable}[raised]
     with pytest.raises(kind, match=words):
         raise ray_start._translated(error, "/tmp")
+
+
+def test_the_death_of_an_actor_is_reported_without_rays_list_of_causes() -> None:
+    detail = "Worker exit detail: Worker unexpectedly exits with code 2. End of file."
+    died = RayActorError(
+        error_msg="The actor died.\n\tclass_name: rollout\nThe actor is dead. "
+        f"{detail} Some common causes include: (1) the process was killed"
+    )
+    assert str(_of_actor(died)) == (
+        "RayActorError: Worker unexpectedly exits with code 2. End of file."
+    )
 
 
 @pytest.mark.ray

@@ -98,7 +98,7 @@ _QUIET = (KeyboardInterrupt, BrokenPipeError)
 def _line(error: BaseException, *, within_run: bool) -> tuple[str, int]:
     """Returns the line and the exit code of an error."""
     if isinstance(error, Interrupted):
-        return ("" if error.reported else f"stopped by signal {error.number}"), error.exit_code
+        return "" if error.reported else str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C", 130  # as a shell reports a process that SIGINT ended
     code: int | None = getattr(error, "exit_code", None)
