@@ -34,6 +34,7 @@ from learner.controller.run import Observer
 from rl_edit.rewards import score_candidates
 from rl_edit.rewards.composite import Composite
 from rl_edit.rewards.vlm.answers import Unreadable, scores_in
+from rl_edit.rewards.vlm.backends.completion import completion_of, error_in, read_error
 from rl_edit.rewards.vlm.editscore import EditScore
 from rl_edit.rewards.vlm.prompts import pair_schema
 from rl_edit.rewards.vlm.region_judge import RegionJudge
@@ -569,6 +570,29 @@ def test_a_quotation_or_a_correction_makes_an_answer_ambiguous(text: str, reason
     answer = '{"reasoning": "fine", "score": [20, 5]}'
     with pytest.raises(Unreadable, match=reason):
         scores_in(text.replace("ANSWER", answer), pair_schema(25))
+
+
+NAMES = st.sampled_from(
+    ["error", "message", "detail", "choices", "content", "loc", "code", "param", "logprobs"]
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(ANYTHING, st.sampled_from([200, 400, 422, 429, 500]))
+def test_no_body_of_a_server_is_more_than_an_error_or_an_answer_without_scores(
+    body: Any, status: int
+) -> None:
+    for content in (body, {"choices": [{"message": body}]}, {"error": body}, {"detail": [body]}):
+        text = json.dumps(content)
+        assert read_error(status, text, "application/json").status == status
+        error_in(text, "application/json")
+        with pytest.raises(Unreadable):
+            scores_in(completion_of(text, "application/json").words, pair_schema(25))
 
 
 # --- probabilities

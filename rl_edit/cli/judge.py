@@ -159,8 +159,10 @@ def _answers_shown(test: JudgeTrial) -> Iterator[str]:
     """Shows one answer to each question about each image; equal ones once."""
     shown: dict[str, str] = {}
     for image in test.images:
-        for answer in {answer.question: answer for answer in reversed(image.responses)}.values():
-            if answer.text:
+        questions: set[str] = set()
+        for answer in image.responses:
+            if answer.text and answer.question not in questions:
+                questions.add(answer.question)
                 shown.setdefault(answer.text, f"{image.image}, {answer.question}")
     yield from (f"{where}: {_cut(text)}" for text, where in shown.items())
 

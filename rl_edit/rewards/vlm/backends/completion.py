@@ -51,8 +51,13 @@ def read_error(status: int, text: str, content_type: str) -> ServerError:
     parameter = error.get("param")
     # FastAPI lists one entry for each wrong field, with the way to it.
     if isinstance(message, list) and message and isinstance(message[0], dict):
-        parameter = next((str(part) for part in reversed(message[0].get("loc") or ())), "")
-        message = "; ".join(f"{entry.get('loc')}: {entry.get('msg')}" for entry in message)
+        way = message[0].get("loc")
+        parameter = str(way[-1]) if isinstance(way, list) and way else ""
+        message = "; ".join(
+            f"{entry.get('loc')}: {entry.get('msg')}"
+            for entry in message
+            if isinstance(entry, dict)
+        )
     wait_s = content.get("estimated_time")
     return ServerError(
         status=status,
@@ -71,7 +76,7 @@ def error_in(text: str, content_type: str) -> ServerError | None:
         return None
     error = first["error"]
     code = error.get("code") if isinstance(error, dict) else None
-    code = int(code) if isinstance(code, int | str) and str(code).isdigit() else 200
+    code = int(code) if isinstance(code, int | str) and str(code).isdecimal() else 200
     return read_error(code if 400 <= code < 600 else 200, text, content_type)
 
 
