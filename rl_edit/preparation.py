@@ -79,7 +79,11 @@ def prepare(
     require_gold(config)
     facts = inspect_editor(config.editor)
     dataset = open_dataset(
-        config.data, "train", resolution=config.editor.resolution, multiple=facts.pixels_per_token
+        config.data,
+        "train",
+        resolution=config.editor.resolution,
+        multiple=facts.pixels_per_token,
+        text=config.editor,
     )
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     config.require_measured(left_out)

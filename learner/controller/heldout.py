@@ -95,7 +95,11 @@ def probes(config: RunConfig, terms: Sequence[Reward], *, pixels_per_token: int)
             f"scored by it. Name one of {', '.join(names)}, or add it to rewards with weight 0."
         )
     dataset = open_dataset(
-        config.data, "heldout", resolution=config.editor.resolution, multiple=pixels_per_token
+        config.data,
+        "heldout",
+        resolution=config.editor.resolution,
+        multiple=pixels_per_token,
+        text=config.editor,
     )
     for term in terms:
         if missing := sorted(term.requires - dataset.fields):

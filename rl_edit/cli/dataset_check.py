@@ -17,6 +17,7 @@ from rl_edit.data import Dataset, RowsDataset, open_dataset
 from rl_edit.data.config import BUILTIN_SHAPES
 from rl_edit.data.notices import Notice, require_none
 from rl_edit.data.problems import FaultyRows, problem_list
+from rl_edit.data.splits import Split
 from rl_edit.editors import inspect_editor
 from rl_edit.errors import InputError
 from rl_edit.files import replace_file
@@ -39,7 +40,7 @@ def check_command(
         typer.Argument(help="Dotted overrides: data.text_lines=join data.heldout_fraction=0.2"),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of a run: masks are checked on its canvas.")
+        Path | None, typer.Option(help="YAML file of a run: its canvas and its tokens are checked.")
     ] = None,
     preset: Preset = None,
     out: Annotated[
@@ -86,11 +87,14 @@ def _opened(run: RunConfig, *, canvas: bool) -> tuple[Dataset, Dataset]:
     settings = run.data.model_copy(update={"strict": False})
     if not canvas:
         return open_dataset(settings, "train"), open_dataset(settings, "heldout")
-    size = {
-        "resolution": run.editor.resolution,
-        "multiple": inspect_editor(run.editor).pixels_per_token,
-    }
-    return open_dataset(settings, "train", **size), open_dataset(settings, "heldout", **size)
+    unit = inspect_editor(run.editor).pixels_per_token
+
+    def opened(split: Split) -> Dataset:
+        return open_dataset(
+            settings, split, resolution=run.editor.resolution, multiple=unit, text=run.editor
+        )
+
+    return opened("train"), opened("heldout")
 
 
 def _print(console: Console, splits: dict[str, Dataset], notices: Sequence[Notice]) -> None:

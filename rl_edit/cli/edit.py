@@ -9,9 +9,11 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from rl_edit.data.canvas import fit
+from rl_edit.data.editor_text import text_notices
 from rl_edit.data.images import read_rgb
 from rl_edit.editors import (
     BUILTIN,
@@ -47,7 +49,9 @@ def edit_command(
         str, typer.Option(help="Editor. Default: that of the adapter's run, else the built-in one.")
     ] = "",
     resolution: Annotated[int | None, typer.Option(help="Canvas side in pixels.")] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps.", min=1)] = 12,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps. Default: the editor's (built-in: 12).", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
 ) -> None:
     """Edit one image."""
@@ -61,11 +65,13 @@ def edit_command(
     # Everything that can be refused is refused before the editor is loaded.
     _require_writable(target)
     console = Console()
+    notes = _notes(config, source, instruction)
     stored = lora.read(adapter) if adapter is not None else None
     if stored is not None:
-        for note in stored[1].notes:
-            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        notes += stored[1].notes
         require_adapter(config, stored[0])
+    for note in notes:
+        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
     loaded = load_editor(config)
     if stored is not None:
         lora.attach(loaded.transformer, stored[1], seed=0)
@@ -75,7 +81,9 @@ def edit_command(
         resolution=config.resolution,
         multiple=loaded.pixels_per_token,
     )
-    Image.fromarray(_edited(loaded, task, steps=steps, seed=seed).numpy()).save(target)
+    Image.fromarray(
+        _edited(loaded, task, steps=steps or config.edit_steps, seed=seed).numpy()
+    ).save(target)
     height, width = task.source.shape[:2]
     console.print(
         f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})",
@@ -83,6 +91,18 @@ def edit_command(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _notes(config: EditorFamily, source: Tensor, instruction: str) -> list[str]:
+    """Says what the editor cannot do with this image or instruction."""
+    height, width = source.shape[:2]
+    misfit = config.misfit(height, width)
+    notes = [misfit] if misfit else []
+    readings = config.read_text([instruction])
+    if readings is not None:
+        notices = text_notices(["--instruction"], readings, editor=config.path)
+        notes += [str(notice) for notice in notices]
+    return notes
 
 
 def _require_writable(target: Path) -> None:

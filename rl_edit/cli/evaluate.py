@@ -84,7 +84,11 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     for note in facts.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     dataset = open_dataset(
-        config.data, "heldout", resolution=config.editor.resolution, multiple=facts.pixels_per_token
+        config.data,
+        "heldout",
+        resolution=config.editor.resolution,
+        multiple=facts.pixels_per_token,
+        text=config.editor,
     )
     print_notices(console, dataset)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)

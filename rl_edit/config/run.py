@@ -293,9 +293,11 @@ class RunConfig(BaseModel):
         )
         content["train"] = _without(content["train"], OPERATIONAL_TRAIN)
         content["rollout"] = _without(content["rollout"], OPERATIONAL_ROLLOUT)
-        # What the lines of a text mean shows in the rows, which are hashed with the data.
+        # The meaning of a text's lines, and what too_long leaves out, show in the rows, which
+        # are hashed with the data.
         content["data"] = _without(
-            content["data"], {"path", "heldout_path", "strict", "text_lines", "without_regions"}
+            content["data"],
+            {"path", "heldout_path", "strict", "text_lines", "too_long", "without_regions"},
         )
         # The data's fingerprint says how its masks were read, so a run whose masks are read as
         # before is the run of before.

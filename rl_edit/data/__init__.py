@@ -26,6 +26,7 @@ from rl_edit.data.canvas import leaves_no_token
 from rl_edit.data.compbench import is_compbench, list_compbench
 from rl_edit.data.config import BUILTIN_SHAPES
 from rl_edit.data.config import DataConfig as DataConfig
+from rl_edit.data.editor_text import TextReader, TooLong, check_text
 from rl_edit.data.folder import list_folder
 from rl_edit.data.listing import Listing, expanded
 from rl_edit.data.mask_evidence import MaskRecord
@@ -186,6 +187,12 @@ class RowsDataset:
             )
         return replace(self, rows=rows, skipped=self.skipped + len(full))
 
+    def with_text(self, reader: TextReader, *, too_long: TooLong) -> RowsDataset:
+        """The rows whose instruction the editor reads, and what there is to say about them."""
+        checked = check_text(self.rows, reader, too_long=too_long, source=str(self.root))
+        rows = tuple(self.rows[index] for index in checked.retained)
+        return replace(self, rows=rows, notices=(*self.notices, *checked.notices))
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -194,7 +201,12 @@ class RowsDataset:
 
 
 def open_dataset(
-    config: DataConfig, split: Split, *, resolution: int | None = None, multiple: int = 1
+    config: DataConfig,
+    split: Split,
+    *,
+    resolution: int | None = None,
+    multiple: int = 1,
+    text: TextReader | None = None,
 ) -> Dataset:
     """Opens the tasks of a split and checks every row.
 
@@ -202,6 +214,7 @@ def open_dataset(
         resolution: of the editor (``editor.resolution``). When given, masks are checked on its
             canvas.
         multiple: pixels per token of the editor.
+        text: the editor's settings. When given, instructions are checked with its tokenizers.
 
     Raises:
         InputError: for all problems of the rows, in one message.
@@ -238,6 +251,8 @@ def open_dataset(
         notices=tuple(notices),
         masks=checked.masks,
     )
+    if text is not None:
+        dataset = dataset.with_text(text, too_long=config.too_long)
     if config.strict:
         require_none(dataset.notices, source=str(root))
     if resolution is None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from rl_edit.data.editor_text import TooLong
 from rl_edit.data.instructions import TextLines
 from rl_edit.data.masks import MaskFrom, MaskPolarity
 from rl_edit.data.rows import EmptyMask
@@ -39,6 +40,9 @@ class DataConfig(BaseModel):
             that was cut.
         without_regions: treatment of data in which no task has regions, where a reward or credit
             scores region by region. "error" stops, "mask" takes each mask as the one region.
+        too_long: treatment of a row on disk whose instruction is longer than the editor reads.
+            "cut" trains on its beginning, as the editor cuts it, and says so; "skip" leaves the row
+            out and counts it; "error" stops.
         heldout_path: a separate dataset for evaluation. All of ``path`` is then for training.
     """
 
@@ -59,6 +63,8 @@ class DataConfig(BaseModel):
     heldout_path: str | None = None
     strict: bool = False
     without_regions: Literal["error", "mask"] = "error"
+    # Runs of earlier versions cut in silence; a default that refuses would end them.
+    too_long: TooLong = "cut"
 
     @field_validator("path", "heldout_path")
     @classmethod

@@ -7,14 +7,15 @@ outside this package sees the members below and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from rl_edit.data.editor_text import TextReading
 from rl_edit.editors.location import BUILTIN, identity_of
 from rl_edit.method.attention import MassTally
 from rl_edit.types import Conditioning, EditTask
@@ -26,20 +27,23 @@ class EditorSettings(BaseModel):
     """Settings that every family of editors has, and what follows from them.
 
     Every field changes numbers, so all of them are part of a run's identity. A family adds a
-    ``kind``, settings of its own, :meth:`inspect` and :meth:`load`.
+    ``kind``, settings of its own, :meth:`inspect` and :meth:`load`. The defaults below are those of
+    the built-in editor; :meth:`defaults` gives those of any other.
 
     Attributes:
         path: ``builtin:tiny-kontext``, a directory written by ``save_pretrained``, or a Hugging
             Face repository id.
         revision: commit of a repository id. Pin it for runs that you want to repeat.
         resolution: canvas side in pixels. A task is fitted to about ``resolution ** 2`` pixels; its
-            aspect is preserved.
+            aspect is preserved. By default 64 for the built-in editor, else what the editor's VAE
+            was made for (``sample_size`` of its configuration; FLUX.1-Kontext: 1024).
         micro_batch: rows per forward, in rollout and in training alike; shorter batches are padded.
             The same row then has the same bits in both, which makes the policy ratio exactly 1.
             Multiples of 4 are exact on CPU.
         attention_layers: the last so many layers are read for attention concentration (the L of
             RC-GRPO-Editing). 0 reads none.
-        dtype: of the frozen base. The adapter is always fp32.
+        dtype: of the frozen base. The adapter is always fp32. By default float32 for the built-in
+            editor, else what its text encoder is stored in (FLUX.1-Kontext: bfloat16).
         device: where actors and learner run it. "auto" takes a GPU when there is one.
     """
 
@@ -54,10 +58,44 @@ class EditorSettings(BaseModel):
     dtype: Dtype = "float32"
     device: str = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, settings: Any) -> Any:
+        """Fills in what was left out, so that a run records the numbers it used."""
+        if not isinstance(settings, Mapping):
+            return settings
+        path = settings.get("path", cls.model_fields["path"].default)
+        return {**(cls.defaults(path) if isinstance(path, str) else {}), **settings}
+
+    @classmethod
+    def defaults(cls, path: str) -> dict[str, Any]:
+        """Returns defaults of the editor at a path that are others than the family's fields.
+
+        Reads small files on this machine at most: a configuration is read without a network.
+        """
+        return {}
+
     @property
     def guided(self) -> bool:
         """Does a velocity take a second forward, of a negative prompt?"""
         return False
+
+    @property
+    def edit_steps(self) -> int:
+        """Solver steps of one edit where none are asked for."""
+        return 28
+
+    def read_text(self, texts: Sequence[str]) -> tuple[TextReading, ...] | None:
+        """Reads instructions as the editor will, without its weights.
+
+        Returns:
+            what it makes of each text; None where the family does not say, so nothing is checked.
+        """
+        return None
+
+    def misfit(self, height: int, width: int) -> str:
+        """Says why images of this size are nothing for this editor; "" where they are."""
+        return ""
 
     def identity(self) -> str:
         """Names the frozen base: a hash of its directory's files, or repository id and revision."""
@@ -185,6 +223,19 @@ class EditorFamily(Protocol):
     @property
     def guided(self) -> bool:
         """Does a velocity take a second forward, of a negative prompt?"""
+        ...
+
+    @property
+    def edit_steps(self) -> int:
+        """Solver steps of one edit where none are asked for."""
+        ...
+
+    def read_text(self, texts: Sequence[str]) -> tuple[TextReading, ...] | None:
+        """Reads instructions as the editor will; None where it does not say how it reads."""
+        ...
+
+    def misfit(self, height: int, width: int) -> str:
+        """Says why images of this size are nothing for this editor; "" where they are."""
         ...
 
     def identity(self) -> str:

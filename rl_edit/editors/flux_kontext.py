@@ -21,10 +21,13 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from rl_edit.data.editor_text import TextReading
 from rl_edit.editors.attention_capture import captured
 from rl_edit.editors.component_files import pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorSettings
-from rl_edit.editors.location import Location, locate
+from rl_edit.editors.flux_defaults import builtin_misfit, flux_defaults
+from rl_edit.editors.flux_pipeline import stock_pipeline
+from rl_edit.editors.location import BUILTIN, locate
 from rl_edit.editors.skeleton import transformer_skeleton
 from rl_edit.errors import InputError
 from rl_edit.method import flow
@@ -58,7 +61,9 @@ class FluxKontextConfig(EditorSettings):
         detach_negative: run the negative forward without gradient, as in flow_grpo's training of
             SD3. By default both branches have theirs (our choice): the gradient is then that of the
             velocity which is rolled out.
-        max_text_tokens: T5 length. FLUX applies no text mask, so it is part of the function.
+        max_text_tokens: T5 length. FLUX applies no text mask, so it is part of the function. By
+            default 32 for the built-in editor, else its T5 tokenizer's ``model_max_length``, at
+            most the pipeline's 512 (FLUX.1-Kontext: 512).
         gradient_checkpointing: trade compute for memory in training.
     """
 
@@ -81,6 +86,27 @@ class FluxKontextConfig(EditorSettings):
                 "leaves out: raise true_cfg above 1, or leave them out."
             )
         return self
+
+    @classmethod
+    def defaults(cls, path: str) -> dict[str, Any]:
+        """Returns what an editor that is not built in was made for."""
+        return {} if path == BUILTIN else flux_defaults(path)
+
+    @property
+    def edit_steps(self) -> int:
+        """12 for the built-in editor; 28 is the stock pipeline's ``num_inference_steps``."""
+        return 12 if self.path == BUILTIN else 28
+
+    def read_text(self, texts: Sequence[str]) -> tuple[TextReading, ...]:
+        """Reads instructions with both tokenizers."""
+        from rl_edit.editors.text_reading import read_with_flux
+
+        place = locate(self.path, self.revision)
+        return read_with_flux(place, texts, max_text_tokens=self.max_text_tokens)
+
+    def misfit(self, height: int, width: int) -> str:
+        """Says what the built-in editor is for, where an image is clearly something else."""
+        return builtin_misfit(height, width, self.resolution) if self.path == BUILTIN else ""
 
     @property
     def guided(self) -> bool:
@@ -112,37 +138,11 @@ class FluxKontextConfig(EditorSettings):
 
     def load(self) -> FluxKontextEditor:
         """Loads the stock pipeline and freezes it."""
-        pipeline = _stock_pipeline(self, locate(self.path, self.revision))
+        pipeline = stock_pipeline(locate(self.path, self.revision), self.dtype)
         # Resolved here and not in the configuration, which is read on machines without a GPU too.
         cuda = self.device == "auto" and torch.cuda.is_available()
         device = self.device if self.device != "auto" else "cuda" if cuda else "cpu"
         return FluxKontextEditor(pipeline.to(device), self)
-
-
-def _stock_pipeline(config: FluxKontextConfig, place: Location) -> FluxKontextPipeline:
-    """Loads the pipeline without a word on the terminal, which belongs to the run's own display."""
-    from diffusers import FluxKontextPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        pipeline = FluxKontextPipeline.from_pretrained(
-            place.name,
-            revision=config.revision,
-            variant=pipeline_files(place, dtype=config.dtype).variant,
-            use_safetensors=True,
-            dtype=getattr(torch, config.dtype),
-            local_files_only=place.local,
-        )
-    except InputError:
-        raise
-    except Exception as error:
-        raise place.unreachable(error) from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _require_layers(config: FluxKontextConfig, joint: int) -> None:
