@@ -269,7 +269,7 @@ def test_incomplete_pairs_are_refused_by_name(tmp_path: Path) -> None:
         "p1.png: has no instruction (looked for p1.txt",
         "has the same name as p2.png",
         "has more than one mask (p3_mask.png and p3_mask.jpg)",
-        "Also: 1 mask is not used: its image is not here (first: other_mask.png)",
+        "Also: 1 mask is not used: no image of its name is here (first: other_mask.png)",
     ):
         assert words in str(caught.value)
 

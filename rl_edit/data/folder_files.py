@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rl_edit.data.file_kinds import SUFFIXES, is_image, why_unreadable
 from rl_edit.data.instructions import is_table
-from rl_edit.data.listing import composed, files_below
+from rl_edit.data.listing import composed, files_below, is_unicode
 
 _SOURCE_FOLDERS = ("images", "sources")
 _PART_FOLDERS = {"masks": "mask", "mask": "mask", "targets": "target", "target": "target"}
@@ -153,6 +153,9 @@ def _sort_images(files: FolderFiles, images: list[Path]) -> None:
             files.parts.setdefault((base[1], file.parent, composed(file.stem)), []).append(file)
         elif _is_hidden(file, with_sources):
             files.outside.append(file)
+        elif not is_unicode(str(file)):
+            # Its id could be written to no file of a run.
+            files.unread[file] = "its name is no UTF-8 (rename it)"
         else:
             files.sources.setdefault(key_of(file), []).append(file)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from rl_edit.data.listing import Listing, counted, expanded
+from rl_edit.data.listing import Listing, counted, expanded, is_unicode
 from rl_edit.data.notices import Notice
 from rl_edit.data.problems import refuse
 from rl_edit.data.rows import Request, Row
@@ -93,6 +93,9 @@ class _Reader:
         for key in self._required:
             if not entry.get(key, "").strip():
                 return f"has no {key!r} (read from: {', '.join(KEYS[key])})"
+        for key, text in entry.items():
+            if not is_unicode(text) or "\0" in text:
+                return f"{key!r} holds a character that is none ({text[:60]!a})"
         for key in _PATHS:
             scheme = urlsplit(entry.get(key, "")).scheme
             if scheme in ("http", "https", "s3", "gs", "hf"):

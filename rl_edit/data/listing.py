@@ -40,9 +40,9 @@ def counted(kind: str, items: Sequence[str], one: str, many: str) -> list[Notice
     if not items:
         return []
     message = one if len(items) == 1 else many.format(count=len(items))
-    return [
-        Notice(kind=kind, count=len(items), message=message, examples=tuple(items[:NUM_EXAMPLES]))
-    ]
+    # A name that is no UTF-8 is shown with escapes.
+    shown = [item.encode(errors="backslashreplace").decode() for item in items[:NUM_EXAMPLES]]
+    return [Notice(kind=kind, count=len(items), message=message, examples=tuple(shown))]
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -97,3 +97,12 @@ def expanded(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # an unknown user, or a process without a home
         return Path(text)
+
+
+def is_unicode(text: str) -> bool:
+    """True for text without halves of characters, which no file can hold as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

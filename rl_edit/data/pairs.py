@@ -141,8 +141,12 @@ class _Pairs:
                 "any image ending)"
             )
         if not texts:
+            stem = source.stem
+            empty = (source.parent, composed(stem)) in self._files.texts
             raise InputError(
-                f"has no instruction (looked for {source.stem}.txt, instructions.json and "
+                f"has no instruction ({stem}.txt is empty; write the instruction there)"
+                if empty
+                else f"has no instruction (looked for {stem}.txt, instructions.json and "
                 "instructions.csv)"
             )
         root = self._files.root
@@ -228,13 +232,13 @@ class _Pairs:
             yield from counted(
                 f"{kind}s-without-image",
                 left,
-                f"1 {kind} is not used: its image is not here",
-                f"{{count}} {kind}s are not used: their images are not here",
+                f"1 {kind} is not used: no image of its name is here",
+                f"{{count}} {kind}s are not used: no images of their names are here",
             )
         known = {(path.parent, composed(path.stem)) for path in files.images()}
         yield from counted(
             "texts-without-image",
             [file.as_posix() for place, file in files.texts.items() if place not in known],
-            "1 .txt file is not used: its image is not here",
-            "{count} .txt files are not used: their images are not here",
+            "1 .txt file is not used: no image of its name is beside it",
+            "{count} .txt files are not used: no images of their names are beside them",
         )

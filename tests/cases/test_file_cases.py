@@ -127,7 +127,7 @@ def test_parts_without_their_image_are_counted(tmp_path: Path) -> None:
     (tmp_path / "images/p7.txt").write_text("go")
     found = notices(tmp_path)
     assert str(found["masks-without-image"]) == (
-        "1 mask is not used: its image is not here (first: masks/p7.png)"
+        "1 mask is not used: no image of its name is here (first: masks/p7.png)"
     )
     assert found["targets-without-image"].examples == ("images/p9_target.png",)
     assert found["texts-without-image"].examples == ("images/p7.txt",)
@@ -395,3 +395,28 @@ def test_the_sizes_of_a_small_split_are_said(tmp_path: Path) -> None:
     assert f"{14 - heldout} images train, {heldout} " in notice.message
     assert "data.heldout_fraction=0.1" in notice.message
     assert "few-held-out" not in notices(tmp_path, heldout_fraction=0.6)
+
+
+def test_a_name_that_is_no_utf8_is_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    folder = os.fsencode(tmp_path)
+    for kind in (b".png", b"_mask.png", b".txt"):
+        shutil.copyfile(folder + b"/p0" + kind, folder + b"/caf\xe9" + kind)
+    notice = notices(tmp_path)["unreadable-kinds"]
+    assert "1 of 5 images is not used: its name is no UTF-8" in notice.message
+    assert notice.examples == ("caf\\udce9.png",) and len(tasks(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("character", ["\\udce9", "\\u0000"])
+def test_half_a_character_in_a_row_is_refused(tmp_path: Path, character: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"source": "a{character}.png", "instruction": "x", "mask": "m.png"}}')
+    with pytest.raises(InputError, match="'source' holds a character that is none"):
+        opened(path)
+
+
+def test_an_empty_text_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "p1.txt").write_text(" \n\n")
+    with pytest.raises(InputError, match=r"p1.png: has no instruction \(p1.txt is empty"):
+        opened(tmp_path)
