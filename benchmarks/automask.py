@@ -69,7 +69,7 @@ def observe_split(
         root = Path(temporary) / "tasks"
         write_compbench((shapes.task(split, index) for index in range(count)), root)
         observed, ideal = [], []
-        requests = open_requests(DataConfig(path=str(root)))
+        requests = open_requests(DataConfig(path=str(root))).requests
         for request in track(requests, description=f"{split} tasks"):
             assert isinstance(request, Row)
             mask = torch.from_numpy(request.edit_mask())

@@ -50,7 +50,7 @@ def images(directory: Path, count: int = 4, *, masks: bool = False) -> Path:
 
 def test_rows_without_a_mask_are_requests_and_training_on_them_is_refused(tmp_path: Path) -> None:
     data = images(tmp_path / "data")
-    requests = open_requests(DataConfig(path=str(data)))
+    requests = open_requests(DataConfig(path=str(data))).requests
     assert len(requests) == 5 and not any(isinstance(request, Row) for request in requests)
     assert {request.group for request in requests} == {f"{index}.png" for index in range(4)}
     with pytest.raises(InputError, match="has no 'mask'"):
@@ -68,7 +68,7 @@ def test_requests_of_a_folder_and_of_compbenchs_layout_have_the_masks_there_are(
     Image.new("L", (64, 64)).save(data / "2_mask.png")
     result = {
         request.task_id: isinstance(request, Row)
-        for request in open_requests(DataConfig(path=str(data)))
+        for request in open_requests(DataConfig(path=str(data))).requests
     }
     assert result == {"0": True, "1": False, "2": False, "3": True}
     written = tmp_path / "compbench"
@@ -76,7 +76,7 @@ def test_requests_of_a_folder_and_of_compbenchs_layout_have_the_masks_there_are(
     next(written.glob("tasks/*/mask/train-000001.png")).unlink()
     result = {
         request.task_id: isinstance(request, Row)
-        for request in open_requests(DataConfig(path=str(written)))
+        for request in open_requests(DataConfig(path=str(written))).requests
     }
     assert result == {"train-000000": True, "train-000001": False}
     with pytest.raises(InputError, match=r"mask/train-000001\.png not found"):

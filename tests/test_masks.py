@@ -213,7 +213,7 @@ def test_the_reading_of_masks_belongs_to_the_fingerprint(tmp_path: Path) -> None
 def test_requests_are_read_as_datasets_are(tmp_path: Path) -> None:
     write_rows(tmp_path, [HOLE] * 3)
     (tmp_path / "p0_mask.png").unlink()
-    requests = open_requests(DataConfig(path=str(tmp_path)))
+    requests = open_requests(DataConfig(path=str(tmp_path))).requests
     masked = {row.task_id: row.edit_mask() for row in requests if isinstance(row, Row)}
     assert {name: np.array_equal(edit, region(int(name[1:]))) for name, edit in masked.items()} == {
         "p1": True,

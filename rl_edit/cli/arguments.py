@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rl_edit.config import RunConfig, load_config
-from rl_edit.data import Dataset
+from rl_edit.data.notices import Notice
 from rl_edit.rewards import RewardTerm
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file of a run. Or use --preset.")]
@@ -47,9 +47,9 @@ def config_and_overrides(
     return config, changes
 
 
-def print_notices(console: Console, dataset: Dataset) -> None:
+def print_notices(console: Console, notices: Sequence[Notice]) -> None:
     """Prints the findings about a dataset, before anything is done with it."""
-    for notice in dataset.notices:
+    for notice in notices:
         console.print(
             f"[yellow]note[/yellow] {escape(str(notice))}", highlight=False, soft_wrap=True
         )

@@ -73,7 +73,7 @@ def audit_reward_command(
     run = configured(config, strictly(overrides, strict=strict), preset)
     dataset = open_dataset(run.data, "train")
     console = Console()
-    print_notices(console, dataset)
+    print_notices(console, dataset.notices)
     chosen, left_out = chosen_terms(run, dataset.fields, term)
     terms = [
         (reward, expected_of(reward, expects, reads_instruction=instruction)) for reward in chosen

@@ -63,7 +63,7 @@ def bench_reward_command(
     run = configured(config, strictly(overrides, strict=strict), preset)
     dataset = open_dataset(run.data, "train")
     console = Console()
-    print_notices(console, dataset)
+    print_notices(console, dataset.notices)
     terms, left_out = chosen_terms(run, dataset.fields, term)
     references = [
         reference(task) for task in first_tasks(dataset, tasks, resolution=run.editor.resolution)

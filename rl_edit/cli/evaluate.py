@@ -90,7 +90,7 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
         multiple=facts.pixels_per_token,
         text=config.editor,
     )
-    print_notices(console, dataset)
+    print_notices(console, dataset.notices)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     for term in terms:
         term.require_files()

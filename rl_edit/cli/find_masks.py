@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from rl_edit.cli.arguments import print_notices
 from rl_edit.config import RunConfig, load_config, modern, modern_name
 from rl_edit.data import open_requests
 from rl_edit.data.compbench import new_dataset
@@ -115,7 +116,9 @@ def find_masks_command(
     console = Console()
     # The directory appears complete or not at all.
     with new_dataset(out) as partial:
-        requests = open_requests(config.data)[:num_tasks]
+        listing = open_requests(config.data)
+        print_notices(console, listing.notices)
+        requests = listing.requests[:num_tasks]
         outcomes = find_masks(requests, finder, config, partial, sampling, console=console)
         content = _content(data, outcomes, finder, config, sampling)
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"

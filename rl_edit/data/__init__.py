@@ -260,7 +260,7 @@ def open_dataset(
     return dataset.on_canvas(resolution=resolution, multiple=multiple, empty_mask=config.empty_mask)
 
 
-def open_requests(config: DataConfig) -> tuple[Request, ...]:
+def open_requests(config: DataConfig) -> Listing:
     """Opens all rows of a dataset on disk.
 
     Rows without a mask are included. Any first part of the rows is a fair sample.
@@ -282,12 +282,15 @@ def open_requests(config: DataConfig) -> tuple[Request, ...]:
         )
     # Rows of both splits: a mask is needed by either.
     listing = _list_rows(root, config, masked=False)
-    return check_requests(
+    if config.strict:
+        require_none(listing.notices, source=str(root))
+    checked = check_requests(
         ordered(_of_types(listing.requests, config.task_types, root)),
         source=str(root),
         polarity=config.mask_polarity,
         mask_from=config.mask_from,
     )
+    return replace(listing, requests=checked)
 
 
 def _open_shapes(config: DataConfig, split: Split) -> ShapesDataset:
