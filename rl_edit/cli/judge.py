@@ -74,7 +74,7 @@ def judge_test_command(
     run = configured(config, strictly(overrides, strict=strict), preset)
     judges = _judges(run, term)
     dataset, console = open_dataset(run.data, "train"), Console()
-    print_notices(console, dataset)
+    print_notices(console, dataset.notices)
     correct = _reference(dataset, row, run.editor.resolution)
     _say(console, _introduction(correct, row))
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
