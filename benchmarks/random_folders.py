@@ -175,7 +175,7 @@ MASKS: dict[str, Callable[[Row], Image.Image]] = {
     "palette": lambda row: _binary(row).convert("P"),
     "rgb": lambda row: _binary(row).convert("RGB"),
     "rgba": lambda row: _binary(row).convert("RGBA"),
-    "red": lambda row: Image.merge("RGB", (_binary(row), *[Image.new("L", row.mask.size)] * 2)),
+    "red": lambda row: Image.fromarray((row.truth[..., None] * [255, 0, 0]).astype(np.uint8)),
     "black": lambda row: Image.new("L", row.mask.size),
     "white": lambda row: Image.new("L", row.mask.size, 255),
     "smaller": lambda row: _binary(row).resize((24, 24)),
