@@ -253,7 +253,7 @@ def test_training_leaves_the_masks_in_its_directory(
     small = (
         "actors.runtime=inline", "actors.threads=1", "train.updates=1", "train.groups_per_update=1",
         "rollout.group_size=4", "rollout.num_steps=3",
-        "algorithm.objective={kind: neighbor, num_anchors: 2}",
+        "algorithm.objective={kind: neighbor, num_anchors: 2}", "train.allow_unrewarded_edit=true",
     )  # fmt: skip
     places = (f"data.path={data}", f"editor.path={small_editor}", "--run-dir", run)
     code, out, err = command(
