@@ -72,7 +72,7 @@ def probe() -> None:
         _probe(address)
 
 
-def join_or_start(config: RunConfig, *, note: Callable[[str], None]) -> None:
+def join_or_start(config: RunConfig, *, note: Callable[[str], None] = print) -> None:
     """Connects a process that is not connected yet."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
@@ -262,7 +262,7 @@ def _probe(address: str) -> None:
 
 def _unreachable(address: str, reason: str) -> ClusterUnreachable:
     # A user and a password belong in no message.
-    shown = re.sub(r"[^/@]*@", "", address)
+    shown, reason = (re.sub(r"[^\s/@]*@", "", text) for text in (address, reason))
     return ClusterUnreachable(
         f"no Ray cluster answers at RAY_ADDRESS={shown} ({reason}): start one (ray start --head), "
         "correct the address, or unset RAY_ADDRESS to run on this machine"

@@ -169,7 +169,7 @@ def test_what_an_actor_refuses_at_its_start_is_the_users_error_and_is_not_retrie
     half = Path(shutil.copytree(small_editor, tmp_path / "half_copied"))
     for weights in (half / "transformer").glob("*.safetensors"):
         weights.unlink()
-    with pytest.raises(InputError, match=r"cannot load the editor .*half_copied"):
+    with pytest.raises(InputError, match=r"editor .*half_copied cannot be loaded"):
         run_on_ray(small_config(str(half), *ON_RAY), tmp_path)
     assert events_of(tmp_path, "actor_lost") == []
 
