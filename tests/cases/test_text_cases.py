@@ -113,7 +113,7 @@ def test_every_verb_shows_the_findings_before_it_starts(
     arguments = ("train", "--preset", "tiny-rc-grpo", "--dry-run", f"data.path={folder}")
     code, out, error = command(
         monkeypatch, capsys, *arguments, f"data.heldout_path={folder}", "actors.runtime=inline",
-        "actors.num_learner=1",
+        "actors.num_learner=1", "train.allow_unrewarded_edit=true",
     )  # fmt: skip
     assert code == 0, error
     assert "1 of 4 instructions are longer than the 32 tokens" in out + "".join(error)
