@@ -136,8 +136,7 @@ def _names(rows: Sequence[Row], source: str) -> tuple[dict[str, str], list[Notic
         notice = Notice(
             kind="equal-images",
             count=len(same),
-            message=f"{num_paths} paths show only {images}; rows of equal images are on one side "
-            "of the split",
+            message=f"{num_paths} paths show only {images}; the split counts equal images as one",
             examples=tuple(
                 " = ".join(sorted(os.path.relpath(path, source) for path in paths)[:2])
                 for paths in same[:NUM_EXAMPLES]
