@@ -39,12 +39,22 @@ def trained(editor: FluxKontextEditor, seed: int = 1) -> AdapterWeights:
 
 @pytest.fixture(scope="module")
 def base() -> FluxKontextEditor:
-    return FluxKontextEditor(random_pipeline(), FluxKontextConfig(path="random", device="cpu"))
+    return FluxKontextEditor(
+        random_pipeline(),
+        FluxKontextConfig(
+            path="random", resolution=64, max_text_tokens=32, dtype="float32", device="cpu"
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
 def attached() -> FluxKontextEditor:
-    fresh = FluxKontextEditor(random_pipeline(), FluxKontextConfig(path="random", device="cpu"))
+    fresh = FluxKontextEditor(
+        random_pipeline(),
+        FluxKontextConfig(
+            path="random", resolution=64, max_text_tokens=32, dtype="float32", device="cpu"
+        ),
+    )
     lora.attach(fresh.transformer, LORA, seed=0)
     return fresh
 
@@ -212,7 +222,15 @@ def test_stock_diffusers_with_the_saved_adapter_makes_our_image_bitwise(
     adapter: LoraConfig, tmp_path: Path, conditioning: Conditioning
 ) -> None:
     editor = FluxKontextEditor(
-        random_pipeline(), FluxKontextConfig(path="random", device="cpu", micro_batch=1)
+        random_pipeline(),
+        FluxKontextConfig(
+            path="random",
+            resolution=64,
+            max_text_tokens=32,
+            dtype="float32",
+            device="cpu",
+            micro_batch=1,
+        ),
     )
     lora.attach(editor.transformer, adapter, seed=0)
     start = noise(conditioning, 1)

@@ -254,3 +254,9 @@ def python(
         timeout=120,
         check=False,
     )
+
+
+def test_letters_that_a_terminal_cannot_show_become_escapes() -> None:
+    program = "from rl_edit.cli import ending\nending.show_any_letter()\nprint('把 red')\n"
+    done = python("-c", program, PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "\\u628a red\n")

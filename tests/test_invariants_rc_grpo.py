@@ -177,7 +177,16 @@ def editor() -> FluxKontextEditor:
         if not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     return FluxKontextEditor(
-        pipeline, FluxKontextConfig(path="random", device="cpu", micro_batch=4, attention_layers=4)
+        pipeline,
+        FluxKontextConfig(
+            path="random",
+            resolution=64,
+            max_text_tokens=32,
+            dtype="float32",
+            device="cpu",
+            micro_batch=4,
+            attention_layers=4,
+        ),
     )
 
 

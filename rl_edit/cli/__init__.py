@@ -32,6 +32,7 @@ def main() -> None:
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if in_main else None
     ending.quiet(debug=debug)
+    ending.show_any_letter()
     try:
         try:
             from rl_edit.cli.verbs import app

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import sysconfig
@@ -63,6 +64,14 @@ def quiet(*, debug: bool) -> None:
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", category=UserWarning, module=LIBRARIES)
+
+
+def show_any_letter() -> None:
+    """Lets a terminal without Unicode show other letters as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        # A stream of a test or a host program may be of another kind.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from rl_edit.data.mask_pixels import (
     is_flat,
     levels,
     opaque_pixels,
+    present_values,
     ragged,
     ragged_edges,
     rgb_of,
@@ -247,7 +248,7 @@ def _labels_if_any(image: Image.Image, grey: Values | None) -> Foreground | None
     values = _label_values(image) if image.mode == "P" or grey is None else grey
     if values is None:
         return None
-    present = np.unique(values)
+    present = present_values(values)
     if not 2 <= len(present) <= MAX_LABELS or 0 not in present or not is_flat(values):
         return None
     # Black and white with the ringing of JPEG is no label map.
@@ -259,7 +260,7 @@ def _labels_if_any(image: Image.Image, grey: Values | None) -> Foreground | None
 def _labels(image: Image.Image, copy: _Copy) -> Foreground:
     grey = grey_levels(image)
     values = _label_values(image) if image.mode == "P" or grey is None else grey
-    present = np.zeros(0) if values is None else np.unique(values)
+    present = np.zeros(0) if values is None else present_values(values)
     if values is None or len(present) > MAX_COLOURS:
         raise InputError(
             f"{copy.where}: {copy.path} has too many colours for a label map, whose values number "
@@ -281,7 +282,7 @@ def _label_values(image: Image.Image) -> Values | None:
     if image.mode == "P":
         indices = np.asarray(image).astype(np.int64)
         # Index 0 is the background of every segmentation tool that writes palettes.
-        if len(np.unique(indices)) <= MAX_LABELS and indices.min() == 0:
+        if len(present_values(indices)) <= MAX_LABELS and indices.min() == 0:
             black = packed[indices == 0][0] == 0 or not (packed == 0).any()
             return indices if black else np.where(packed == 0, 0, indices + 1)
     colours = np.unique(packed)
