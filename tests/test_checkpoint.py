@@ -502,12 +502,16 @@ def test_a_checkpoint_of_other_settings_is_refused(small_editor: str, tmp_path: 
         )
 
 
-def test_more_updates_other_places_and_other_names_are_the_same_settings(small_editor: str) -> None:
+def test_more_updates_other_places_and_other_names_are_the_same_settings(
+    small_editor: str, tmp_path: Path
+) -> None:
+    # A real copy: what is left out follows the configuration of the editor at that place.
+    elsewhere = shutil.copytree(small_editor, tmp_path / "elsewhere")
     base = small_config(small_editor).sha256()
     same = (
         "train.updates=99", "name=other", "actors.num_rollout=2", "evaluation.num_tasks=5",
         "train.checkpoint_every=7", "train.keep_checkpoints=5", "train.max_dropped_groups=1",
-        "data.path=elsewhere", "editor.path=elsewhere", "editor.device=auto",
+        "data.path=elsewhere", f"editor.path={elsewhere}", "editor.device=auto",
     )  # fmt: skip
     other = (
         "seed=1",
