@@ -100,7 +100,7 @@ def test_metadata_jsonl_in_a_folder_comes_before_the_pairs(tmp_path: Path) -> No
     [
         (
             {"source": "p0.png", "mask": "p0_mask.png"},
-            r"line 1: has no 'instruction' \(read from: instruction, prompt\)",
+            r"line 1: has no 'instruction' \(read from: instruction, prompt; the row has: ",
         ),
         ({"source": "p0.png", "instruction": " ", "mask": "p0_mask.png"}, "has no 'instruction'"),
         (

@@ -18,6 +18,8 @@ from rl_edit.data.listing import composed, files_below, is_unicode
 
 _SOURCE_FOLDERS = ("images", "sources")
 _PART_FOLDERS = {"masks": "mask", "mask": "mask", "targets": "target", "target": "target"}
+_ENDINGS = ("_mask", ".mask", "_target", ".target")
+_MASK_NAMES = ("{}-mask", "{}mask", "{} mask", "{}_m", "mask_{}", "mask-{}", "{}_seg", "{}_mask_0")
 _ORDER = {suffix: number for number, suffix in enumerate(SUFFIXES)}
 
 
@@ -68,6 +70,13 @@ class FolderFiles:
         }
         claims = Counter(file for files in shared.values() for file in files)
         return exact | shared, claims
+
+    def like_masks_of(self, source: Path) -> list[Path]:
+        """Lists files whose names are other usual spellings of this source's mask."""
+        stems = {name.format(form) for name in _MASK_NAMES for form in (source.stem, source.name)}
+        stems |= {f"{source.name}_mask", source.name}
+        files = [*self.sources.values(), *self.parts.values()]
+        return [file for paths in files for file in paths if file.stem in stems]
 
     def _beside(self, source: Path, kind: str) -> list[Path]:
         """The files that can only be this source's, the usual ending first."""
@@ -123,10 +132,16 @@ def key_of(source: Path) -> str:
 def base_of(stem: str) -> tuple[str, str] | None:
     """The image's name and the kind, if ``stem`` is that of a mask or a target."""
     # A file that is called just "_mask.png" is an image, for there is no name before the ending.
-    for ending in ("_mask", ".mask", "_target", ".target"):
+    for ending in _ENDINGS:
         if stem.endswith(ending) and stem != ending:
             return stem.removesuffix(ending), ending[1:]
     return None
+
+
+def _spelt(stem: str) -> str:
+    """Spells the ending of a mask or target as it is looked for: "p0_Mask" is read as "p0_mask"."""
+    ending = next((ending for ending in _ENDINGS if stem.lower().endswith(ending)), "")
+    return stem[: len(stem) - len(ending)] + ending
 
 
 def _sort_images(files: FolderFiles, images: list[Path]) -> None:
@@ -139,7 +154,8 @@ def _sort_images(files: FolderFiles, images: list[Path]) -> None:
     for file in images:
         folders = [part.lower() for part in file.parts[:-1]]
         kind = next((_PART_FOLDERS[part] for part in folders if part in _PART_FOLDERS), None)
-        base = base_of(file.stem)
+        stem = _spelt(file.stem)
+        base = base_of(stem)
         if kind:
             # The folder is spelt as it is looked for: "Mask/" is read as "masks/".
             folder = Path(
@@ -150,7 +166,7 @@ def _sort_images(files: FolderFiles, images: list[Path]) -> None:
             )
             files.parts.setdefault((kind, folder, composed(file.stem)), []).append(file)
         elif base is not None:
-            files.parts.setdefault((base[1], file.parent, composed(file.stem)), []).append(file)
+            files.parts.setdefault((base[1], file.parent, composed(stem)), []).append(file)
         elif _is_hidden(file, with_sources):
             files.outside.append(file)
         elif not is_unicode(str(file)):

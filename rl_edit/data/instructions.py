@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from rl_edit.data.listing import composed
+from rl_edit.data.listing import composed, is_visible
 from rl_edit.data.tables import SUFFIXES, Entry, column, read_entries, read_text
 from rl_edit.errors import InputError
 
@@ -66,7 +66,7 @@ def text_lines(file: Path, lines: TextLines) -> list[str]:
     except InputError as error:
         raise InputError(str(error).rstrip(".")) from error
     parts = [" ".join(line.split()) for line in text.splitlines()]
-    parts = [part for part in parts if part]
+    parts = [part for part in parts if is_visible(part)]
     return [" ".join(parts)] if parts and lines == "join" else parts
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from rl_edit.data.listing import Listing, counted, expanded, is_unicode
+from rl_edit.data.listing import Listing, counted, expanded, is_unicode, is_visible
 from rl_edit.data.notices import Notice
 from rl_edit.data.problems import refuse
 from rl_edit.data.rows import Request, Row
@@ -35,10 +35,17 @@ KEYS: dict[str, tuple[str, ...]] = {
 """Keys of a row, each with all its names."""
 
 _OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    "source": ("file_name", "filename", "image_path", "source_image", "original_image"),
+    "source": (
+        "file_name",
+        "filename",
+        "image_path",
+        "source_image",
+        "source_img",
+        "original_image",
+    ),
     "instruction": ("edit_instruction", "edit_prompt", "edit"),
     "mask": ("mask_image", "mask_path", "mask_img"),
-    "target": ("target_image", "output_image", "edited"),
+    "target": ("target_image", "target_img", "output_image", "edited"),
 }
 """Names in other data sets. They are read, and said, where the key is under none of its names."""
 
@@ -91,8 +98,9 @@ class _Reader:
         if isinstance(entry, str):
             return entry
         for key in self._required:
-            if not entry.get(key, "").strip():
-                return f"has no {key!r} (read from: {', '.join(KEYS[key])})"
+            if not is_visible(entry.get(key, "")):
+                seen = ", ".join(map(repr, list(value)[:8]))
+                return f"has no {key!r} (read from: {', '.join(KEYS[key])}; the row has: {seen})"
         for key, text in entry.items():
             if not is_unicode(text) or "\0" in text:
                 return f"{key!r} holds a character that is none ({text[:60]!a})"

@@ -11,6 +11,7 @@ from pathlib import Path
 from rl_edit.data.file_kinds import is_ignored
 from rl_edit.data.notices import NUM_EXAMPLES, Notice
 from rl_edit.data.rows import Request, Row
+from rl_edit.data.tables import SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ def unused_files(root: Path, requests: Iterable[Request], *, kind: str) -> list[
     """
     used = {os.path.normpath(file) for request in requests for file in request.files}
     # Written beside the rows by find-masks and dataset check.
-    made = ("metadata.json", "metadata.jsonl", "agreement.json", "masks.png", "problems.txt")
+    tables = tuple(f"metadata{suffix}" for suffix in SUFFIXES)
+    made = (*tables, "agreement.json", "masks.png", "problems.txt")
     left = [
         file.as_posix()
         for file in files_below(root)
@@ -97,6 +99,11 @@ def expanded(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # an unknown user, or a process without a home
         return Path(text)
+
+
+def is_visible(text: str) -> bool:
+    """True for text with more than blanks and marks without width."""
+    return any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def is_unicode(text: str) -> bool:

@@ -72,6 +72,7 @@ class _Pairs:
         self._tables = TableTexts(files)
         self._assigned = {kind: files.assigned(kind) for kind in ("mask", "target")}
         self._bare: list[str] = []
+        self._hinted = False
         self._conflicts: list[str] = []
         self._repeated: list[str] = []
         self._several_lines: list[str] = []
@@ -136,9 +137,13 @@ class _Pairs:
                 self._bare.append(source.as_posix())
                 return
             stem = source.stem
+            # One example is enough, and a search for every image would be slow.
+            like = [] if self._hinted else self._files.like_masks_of(source)
+            self._hinted = self._hinted or bool(like)
+            rename = f"; rename {like[0]} if it is the mask" if like else ""
             raise InputError(
                 f"has no mask (looked for {stem}_mask.png, {stem}.mask.png and masks/{stem}.png, "
-                "any image ending)"
+                f"any image ending){rename}"
             )
         if not texts:
             stem = source.stem

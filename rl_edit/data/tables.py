@@ -59,15 +59,20 @@ def read_entries(file: Path, columns: Sequence[tuple[str, ...]]) -> list[Entry]:
 
 
 def read_text(file: Path) -> str:
-    """Reads a text as UTF-8, or as UTF-16 with a byte order mark.
+    """Reads a text as UTF-8, or as UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
         InputError: it cannot be read; names the first line that is no UTF-8.
     """
     try:
         content = file.read_bytes()
+        # The mark of UTF-16 is also the beginning of that of UTF-32.
+        if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+            return content.decode("utf-32")
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return content.decode("utf-16")
+        if cause := _no_plain_text(content):
+            raise InputError(f"{file} is no plain text: {cause}. Save it as UTF-8 text.")
         # "utf-8-sig" also reads files of programs that begin with a byte order mark.
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,6 +87,15 @@ def read_text(file: Path) -> str:
 def column(name: object) -> str:
     """Spells a column's name in lower case with underscores."""
     return re.sub(r"[\s\-]+", "_", str(name).strip()).lower()
+
+
+def _no_plain_text(content: bytes) -> str:
+    """Names what stands in place of a text, or ""."""
+    if content.startswith(b"{\\rtf"):
+        return "it is rich text of a word processor (RTF)"
+    if b"\0" in content:
+        return "it has zero bytes, as UTF-16 without its mark and files of other programs have"
+    return ""
 
 
 def _foreign(content: bytes, error: UnicodeDecodeError) -> str:
@@ -172,13 +186,32 @@ def _cells(file: Path, text: str, columns: Sequence[tuple[str, ...]]) -> list[En
             f"{file} needs the columns {needed} in its first line; it has {listed}. Name the "
             "columns there; separate them by commas, semicolons or tabs."
         )
-    (_, head), *body = tables[fitting[0]]
+    try:
+        (_, head), *body = _parsed(text, fitting[0], strict=True)
+    except csv.Error as error:
+        raise InputError(
+            f"{file} has a quotation mark that is not closed or not doubled ({error}), so several "
+            "lines would be read as one cell. Close each quoted cell, and write a mark inside it "
+            f"twice ({_first_open(text, fitting[0], skipped)})."
+        ) from error
     return [_row(file, number + skipped, head, cells) for number, cells in body if any(cells)]
 
 
-def _parsed(text: str, mark: str) -> list[tuple[int, list[str]]]:
+def _first_open(text: str, mark: str, skipped: int) -> str:
+    """Names the line where the row begins that the strict reader refuses."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    began = 0
+    try:
+        for _ in reader:
+            began = reader.line_num
+    except csv.Error:
+        pass
+    return f"the row that begins in line {began + 1 + skipped}"
+
+
+def _parsed(text: str, mark: str, *, strict: bool = False) -> list[tuple[int, list[str]]]:
     """Reads cells with the number of the line where each row ends."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=strict)
     return [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
 
 

@@ -420,3 +420,79 @@ def test_an_empty_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "p1.txt").write_text(" \n\n")
     with pytest.raises(InputError, match=r"p1.png: has no instruction \(p1.txt is empty"):
         opened(tmp_path)
+
+
+def test_the_ending_of_a_mask_is_read_in_any_case(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for index in range(4):
+        name = f"p{index}_Mask.PNG" if index % 2 else f"p{index}_MASK.png"
+        (tmp_path / f"p{index}_mask.png").rename(tmp_path / name)
+    assert set(tasks(tmp_path)) == {"p0", "p1", "p2", "p3"}
+
+
+@pytest.mark.parametrize("name", ["p0-mask.png", "mask_p0.png", "p0_m.png", "p0.png_mask.png"])
+def test_a_mask_of_another_usual_name_is_named_beside_the_image_that_lacks_one(
+    name: str, tmp_path: Path
+) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "p0_mask.png").rename(tmp_path / name)
+    with pytest.raises(InputError, match=rf"p0.png: has no mask .*; rename {name} if it is"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["go".encode("utf-16-le"), "go".encode("utf-32-le"), b"{\\rtf1 go}", b"PK\x03\x04\0\0"],
+)
+def test_a_text_of_another_program_is_refused_rather_than_read_as_letters(
+    content: bytes, tmp_path: Path
+) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "p0.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"p0.txt is no plain text: it "):
+        opened(tmp_path)
+
+
+def test_a_text_in_utf_32_is_read_by_its_mark(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "p0.txt").write_bytes("größer".encode("utf-32"))
+    assert tasks(tmp_path)["p0"] == "größer"
+
+
+def test_a_text_of_marks_without_width_is_no_instruction(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "p0.txt").write_text("\u200b \ufeff\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"has no instruction \(p0.txt is empty"):
+        opened(tmp_path)
+
+
+def test_a_cell_whose_quotation_mark_is_open_swallows_no_rows(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    rows = [f'p{i}.png,p{i}_mask.png,make it 5" big' for i in range(4)]
+    file = tmp_path / "metadata.csv"
+    file.write_text("\n".join(["source,mask,instruction", *rows]))
+    assert tasks(tmp_path)["p1"] == 'make it 5" big'
+    assert not any("metadata.csv" in str(notice) for notice in notices(tmp_path).values())
+    rows[1] = 'p1.png,p1_mask.png,"make it big'
+    file.write_text("\n".join(["source,mask,instruction", *rows]))
+    with pytest.raises(InputError, match=r"not closed .* begins in line 3"):
+        opened(tmp_path)
+
+
+def test_magicbrush_names_of_columns_are_read_and_said(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    write_lines(
+        tmp_path,
+        *(
+            {
+                "source_img": f"p{i}.png",
+                "mask_img": f"p{i}_mask.png",
+                "target_img": f"p{i}.png",
+                "instruction": "go",
+            }
+            for i in range(4)
+        ),
+    )
+    dataset = opened(tmp_path / "rows.jsonl")
+    assert "target" in dataset.fields
+    assert sum(notice.kind == "other-key-names" for notice in dataset.notices) == 3
