@@ -61,6 +61,13 @@ class InputError(ValueError):
     exit_code = BAD_INPUT
 
 
+class ModelUnusable(InputError):
+    """The model of a reward cannot be loaded, so nothing would ever have a score.
+
+    Unlike other errors of a reward it ends the run, where a lost score would be tried again.
+    """
+
+
 class Fenced(RuntimeError):
     """A newer attempt owns the run directory. Exit code 75.
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -211,3 +212,22 @@ def without_nan(value: Any) -> Any:
 def _rounded(value: Any) -> Any:
     # A NaN rounds to itself.
     return float(f"{value:.12g}") if isinstance(value, float) else value
+
+
+def nearest_path(path: Path) -> Path | None:
+    """Finds what a missing path may mean: one name on the way may be misspelt."""
+    missing = [part for part in (path, *path.parents) if not part.exists()]
+    if not missing:
+        return None
+    # The outermost name that is wrong; those below it may be right.
+    wrong = missing[-1]
+    try:
+        names = sorted(entry.name for entry in wrong.parent.iterdir())
+    # A suggestion may be missing; the message it belongs to must not.
+    except OSError:
+        return None
+    near = [
+        wrong.parent / name / path.relative_to(wrong)
+        for name in get_close_matches(wrong.name, names, n=3)
+    ]
+    return next((place for place in near if place.exists()), None)

@@ -26,6 +26,7 @@ from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.editors import editor_identity, inspect_editor, require_targets
+from rl_edit.editors.misfit import misfit_note
 from rl_edit.errors import InputError
 from rl_edit.provenance import code_sha256, versions
 from rl_edit.readiness import (
@@ -115,7 +116,7 @@ def prepare(
         require_resumable(run)
     purpose = _require_edit_rewarded(run, terms, left_out, resume=resume)
     _say_plan(run, [term.name for term in terms], left_out, observer)
-    for note in facts.notes:
+    for note in filter(None, (*facts.notes, misfit_note(config.editor, dataset))):
         observer.note(note)
     if purpose.problem:
         observer.note(f"{purpose.problem}. {_TRAINED_NEVERTHELESS}")

@@ -17,7 +17,7 @@ from learner.controller.run import Observer
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, RowsDataset, open_dataset
 from rl_edit.errors import InputError, did_you_mean
-from rl_edit.files import EVENTS
+from rl_edit.files import EVENTS, METRICS
 from rl_edit.rewards import Reward, available
 from rl_edit.rewards.vlm.region_judge import RegionJudge
 from rl_edit.run_directory import CONFIG_FILE, no_run_at
@@ -39,6 +39,7 @@ def require_place(directory: Path, *, resume: bool) -> bool:
         raise InputError(f"--run-dir {directory} is a file: give a directory")
     entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     begun = any(mark in entries for mark in _MARKS)
+    _require_kinds(directory)
     if entries and not begun:
         raise InputError(
             f"--run-dir {directory} is not empty and holds no run (it has {entries[0]}): a run's "
@@ -55,6 +56,21 @@ def require_place(directory: Path, *, resume: bool) -> bool:
         )
     _require_writable(directory)
     return begun
+
+
+def _require_kinds(directory: Path) -> None:
+    """Refuses a directory in the place of a file of the run, or the other way round."""
+    for name in (CONFIG_FILE, RUN_FILE, EVENTS, METRICS, "LEASE.json"):
+        if (directory / name).is_dir():
+            raise InputError(
+                f"{directory / name} is a directory where a run has a file, so nothing could be "
+                "continued or started here: move it away, or give another --run-dir"
+            )
+    if (directory / "checkpoints").is_file():
+        raise InputError(
+            f"{directory / 'checkpoints'} is a file where a run has a directory: move it away, or "
+            "give another --run-dir"
+        )
 
 
 def _require_writable(directory: Path) -> None:

@@ -22,6 +22,9 @@ def no_run_at(path: Path) -> str:
     """Says why there is no run at a path, and which runs lie nearby."""
     if path.is_file():
         seen, near = f"no run at {path}: it is a file, not a directory.", _enclosing(path)
+    elif (path / CONFIG_FILE).is_dir():
+        seen = f"no run at {path}: {CONFIG_FILE} in it is a directory, where a run has a file."
+        near = _enclosing(path) or _runs_in(path)
     elif path.is_dir():
         seen = f"no run at {path}: the directory has no {CONFIG_FILE}, which rl-edit train writes."
         near = _enclosing(path) or _runs_in(path)

@@ -321,3 +321,62 @@ def test_a_misspelt_run_to_resume_is_named_beside_its_settings(
     missing = tmp_path / "runs" / "dmeo"
     outcome = rl_edit("train", tmp_path / "run.yaml", "--run-dir", missing, "--resume")
     assert_refused(outcome, missing, "nothing to resume", f"Did you mean {missing.parent}/demo?")
+
+
+def test_a_directory_in_the_place_of_a_file_of_the_run_is_named(
+    rl_edit: Command, small_editor: str, tmp_path: Path
+) -> None:
+    small_config(small_editor, directory=tmp_path)
+    run = tmp_path / "run"
+    (run / "config.yaml").mkdir(parents=True)
+    words = ("config.yaml", "is a directory")
+    assert_refused(rl_edit("train", "--run-dir", run, "--resume"), None, *words)
+    outcome = rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, "--resume")
+    assert_refused(outcome, None, *words, "move it away")
+    (run / "config.yaml").rmdir()
+    (run / "checkpoints").write_text("")
+    outcome = rl_edit("train", tmp_path / "run.yaml", "--run-dir", run, "--resume")
+    assert_refused(outcome, None, "checkpoints is a file", "move it away")
+
+
+def test_an_edit_says_which_variant_of_the_editor_is_loaded(
+    rl_edit: Command, small_editor: str, tmp_path: Path
+) -> None:
+    lone_variant(tmp_path, small_editor)
+    image, out = saved(tmp_path / "p.png", a_box(40, 40)), tmp_path / "out.png"
+    arguments = ("edit", image, "--instruction", "remove the red circle", "--output", out)
+    _, text, _ = rl_edit(*arguments, "--editor", tmp_path / "editor", "--steps", 1)
+    assert "exist only as variant fp16" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("verb", ["audit-reward", "bench-reward"])
+def test_a_reward_whose_model_is_not_here_is_refused_before_it_is_measured(
+    rl_edit: Command, small_editor: str, tmp_path: Path, verb: str
+) -> None:
+    small_config(small_editor, directory=tmp_path)
+    outcome = rl_edit(verb, tmp_path / "run.yaml", *clip_without_weights(tmp_path, ""))
+    assert_refused(outcome, None, "'more'", "model.safetensors is missing")
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_at_its_first_group(
+    rl_edit: Command, small_editor: str, tmp_path: Path
+) -> None:
+    """Its files are whole, and its weights are of another size than its configuration."""
+    small_config(small_editor, directory=tmp_path)
+    change = clip(tmp_path, "")
+    settings = tmp_path / "clip" / "config.json"
+    content = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**content, "projection_dim": 8}))
+    arguments = ("train", tmp_path / "run.yaml", "--run-dir", tmp_path / "run", *change)
+    code, _, err = rl_edit(*arguments, "train.max_dropped_groups=99")
+    assert code == 2
+    assert "has in other sizes" in err[-1] and "projection" in err[-1]
+
+
+def test_photographs_for_the_built_in_editor_are_said_before_training(
+    rl_edit: Command, tmp_path: Path
+) -> None:
+    small_config("builtin:tiny-kontext", directory=tmp_path)
+    data = write_folder(tmp_path / "photographs", num_rows=6, height=300, width=400)
+    _, out, _ = rl_edit("train", tmp_path / "run.yaml", f"data.path={data}", "--dry-run")
+    assert " ".join(out.split()).count("is a small editor for drawn scenes") == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from commands import Command, assert_refused
+from data_files import an_image, saved
 from rl_edit.run_directory import no_run_at
 
 
@@ -101,3 +102,20 @@ def test_an_unreadable_directory_costs_the_suggestion_and_not_the_message(
     assert no_run_at(tmp_path / "absent").endswith(
         "no such directory. Run rl-edit train to make one."
     )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ("runs/dmeo/adapter", "Did you mean runs/demo/adapter?"),
+        ("runs/demo/adaptre", "Did you mean runs/demo/adapter?"),
+        ("runs/demo", "Did you mean runs/demo/adapter?"),
+        ("elsewhere/entirely", "Point --adapter at RUN/adapter."),
+    ],
+)
+def test_a_path_without_an_adapter_names_the_adapter_that_was_meant(
+    rl_edit: Command, runs: Path, adapter: str, words: str
+) -> None:
+    saved(runs / "photo.png", an_image(40, 40))
+    outcome = rl_edit("edit", "runs/photo.png", "--instruction", "remove it", "--adapter", adapter)
+    assert_refused(outcome, None, f"no adapter at {adapter}", words)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from clip_files import write_tiny_clip
 from rl_edit.audit.checks import expected_of
 from rl_edit.data import shapes
-from rl_edit.errors import InputError
+from rl_edit.errors import InputError, ModelUnusable
 from rl_edit.measures import pixels
 from rl_edit.rewards import Reward, available, score_candidates
 from rl_edit.rewards.clip import ClipSimilarity
@@ -351,8 +351,6 @@ def test_lpips_without_its_weights_says_how_to_make_them(tmp_path: Path) -> None
 
 
 def test_weights_that_are_not_lpips_are_refused(tmp_path: Path, weights: str) -> None:
-    from safetensors.torch import load_file
-
     wrong, negative = tmp_path / "wrong.safetensors", tmp_path / "negative.safetensors"
     save_file({"features.0.weight": torch.zeros(1)}, wrong)
     with pytest.raises(InputError, match=r"lack 'features\.0\.bias'"):
@@ -485,6 +483,16 @@ def test_clip_needs_what_it_compares_with_and_a_model_that_is_there(tmp_path: Pa
         available([ClipSimilarity()], {"target"})
     assert available([ClipSimilarity(compare="target")], {"target"})[0]
     with pytest.raises(InputError, match="cannot be loaded"):
+        clip.loaded(str(tmp_path), "cpu")
+
+
+def test_clip_gives_no_score_by_weights_that_are_not_stored(tmp_path: Path) -> None:
+    write_tiny_clip(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("visual_projection.weight")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ModelUnusable, match=r"lacks 1 of the tensors.*visual_projection"):
         clip.loaded(str(tmp_path), "cpu")
 
 

@@ -141,6 +141,9 @@ def chosen_terms(
         raise InputError(
             f"No reward of this run can be scored here ({why}). Name another with --term."
         )
+    # A model that is not here would look like a reward without scores.
+    for reward in chosen:
+        reward.require_files()
     # With --term, the reasons of rewards that were not named are of no interest.
     return tuple(chosen), {
         name: why for name, why in left_out.items() if not names or name in names

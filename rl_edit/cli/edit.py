@@ -20,6 +20,7 @@ from rl_edit.editors import (
     Editor,
     EditorFamily,
     editor_config,
+    inspect_editor,
     load_editor,
     lora,
     require_adapter,
@@ -65,7 +66,7 @@ def edit_command(
     # Everything that can be refused is refused before the editor is loaded.
     _require_writable(target)
     console = Console()
-    notes = _notes(config, source, instruction)
+    notes = [*inspect_editor(config).notes, *_notes(config, source, instruction)]
     stored = lora.read(adapter) if adapter is not None else None
     if stored is not None:
         notes += stored[1].notes

@@ -19,6 +19,7 @@ from rl_edit.cli.arguments import Strict, print_notices, print_reward_notes, str
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
 from rl_edit.editors import inspect_editor, load_editor, lora, require_adapter
+from rl_edit.editors.misfit import misfit_note
 from rl_edit.errors import InputError
 from rl_edit.evaluation.evaluate import Evaluation, evaluate
 from rl_edit.evaluation.record import EvaluationRecord
@@ -81,8 +82,6 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     An earlier evaluation is replaced only when the new one is complete.
     """
     facts = inspect_editor(config.editor)
-    for note in facts.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     dataset = open_dataset(
         config.data,
         "heldout",
@@ -90,6 +89,8 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
         multiple=facts.pixels_per_token,
         text=config.editor,
     )
+    for note in filter(None, (*facts.notes, misfit_note(config.editor, dataset))):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     print_notices(console, dataset.notices)
     terms, left_out = available(tuple(config.rewards.values()), dataset.fields)
     for term in terms:

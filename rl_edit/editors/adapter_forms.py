@@ -21,6 +21,7 @@ from torch import Tensor
 from rl_edit.editors.adapter_config import AdapterConfig, idle_patterns, require_applicable
 from rl_edit.editors.adapter_kinds import METHODS, MODELS, NAMING, TEXT_ENCODERS, recognised
 from rl_edit.errors import InputError
+from rl_edit.files import nearest_path
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
@@ -66,9 +67,16 @@ def find_file(place: Path) -> Path:
     if not place.is_file() or place.suffix not in (".safetensors", *PICKLED):
         raise InputError(
             f"no adapter at {place}: expected {WEIGHTS_FILE} (a diffusers LoRA) or {PEFT_FILE} (a "
-            "PEFT folder). Point --adapter at RUN/adapter."
+            f"PEFT folder). {_meant(place)}"
         )
     return place
+
+
+def _meant(place: Path) -> str:
+    """Says where the adapter may be that was not found at a place."""
+    inner = place / "adapter"
+    near = (inner if inner.is_dir() else None) if place.is_dir() else nearest_path(place)
+    return f"Did you mean {near}?" if near else "Point --adapter at RUN/adapter."
 
 
 def read_form(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rl_edit.editors.component_files import model_problems
 from rl_edit.editors.location import Location
-from rl_edit.errors import InputError, did_you_mean
+from rl_edit.errors import InputError, ModelUnusable, brief, did_you_mean, lacks_memory
 
 
 def require_model(path: str, *, reward: str) -> dict[str, Any]:
@@ -49,6 +51,41 @@ def require_image_processor(path: str, *, reward: str) -> None:
             f"{path}, the model of {reward}, has no preprocessor_config.json, so no image could be "
             "prepared for it. Copy it from the checkpoint that this one was made from"
         )
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Turns every error of a library that loads a model into one line.
+
+    Raises:
+        ModelUnusable: with the cause. A lack of memory passes, which another worker may not have.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ModelUnusable) or lacks_memory(error):
+            raise
+        raise ModelUnusable(
+            f"{path}, the model of a reward, cannot be loaded ({brief(error)}), so nothing would "
+            "have a score. Copy or download it again, or give another one"
+        ) from error
+
+
+def require_complete(path: str, found: Mapping[str, Any]) -> None:
+    """Refuses a model of which some weights were drawn at random for want of fitting ones.
+
+    Args:
+        found: what transformers returns for ``output_loading_info=True``.
+    """
+    # Of a tensor of another size, the library tells name and sizes.
+    misfits = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    for names, what in ((found["missing_keys"], "lacks"), (misfits, "has in other sizes")):
+        if names:
+            raise ModelUnusable(
+                f"{path}, the model of a reward, {what} {len(names)} of the tensors that its "
+                f"config.json asks for (first: {min(names)}): random numbers would stand in their "
+                "place and give scores. Copy weights and config.json again, from one model"
+            )
 
 
 def _require_id(path: str, reward: str) -> None:

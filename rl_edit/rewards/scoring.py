@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl_edit.errors import InputError
+from rl_edit.errors import InputError, ModelUnusable
 from rl_edit.rewards.cache import ScoreCache
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.scores import PerCandidate, RegionTable
@@ -36,6 +36,9 @@ def score_candidates(
     it raises, returns a wrong number of scores, or returns a value that is not finite or outside
     its declared range. A ``TimeoutError`` is a timeout. The reason names the reward and the value.
     Components and regions of scores without a value are NaN too.
+
+    Raises:
+        ModelUnusable: the model of a term cannot be loaded.
     """
     require_distinct_names(terms)
     started = time.perf_counter()
@@ -105,6 +108,9 @@ def _scores_of(term: RewardTerm, candidates: Candidates) -> _CheckedScores:
         if term.cache is not None:
             return _recalled(term, candidates)
         return _checked(term, _computed(term, candidates))
+    except ModelUnusable:
+        # No other group would fare better, and each would load the model again.
+        raise
     except Exception as error:
         # A broken term must cost its group, not the run, and must never look like a bad edit.
         wrong_count = isinstance(error, _WrongCount)

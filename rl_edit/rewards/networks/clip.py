@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from rl_edit.errors import InputError
+from rl_edit.rewards.model_files import loading, require_complete
 
 # The constants every released CLIP was trained with.
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -30,20 +30,18 @@ class Clip:
     def __init__(self, model: str, device: str) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        try:
-            self._model: Any = (
-                CLIPModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
-                .to(device)
-                .eval()
+        with loading(model):
+            loaded_model, found = CLIPModel.from_pretrained(
+                model,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                # Refused below, by name.
+                ignore_mismatched_sizes=True,
             )
+            require_complete(model, found)
+            self._model: Any = loaded_model.to(device).eval()
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"The CLIP model {model!r} cannot be loaded "
-                f"({' '.join(str(error).split())[:200]}), so nothing could be compared. "
-                "Give a directory with its config, tokenizer and safetensors weights, or a hub id "
-                "such as openai/clip-vit-large-patch14."
-            ) from error
         self._device = device
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from rl_edit.errors import InputError
-from rl_edit.rewards.model_files import require_model
+from rl_edit.rewards.model_files import loading, require_model
 from rl_edit.rewards.vlm.backends.transport import Question, Reply, Sampling
 
 # The package's models are not safe for two threads.
@@ -88,7 +88,8 @@ class Upstream(BaseModel):
                 f"A question shows {len(question.images)} images and the editscore package takes "
                 f"{_MAX_IMAGES}. Use another transport."
             )
-        model = _model(self, sampling.temperature)
+        with loading(self.path):
+            model = _model(self, sampling.temperature)
         began = time.perf_counter()
         images = [Image.fromarray(image.cpu().numpy()) for image in question.images]
         text = model.inference(model.prepare_input(images, question.prompt), seed=question.seed)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from rl_edit.rewards.model_files import loading, require_complete
 from rl_edit.rewards.vlm.backends.constrained_decoding import Constraint, Form, Vocabulary
 from rl_edit.rewards.vlm.backends.families import (
     IMAGE,
@@ -68,7 +69,7 @@ class Transformers(BaseModel):
         return await asyncio.to_thread(self._answer_all, questions)
 
     def _answer_all(self, questions: Sequence[Question]) -> tuple[Reply, ...]:
-        with _LOADING:
+        with _LOADING, loading(self.path):
             # Loaded outside the lock of the model, which only generation holds.
             judge = _loaded(self.path, self.device, self.dtype)
         with judge.lock:
@@ -201,11 +202,16 @@ def _loaded(path: str, device: str, dtype: str) -> _Judge:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # Weights in any other format would have to be unpickled.
-    model = (
-        AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        .to(device)
-        .eval()
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        # Refused below, by name.
+        ignore_mismatched_sizes=True,
     )
+    require_complete(path, found)
+    model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     ends = (
         model.generation_config.eos_token_id
