@@ -380,3 +380,23 @@ def test_photographs_for_the_built_in_editor_are_said_before_training(
     data = write_folder(tmp_path / "photographs", num_rows=6, height=300, width=400)
     _, out, _ = rl_edit("train", tmp_path / "run.yaml", f"data.path={data}", "--dry-run")
     assert " ".join(out.split()).count("is a small editor for drawn scenes") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("lora.targets=to_q", ("lora.targets", "must be a list", "'to_q'")),
+        ("lora.targets=[]", ("lora.targets is empty",)),
+        ('lora.targets=["to_q "]', ("'to_q '", "did you mean to_q")),
+        ("editor.path={here}/run.yaml", ("no editor at", "it is a file")),
+        ("editor.path={here}/kontxt", ("no editor at", "did you mean", "kontext?")),
+    ],
+)
+def test_a_setting_of_another_form_is_named_in_words_of_yaml(
+    rl_edit: Command, small_editor: str, tmp_path: Path, change: str, words: tuple[str, ...]
+) -> None:
+    small_config(small_editor, directory=tmp_path)
+    (tmp_path / "kontext").mkdir()
+    arguments = ("train", tmp_path / "run.yaml", "--dry-run", "--run-dir", tmp_path / "run")
+    outcome = rl_edit(*arguments, change.format(here=tmp_path))
+    assert_refused(outcome, tmp_path / "run", *words)

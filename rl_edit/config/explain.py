@@ -9,6 +9,13 @@ from pydantic import ValidationError
 
 from rl_edit.config.fields import known_keys, without_tags
 
+_IN_YAML = {
+    "Input should be a valid tuple": "must be a list, such as [one, two]",
+    "Input should be a valid list": "must be a list, such as [one, two]",
+    "Input should be a valid dictionary": "must be a mapping of keys",
+}
+"""Sentences of pydantic that speak of Python's types, as a writer of YAML says them."""
+
 
 def explained(error: ValidationError) -> str:
     """Every problem in one line; the first in full, two more in short."""
@@ -30,6 +37,7 @@ def _sentence(error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{name} names no kind: add {name}.kind"
     message = error["msg"].removeprefix("Value error, ")
+    message = _IN_YAML.get(message, message)
     # A key pasted into the wrong field of a reward must not reach a terminal or a log.
     if shown[:1] == ["rewards"]:
         return f"{name}: {message}"

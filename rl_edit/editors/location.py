@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_edit.errors import InputError
+from rl_edit.files import nearest_path
 
 BUILTIN = "builtin:tiny-kontext"
 BUILTIN_WEIGHTS = Path(__file__).parent / "tiny" / "weights"
@@ -122,10 +123,13 @@ def locate(path: str, revision: str | None = None) -> Location:
             f"rl-edit pretrain {name}"
         )
     # ids have exactly one slash; everything else was meant as a path.
-    if not local and (name.startswith((".", "/")) or name.count("/") != 1):
+    is_file = Path(name).is_file()
+    if not local and (is_file or name.startswith((".", "/")) or name.count("/") != 1):
+        near = nearest_path(Path(name))
+        hint = " (it is a file)" if is_file else f", did you mean {near}?" if near else ""
         raise InputError(
-            f"no editor at {name}: give a directory written by save_pretrained, a Hugging Face id "
-            f"such as ORG/NAME, or {BUILTIN}"
+            f"no editor at {name}{hint}: give a directory written by save_pretrained, a Hugging "
+            f"Face id such as ORG/NAME, or {BUILTIN}"
         )
     if local and revision is not None:
         raise InputError(

@@ -30,10 +30,15 @@ def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
 
 def unmatched(transformer: nn.Module, targets: Iterable[str]) -> str | None:
     """Describes targets that fit no layer, with the nearest names; None where all fit."""
-    names = _layers(transformer)
+    names, requested = _layers(transformer), list(targets)
+    if not requested:
+        return (
+            "lora.targets is empty, so no module would get an adapter and nothing would be "
+            "trained: name layers, or leave it out for all attention projections"
+        )
     missing = [
         target
-        for target in targets
+        for target in requested
         # As PEFT matches: the complete name, or its last parts.
         if not any(name == target or name.endswith("." + target) for name in names)
     ]
@@ -43,7 +48,9 @@ def unmatched(transformer: nn.Module, targets: Iterable[str]) -> str | None:
     lines = []
     for target in missing:
         near = difflib.get_close_matches(target, ends, n=3, cutoff=0.6)
-        lines.append(target + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+        # Quotes show what a bare name hides, such as a space at its end.
+        shown = target if target == target.strip() and target else repr(target)
+        lines.append(shown + (f" (did you mean {' or '.join(near)}?)" if near else ""))
     short = [end for end in ends if end.count(".") < 1 or end.rsplit(".", 1)[1].isdigit()]
     return (
         f"lora.targets {', '.join(lines)} fit{'s' * (len(lines) == 1)} no module of this editor, "
