@@ -473,3 +473,23 @@ def test_the_kontext_preset_reaches_the_download_and_says_in_one_line_why_it_fai
     assert "black-forest-labs/FLUX.1-Kontext-dev from the Hugging Face hub" in line
     assert "hf auth login" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("train:\n\tupdates: 1\n", "Line 2 begins with a tab: use spaces"),
+    ],
+)
+def test_a_file_without_settings_is_named_for_what_it_is(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=words):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_spaces_around_an_override_are_no_part_of_its_key() -> None:
+    assert load_config(preset="tiny-rc-grpo", overrides=["train.updates = 7"]).train.updates == 7

@@ -14,7 +14,7 @@ _IN_YAML = {
     "Input should be a valid list": "must be a list, such as [one, two]",
     "Input should be a valid dictionary": "must be a mapping of keys",
 }
-"""Sentences of pydantic that speak of Python's types, as a writer of YAML says them."""
+"""Sentences of pydantic about Python's types, in words of YAML."""
 
 
 def explained(error: ValidationError) -> str:

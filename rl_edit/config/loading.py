@@ -77,6 +77,7 @@ def parse_override(override: str) -> Override:
         InputError: it is not of this form.
     """
     key, separator, value = override.partition("=")
+    key = key.strip()
     if not separator or not key or key.startswith("-"):
         raise InputError(
             f"override {override!r} is not of the form dotted.key=value, e.g. train.updates=50"
@@ -166,7 +167,15 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
     try:
         raw = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
-        raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+        tabs = [row for row, line in enumerate(text.splitlines(), 1) if line[:1] == "\t"]
+        remedy = f". Line {tabs[0]} begins with a tab: use spaces" if tabs else ""
+        raise InputError(
+            f"{origin} is not valid YAML: {' '.join(str(error).split())}{remedy}"
+        ) from error
+    if raw is None:
+        raise InputError(
+            f"{origin} is empty: it must be a mapping of keys such as seed, editor, train"
+        )
     if not isinstance(raw, dict):
         raise InputError(
             f"{origin} must be a mapping of keys such as seed, editor, train; "

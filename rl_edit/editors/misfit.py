@@ -15,7 +15,7 @@ def misfit_note(config: EditorFamily, dataset: Dataset) -> str:
     """Names the images that are nothing for this editor, and why; "" where all fit."""
     if not isinstance(dataset, RowsDataset):
         return ""
-    found = []
+    misfits = []
     for row in dataset.rows[:_LOOKED_AT]:
         try:
             with Image.open(row.source) as image:
@@ -24,8 +24,10 @@ def misfit_note(config: EditorFamily, dataset: Dataset) -> str:
         except OSError:
             continue
         if reason := config.misfit(height, width):
-            found.append(f"{row.source.name}: {reason}")
-    if not found:
+            misfits.append(f"{row.source.name}: {reason}")
+    if not misfits:
         return ""
     looked_at = min(len(dataset), _LOOKED_AT)
-    return f"{len(found)} of the {looked_at} images looked at do not suit the editor: {found[0]}"
+    return (
+        f"{len(misfits)} of the {looked_at} images looked at do not suit the editor: {misfits[0]}"
+    )

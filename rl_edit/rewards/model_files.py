@@ -71,15 +71,15 @@ def loading(path: str) -> Iterator[None]:
         ) from error
 
 
-def require_complete(path: str, found: Mapping[str, Any]) -> None:
+def require_complete(path: str, report: Mapping[str, Any]) -> None:
     """Refuses a model of which some weights were drawn at random for want of fitting ones.
 
     Args:
-        found: what transformers returns for ``output_loading_info=True``.
+        report: what transformers returns for ``output_loading_info=True``.
     """
-    # Of a tensor of another size, the library tells name and sizes.
-    misfits = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
-    for names, what in ((found["missing_keys"], "lacks"), (misfits, "has in other sizes")):
+    # Of a tensor of another size, the library gives name and sizes.
+    misfits = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    for names, what in ((report["missing_keys"], "lacks"), (misfits, "has in other sizes")):
         if names:
             raise ModelUnusable(
                 f"{path}, the model of a reward, {what} {len(names)} of the tensors that its "

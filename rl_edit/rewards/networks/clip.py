@@ -31,7 +31,7 @@ class Clip:
         from transformers import AutoTokenizer, CLIPModel
 
         with loading(model):
-            loaded_model, found = CLIPModel.from_pretrained(
+            loaded_model, report = CLIPModel.from_pretrained(
                 model,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -39,7 +39,7 @@ class Clip:
                 # Refused below, by name.
                 ignore_mismatched_sizes=True,
             )
-            require_complete(model, found)
+            require_complete(model, report)
             self._model: Any = loaded_model.to(device).eval()
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self._device = device

@@ -202,7 +202,7 @@ def _loaded(path: str, device: str, dtype: str) -> _Judge:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # Weights in any other format would have to be unpickled.
-    model, found = AutoModelForImageTextToText.from_pretrained(
+    model, report = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=dtype,
         use_safetensors=True,
@@ -210,7 +210,7 @@ def _loaded(path: str, device: str, dtype: str) -> _Judge:
         # Refused below, by name.
         ignore_mismatched_sizes=True,
     )
-    require_complete(path, found)
+    require_complete(path, report)
     model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     ends = (
