@@ -376,6 +376,21 @@ REFUSED: dict[str, tuple[Maker, str]] = {
         r"control LoRA.*fuse_lora",
     ),
     "pissa": (partial(written, init_lora_weights="pissa"), r"begun with pissa"),
+    "biases-of-the-editor": (partial(written, bias="all"), r"biases of the editor.*bias='none'"),
+    "with-the-adapters-name": (
+        partial(rewritten, change=renamed(".weight", ".default.weight")),
+        r"the adapter's own name .*delete that name",
+    ),
+    "in-a-wrapper": (
+        partial(rewritten, change=renamed("transformer.", "state_dict.transformer.")),
+        r"a wrapper's prefix .*delete that prefix",
+    ),
+    "no-tensors": (partial(files.stored, tensors={}), r"holds no tensors at all"),
+    # diffusers' conversion of a negative alpha never ends.
+    "negative-alpha": (
+        partial(files.stored, tensors=files.bfl("lora_unet_", "_", alpha=-2.0)),
+        r"\.alpha is \[-2\.0\].*scales of at least 0",
+    ),
 }
 
 
@@ -388,6 +403,28 @@ def test_what_cannot_be_applied_is_refused_by_its_name_and_the_tool(
     with pytest.raises(InputError, match=words) as caught:
         lora.read(place)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run git lfs pull"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "a web page.*Download it again"),
+    ],
+)
+def test_what_lies_in_place_of_an_adapter_is_named(
+    content: bytes, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / WEIGHTS_FILE).write_bytes(content)
+    with pytest.raises(InputError, match=f"(?i){words}"):
+        lora.read(tmp_path)
+
+
+def test_an_adapter_that_changes_no_image_is_said(tmp_path: Path) -> None:
+    files.stored(tmp_path / "alpha", files.bfl("lora_unet_", "_", alpha=0.0))
+    rewritten(tmp_path / "zeros", change=lambda t: {n: v * ("lora_A" in n) for n, v in t.items()})
+    for place in ("alpha", "zeros"):
+        assert any("has no effect" in note for note in lora.read(tmp_path / place)[1].notes)
 
 
 def test_alphas_beside_settings_are_refused_as_in_diffusers(tmp_path: Path) -> None:

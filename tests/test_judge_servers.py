@@ -127,6 +127,15 @@ def one_image(body: dict[str, Any], number: int) -> Answer:
     return 200, completion(right(body))
 
 
+def few_images(text: str, **more: Any) -> Reply:
+    """Refuses more than one image in these words."""
+    return lambda body, number: (
+        (400, json.dumps(openai_error(text, **more)).encode())
+        if len(images_of(body)) > 1
+        else (200, completion(right(body)))
+    )
+
+
 def busy_at_first(status: int, error: Any, headers: Callable[[], dict[str, str]]) -> Reply:
     """Is busy for its first two requests."""
 
@@ -222,6 +231,15 @@ BEHAVIOURS: dict[str, Behaviour] = {
     ),
     "tool call": usable(message(content=None, tool_calls=[CALL], finish_reason="tool_calls")),
     "twice the same": usable(written("ANSWER\nAs said: ANSWER")),
+    "a comma too many": usable(
+        lambda body, number: (200, completion(right(body).replace("]}", ",],}")))
+    ),
+    "numbers in quotes": usable(
+        lambda body, number: (200, completion(re.sub(r"(\d+)", r'"\1"', right(body))))
+    ),
+    "byte order mark": usable(
+        lambda body, number: (200, b"\xef\xbb\xbf" + completion(right(body)))
+    ),
     # What the server refuses.
     "max_completion_tokens": usable(
         refusing(400, UNSUPPORTED_MAX, "max_tokens"), "max_tokens is sent as max_completion_tokens"
@@ -255,6 +273,22 @@ BEHAVIOURS: dict[str, Behaviour] = {
         no_system, "the system text stands before the question", model="EditScore-7B"
     ),
     "one image": usable(one_image, "joined side by side.*At most 1 image"),
+    "no several images": usable(
+        few_images("Multiple images are not supported by this model"), "joined side by side"
+    ),
+    "one image, please": usable(few_images("You may only provide 1 image"), "joined side by side"),
+    "one image behind a gateway": usable(
+        few_images("Provider returned error", metadata={"raw": "Too many images in request"}),
+        "joined side by side.*Too many images",
+    ),
+    "short context": unusable(
+        always(400, openai_error("This model's maximum context length is 4096 tokens.")),
+        "Lower the term's max_tokens",
+    ),
+    "a field that is missing": unusable(
+        always(400, openai_error("reasoning_effort is required for this model")),
+        "transport.extra_body adds some",
+    ),
     # Waiting.
     "busy, then well": usable(busy_at_first(429, openai_error("Rate limit"), lambda: LATER)),
     "busy until a date": usable(

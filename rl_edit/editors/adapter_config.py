@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from rl_edit.errors import InputError
 
@@ -105,4 +106,23 @@ def idle_patterns(path: Path, settings: Mapping[str, Any], modules: list[str]) -
         for key in settings[field]
         # As PEFT matches.
         if not any(re.match(rf"(.*\.)?({key})$", module) for module in modules)
+    ]
+
+
+def without_effect(
+    path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Notes an adapter that changes no image: its alphas or its second matrices are all zero."""
+    alphas = [settings["lora_alpha"], *settings["alpha_pattern"].values()]
+    # A DoRA's magnitudes act by themselves.
+    if settings.get("use_dora"):
+        return []
+    # Formats of 8 bits count no zeros. Converters put kohya's alpha into both matrices.
+    sides = [value.float() for name, value in tensors.items() if ".lora_B." in name]
+    if any(alphas) and any(bool(side.any()) for side in sides):
+        return []
+    seen = "its lora_B tensors are all zero" if any(alphas) else "its alpha is 0"
+    return [
+        f"{path.name} has no effect: {seen}, so every image is the base editor's. An untrained "
+        "adapter is like this"
     ]

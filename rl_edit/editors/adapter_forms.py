@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rl_edit.editors.adapter_config import AdapterConfig, idle_patterns, require_applicable
+from rl_edit.editors.adapter_config import (
+    AdapterConfig,
+    idle_patterns,
+    require_applicable,
+    without_effect,
+)
 from rl_edit.editors.adapter_kinds import METHODS, MODELS, NAMING, TEXT_ENCODERS, recognised
 from rl_edit.errors import InputError
 from rl_edit.files import nearest_path
@@ -87,6 +92,7 @@ def read_form(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
     """
     file = _stored(path)
     _require_lora(file)
+    _require_scales(file)
     try:
         # Of the libraries' warnings, those that matter are said as notes and refusals.
         with _library_messages() as messages:
@@ -122,14 +128,40 @@ def _stored(path: Path) -> _File:
             metadata = file.metadata() or {}
     except Exception as error:
         raise InputError(
-            f"{path} is not a readable safetensors file ({_line(error)}): copy the adapter again"
+            f"{path} is not a readable safetensors file ({_line(error)}): {_remedy_of(path)}"
         ) from error
     return _File(path=path, tensors=tensors, metadata=metadata)
+
+
+def _remedy_of(path: Path) -> str:
+    """Says what to do about a file that is no safetensors file, from its first bytes."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer. Run git lfs pull in its repository"
+        if start.startswith((b"<!doctype", b"<html")):
+            return "it is a web page, as a download link without a login gives. Download it again"
+    return "copy the adapter again"
+
+
+def _require_scales(file: _File) -> None:
+    """Refuses alphas on which diffusers' conversion of kohya's files would never end."""
+    for name, alpha in file.tensors.items():
+        if name.endswith(".alpha") and not (alpha.double() >= 0).all():
+            raise InputError(
+                f"{file.path}: {name} is {alpha.double().flatten().tolist()[:1]}, and diffusers "
+                "converts scales of at least 0 alone: the file is damaged, or its trainer turned "
+                "the sign. Merge it in its own trainer, or copy it again"
+            )
 
 
 def _require_lora(file: _File) -> None:
     """Refuses what its tensor names show to be no LoRA of a transformer."""
     names = file.tensors.keys()
+    if not names:
+        raise InputError(
+            f"{file.path} holds no tensors at all: its trainer saved no adapter. Save it again"
+        )
     kind = recognised(names, METHODS) or recognised(names, (TEXT_ENCODERS,))
     kind = kind or recognised(names, MODELS)
     if kind is not None:
@@ -170,6 +202,7 @@ def _applied(file: _File) -> tuple[dict[str, Tensor], AdapterConfig]:
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     modules = sorted({name.split(".lora_")[0] for name in tensors})
     notes += idle_patterns(file.path, settings, modules)
+    notes += without_effect(file.path, settings, tensors)
     # Stored as JSON beside the adapter when it is saved again.
     settings = json.loads(json.dumps(settings, default=str))
     return tensors, AdapterConfig(settings=settings, modules=tuple(modules), notes=tuple(notes))
@@ -219,6 +252,11 @@ def _as_diffusers(file: _File) -> tuple[dict[str, Tensor], PeftLoraConfig, list[
     notes = _unread_alphas(file, tensors)
     tensors = {name: value for name, value in tensors.items() if not name.endswith(".alpha")}
     other = [name for name in tensors if ".lora_" not in name]
+    if other and all(name.endswith(".bias") for name in other):
+        raise InputError(
+            f"{file.path} holds {len(other)} biases of the editor itself ({other[0]}, ...; PEFT's "
+            "bias setting), which stays frozen here: train it with bias='none', or delete them"
+        )
     if other:
         raise InputError(
             f"{file.path} is a control LoRA: beside the LoRA it replaces {len(other)} tensors of "

@@ -93,6 +93,18 @@ MODELS = (
 
 NAMING = (
     Kind(
+        sign=r"\.lora_[AB]\.[^.]+\.weight$",
+        name="a LoRA whose tensors carry the adapter's own name (lora_A.default.weight)",
+        remedy="save it with peft's get_peft_model_state_dict and diffusers' save_lora_weights, or "
+        "delete that name from each tensor's",
+    ),
+    Kind(
+        sign=r"^(state_dict|module|model|_orig_mod)\..*lora",
+        name="a LoRA whose tensors have a wrapper's prefix (state_dict., module., ...), of which "
+        "diffusers reads none",
+        remedy="delete that prefix from each tensor's name, so that they start with transformer.",
+    ),
+    Kind(
         sign=r"^diffusion_model\..*\.lora_A\.",
         name="a LoRA in ComfyUI's naming (diffusion_model.) with PEFT's tensor names, of which "
         "diffusers reads none",

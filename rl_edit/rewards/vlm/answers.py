@@ -24,6 +24,9 @@ _CLOSING = (
     r"</think(?:ing)?>|</thought>|</reasoning>|\[/THINK\]|◁/think▷|</seed:think>"
     r"|<\|channel\|>final<\|message\|>"
 )
+_QUOTED_NUMBER = re.compile(r" *-?[0-9]{1,9}(\.[0-9]{1,9})? *")
+# A comma before a closing bracket, which Python and JavaScript allow and JSON does not.
+_LAST_COMMA = re.compile(r",(?=\s*[}\]])")
 _MARK = re.compile(f"(?P<opening>{_OPENING})|{_CLOSING}")
 
 
@@ -71,7 +74,8 @@ def answer_in(text: str, schema: dict[str, Any]) -> ScoredAnswer:
     """Finds the one JSON object with scores, in an answer with or without thinking.
 
     A draft within the thinking counts only where the text holds nothing else. Accepted are
-    typographic quotes, line breaks in strings, and fractions in place of whole numbers.
+    typographic quotes, line breaks in strings, a comma too many at an end, numbers in quotes,
+    and fractions in place of whole numbers.
 
     Raises:
         Unreadable: there is no such object, its numbers are out of bounds, or there are several
@@ -83,7 +87,8 @@ def answer_in(text: str, schema: dict[str, Any]) -> ScoredAnswer:
     responses = list(_responses(visible, schema))
     if all(response.problem for response in responses):
         # Second, not first: typographic quotes inside a well-formed string are its content.
-        straight = list(_responses(visible.translate(_QUOTES), schema))
+        mended = _LAST_COMMA.sub(" ", visible.translate(_QUOTES))
+        straight = list(_responses(mended, schema))
         responses = responses if all(response.problem for response in straight) else straight
     if not responses:
         raise Unreadable("the answer holds no JSON object" + _without_scores(visible, schema))
@@ -210,6 +215,9 @@ def _numbers(value: Any, schema: dict[str, Any], name: str) -> Iterator[float]:
             raise Unreadable(f"{name} is not text")
     else:
         low, high = schema["minimum"], schema["maximum"]
+        # Many models quote their numbers.
+        if isinstance(value, str) and _QUOTED_NUMBER.fullmatch(value):
+            value = float(value)
         if (
             # A bool is an int in Python.
             isinstance(value, bool)

@@ -14,6 +14,8 @@ from typing import Any
 from rl_edit.rewards.vlm.backends.transport import Reply, Token, Usage, shortened
 
 _TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
+# Some gateways on Windows put it before their JSON.
+_BYTE_ORDER = "\ufeff"
 _HTML = re.compile(r"\s*<(!doctype html|html|head|body)\b", re.IGNORECASE)
 
 
@@ -48,6 +50,10 @@ def read_error(status: int, text: str, content_type: str) -> ServerError:
     if not isinstance(error, dict):
         error = {**content, "message": error}
     message = error.get("message") or content.get("message") or content.get("detail")
+    # OpenRouter puts the words of the server behind it there, and its own say nothing.
+    behind = error.get("metadata")
+    if isinstance(behind, dict) and behind.get("raw"):
+        message = f"{message}: {behind['raw']}"
     parameter = error.get("param")
     # FastAPI lists one entry for each wrong field, with the way to it.
     if isinstance(message, list) and message and isinstance(message[0], dict):
@@ -83,7 +89,7 @@ def error_in(text: str, content_type: str) -> ServerError | None:
 def completion_of(text: str, content_type: str) -> Reply:
     """Reads the message of a chat completion."""
     try:
-        content: Any = json.loads(text)
+        content: Any = json.loads(text.lstrip(_BYTE_ORDER))
         choice = content["choices"][0]
         if choice.get("error"):
             error = read_error(200, json.dumps(choice), content_type)
@@ -195,6 +201,6 @@ def _usage(content: dict[str, Any]) -> Usage | None:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.lstrip(_BYTE_ORDER))
     except ValueError:
         return None

@@ -49,6 +49,10 @@ _NO_CREDIT = re.compile(r"insufficient_quota|exceeded your current quota|billing
 # Some servers send the errors of their chat templates as 500.
 _REFUSALS = frozenset({400, 422, 500, 501})
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
+_TOO_LONG = re.compile(
+    r"context[ _](length|size|window)"
+    r"|max_(completion_)?tokens.*(too large|less than|at most|exceed)"
+)
 _NO_MODEL = re.compile(r"(does|do) not exist|not found|unknown model|invalid model|no such", re.I)
 
 
@@ -321,8 +325,12 @@ class _Exchange:
             return ""
         if self.question.want_logprobs and "prob" in message:
             return ". 'score_from: expected' rests on logprobs: use 'score_from: text'"
+        if _TOO_LONG.search(message):
+            return ". Lower the term's max_tokens, or serve the model with a longer context"
         sent = ", ".join(sorted(body.keys() - _FIXED))
-        return f". Sent were {sent}; transport.omit leaves fields out"
+        return (
+            f". Sent were {sent}; transport.omit leaves fields out, transport.extra_body adds some"
+        )
 
     async def _served(self) -> str:
         """Lists the models of the server, for a reason."""

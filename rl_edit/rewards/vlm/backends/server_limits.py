@@ -101,14 +101,17 @@ _SYSTEM = re.compile(
 _NO_IMAGES = re.compile(
     r"at most 0 image|not (a )?multi-?modal"
     r"|(does not|doesn't|not) support (image|vision|multi-?modal)"
-    r"|(image|vision)[\w ]* (is|are) not supported|no (endpoints|models?) .*support image"
+    # Where several are refused, one may be taken.
+    r"|(?<!multiple )(image|vision)[\w ]* (is|are) not supported"
+    r"|no (endpoints|models?) .*support image"
     r"|image_url.*(not supported|expected|only)|only supports? text",
     re.IGNORECASE,
 )
 _FEW_IMAGES = re.compile(
     r"at most \d+ image|(maximum|limit|max|up to)[\w ]* \d+ images?|number of images"
     r"|only (supports? |accepts? |takes? )?(one|1|a single) image|images? per (prompt|request)"
-    r"|single image only|multiple images|multi-image|more than (one|1) image|too many images",
+    r"|only (provide|send|include|attach|use) (one|1|a single) image|single image only"
+    r"|multiple images|multi-image|more than (one|1) image|too many images",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"(?:at most|limit|maximum|max|up to)[a-z ]*:? ?(\d+)", re.IGNORECASE)
