@@ -260,3 +260,13 @@ def test_letters_that_a_terminal_cannot_show_become_escapes() -> None:
     program = "from rl_edit.cli import ending\nending.show_any_letter()\nprint('把 red')\n"
     done = python("-c", program, PYTHONUTF8="0", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "\\u628a red\n")
+
+
+def test_a_closed_output_ends_without_a_traceback() -> None:
+    import subprocess
+    import sys
+
+    ended = subprocess.run(
+        f"{sys.executable} -m rl_edit presets >&-", shell=True, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")

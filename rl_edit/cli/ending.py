@@ -220,7 +220,9 @@ def _file(name: str) -> str:
 def flush() -> None:
     """Writes what is left of the output, to nowhere when its reader is gone."""
     try:
-        sys.stdout.flush()
+        # A shell's >&- leaves no stream at all.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes once more at its end and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
