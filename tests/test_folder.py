@@ -297,3 +297,19 @@ def test_broken_instruction_files_are_refused_by_name(
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match="instructions"):
         all_tasks(tmp_path)
+
+
+def test_targets_that_are_their_sources_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for index in range(4):
+        image = an_image(37, 53, seed=index)
+        # One target is edited.
+        saved(tmp_path / f"p{index}_target.png", np.where(index < 3, image, 255 - image))
+    kinds = {
+        notice.kind: notice
+        for notice in open_dataset(
+            DataConfig(path=str(tmp_path), heldout_path=str(tmp_path)), "train"
+        ).notices
+    }
+    assert kinds["targets-without-edit"].count == 3
+    assert "show no edit" in kinds["targets-without-edit"].message

@@ -148,6 +148,15 @@ def evidence_of(
     )
 
 
+def shows_no_edit(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> bool:
+    """True when a target is a copy of its source, up to what compression changes."""
+    return float(_changed_pixels(source, target).mean()) <= _VISIBLE
+
+
+def _changed_pixels(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    return np.asarray(brightest(np.abs(source.astype(np.int16) - target)) > _CHANGED)
+
+
 def changed_side(
     source: NDArray[np.uint8], target: NDArray[np.uint8], foreground: Foreground
 ) -> Polarity | None:
@@ -155,8 +164,8 @@ def changed_side(
 
     None where source and target differ nowhere, everywhere, or alike on both sides.
     """
-    changed = brightest(np.abs(source.astype(np.int16) - target)) > _CHANGED
-    if not 0.0005 < changed.mean() < 0.7:
+    changed = _changed_pixels(source, target)
+    if not _VISIBLE < changed.mean() < 0.7:
         return None
     shares = {
         polarity: float(changed[foreground.edit(polarity)].mean())
@@ -244,3 +253,7 @@ def remark_of(item: Evidence, reading: Reading) -> str:
 def _side(edit: Pixels) -> Side:
     edges = edge_values(edit)
     return Side(share=float(edit.mean()), edges=float(edges.mean()))
+
+
+_VISIBLE = 0.0005
+"""Share of changed pixels up to which a target shows no edit."""

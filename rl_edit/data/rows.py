@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 
 from rl_edit.data import images
 from rl_edit.data.causes import why_missing
-from rl_edit.data.mask_evidence import Evidence, MaskRecord, changed_side, evidence_of
+from rl_edit.data.mask_evidence import (
+    Evidence,
+    MaskRecord,
+    changed_side,
+    evidence_of,
+    shows_no_edit,
+)
 from rl_edit.data.mask_survey import Survey, survey
 from rl_edit.data.masks import (
     Foreground,
@@ -33,7 +39,7 @@ from rl_edit.data.masks import (
     read_labels,
     read_mask,
 )
-from rl_edit.data.notices import Notice
+from rl_edit.data.notices import NUM_EXAMPLES, Notice
 from rl_edit.data.pixels import Conversion, conversion_notices
 from rl_edit.data.problems import refuse
 from rl_edit.errors import InputError
@@ -159,9 +165,27 @@ def check(
     return CheckedRows(
         rows=tuple(row for row in usable if isinstance(row, Row)),
         skipped=len(rows) - len(usable),
-        notices=(*masks.notices, *conversion_notices([*converted.items()])),
+        notices=(
+            *masks.notices,
+            *_without_edit([row for row, f in zip(rows, findings, strict=True) if f.no_edit]),
+            *conversion_notices([*converted.items()]),
+        ),
         masks=masks.records,
     )
+
+
+def _without_edit(rows: Sequence[Row]) -> list[Notice]:
+    """Says which targets are copies of their sources."""
+    if not rows:
+        return []
+    message = (
+        f"{len(rows)} targets look like their sources, so they show no edit, and a reward that "
+        "compares with them asks for none. Save the edited images as targets, or leave them out"
+    )
+    examples = tuple(str(row.target) for row in rows[:NUM_EXAMPLES])
+    return [
+        Notice(kind="targets-without-edit", count=len(rows), message=message, examples=examples)
+    ]
 
 
 def check_requests(
@@ -260,6 +284,7 @@ class _Finding:
     Attributes:
         problem: a sentence, or "" for a good row.
         conversions: what is converted in the source and in the target.
+        no_edit: the target is a copy of the source.
         evidence: of the mask; None without a usable one.
     """
 
@@ -267,6 +292,7 @@ class _Finding:
     unusable_mask: bool = False
     evidence: Evidence | None = None
     conversions: tuple[tuple[Path, tuple[Conversion, ...]], ...] = ()
+    no_edit: bool = False
 
 
 def _examined(rows: Sequence[Request], mask_from: MaskFrom) -> tuple[list[str], list[_Finding]]:
@@ -300,29 +326,31 @@ def _examine(row: Request, number: int, mask_from: MaskFrom) -> _Finding:
         # An unusable mask is refused or skipped anyway.
         if not mask.marked.any() or mask.marked.all():
             return _Finding(unusable_mask=True)
+        evidence, no_edit = _evidence(row, mask, compares=number < _NUM_COMPARED)
         return _Finding(
-            evidence=_evidence(row, mask, compares=number < _NUM_COMPARED),
+            evidence=evidence,
+            no_edit=no_edit,
             conversions=tuple((path, fact.conversions) for path, fact in facts),
         )
     except InputError as error:
         return _Finding(problem=str(error))
 
 
-def _evidence(row: Row, mask: Foreground, *, compares: bool) -> Evidence:
-    """Measures a mask beside the other files of its row.
+def _evidence(row: Row, mask: Foreground, *, compares: bool) -> tuple[Evidence, bool]:
+    """Measures a mask beside the other files of its row; True where the target shows no edit.
 
     Args:
         compares: whether to read source and target in full.
     """
     target: Polarity | None = None
+    no_edit = False
     if row.target is not None and compares:
-        target = changed_side(
-            images.read_rgb(row.source, where=row.where),
-            images.read_rgb(row.target, where=row.where),
-            mask,
-        )
+        before = images.read_rgb(row.source, where=row.where)
+        after = images.read_rgb(row.target, where=row.where)
+        target, no_edit = changed_side(before, after, mask), shows_no_edit(before, after)
     regions = None if row.regions is None else _side_of_regions(row, mask)
-    return evidence_of(mask, instruction=row.instruction, target=target, regions=regions)
+    evidence = evidence_of(mask, instruction=row.instruction, target=target, regions=regions)
+    return evidence, no_edit
 
 
 def _side_of_regions(row: Row, mask: Foreground) -> Polarity:
