@@ -63,7 +63,9 @@ def quiet(*, debug: bool) -> None:
         return
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
-    warnings.filterwarnings("ignore", category=UserWarning, module=LIBRARIES)
+    # PEFT's patterns that fit no module are RuntimeWarnings; lora files' own notes say the same.
+    for category in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("ignore", category=category, module=LIBRARIES)
 
 
 def show_any_letter() -> None:
