@@ -64,8 +64,8 @@ def quiet(*, debug: bool) -> None:
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
     # PEFT's patterns that fit no module are RuntimeWarnings; lora files' own notes say the same.
-    for category in (UserWarning, RuntimeWarning):
-        warnings.filterwarnings("ignore", category=category, module=LIBRARIES)
+    for kind in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("ignore", category=kind, module=LIBRARIES)
 
 
 def show_any_letter() -> None:
