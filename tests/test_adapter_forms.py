@@ -544,6 +544,22 @@ def test_a_damaged_adapter_is_one_line_with_the_cause(damage: str, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("metadata-other-rank", r"settings give \S+ rank 7, and its tensors have 4 and 4"),
+        ("metadata-rank-a-word", r"settings without a rank \(r 'four'\)"),
+        ("metadata-empty", r"settings without a rank .* or without target_modules"),
+        ("half-a-pair", rf"only one matrix of the two of {BLOCK}"),
+    ],
+)
+def test_settings_that_do_not_fit_the_tensors_are_refused_before_an_editor_is_loaded(
+    damage: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words):
+        lora.read(DAMAGED[damage](tmp_path))
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_any_changed_byte_of_a_header_is_read_or_refused_in_words(

@@ -98,6 +98,38 @@ def require_applicable(path: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
+def require_pairs(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a file whose tensors are incomplete or of other ranks than its settings say.
+
+    Raises:
+        InputError: with the module.
+    """
+    from peft.utils.other import get_pattern_key
+
+    rank, pattern = settings["r"], settings["rank_pattern"]
+    if not isinstance(rank, int) or rank < 1 or not settings.get("target_modules"):
+        raise InputError(
+            f"{path} has settings without a rank (r {rank!r}) or without target_modules: they are "
+            "damaged. Copy the adapter again, or save it with diffusers' save_lora_weights"
+        )
+    for module in sorted({name.split(".lora_")[0] for name in tensors}):
+        pair = [tensors.get(f"{module}.lora_{part}.weight") for part in "AB"]
+        if pair[0] is None or pair[1] is None:
+            raise InputError(
+                f"{path} has only one matrix of the two of {module}: the file is incomplete. Copy "
+                "the adapter again"
+            )
+        # As PEFT finds a module's rank. A is [rank, input] and B [output, rank].
+        named = pattern.get(get_pattern_key(pattern.keys(), module), rank)
+        stored = (pair[0].shape[0], pair[1].shape[1] if pair[1].ndim > 1 else None)
+        if stored != (named, named):
+            raise InputError(
+                f"{path}: the settings give {module} rank {named}, and its tensors have "
+                f"{stored[0]} and {stored[1]}: file and settings do not belong together. Copy "
+                "both again"
+            )
+
+
 def idle_patterns(path: Path, settings: Mapping[str, Any], modules: list[str]) -> list[str]:
     """Notes patterns of rank or alpha that fit no module of the file."""
     return [

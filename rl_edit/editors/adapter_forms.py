@@ -22,6 +22,7 @@ from rl_edit.editors.adapter_config import (
     AdapterConfig,
     idle_patterns,
     require_applicable,
+    require_pairs,
     without_effect,
 )
 from rl_edit.editors.adapter_kinds import METHODS, MODELS, NAMING, TEXT_ENCODERS, recognised
@@ -195,6 +196,7 @@ def _applied(file: _File) -> tuple[dict[str, Tensor], AdapterConfig]:
         for key, value in config.to_dict().items()
     }
     require_applicable(file.path, settings)
+    require_pairs(file.path, settings, tensors)
     _require_numbers(file.path, tensors)
     # Dropout acts in training only. PEFT's new layers would begin in training mode.
     settings["lora_dropout"] = 0.0
