@@ -257,10 +257,17 @@ def test_any_rank_alpha_patterns_and_scale_act_as_in_stock_diffusers(
     state, network_alphas, stored_settings = FluxKontextPipeline.lora_state_dict(
         str(place), weight_name=WEIGHTS_FILE, return_alphas=True, return_lora_metadata=True
     )
-    FluxKontextPipeline.load_lora_into_transformer(
-        state, network_alphas, theirs, metadata=stored_settings
-    )
     mine = copy.deepcopy(_small())
+    try:
+        FluxKontextPipeline.load_lora_into_transformer(
+            state, network_alphas, theirs, metadata=stored_settings
+        )
+    except RuntimeError:
+        # Rank patterns that overlap: diffusers sorts them on saving and cannot load its own file.
+        assert len(config["rank_pattern"]) == 2
+        with pytest.raises(InputError, match=r"settings give \S+ rank"):
+            lora.read(place)
+        return
     weights, read = lora.read(place)
     lora.attach(mine, read, seed=0)
     lora.load(mine, weights)
