@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from rl_edit.errors import InputError, WorkerLost, WorkFailed
+from rl_edit.errors import InputError, WorkerLost, WorkerOutOfMemory, WorkFailed
 from rl_edit.method.update import TrainingFailed
 
 T = TypeVar("T")
@@ -23,15 +23,21 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         if tasks:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            failures = [error for task in done if (error := task.exception()) is not None]
+            # In the order of the calls, for a set has another one each time.
+            ended = [task for task in tasks if task in done]
+            failures = [error for task in ended if (error := task.exception()) is not None]
             if failures:
-                # A refusal says more than the loss of the worker beside it.
-                raise min(failures, key=lambda error: isinstance(error, WorkerLost))
+                raise min(failures, key=_says_little)
         return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _says_little(error: BaseException) -> tuple[bool, bool]:
+    """Orders errors of one instant: refusals first, then a lack of memory, then losses."""
+    return isinstance(error, WorkerLost), not isinstance(error, WorkerOutOfMemory)
 
 
 def pass_on(finished: asyncio.Future[Any], late: Callable[[Any], object]) -> None:
