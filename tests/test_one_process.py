@@ -9,22 +9,31 @@ from pathlib import Path
 
 import pytest
 
+from commands import Command
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "examples" / "one_process.py"
 SMALL = (
     "train.updates=2",
     "train.groups_per_update=2",
     "data.num_train=16",
+    "rollout.group_size=5",
     "rollout.num_steps=3",
     "actors.runtime=inline",
     "actors.threads=1",
 )
 
 
-def saved_by(folder: Path, *arguments: str) -> dict[str, bytes]:
-    """Runs a command of Python in a folder; returns the files of the adapter it saved."""
+def saved_in(folder: Path) -> dict[str, bytes]:
+    """The files of the one adapter below a folder."""
+    (record,) = folder.rglob("adapter.json")
+    return {path.name: path.read_bytes() for path in record.parent.iterdir()}
+
+
+def saved_by_the_page(folder: Path, *arguments: str) -> dict[str, bytes]:
+    """Runs the page in a folder, as a reader would; returns the files of the adapter it saved."""
     ended = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, str(PAGE), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -33,8 +42,7 @@ def saved_by(folder: Path, *arguments: str) -> dict[str, bytes]:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
-    (record,) = (folder / "runs").rglob("adapter.json")
-    return {path.name: path.read_bytes() for path in record.parent.iterdir()}
+    return saved_in(folder / "runs")
 
 
 @pytest.mark.parametrize(
@@ -46,13 +54,13 @@ def saved_by(folder: Path, *arguments: str) -> dict[str, bytes]:
     ids=["ratios, two epochs of two minibatches, an average saved", "an acting average"],
 )
 def test_one_page_gives_the_bytes_of_the_system(
-    tmp_path: Path, preset: str, more: tuple[str, ...]
+    rl_edit: Command, tmp_path: Path, preset: str, more: tuple[str, ...]
 ) -> None:
-    for name in ("page", "system"):
-        (tmp_path / name).mkdir()
-    page = saved_by(tmp_path / "page", str(PAGE), preset, *SMALL, *more)
-    verb = ("-m", "rl_edit", "train", "--preset", preset, "--run-dir", "runs/small")
-    assert page == saved_by(tmp_path / "system", *verb, *SMALL, *more)
+    page, system = tmp_path / "page", tmp_path / "system"
+    page.mkdir()
+    verb = ("train", "--preset", preset, "--run-dir", system)
+    assert rl_edit(*verb, *SMALL, *more)[0] == 0
+    assert saved_by_the_page(page, preset, *SMALL, *more) == saved_in(system / "adapter")
 
 
 def test_the_page_is_a_page() -> None:
