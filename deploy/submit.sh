@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Submits one rl-edit command to a running Ray cluster, waits for its end, and says how it ended.
 #
-# The repository is uploaded as the job's working directory, so the cluster needs the dependencies
-# but not this package. The job outlives this script: interrupting it here stops the waiting, not
+# The sources of rl-edit and the files that the command names are uploaded as the job's working
+# directory, so the cluster needs the dependencies but not this package. The job outlives this script: interrupting it here stops the waiting, not
 # the job.
 set -euo pipefail
 
@@ -14,7 +14,13 @@ usage: RAY_ADDRESS=http://HOST:8265 deploy/submit.sh [OPTIONS] -- VERB ARGUMENTS
 
   --name NAME    first part of the submission id                      (default: rl-edit)
   --attempt ID   second part; a submission id can be used only once   (default: the time now)
+  --include PATH take a file or folder of the current directory along; may be repeated
+  --limit MIB    refuse to upload more than this, at most 512         (default: 100)
   --no-wait      submit and return
+
+The job takes along rl-edit's own sources, the YAML files that the command names, and your modules
+that these name (kind: my_methods:Ratio). Everything else of the directory stays where it is: give
+data by absolute paths that every node can read, or --include it.
 
 environment:
   RAY_ADDRESS                the cluster's dashboard, http://HOST:8265
@@ -39,11 +45,17 @@ die() {
 name=rl-edit
 attempt=$(date -u +%Y%m%dT%H%M%S)
 wait=yes
+options=()
 while [ $# -gt 0 ]; do
     case $1 in
         --name | --attempt)
             [ $# -ge 2 ] || die 2 "$1 needs a value"
             if [ "$1" = --name ]; then name=$2; else attempt=$2; fi
+            shift 2
+            ;;
+        --include | --limit)
+            [ $# -ge 2 ] || die 2 "$1 needs a value"
+            options+=("$1=$2")
             shift 2
             ;;
         --no-wait) wait=no && shift ;;
@@ -74,6 +86,7 @@ if [ "$1" = train ] && [[ $run_dir != /* ]]; then
         "read, got '${run_dir:-none}'"
 fi
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -x .venv/bin/ray ]; then PATH=$PWD/.venv/bin:$PATH; fi
 if ! command -v ray >/dev/null || ! command -v python >/dev/null; then
@@ -130,6 +143,15 @@ if cluster is not None and cluster != version("ray"):
     )
 PROBE
 
+# Packed after the probe: a cluster that is not there is said first. Ray names a package by its
+# content, so that the same files are uploaded once.
+package=$(mktemp -d)
+trap 'rm -rf "$package"' EXIT
+mkdir "$package/job"
+python -m rl_edit.jobs "$package/job" --here "$here" "${options[@]}" -- "$@" >"$package/words" ||
+    exit 2
+mapfile -d '' -t words <"$package/words"
+
 # A whitelist: everything in a runtime environment can be read by whoever can list jobs.
 environment=$(RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60} python - <<'ENVIRONMENT'
 import json
@@ -137,29 +159,23 @@ import os
 
 passed = ("RAY_JOB_STOP_WAIT_TIME_S", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 variables = {name: os.environ[name] for name in passed if name in os.environ}
-left_out = ("/runs/", "/.venv/", "/.git/", "/tests/", "/docs/", "/benchmarks/", "__pycache__/")
-print(
-    json.dumps(
-        {
-            "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", **variables},
-            "excludes": left_out,
-        }
-    )
-)
+print(json.dumps({"env_vars": {"RAY_USAGE_STATS_ENABLED": "0", **variables}}))
 ENVIRONMENT
 )
 
 # A head answers some seconds before its job agent does, so that one refusal is waited out. Ray
 # reports every refusal as a traceback of which the last line is the reason.
 deadline=$((SECONDS + 120))
-until refusal=$(ray job submit --address "$address" --submission-id "$job" --working-dir . \
-    --no-wait --runtime-env-json "$environment" -- python -m rl_edit "$@" 2>&1 >/dev/null); do
+until refusal=$(ray job submit --address "$address" --submission-id "$job" \
+    --working-dir "$package/job" --no-wait --runtime-env-json "$environment" \
+    -- python -m rl_edit "${words[@]}" 2>&1 >/dev/null); do
     if [[ $refusal != *"No available agent"* ]] || [ "$SECONDS" -ge "$deadline" ]; then
         die 5 "the cluster at $address did not take $job: $(tail -n 1 <<<"$refusal")"
     fi
     sleep 2
 done
 
+rm -rf "$package"
 say "submitted $job"
 say "follow    ray job logs --address $address --follow $job"
 say "stop      ray job stop --address $address $job"

@@ -232,12 +232,12 @@ def outside_ray() -> dict[str, str]:
 
 
 def submit(
-    *arguments: str, timeout_s: float = 30, **environment: str
+    *arguments: str, timeout_s: float = 30, here: Path = Path("/"), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(SUBMIT), *arguments],
         env={**outside_ray(), **environment},
-        cwd="/",
+        cwd=here,
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -316,11 +316,16 @@ class Head:
     environment: dict[str, str]
 
     def submit(
-        self, *arguments: str, timeout_s: float = 240, **environment: str
+        self,
+        *arguments: str,
+        timeout_s: float = 240,
+        here: Path = Path("/"),
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         return submit(
             *arguments,
             timeout_s=timeout_s,
+            here=here,
             **{"RAY_ADDRESS": self.address, "POLL_S": "1", **self.environment, **environment},
         )
 
@@ -479,20 +484,32 @@ def test_the_environment_of_the_submitter_stays_at_home(head: Head) -> None:
 
 
 @pytest.mark.ray
-def test_a_submitted_training_of_two_updates_leaves_metrics_and_an_adapter(
+def test_a_submitted_training_with_a_reward_of_the_users_leaves_metrics_and_an_adapter(
     head: Head, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    """Its directory holds links, and a folder that is called like a package of ours."""
+    run_dir, project = tmp_path / "run", tmp_path / "project"
+    (project / "learner").mkdir(parents=True)
+    (project / "learner" / "__init__.py").write_text("raise RuntimeError('another learner')\n")
+    (project / "up").symlink_to("..")
+    settings = yaml.safe_load((ROOT / "rl_edit/presets/tiny-rc-grpo.yaml").read_text())
+    mine = {"kind": "python", "function": "my_rewards:score", "low": 0, "high": 1, "weight": 0.1}
+    settings["rewards"]["mine"] = mine
+    (project / "mine.yaml").write_text(yaml.safe_dump(settings))
+    (project / "my_rewards.py").write_text(
+        "def score(candidates):\n    return [0.5 for _ in candidates.images]\n"
+    )
     arguments = [
-        "--preset",
-        "tiny-rc-grpo",
+        "mine.yaml",
         "--run-dir",
         str(run_dir),
         "train.updates=2",
         "train.groups_per_update=2",
     ]
     result = head.submit(
-        "--name", "train", "--attempt", "1", "--", "train", *arguments, timeout_s=600
+        *("--name", "train", "--attempt", "1", "--", "train", *arguments),
+        timeout_s=600,
+        here=project,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -85,6 +85,7 @@ ROOMS = {
                 "training",
                 "preparation",
                 "readiness",
+                "jobs",
             )
             for end in (".py", "/*.py")
         ),

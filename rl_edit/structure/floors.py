@@ -72,6 +72,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
     (
         _room("rl_edit/report", "pages and charts"),
         _room("rl_edit/structure", "this drawing"),
+        _room("rl_edit/jobs", "what a job takes along"),
     ),
     (_room("rl_edit/evaluation", "base against trained"),),
     (_room("rl_edit/config", "the run as one value"),),
