@@ -429,12 +429,30 @@ def _descendants(pid: int) -> list[int]:
     )
 
 
+CANARY = f"canary{secrets.token_hex(8)}"
+SMALL = (
+    "actors.num_rollout=1",
+    "actors.num_learner=1",
+    "rollout.group_size=4",
+    "rollout.num_steps=3",
+    "algorithm.objective={kind: neighbor, num_anchors: 2}",
+)
+
+
+@pytest.fixture(scope="module")
+def submitted(head: Head) -> subprocess.CompletedProcess[str]:
+    """The job verb-1, from an environment with secrets."""
+    verb = ("--name", "verb", "--attempt", "1", "--", "presets")
+    return head.submit(*verb, HF_TOKEN=CANARY, WANDB_API_KEY=CANARY)
+
+
 @pytest.mark.ray
-def test_a_submitted_verb_runs_on_the_cluster_and_its_output_comes_back(head: Head) -> None:
-    result = head.submit("--name", "verb", "--attempt", "1", "--", "presets")
-    assert result.returncode == 0, result.stderr
-    assert "tiny-rc-grpo" in result.stdout
-    assert "verb-1 is SUCCEEDED" in result.stderr
+def test_a_submitted_verb_runs_on_the_cluster_and_its_output_comes_back(
+    submitted: subprocess.CompletedProcess[str],
+) -> None:
+    assert submitted.returncode == 0, submitted.stderr
+    assert "tiny-rc-grpo" in submitted.stdout
+    assert "verb-1 is SUCCEEDED" in submitted.stderr
 
 
 @pytest.mark.ray
@@ -457,12 +475,10 @@ def test_a_cluster_with_a_token_refuses_a_submission_without_it(head: Head) -> N
 
 
 @pytest.mark.ray
-def test_the_environment_of_the_submitter_stays_at_home(head: Head) -> None:
-    canary = f"canary{secrets.token_hex(8)}"
-    result = head.submit(
-        "--name", "canary", "--attempt", "1", "--", "presets", HF_TOKEN=canary, WANDB_API_KEY=canary
-    )
-    assert result.returncode == 0, result.stderr
+def test_the_environment_of_the_submitter_stays_at_home(
+    head: Head, submitted: subprocess.CompletedProcess[str]
+) -> None:
+    assert submitted.returncode == 0, submitted.stderr
     token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     shown = subprocess.run(
         [
@@ -472,7 +488,7 @@ def test_the_environment_of_the_submitter_stays_at_home(head: Head) -> None:
             "*",
             "-H",
             f"Authorization: Bearer {token}",
-            f"{head.address}/api/jobs/canary-1",
+            f"{head.address}/api/jobs/verb-1",
         ],
         capture_output=True,
         text=True,
@@ -480,7 +496,7 @@ def test_the_environment_of_the_submitter_stays_at_home(head: Head) -> None:
         check=True,
     ).stdout
     assert json.loads(shown)["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
-    assert canary not in shown + result.stdout + result.stderr
+    assert CANARY not in shown + submitted.stdout + submitted.stderr
 
 
 @pytest.mark.ray
@@ -505,6 +521,7 @@ def test_a_submitted_training_with_a_reward_of_the_users_leaves_metrics_and_an_a
         str(run_dir),
         "train.updates=2",
         "train.groups_per_update=2",
+        *SMALL,
     ]
     result = head.submit(
         *("--name", "train", "--attempt", "1", "--", "train", *arguments),
@@ -525,12 +542,7 @@ def test_a_submitted_training_with_a_reward_of_the_users_leaves_metrics_and_an_a
 def test_a_stopped_job_saves_what_it_did_and_is_not_a_success(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     endless = ["train.updates=1000", "train.groups_per_update=1", "train.checkpoint_every=1000"]
-    small = [
-        "rollout.group_size=4",
-        "rollout.num_steps=3",
-        "algorithm.objective={kind: neighbor, num_anchors: 2}",
-    ]
-    arguments = ["--preset", "tiny-rc-grpo", "--run-dir", str(run_dir), *endless, *small]
+    arguments = ["--preset", "tiny-rc-grpo", "--run-dir", str(run_dir), *endless, *SMALL]
     waiting = subprocess.Popen(
         [str(SUBMIT), "--name", "stopped", "--attempt", "1", "--", "train", *arguments],
         env={**outside_ray(), **head.environment, "RAY_ADDRESS": head.address, "POLL_S": "1"},
