@@ -61,7 +61,9 @@ def test_training_in_one_process_uses_the_projects_packages(
 @pytest.mark.ray
 def test_workers_on_ray_use_the_projects_packages(tmp_path: Path, small_editor: str) -> None:
     write_modules(tmp_path)
-    overrides = ("train.updates=1", "actors.runtime=ray", "actors.num_learner=2")
+    # Two processes that each play every role import as much as four of one role.
+    together = ("actors.placement=colocated", "actors.num_rollout=2", "actors.num_learner=2")
+    overrides = ("train.updates=1", "actors.runtime=ray", *together)
     assert trained_beside(tmp_path, small_editor, *overrides) == "done"
 
 
