@@ -193,13 +193,15 @@ CLASSES: dict[str, Callable[..., Any]] = {
 }
 
 
-def crashing(roles: Roles, fault: Fault) -> Roles:
-    """Worker specs of separate processes, where the worker with the fault's point crashes."""
-    role = WORKER_POINTS[fault.point]
-    return {
-        **roles,
-        role: replace(roles[role], make=CLASSES[role], arguments=(fault, *roles[role].arguments)),
-    }
+def crashing(roles: Roles, *faults: Fault) -> Roles:
+    """Worker specs of separate processes, where the worker with a fault's point crashes; at most
+    one fault of a role."""
+    changed = dict(roles)
+    for fault in faults:
+        role = WORKER_POINTS[fault.point]
+        spec = roles[role]
+        changed[role] = replace(spec, make=CLASSES[role], arguments=(fault, *spec.arguments))
+    return changed
 
 
 def inject(fault: Fault) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,20 @@ UPDATE = 1
 SMALL = ("actors.runtime=ray", "train.updates=2", "editor.micro_batch=2", "rollout.chunk=2")
 PRESET = (
     "train.groups_per_update=2",
-    "rollout.chunk=4",
+    "rollout.group_size=4",
+    "rollout.num_steps=3",
+    "rollout.chunk=2",
+    "editor.micro_batch=2",
+    "algorithm.objective.inner.num_anchors=2",
     "data.num_train=16",
     "actors.num_rollout=1",
+    "actors.num_learner=1",
     "actors.threads=1",
 )
+TOGETHER = ("actors.placement=colocated",)
+"""One worker process instead of three, where it does not matter whose it is."""
+HANGS_S = 20
+"""Deadline of a call, where a worker hangs."""
 CANARY = "canary5up3rs3cr3t"
 
 
@@ -116,7 +125,12 @@ def fault(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fault]:
     point, kind = request.param
     fault = Fault(point=point, kind=kind, update=UPDATE, marker=tmp_path / "struck")
     yield fault
-    if kind == "SIGSTOP" and fault.marker.is_file():
+    end_stopped(fault)
+
+
+def end_stopped(fault: Fault) -> None:
+    """Ends the process that a fault stopped."""
+    if fault.kind == "SIGSTOP" and fault.marker.is_file():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(fault.marker.read_text()), signal.SIGKILL)
 
@@ -125,21 +139,60 @@ def updates_applied(directory: Path) -> list[int]:
     return [event["update"] for event in events_of(directory, "update_applied")]
 
 
-@pytest.mark.parametrize("fault", [("rollout", "SIGKILL")], indirect=True)
+@dataclass(frozen=True, kw_only=True)
+class Struck:
+    """A run in which workers failed, once each: its end, its directory, and the faults by point."""
+
+    adapter: dict[str, bytes]
+    directory: Path
+    faults: dict[str, Fault]
+
+    def lost(self, role: str) -> dict[str, Any]:
+        """The one report about a lost actor of a role."""
+        reports = events_of(self.directory, "actor_lost")
+        (lost,) = [report for report in reports if report["role"] == role]
+        return lost
+
+
+def struck(kind: str, points: tuple[str, ...], editor: str, folder: Path, *more: str) -> Struck:
+    """Two rollout actors, a reward actor and a learner, and a failure at each point."""
+    faults = {
+        point: Fault(point=point, kind=kind, update=UPDATE, marker=folder / point)
+        for point in points
+    }
+    try:
+        outcome = run_on_cluster(
+            small_config(editor, *SMALL, "actors.num_rollout=2", *more),
+            folder / "run",
+            change=lambda roles: crashing(roles, *faults.values()),
+        )
+    finally:
+        for fault in faults.values():
+            end_stopped(fault)
+    return Struck(adapter=adapter_bytes(outcome), directory=folder / "run", faults=faults)
+
+
+@pytest.fixture(scope="module")
+def killed(
+    ray_cluster: None, small_editor: str, tmp_path_factory: pytest.TempPathFactory
+) -> Struck:
+    """A worker of every role is killed in the last update of one run."""
+    points = ("rollout", "reward", "post-step")
+    return struck("SIGKILL", points, small_editor, tmp_path_factory.mktemp("killed"))
+
+
+@pytest.fixture(scope="module")
+def hung(ray_cluster: None, small_editor: str, tmp_path_factory: pytest.TempPathFactory) -> Struck:
+    """A rollout actor and the reward actor hang in the last update of one run."""
+    folder, limit = tmp_path_factory.mktemp("hung"), f"actors.deadline_s={HANGS_S}"
+    return struck("SIGSTOP", ("rollout", "reward"), small_editor, folder, limit)
+
+
 def test_a_rollout_actor_killed_while_denoising_costs_its_chunk_and_no_other(
-    ray_cluster: None,
-    small_editor: str,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    fault: Fault,
+    killed: Struck, undisturbed: dict[str, bytes]
 ) -> None:
-    outcome = run_on_cluster(
-        small_config(small_editor, *SMALL, "actors.num_rollout=2"),
-        tmp_path / "run",
-        change=lambda roles: crashing(roles, fault),
-    )
-    assert adapter_bytes(outcome) == undisturbed
-    (lost,) = events_of(tmp_path / "run", "actor_lost")
+    assert killed.adapter == undisturbed
+    lost, fault = killed.lost("rollout"), killed.faults["rollout"]
     begun = Counter(fault.rollouts.read_text().split())
     assert len(begun) == 2 * 2 * 2  # updates, groups, chunks
     assert {work_id for work_id, times in begun.items() if times > 1} == {
@@ -148,61 +201,39 @@ def test_a_rollout_actor_killed_while_denoising_costs_its_chunk_and_no_other(
     assert max(begun.values()) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [("rollout", "SIGSTOP")], indirect=True)
 def test_one_of_two_rollout_actors_that_hangs_is_killed_at_its_deadline(
-    ray_cluster: None,
-    small_editor: str,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    fault: Fault,
+    hung: Struck, undisturbed: dict[str, bytes]
 ) -> None:
-    config = small_config(small_editor, *SMALL, "actors.num_rollout=2", "actors.deadline_s=15")
-    outcome = run_on_cluster(config, tmp_path / "run", change=lambda roles: crashing(roles, fault))
-    assert adapter_bytes(outcome) == undisturbed
-    (lost,) = events_of(tmp_path / "run", "actor_lost")
+    assert hung.adapter == undisturbed
+    lost = hung.lost("rollout")
     assert (
         lost["during"].startswith("rollout of ")
-        and "no answer within 15 s, killed" in lost["reason"]
+        and f"no answer within {HANGS_S} s, killed" in lost["reason"]
     )
+    replaced = events_of(hung.directory, "actor_replaced")
+    assert [event["role"] for event in replaced].count("rollout") == 1
 
 
-@pytest.mark.parametrize(
-    "fault", [("reward", "SIGKILL"), ("reward", "SIGSTOP")], ids=["killed", "hung"], indirect=True
-)
+@pytest.mark.parametrize("kind", ["killed", "hung"])
 def test_a_lost_reward_actor_is_replaced_and_every_group_keeps_its_score(
-    ray_cluster: None,
-    small_editor: str,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    fault: Fault,
+    request: pytest.FixtureRequest, undisturbed: dict[str, bytes], kind: str
 ) -> None:
-    config = small_config(small_editor, *SMALL, "actors.deadline_s=15")
-    outcome = run_on_cluster(config, tmp_path / "run", change=lambda roles: crashing(roles, fault))
-    assert adapter_bytes(outcome) == undisturbed
-    (lost,) = events_of(tmp_path / "run", "actor_lost")
-    assert lost["role"] == "reward" and lost["during"].startswith("scoring of ")
-    assert ("no answer within" in lost["reason"]) == (fault.kind == "SIGSTOP")
-    assert [line["groups/used"] for line in metrics_of(tmp_path / "run")] == [2, 2]
+    run: Struck = request.getfixturevalue(kind)
+    assert run.adapter == undisturbed
+    lost = run.lost("reward")
+    assert lost["during"].startswith("scoring of ")
+    assert ("no answer within" in lost["reason"]) == (kind == "hung")
+    assert [line["groups/used"] for line in metrics_of(run.directory)] == [2, 2]
 
 
-@pytest.mark.parametrize("fault", [("post-step", "SIGKILL")], indirect=True)
 def test_a_learner_killed_after_its_step_is_rebuilt_and_the_update_is_applied_once(
-    ray_cluster: None,
-    small_editor: str,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    fault: Fault,
+    killed: Struck, undisturbed: dict[str, bytes]
 ) -> None:
-    outcome = run_on_cluster(
-        small_config(small_editor, *SMALL),
-        tmp_path / "run",
-        change=lambda roles: crashing(roles, fault),
-    )
-    assert adapter_bytes(outcome) == undisturbed
-    (rebuilt,) = events_of(tmp_path / "run", "learner_rebuilt")
+    assert killed.faults["post-step"].marker.is_file()
+    assert killed.adapter == undisturbed
+    (rebuilt,) = events_of(killed.directory, "learner_rebuilt")
     assert rebuilt["updates_done"] == UPDATE
-    assert updates_applied(tmp_path / "run") == [0, 1]
+    assert updates_applied(killed.directory) == [0, 1]
 
 
 @pytest.mark.parametrize("fault", [("mid-accumulate", "SIGKILL")], indirect=True)
@@ -278,6 +309,7 @@ def test_groups_that_do_not_fit_the_object_store_are_refused_with_the_arithmetic
         "train.groups_per_update=20000",
         "train.max_lag=1",
         "actors.preflight=true",
+        *TOGETHER,
     )
     with pytest.raises(
         ResourcesInfeasible,
@@ -321,18 +353,19 @@ def wait_for(run: Launched, condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("send", "code"),
+    ("send", "code", "places"),
     [
-        (lambda pid: os.kill(pid, signal.SIGTERM), 143),
-        (lambda pid: os.killpg(pid, signal.SIGINT), 130),
+        (lambda pid: os.kill(pid, signal.SIGTERM), 143, TOGETHER),
+        (lambda pid: os.killpg(pid, signal.SIGINT), 130, ()),
     ],
     ids=["SIGTERM to the driver", "SIGINT to its process group, as Ctrl-C sends it"],
 )
 def test_a_first_signal_commits_the_newest_update_and_leaves_no_process(
-    tmp_path: Path, send: Callable[[int], None], code: int
+    tmp_path: Path, send: Callable[[int], None], code: int, places: tuple[str, ...]
 ) -> None:
     directory = tmp_path / "run"
-    with launched(directory, "train.updates=1000", "train.checkpoint_every=1000") as run:
+    endless = ("train.updates=1000", "train.checkpoint_every=1000")
+    with launched(directory, *endless, *places) as run:
         wait_for(run, lambda: len(updates_applied(directory)) >= 1)
         send(run.process.pid)
         ended = run.ended()
@@ -376,7 +409,7 @@ def test_a_killed_driver_leaves_no_process_and_its_run_continues_to_the_same_byt
         os.kill(run.process.pid, signal.SIGKILL)
         ended = run.ended()
     assert (ended.code, ended.left) == (-signal.SIGKILL, [])
-    with launched(directory, "train.updates=6", resume=True) as run:
+    with launched(directory, "train.updates=6", *TOGETHER, resume=True) as run:
         ended = run.ended()
     assert (ended.code, ended.left) == (0, []), ended.err[-2000:]
     (resumed,) = events_of(directory, "resumed")
@@ -406,6 +439,7 @@ def test_no_secret_of_the_environment_reaches_the_run_directory_the_output_or_ra
             directory,
             "train.updates=1",
             f"rewards.editscore={judge}",
+            *TOGETHER,
             environment={**secrets, "RAY_TMPDIR": str(rays)},
         ) as run:
             ended = run.ended()
