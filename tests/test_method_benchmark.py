@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from commands import Command
 from evaluated_runs import rows, written
 from rl_edit.config import load_config
 from rl_edit.data import open_dataset
@@ -95,8 +96,12 @@ def test_a_rows_equal_values_are_equal_in_every_row(methods: Any) -> None:
 
 
 def test_a_row_with_masks_found_differs_from_its_fellow_in_nothing_but_the_masks(
-    methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rl_edit: Command, methods: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def in_this_process(*words: str) -> None:
+        assert rl_edit(*words)[0] == 0
+
+    monkeypatch.setattr(methods, "command", in_this_process)
     monkeypatch.setattr(methods, "ON_DISK", 9)
     options = methods._options()
     options.work, options.set = tmp_path, ["rollout.num_steps=2"]
