@@ -21,7 +21,7 @@ import pytest
 from actors.roles import worker_roles
 from learner.controller.lease import Lease
 from learner.controller.loop import TrainingLoop
-from learner.controller.run import Outcome
+from learner.controller.run import Outcome, Run
 from learner.controller.run_log import Events
 from learner.learner import Learner
 from rl_edit.config import RunConfig
@@ -146,11 +146,18 @@ def test_a_lost_rollout_actor_is_replaced_and_the_run_ends_as_if_nothing_had_hap
 
 
 def test_what_an_actor_refuses_at_its_start_is_the_users_error_and_is_not_retried(
-    ray_cluster: None, small_editor: str, tmp_path: Path
+    ray_cluster: None, small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half = Path(shutil.copytree(small_editor, tmp_path / "half_copied"))
-    for weights in (half / "transformer").glob("*.safetensors"):
-        weights.unlink()
+    half, inspected = Path(shutil.copytree(small_editor, tmp_path / "half_copied")), run_of
+
+    def looked_at_and_then_broken(config: RunConfig, directory: Path) -> Run:
+        run = inspected(config, directory)
+        for weights in (half / "transformer").glob("*.safetensors"):
+            weights.unlink()
+        return run
+
+    # The driver would refuse it first, and no actor would be asked.
+    monkeypatch.setattr(sys.modules[__name__], "run_of", looked_at_and_then_broken)
     with pytest.raises(InputError, match=r"editor .*half_copied cannot be loaded"):
         run_on_ray(small_config(str(half), *ON_RAY, "actors.placement=colocated"), tmp_path)
     assert events_of(tmp_path, "actor_lost") == []
