@@ -15,7 +15,7 @@ CLUSTER = $(PY) -m pytest -m "ray and not gpu and not slow" $(PYTEST_ARGS)
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation methods test lint types walls structure docs faults golden scaling unit ray format clean
+.PHONY: help setup demo ablation methods test lint types walls structure docs faults golden chaos scaling unit ray format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ faults: $(STAMP)  ## the fault matrix: everything that kills, corrupts or withho
 
 golden: $(STAMP)  ## 8 crash points x 3 ways on real Ray against the undisturbed run, minutes; stop and rerun to resume
 	$(PY) benchmarks/golden.py
+
+chaos: $(STAMP)  ## an hour of random faults on real runs, seed 0: benchmarks/results/chaos.md; stop and rerun to resume
+	$(PY) benchmarks/chaos.py --hours 1 --seed 0
 
 scaling: $(STAMP)  ## the controller against the cost model, and Ray against one bare process
 	$(PY) benchmarks/scaling.py

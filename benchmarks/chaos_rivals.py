@@ -1,0 +1,134 @@
+"""Two attempts in one run directory: the older one must end and touch nothing of the newer one.
+
+The newer attempt is stopped while the older one ends, so that every byte of the directory can be
+compared before and after.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from chaos_runs import Attempt, Launch, contents
+
+FENCED = 75
+REFUSED = ("actors.runtime=ray", "actors.rollout_gpus=1", "actors.wait_for_nodes_s=3")
+"""Settings that no machine without a GPU can serve, which an attempt learns after it has begun."""
+
+Start = Callable[[Launch, bool], Attempt]
+"""Starts an attempt; its second argument says that it resumes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rivalry:
+    """How two attempts met.
+
+    Attributes:
+        hit: both were there at the same time.
+        ends: each attempt with the exit codes that it may have.
+    """
+
+    hit: bool
+    problems: list[str]
+    ends: list[tuple[Attempt, frozenset[int]]]
+
+
+def compared(older: Attempt, newer: Attempt, run: Path, allowed: set[int]) -> Rivalry:
+    """Lets the older one end while the newer one is stopped; then lets the newer one finish."""
+    newer.signal(signal.SIGSTOP)
+    before, hit = contents(run), newer.alive and older.alive
+    older.signal(signal.SIGCONT)
+    code = older.end()
+    after = contents(run)
+    newer.signal(signal.SIGCONT)
+    changed = sorted(
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    )
+    problems = []
+    if hit and changed:
+        problems.append(f"the older attempt (exit {code}) changed {', '.join(changed)}")
+    return Rivalry(
+        hit=hit,
+        problems=problems,
+        ends=[(older, frozenset(allowed)), (newer, frozenset({0}))],
+    )
+
+
+def second_attempt(start: Start, run: Path) -> Rivalry:
+    """An attempt in the middle of its work is overtaken."""
+    older = start(Launch(), False)
+    older.wait_updates(2)
+    older.signal(signal.SIGSTOP)
+    newer = start(Launch(), True)
+    newer.wait_updates(1)
+    return compared(older, newer, run, {FENCED, 0})
+
+
+def refused_beside_newer(start: Start, run: Path) -> Rivalry:
+    """An attempt that waits for GPUs gives up when a newer one trains."""
+    older = start(Launch(settings=REFUSED), False)
+    older.wait_for((run / "config.yaml").is_file)
+    older.signal(signal.SIGSTOP)
+    newer = start(Launch(), (run / "config.yaml").is_file())
+    newer.wait_updates(2)
+    return compared(older, newer, run, {4, FENCED})
+
+
+def stopped_when_overtaken(start: Start, run: Path) -> Rivalry:
+    """An overtaken attempt gets SIGTERM before its first state."""
+    older = start(Launch(), False)
+    older.wait_for((run / "config.yaml").is_file, poll_s=0.001)
+    older.signal(signal.SIGSTOP)
+    newer = start(Launch(), (run / "config.yaml").is_file())
+    newer.wait_updates(2)
+    older.signal(signal.SIGTERM)
+    return compared(older, newer, run, {143, FENCED})
+
+
+def refused_in_a_running_one(start: Start, run: Path) -> Rivalry:
+    """An attempt that cannot have its GPUs takes the directory of one that runs."""
+    older = start(Launch(), False)
+    older.wait_updates(2)
+    older.signal(signal.SIGSTOP)
+    newer = start(Launch(settings=REFUSED), True)
+    newer.wait_for(lambda: len(list(run.glob(".lease-*"))) > 1)
+    hit = older.alive and newer.alive
+    code = newer.end()
+    before = contents(run)
+    older.signal(signal.SIGCONT)
+    older.end()
+    after = contents(run)
+    changed = sorted(
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    )
+    problems = [f"the fenced attempt changed {', '.join(changed)}"] if hit and changed else []
+    if code == 4 and not (run / "checkpoints").is_dir():
+        problems.append("the refused attempt removed the checkpoints of the other")
+    return Rivalry(
+        hit=hit,
+        problems=problems,
+        ends=[(older, frozenset({FENCED})), (newer, frozenset({4}))],
+    )
+
+
+def two_at_once(start: Start, run: Path) -> Rivalry:
+    """A run that was killed is resumed twice in the same instant."""
+    first = start(Launch(), False)
+    hit = first.wait_updates(2) and first.signal(signal.SIGKILL)
+    first.end()
+    pair = [start(Launch(), True), start(Launch(), True)]
+    codes = sorted(str(attempt.end()) for attempt in pair)
+    problems = [] if codes == ["0", "75"] else [f"of two attempts at once: {', '.join(codes)}"]
+    ends = [(attempt, frozenset({0, FENCED})) for attempt in pair]
+    return Rivalry(hit=hit, problems=problems, ends=[(first, frozenset({-9, 0})), *ends])
+
+
+RIVALRIES: dict[str, Callable[[Start, Path], Rivalry]] = {
+    "second-attempt": second_attempt,
+    "refused-beside-newer": refused_beside_newer,
+    "SIGTERM-when-overtaken": stopped_when_overtaken,
+    "refused-in-a-running-one": refused_in_a_running_one,
+    "two-at-once": two_at_once,
+}
