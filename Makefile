@@ -6,11 +6,15 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 PYTEST_ARGS ?=
-# Processes for the tests that start no cluster; one thread each. Ray tests run one after another.
+# Processes for the tests that start no cluster; one thread each.
 TEST_JOBS ?= auto
+# Processes for the tests that start a cluster, each with clusters of its own. A file stays in one
+# process, because its tests share a cluster and runs.
+RAY_JOBS ?= 2
 
 NO_CLUSTER = OMP_NUM_THREADS=1 $(PY) -m pytest -m "not ray and not gpu and not slow" -n $(TEST_JOBS) $(PYTEST_ARGS)
-CLUSTER = $(PY) -m pytest -m "ray and not gpu and not slow" $(PYTEST_ARGS)
+CLUSTER = OMP_NUM_THREADS=1 $(PY) -m pytest -m "ray and not gpu and not slow" -n $(RAY_JOBS) \
+	--dist loadfile $(PYTEST_ARGS)
 
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -87,7 +91,7 @@ scaling: $(STAMP)  ## the controller against the cost model, and Ray against one
 unit: $(STAMP)  ## only the tests that start no Ray cluster, in parallel
 	$(NO_CLUSTER)
 
-ray: $(STAMP)  ## only the tests that start a Ray cluster, one after another
+ray: $(STAMP)  ## only the tests that start a Ray cluster, two files at a time
 	$(CLUSTER)
 
 format: $(STAMP)  ## rewrite the sources in the project's format
