@@ -31,8 +31,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from chaos_drill import AT_LEASE, KINDS, Drill, Fault, Plan, Result
-from chaos_rivals import RIVALRIES
+import two_nodes
+from chaos_drill import ALONE, AT_LEASE, KINDS, Drill, Fault, Plan, Result
+from chaos_nodes import NODE_FAULTS
 from chaos_runs import ROOT, UPDATES, Attempt, Launch, adapter_of
 from chaos_strikes import root_and_mounts
 
@@ -49,8 +50,9 @@ def plan_of(seed: int, number: int, names: Sequence[str], runtimes: Sequence[str
     deck = sorted(names)
     random.Random(f"{seed}/deck/{round_}").shuffle(deck)
     draw, primary = random.Random(f"{seed}/{number}"), deck[place]
-    if primary in RIVALRIES:
-        return Plan(number=number, runtime="inline", rivalry=primary)
+    if primary in ALONE:
+        runtime = "two nodes" if primary in NODE_FAULTS else "inline"
+        return Plan(number=number, runtime=runtime, rivalry=primary)
     kind = KINDS[primary]
     runtime = draw.choice([name for name in kind.runtimes if name in runtimes])
     if kind.alone:
@@ -216,7 +218,7 @@ def table(session: Session) -> str:
         for name in session.names
     ]
     failures = [f"- {result.plan}: {'; '.join(result.problems)}" for result in wrong]
-    skipped = root_and_mounts()
+    skipped = "; ".join(filter(None, (root_and_mounts(), two_nodes.reason())))
     return "\n".join(
         [
             "# Faults at random, the same bytes",
@@ -237,7 +239,7 @@ def table(session: Session) -> str:
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            *([f"Left out: faults that need a mount ({skipped}).", ""] if skipped else []),
+            *([f"Left out: faults of disks or nodes ({skipped}).", ""] if skipped else []),
             *(["Failures:", "", *failures, ""] if failures else []),
         ]
     )
@@ -284,9 +286,11 @@ def main() -> int:
 def known_names(chosen: str, runtimes: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """The kinds of a session, in their order in the table."""
     every = [name for name, kind in KINDS.items() if set(kind.runtimes) & set(runtimes)]
-    every += RIVALRIES
+    every += ALONE
     if root_and_mounts():
-        every = [name for name in every if name in RIVALRIES or not KINDS[name].mount]
+        every = [name for name in every if name in ALONE or not KINDS[name].mount]
+    if "ray" not in runtimes or two_nodes.reason():
+        every = [name for name in every if name not in NODE_FAULTS]
     names = [name.strip() for name in chosen.split(",") if name.strip()]
     if unknown := sorted(set(names) - set(every)):
         parser.error(f"no such kind here: {', '.join(unknown)}; there are {', '.join(every)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_faults import GOES_ON, STATUS, kinds
+from chaos_nodes import NODE_FAULTS
 from chaos_rivals import RIVALRIES, Rivalry
 from chaos_runs import (
     AGENTS_GONE_S,
@@ -30,6 +31,8 @@ from chaos_runs import (
 from chaos_strikes import Scene
 
 KINDS = kinds()
+ALONE = (*RIVALRIES, *NODE_FAULTS)
+"""Kinds that are a whole drill."""
 ON_RAY = ("actors.runtime=ray", "actors.infra_retries=10", "actors.quarantine_after=10")
 AT_LEASE = -1
 """The moment of a fault that hits as soon as the attempt has the directory."""
@@ -146,7 +149,12 @@ class Drill:
         return attempt
 
     def _rivals(self) -> None:
-        rivalry: Rivalry = RIVALRIES[self.plan.rivalry](self._start, self.run)
+        name, draw = self.plan.rivalry, random.Random(self.plan.number)
+        rivalry: Rivalry = (
+            NODE_FAULTS[name](self._start, self.run, draw)
+            if name in NODE_FAULTS
+            else RIVALRIES[name](self._start, self.run)
+        )
         self.result.problems += rivalry.problems
         (self.result.hit if rivalry.hit else self.result.missed).append(self.plan.rivalry)
         for attempt, codes in rivalry.ends:

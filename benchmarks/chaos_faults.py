@@ -35,7 +35,13 @@ from chaos_strikes import (
 )
 
 GOES_ON = frozenset({0})
-STATUS = {0: {"done"}, 143: {"stopped"}, 130: {"stopped"}, 129: {"stopped"}, -9: {"running"}}
+STATUS = {
+    0: {"done"},
+    143: {"stopped"},
+    130: {"stopped"},
+    129: {"stopped"},
+    -9: {"running", "done"},
+}
 """What ``run.json`` says after an exit code, unless a kind names other words."""
 
 
@@ -66,14 +72,14 @@ class Kind:
     hides: frozenset[str] = frozenset()
 
 
-ENDED = frozenset({3, 4})
-"""A cause outside the run: it failed, or resources did not suffice."""
+ENDED = frozenset({0, 3, 4})
+"""A cause outside the run: it failed, or resources did not suffice, or it was done already."""
 ANY = frozenset({"running", "failed", "stopped", "done"})
 SHORT = ("actors.deadline_s=20",)
 RAY = ("ray",)
 WORKERS = ("rollout.run", "reward.score", "learner.learn")
 LEARNER_PAIR = ("actors.num_learner=2",)
-STORE = ("train.max_failed_commits=2",)
+STORE, PATIENT = ("train.max_failed_commits=2",), ("train.max_failed_commits=10",)
 
 
 def kinds() -> dict[str, Kind]:
@@ -212,6 +218,7 @@ def disks() -> list[Kind]:
             name="full-disk-for-a-while",
             when="during",
             strike=full_for_a_while,
+            settings=PATIENT,
             alone=True,
             mount=8,
             hides=hides,

@@ -75,6 +75,7 @@ class Launch:
         output: of stdout and stderr, where each goes: file, pipe (its reader goes when a fault
             says so), full (``/dev/full``) or closed.
         missing: environment variables that it does not have.
+        program: the command, where it is not ``python -m rl_edit train``.
     """
 
     settings: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ class Launch:
     missing: tuple[str, ...] = ()
     output: tuple[str, str] = ("file", "file")
     cwd: Path | None = None
+    program: tuple[str, ...] = ()
 
 
 class Attempt:
@@ -99,10 +101,10 @@ class Attempt:
         self.traces = {*run.glob(TRACES), *short.glob(TRACES)}
         config = folder / "run.yaml"
         config.write_text(SMALLEST)
-        words = [sys.executable, "-m", "rl_edit"]
+        words = list(launch.program) or [sys.executable, "-m", "rl_edit", "train"]
         if launch.cwd is not None:
-            words = [str(Path(sys.executable).parent / "rl-edit")]
-        words += ["train", str(config), "--run-dir", str(run), *(["--resume"] if resume else [])]
+            words = [str(Path(sys.executable).parent / "rl-edit"), "train"]
+        words += [str(config), "--run-dir", str(run), *(["--resume"] if resume else [])]
         self.command = [*words, *launch.settings]
         streams = [
             self._stream(where, path) for where, path in zip(launch.output, self.files, strict=True)

@@ -21,7 +21,7 @@ def chaos(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_seed_decides_every_plan_and_each_kind_comes_once_in_every_round(chaos: Any) -> None:
-    names = [*chaos.KINDS, *chaos.RIVALRIES]
+    names = [*chaos.KINDS, *chaos.ALONE]
     plans = [chaos.plan_of(3, number, names, BOTH) for number in range(2 * len(names))]
     assert plans == [chaos.plan_of(3, number, names, BOTH) for number in range(2 * len(names))]
     assert plans != [chaos.plan_of(4, number, names, BOTH) for number in range(2 * len(names))]
@@ -32,7 +32,7 @@ def test_a_seed_decides_every_plan_and_each_kind_comes_once_in_every_round(chaos
 def test_a_fault_is_planned_only_where_it_can_happen_and_at_most_one_ends_an_attempt(
     chaos: Any,
 ) -> None:
-    names = [*chaos.KINDS, *chaos.RIVALRIES]
+    names = [*chaos.KINDS, *chaos.ALONE]
     for number in range(300):
         plan = chaos.plan_of(0, number, names, BOTH)
         if plan.rivalry:
