@@ -193,8 +193,10 @@ def test_a_verb_answers_a_bad_argument_with_one_line(
     assert len([line for line in err if line.startswith("rl-edit: ")]) == 1
 
 
+# A shell that starts the tests in the background has them ignore Ctrl-C; processes inherit that.
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == "rl_edit.cli.verbs":
