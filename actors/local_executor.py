@@ -125,6 +125,10 @@ class LocalExecutor:
     def free(self) -> str:
         return "this process only"
 
+    def problem(self) -> str:
+        """Returns "": this process loses none of its own."""
+        return ""
+
     def mirror(self, metrics: dict[str, Any]) -> None:
         """Does nothing: a single process has no metrics agent."""
 

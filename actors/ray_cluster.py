@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import ray
@@ -25,7 +26,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors import ray_start
+from actors import ray_start, ray_watch
 from actors.roles import Roles, available_cores
 from rl_edit.config import RunConfig
 from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible, brief
@@ -57,6 +58,7 @@ def connect(config: RunConfig, *, note: Callable[[str], None] = print) -> None:
     """
     if not ray.is_initialized():
         join_or_start(config, note=note)
+        ray_watch.begin()
 
 
 def probe() -> None:
@@ -106,11 +108,11 @@ def join_or_start(config: RunConfig, *, note: Callable[[str], None] = print) -> 
 
 
 def disconnect() -> None:
-    """Leaves the cluster. A local one ends with it."""
-    if ray.is_initialized():
-        ray.shutdown()
+    """Leaves the cluster. A local one ends with it, and every process of it."""
+    ray_watch.leave()
 
 
+@ray_watch.watched()
 def reserve(
     config: RunConfig,
     roles: Roles,
@@ -168,6 +170,7 @@ def _wait_for(
     began, noted = time.monotonic(), 0.0
     while not group.wait(RESERVE_POLL_S):
         check()
+        ray_watch.check()
         waited = time.monotonic() - began
         present = ray.cluster_resources().get("GPU", 0)
         free = ray.available_resources().get("GPU", 0)
@@ -191,6 +194,7 @@ def _wait_for(
             note(f"waiting for {total:g} GPUs ({request}) for {waited:.0f} s; {reason}")
 
 
+@ray_watch.watched()
 def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
     """Compares packages and sources of every node with ours.
 
@@ -209,7 +213,7 @@ def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
         if node["Alive"]
     }
     try:
-        responses = ray.get(list(requests.values()), timeout=NODE_TIMEOUT_S)
+        responses = _responses(list(requests.values()))
     except GetTimeoutError as error:
         raise ResourcesInfeasible(
             f"not every node of {len(requests)} started a worker within {NODE_TIMEOUT_S:g} s: see "
@@ -223,6 +227,17 @@ def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
         )
     for problem in problems:
         note(problem)
+
+
+def _responses(requests: list[Any]) -> list[Any]:
+    """Waits for tasks, as long as there is a cluster to run them."""
+    began = time.monotonic()
+    while ray.wait(requests, num_returns=len(requests), timeout=RESERVE_POLL_S)[1]:
+        ray_watch.check()
+        if time.monotonic() - began >= NODE_TIMEOUT_S:
+            raise GetTimeoutError(f"no answer within {NODE_TIMEOUT_S:g} s")
+    responses: list[Any] = ray.get(requests)
+    return responses
 
 
 def check_stop_wait(grace_s: float, *, note: Callable[[str], None]) -> None:

@@ -31,6 +31,7 @@ from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors import ray_watch
 from actors.ray_cluster import Places
 from actors.roles import ProcessTable, Roles
 from rl_edit.errors import MESSAGE_LENGTH, BlobLost, InputError, WorkerLost, WorkFailed, brief
@@ -213,6 +214,9 @@ class RayExecutor:
         }
         return ", ".join(f"{name} {amount:g}" for name, amount in amounts.items()) or "nothing"
 
+    def problem(self) -> str:
+        return ray_watch.problem()
+
     def mirror(self, metrics: dict[str, Any]) -> None:
         """Shows numbers as gauges of Ray's metrics agent.
 
@@ -231,6 +235,8 @@ class RayExecutor:
                 self._gauges[gauge].set(float(value))
 
     async def close(self) -> None:
+        if ray_watch.problem():
+            return  # nothing is left to ask; what this process started ends with the cluster
         for process in self._processes.processes():
             process.kill()
         for group in {group.id: group for group, _ in self._places.values()}.values():

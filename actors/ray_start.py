@@ -24,6 +24,7 @@ from typing import Any
 
 import ray
 
+from actors import ray_watch
 from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible, brief
 
 SOCKET_LENGTH = 103 if sys.platform == "darwin" else 107
@@ -60,7 +61,7 @@ def start(*, note: Note, **settings: Any) -> None:
         settings["_temp_dir"] = f"{folder}/ray"
     _keep_token(folder, note=note)
     _say_slow_store(settings.get("object_store_memory"), folder, note=note)
-    with quiet(), own_signals():
+    with quiet(), own_signals(), ray_watch.starting():
         try:
             ray.init(**settings)
         except Exception as error:
@@ -161,6 +162,7 @@ def quiet() -> Iterator[None]:
         if not sys.warnoptions:
             warnings.simplefilter("ignore", FutureWarning)
         logging.getLogger("ray").setLevel(logging.ERROR)
+        ray_watch.silence()
         yield
 
 

@@ -46,6 +46,12 @@ class ClusterUnreachable(RuntimeError):
     exit_code = UNREACHABLE
 
 
+class ClusterLost(RuntimeError):
+    """Ray's own processes ended while the run went on. Exit code 3."""
+
+    exit_code = FAILED
+
+
 class ResourcesInfeasible(RuntimeError):
     """The cluster can never place what the run asks for. Exit code 4."""
 

@@ -229,11 +229,6 @@ def inject(fault: Fault) -> None:
     learner.controller.loop.Supervisor = CrashingSupervisor  # type: ignore[misc]
 
 
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own agents of a node: they look for their parent now and then, and outlive a killed driver
-by about a minute."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ended:
     """How a launched run ended, and the processes of it that were left, by command line."""
@@ -307,11 +302,10 @@ class Launched:
         self.process.wait()
 
     def living(self) -> dict[int, str]:
-        """Command line of every process of this run, the driver's among them, but for Ray's
-        agents."""
-        return {pid: words for pid, words in _tagged(self.tag) if words not in AGENTS}
+        """Command line of every process of this run, the driver's among them."""
+        return dict(_tagged(self.tag))
 
-    def ended(self, timeout_s: float = 300, judge_timeout_s: float = 30) -> Ended:
+    def ended(self, timeout_s: float = 300, judge_timeout_s: float = 10) -> Ended:
         """Waits for the end of the driver, and then a while for that of every other process."""
         code = self.process.wait(timeout_s)
         seconds = time.monotonic() - self.began

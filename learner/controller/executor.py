@@ -75,6 +75,10 @@ class Executor(Protocol):
     def free(self) -> str:
         """Describes the free resources in words, for messages."""
 
+    # Asked several times a second, and after every failure: it must answer at once.
+    def problem(self) -> str:
+        """Returns why no worker can be reached any more, for a message; "" while they can be."""
+
     # Called in the update loop: a monitor that is slow or absent must not cost an update.
     def mirror(self, metrics: dict[str, Any]) -> None:
         """Shows metrics in the cluster's monitoring. Never raises, never waits."""

@@ -30,6 +30,7 @@ from dataclasses import asdict
 from typing import Any
 
 from learner.controller import checkpoint, heldout, preflight, silent
+from learner.controller.cluster_loss import unless_lost
 from learner.controller.commits import Commits
 from learner.controller.executor import Executor, Ref
 from learner.controller.groups import GroupCollector, ScoredGroup, learn_order, shards
@@ -146,12 +147,18 @@ class TrainingLoop:
             InputError: a checkpoint of other settings, or a reward that breaks its contract.
             TrainingFailed: too many groups were dropped, a ratio was not 1 on-policy, losses were
                 not finite, or workers cannot be kept alive.
+            ClusterLost: the cluster that the workers are on has ended.
             Fenced: a newer attempt owns the run directory.
         """
-        # The work, a request to stop, and the stall report run side by side on one thread.
         if self.stop.requested:
             # While the learner of this process was made. Nothing has begun, so nothing is saved.
             return Outcome(updates_done=0, adapter=None)
+        return await unless_lost(
+            self._to_the_end(resume), self.executor, lambda: self.commits.updates_done
+        )
+
+    async def _to_the_end(self, resume: bool) -> Outcome:
+        # The work, a request to stop, and the stall report run side by side on one thread.
         work = asyncio.create_task(self._run(resume))
         stopped = asyncio.create_task(self.stop.wait())
         stalls = asyncio.create_task(

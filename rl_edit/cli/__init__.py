@@ -31,6 +31,8 @@ def main() -> None:
     arguments, debug = ending.without_debug(sys.argv[1:])
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if in_main else None
+    if debug:
+        os.environ["RL_EDIT_DEBUG"] = "1"  # for what is imported later, such as Ray's part
     ending.quiet(debug=debug)
     ending.show_any_letter()
     try:

@@ -1,0 +1,231 @@
+"""A cluster that is gone ends its run in one line, and no process of a run outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors import ray_processes, ray_watch
+from learner.controller.cluster_loss import unless_lost
+from rl_edit.errors import ClusterLost, Fenced, InputError
+from runs import adapter_bytes, events_of, run_inline, small_config
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+ROOT = Path(__file__).parent.parent
+SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
+
+
+def until(condition: Callable[[], object], limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def sleeping(mark: str | None, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, **({ray_processes.MARK: mark} if mark else {})}
+    process = subprocess.Popen(SLEEP, env=environment, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@linux
+def test_processes_with_the_mark_end_and_no_others() -> None:
+    with (
+        sleeping("ours") as ours,
+        sleeping("ours", start_new_session=True) as elsewhere,
+        sleeping("oursalso") as similar,
+        sleeping(None) as unmarked,
+    ):
+        until(lambda: len(list(ray_processes.marked("ours"))) == 2)
+        assert ray_processes.end("ours") == 2
+        assert ours.wait(5) == elsewhere.wait(5) == -signal.SIGKILL
+        assert similar.poll() is None and unmarked.poll() is None
+
+
+STARTER = """
+import os, subprocess, sys, time
+from actors.ray_processes import Reaper
+reaper = Reaper()
+with reaper.marking():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+                             start_new_session=True)
+print(reaper.mark, reaper._process.pid, child.pid, flush=True)
+print("left", sorted(name for name in os.environ if name in ("RL_EDIT_CLUSTER", "SPT_NOENV")),
+      flush=True)
+sys.stdin.readline()
+reaper.end(grace_s=0)
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "by itself"])
+@linux
+def test_what_a_process_started_ends_with_it_however_it_ends(killed: bool) -> None:
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert starter.stdin is not None and starter.stdout is not None
+    mark, *pids = starter.stdout.readline().split()
+    assert starter.stdout.readline() == "left []\n"
+    until(lambda: list(ray_processes.marked(mark)) == [int(pids[1])])
+    if killed:
+        # The reaper is in no group that a terminal or a shell signals.
+        assert os.getpgid(int(pids[0])) != os.getpgid(starter.pid)
+        starter.kill()
+    else:
+        starter.communicate("\n", timeout=60)
+    starter.wait(60)
+    until(lambda: not any(_alive(int(pid)) for pid in pids), 10)
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    return False
+
+
+class Cluster:
+    """An executor's view of a cluster that may be gone."""
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+
+    def problem(self) -> str:
+        return self.reason
+
+
+def test_work_without_an_end_ends_when_the_cluster_is_gone() -> None:
+    cluster = Cluster()
+
+    async def deaf() -> None:
+        cluster.reason = "the raylet ended"
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()  # as a commit that waits for a lost blob
+
+    began = time.monotonic()
+    with pytest.raises(ClusterLost, match=r"the raylet ended\. .*--resume from update 7"):
+        asyncio.run(unless_lost(deaf(), cluster, lambda: 7))  # type: ignore[arg-type]
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "raised"),
+    [
+        ("the raylet ended", InputError("wrong"), ClusterLost),
+        ("the raylet ended", Fenced("a newer attempt"), Fenced),
+        ("", InputError("wrong"), InputError),
+    ],
+)
+def test_a_failure_that_the_loss_caused_is_reported_as_the_loss_and_others_as_they_are(
+    reason: str, error: Exception, raised: type[Exception]
+) -> None:
+    async def fails() -> None:
+        raise error
+
+    with pytest.raises(raised):
+        asyncio.run(unless_lost(fails(), Cluster(reason), lambda: 0))  # type: ignore[arg-type]
+
+
+class Losing:
+    """Loses the cluster of an executor once so many updates are done."""
+
+    def __init__(self, inside: Any, directory: Path, updates: int) -> None:
+        self._inside, self._directory, self._updates = inside, directory, updates
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inside, name)
+
+    def problem(self) -> str:
+        if not (self._directory / "events.jsonl").is_file():
+            return ""
+        done = len(events_of(self._directory, "update_applied"))
+        return "the raylet ended" if done >= self._updates else ""
+
+
+def test_a_run_that_lost_its_cluster_continues_to_the_same_bytes(
+    tmp_path: Path, small_editor: str
+) -> None:
+    config = small_config(small_editor, "actors.runtime=thread")
+    with pytest.raises(ClusterLost, match=r"--resume from update [012]\."):
+        run_inline(
+            config, tmp_path / "run", executor=lambda inside: Losing(inside, tmp_path / "run", 2)
+        )
+    resumed = run_inline(config, tmp_path / "run", resume=True)
+    assert adapter_bytes(resumed) == adapter_bytes(run_inline(config, tmp_path / "whole"))
+
+
+LISTENER = """
+import socket, sys, time
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(sys.argv[1])
+listening.listen()
+print("ready", flush=True)
+held = [listening.accept() for _ in range(9)]
+"""
+
+
+def node(**more: Any) -> SimpleNamespace:
+    here = {"get_logs_dir_path": lambda: "/tmp/ray/logs", "all_processes": {}, "gcs_address": ":0"}
+    return SimpleNamespace(**{**here, "raylet_socket_name": "/nowhere", **more})
+
+
+def test_the_raylet_of_a_joined_cluster_is_missed_at_once_and_its_log_is_named(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "raylet")
+    listener = subprocess.Popen(
+        [sys.executable, "-c", LISTENER, path], stdout=subprocess.PIPE, text=True
+    )
+    assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
+    watch = ray_watch.RayWatch(node(raylet_socket_name=path))
+    assert watch.problem() == ""
+    listener.kill()
+    listener.wait()
+    assert "raylet of this machine ended: see /tmp/ray/logs/raylet.out" in watch.problem()
+    watch.close()
+
+
+def test_a_gcs_elsewhere_may_come_back_within_its_grace_and_is_missed_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_watch, "ANSWER_S", 0.1)
+    monkeypatch.setenv(ray_watch.RAYS_OWN_GRACE, "4")  # half of it is ours
+
+    def listening(port: int) -> socket.socket:
+        return socket.create_server(("127.0.0.1", port), reuse_port=True)
+
+    server = listening(0)
+    port = server.getsockname()[1]
+    watch = ray_watch.RayWatch(node(gcs_address=f"127.0.0.1:{port}"))
+    server.close()
+    time.sleep(0.5)
+    server = listening(port)
+    time.sleep(2)
+    assert watch.problem() == ""
+    server.close()
+    until(watch.problem, 10)
+    assert f"127.0.0.1:{port} has not answered for 2 s" in watch.problem()
+    watch.close()
