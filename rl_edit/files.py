@@ -7,6 +7,7 @@ the old content or the new one. This file knows no record and no tensor.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -74,6 +75,20 @@ def replace_file(path: Path, content: str | bytes | memoryview, *, durable: bool
             partial.unlink(missing_ok=True)
     if durable:
         sync_directory(path.parent)
+
+
+def overwrite_file(path: Path, text: str) -> None:
+    """Writes into a file's own place on a disk that is full, where a second copy has none.
+
+    Raises:
+        OSError: there is no such file, or the text needs more than the blocks that it has.
+    """
+    data = text.encode()
+    with path.open("r+b", buffering=0) as file:
+        if os.fstat(file.fileno()).st_blocks * 512 < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        file.write(data)
+        file.truncate()
 
 
 def replace_json(path: Path, value: object, *, durable: bool = False) -> None:
@@ -157,10 +172,23 @@ class JsonLines:
                 file.write("\n")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes one line. Numbers are rounded to 12 digits; NaN and infinity become null."""
-        with self.path.open("a") as file:
-            line = without_nan({key: _rounded(value) for key, value in record.items()})
-            file.write(json.dumps(line) + "\n")
+        """Writes one line. Numbers are rounded to 12 digits; NaN and infinity become null.
+
+        Raises:
+            OSError: the disk is full, for instance; the file is as it was.
+        """
+        line = without_nan({key: _rounded(value) for key, value in record.items()})
+        text = json.dumps(line).encode() + b"\n"
+        with self.path.open("ab", buffering=0) as file:
+            before, written = file.seek(0, os.SEEK_END), 0
+            try:
+                written = file.write(text)
+            finally:
+                # Part of a line would swallow the next one.
+                if written < len(text):
+                    file.truncate(before)
+        if written < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def rewind(self, keep: int, *, key: str = "update") -> None:
         """Drops lines whose ``key`` is ``keep`` or more: a resumed run writes them again.

@@ -5,6 +5,7 @@ Training writes it; the report, the comparison and the benchmarks read it.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from rl_edit.files import replace_json, validated
+from rl_edit.files import overwrite_file, replace_file, validated
 
 RUN_FILE = "run.json"
 
@@ -63,7 +64,14 @@ class RunRecord(BaseModel):
     def write(self, directory: Path) -> None:
         """Replaces ``run.json``; fields that were never set are left out."""
         content = self.model_dump(mode="json", exclude_unset=True)
-        replace_json(directory / RUN_FILE, content)
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        try:
+            replace_file(directory / RUN_FILE, text)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.status == "running":
+                raise
+            # A record of a full disk must not say "running" for ever.
+            overwrite_file(directory / RUN_FILE, text)
 
 
 def read_run_record(directory: Path) -> RunRecord | None:

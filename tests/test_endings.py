@@ -233,8 +233,10 @@ def test_a_users_module_in_the_place_of_an_installed_one_is_named(
 
 def test_output_without_a_reader_neither_ends_a_run_nor_fills_the_terminal() -> None:
     program = (
-        "import sys\nfrom rl_edit.cli.train import Output\nconsole = Output()\n"
-        "for _ in range(3): console.print('x')\nprint('the end', file=sys.stderr)\n"
+        "import sys\nfrom rl_edit.cli import output\n"
+        "with output.lasting():\n"
+        "    for _ in range(3): print('x', flush=True)\n"
+        "    print('the end', file=sys.stderr)\n"
     )
     reader, writer = os.pipe()
     os.close(reader)

@@ -16,12 +16,13 @@ then write the same step from the same seeds, and the later one is complete.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -97,7 +98,12 @@ class Lease:
         lease = cls(run_dir, holder, previous, clock)
         # A taker with a higher claim has overtaken this one; its record must not be replaced.
         if _newest_claim(run_dir) == epoch:
-            lease._publish()
+            try:
+                lease._publish()
+            except OSError:
+                # A full disk. The claim of an attempt that never wrote may go: nobody followed it.
+                _claim(run_dir, epoch).unlink(missing_ok=True)
+                raise
         return lease
 
     @property
@@ -135,26 +141,46 @@ class Lease:
         )
 
     def renew(self) -> None:
-        """Says that this attempt is alive.
+        """Says that this attempt is alive. A full disk costs the sign of life, not the run.
 
         Raises:
             Fenced: as ``check``.
         """
         self.check()
         self.holder = self.holder.model_copy(update={"renewed": self._clock()})
-        self._publish()
+        with contextlib.suppress(OSError):
+            self._publish()
 
     def release(self) -> None:
-        """Says that this attempt has ended. Does nothing when fenced.
+        """Says that this attempt has ended. Does nothing when fenced, or on a full disk.
 
         The next attempt then takes over without a warning.
         """
-        try:
+        with contextlib.suppress(Fenced, OSError):
             self.check()
-        except Fenced:
+            self.holder = self.holder.model_copy(update={"ended": self._clock()})
+            self._publish()
+
+    def remove(self, names: Collection[str]) -> None:
+        """Removes files of this attempt, and then its lease, when the directory has nothing else.
+
+        Asked before each file: a newer attempt that comes meanwhile keeps what it wrote.
+
+        Args:
+            names: of the files that this attempt may have written.
+
+        Raises:
+            Fenced: as ``check``.
+            OSError: a file cannot be removed.
+        """
+        claim = _claim(self.run_dir, self.epoch)
+        if set(os.listdir(self.run_dir)) - {*names, LEASE, claim.name}:
             return
-        self.holder = self.holder.model_copy(update={"ended": self._clock()})
-        self._publish()
+        for path in (*(self.run_dir / name for name in names), self.run_dir / LEASE):
+            self.check()
+            path.unlink(missing_ok=True)
+        # Last: until it is gone, another attempt takes a higher epoch.
+        claim.unlink(missing_ok=True)
 
     def taking_over(self) -> str:
         """Describes the attempt before, when it did not say that it ended; else ""."""

@@ -202,12 +202,11 @@ class TrainingLoop:
                 raise
             if self.snapshot is None:
                 return Outcome(updates_done=0, adapter=None)
-        except (TrainingFailed, WorkerLost, WorkFailed, BlobLost) as error:
+        except Exception as error:
             # The snapshot's blobs may be lost as well; then the newest checkpoint is what is left.
             with contextlib.suppress(BlobLost):
-                if self.commits.failed_in_a_row == 0:
-                    await self._commit_newest()
-            if isinstance(error, TrainingFailed):
+                await self.keep()
+            if not isinstance(error, WorkerLost | WorkFailed | BlobLost):
                 raise
             raise TrainingFailed(
                 f"the workers cannot go on ({error}): see events.jsonl and the Ray logs, then "
@@ -264,6 +263,8 @@ class TrainingLoop:
         Either way the actors have the adapters that they may be asked for.
         """
         directory = self.commits.directory
+        # The workers took minutes to start: the directory may be another attempt's by now.
+        self.lease.check()
         stored = checkpoint.newest(directory, on_corrupt=self.events) if resume else None
         if stored is not None:
             require_same_run(stored, self.of.settings, directory, allow=self.of.allow_drift)
@@ -286,6 +287,7 @@ class TrainingLoop:
         # What a checkpoint holds is committed; without one this is 0.
         done = self.commits.updates_done = self.snapshot.updates_done
         # Lines of updates that will be done again are dropped, so that each update has one.
+        self.lease.check()
         self.log.metrics.rewind(done)
         self.events.rewind(done)
         self.heldout.rewind(done)
@@ -390,6 +392,11 @@ class TrainingLoop:
                 "rollout", f"publishing {newest.result_id} to evaluate", "load", newest.result
             )
         await heldout.evaluate(self.heldout, self.groups, newest, self.executor)
+
+    async def keep(self) -> None:
+        """Commits the newest update of a run that ends by an error, unless the disk refuses."""
+        if self.commits.failed_in_a_row == 0:
+            await self._commit_newest()
 
     async def _commit_newest(self) -> None:
         if self.snapshot is not None and self.snapshot.updates_done > self.commits.updates_done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,41 @@ class Silent:
     def note(self, text: str) -> None: ...
     def group_scored(self, update: int, done: int, total: int) -> None: ...
     def update_done(self, metrics: dict[str, Any]) -> None: ...
+
+
+class Shown:
+    """Passes progress on, and goes on without it where it cannot be shown or written.
+
+    A full disk or a closed terminal is no reason to end hours of training. Any other error of an
+    observer is a fault and ends the run.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def starting(self, config: RunConfig) -> None:
+        with contextlib.suppress(OSError):
+            self._observer.starting(config)
+
+    def ended(self) -> None:
+        with contextlib.suppress(OSError):
+            self._observer.ended()
+
+    def say(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._observer.say(text)
+
+    def note(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._observer.note(text)
+
+    def group_scored(self, update: int, done: int, total: int) -> None:
+        with contextlib.suppress(OSError):
+            self._observer.group_scored(update, done, total)
+
+    def update_done(self, metrics: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self._observer.update_done(metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

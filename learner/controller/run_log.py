@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,61 @@ from typing import Any
 from learner.controller.capacity import Capacity
 from learner.controller.executor import Executor
 from learner.controller.groups import ScoredGroup, evidence
+from learner.controller.lease import Lease
 from learner.controller.placement import GroupCost, WorkerCounts, recommend
 from learner.controller.run import Observer, Run
 from rl_edit.config import RunConfig
+from rl_edit.errors import BlobLost, Fenced
 from rl_edit.files import METRICS, JsonLines, replace_file
 from rl_edit.measures.reward_metrics import count_reasons, reward_metrics
 from rl_edit.messages import LearnReport
 
 
 class Events:
-    """Appends state changes worth knowing, with their wall time, to ``events.jsonl``."""
+    """Appends state changes worth knowing, with their wall time, to ``events.jsonl``.
 
-    def __init__(self, path: Path) -> None:
-        self._file = JsonLines(path)
+    Args:
+        lease: asked before each write; None where nobody else can come.
+        note: called with what a person should know.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lease: Lease | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._file, self._lease, self._note = JsonLines(path), lease, note
+        self._lost = False
 
     def rewind(self, update: int) -> None:
-        """Drops events of updates that a resumed run will do again."""
+        """Drops events of updates that a resumed run will do again.
+
+        Raises:
+            Fenced: a newer attempt owns the run directory.
+        """
+        if self._lease is not None:
+            self._lease.check()
         self._file.rewind(update)
 
     def __call__(self, event: str, **details: Any) -> None:
-        """Writes one event. A full disk costs the line, not the run."""
+        """Writes one event. A full disk costs the line, not the run.
+
+        A fenced attempt writes none: the file is the newer one's. What ends it is its next commit.
+        """
         try:
+            if self._lease is not None:
+                self._lease.check()
             # Wall time, because events of several machines and attempts are read together.
             self._file.append({"time": round(time.time(), 3), "event": event, **details})
+        except Fenced:
+            return
         except OSError as error:
-            print(f"rl-edit: event {event} could not be written: {error}", file=sys.stderr)
+            # Said once: a disk that is full stays so for many lines.
+            if not self._lost:
+                self._lost = True
+                self._note(f"event {event} could not be written ({error}), maybe more are lost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +191,10 @@ class UpdateLog:
         if report.skipped:
             in_a_row = report.skipped_in_a_row
             self.events("step_skipped", update=update, reason=report.skipped, in_a_row=in_a_row)
-            await write_evidence(self.run.directory, update, groups, report, self.executor)
+            try:
+                await write_evidence(self.run.directory, update, groups, report, self.executor)
+            except (OSError, BlobLost) as error:
+                self.observer.note(f"the evidence of update {update} is incomplete ({error})")
         metrics = update_metrics(
             update,
             groups,

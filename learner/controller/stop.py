@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from rl_edit.errors import Interrupted
@@ -25,7 +27,9 @@ class Stop:
         self.requested = True
         if self._loop is not None and self._event is not None:
             # An asyncio event may be set by its own loop's thread only.
-            self._loop.call_soon_threadsafe(self._event.set)
+            # It is closed while the final adapter is saved: nothing waits for the event any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self) -> None:
         """Returns once the end is requested."""
@@ -36,7 +40,11 @@ class Stop:
 
 
 class Signals:
-    """Turns the first SIGINT or SIGTERM into a request to commit and end; a second ends at once."""
+    """Turns the first signal into a request to commit and end; a second ends at once.
+
+    The signals are SIGINT, SIGTERM, and SIGHUP of a terminal that is closed. A SIGHUP that is
+    ignored at the start stays ignored: ``nohup`` asks for that.
+    """
 
     def __init__(self, stop: Stop) -> None:
         self.received = 0
@@ -46,10 +54,10 @@ class Signals:
     def __enter__(self) -> Signals:
         # Python takes signals in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._received)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._received) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,6 +73,18 @@ class Signals:
         """
         if self.received:
             raise Interrupted(self.received)
+
+    @contextlib.contextmanager
+    def kept_from_children(self) -> Iterator[None]:
+        """Starts processes that a closed terminal does not end: they are needed for the commit.
+
+        A blocked signal is inherited. This process takes it in another thread, or afterwards.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _received(self, number: int, _frame: object) -> None:
         if self.received:

@@ -6,13 +6,15 @@ holds from the first import on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
-from rl_edit.cli import ending
+from rl_edit.cli import ending, output
 
 # These libraries read their environment once, when they are imported; hence before the imports.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -30,11 +32,25 @@ def main() -> None:
     """Runs the verb and turns errors into one line and an exit code."""
     arguments, debug = ending.without_debug(sys.argv[1:])
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminated) if in_main else None
+    before = _handlers() if in_main else {}
+    output.open_closed()
     if debug:
         os.environ["RL_EDIT_DEBUG"] = "1"  # for what is imported later, such as Ray's part
     ending.quiet(debug=debug)
     ending.show_any_letter()
+    try:
+        _run(arguments, debug=debug)
+    except SystemExit as ended:
+        lost = output.flush()
+        if lost is not None and not ended.code:
+            ending.leave(lost, debug=debug)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: list[str], *, debug: bool) -> None:
     try:
         try:
             from rl_edit.cli.verbs import app
@@ -43,14 +59,20 @@ def main() -> None:
         app(arguments)
     except (Exception, KeyboardInterrupt) as error:
         ending.leave(error, debug=debug)
-    finally:
-        ending.flush()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+
+
+def _handlers() -> dict[int, Any]:
+    """Takes SIGTERM and SIGHUP, unless ``nohup`` ignores them; returns what was there."""
+    return {
+        number: signal.signal(number, _terminated)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
 
 
 def _terminated(number: int, _: FrameType | None) -> None:
-    """Ends the process as SIGTERM does, after its clean-up."""
-    # Not print: the signal may have come in the middle of one.
-    os.write(2, b"rl-edit: stopped by SIGTERM\n")
+    """Ends the process as the signal does, after its clean-up."""
+    # Not print: the signal may have come in the middle of one. The terminal may be closed.
+    with contextlib.suppress(OSError):
+        os.write(2, f"rl-edit: stopped by {signal.Signals(number).name}\n".encode())
     sys.exit(128 + number)

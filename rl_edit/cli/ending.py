@@ -19,10 +19,14 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NoReturn
 
+from rl_edit.cli import output
 from rl_edit.errors import BAD_INPUT, FAILED, INFEASIBLE, Interrupted, brief, lacks_memory, place
 
 INTERNAL = 1
 """Exit code of an unexpected error. Within a run it is that of a failed training."""
+
+RUN_FILE = "run.json"
+"""As in :mod:`rl_edit.run_record`, which imports pydantic."""
 
 LIBRARIES = r"(ray|torch|transformers|diffusers|peft|huggingface_hub|accelerate|safetensors)\b"
 
@@ -94,11 +98,11 @@ def leave(error: BaseException, *, debug: bool) -> NoReturn:
     cause = error.__cause__ if isinstance(error, Unexpected) else getattr(error, "cause", None)
     line, code = _line(cause or error, within_run=directory is not None)
     if debug:
-        traceback.print_exception(error)
+        output.show("".join(traceback.format_exception(error)).rstrip())
     elif not (hasattr(error, "exit_code") or isinstance(error, _QUIET)):
         line += f" The traceback is in {_saved(error, directory)}; --debug shows it."
     if line:
-        print(f"rl-edit: {line}", file=sys.stderr)
+        output.show(f"rl-edit: {line}")
     sys.exit(code)
 
 
@@ -146,7 +150,8 @@ def _of_the_system(error: OSError) -> tuple[str, int] | None:
             else f" for the output or for temporary files in {_temporary()}"
         )
         return f"no space is left{place} ({reason}): free some, or write elsewhere.", INFEASIBLE
-    if error.errno == errno.EPIPE and not where:
+    # No reader, or a terminal that was closed: nobody would see the line.
+    if error.errno in (errno.EPIPE, errno.EIO) and not where:
         return "", INTERNAL
     if not where:
         return None
@@ -166,7 +171,8 @@ def _temporary() -> str:
 def _saved(error: BaseException, directory: Path | None) -> str:
     """Writes the traceback to a new file of the run directory, or of the temporary one."""
     text = "".join(traceback.format_exception(error))
-    for folder in (directory if directory and directory.is_dir() else None, None):
+    # Where no run is left, a file would keep the next one from starting there.
+    for folder in (directory if directory and (directory / RUN_FILE).is_file() else None, None):
         try:
             number, name = tempfile.mkstemp(prefix="rl-edit-traceback-", suffix=".txt", dir=folder)
             with os.fdopen(number, "w", encoding="utf-8") as file:
@@ -217,14 +223,3 @@ def _shadows(error: Exception) -> list[str]:
 
 def _file(name: str) -> str:
     return getattr(sys.modules.get(name), "__file__", None) or ""
-
-
-def flush() -> None:
-    """Writes what is left of the output, to nowhere when its reader is gone."""
-    try:
-        # A shell's >&- leaves no stream at all.
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes once more at its end and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rl_edit.cli import ending
+from rl_edit.cli import ending, output
 from rl_edit.cli.arguments import (
     ConfigFile,
     Overrides,
@@ -74,8 +72,8 @@ def train_command(
     """Train an adapter.
 
     Exit codes: 0 done; 2 bad input; 3 training failed; 4 not enough resources; 5 cluster
-    unreachable; 75 a newer attempt has the run directory; 130 or 143 stopped by a signal, with
-    everything saved.
+    unreachable; 75 a newer attempt has the run directory; 129, 130 or 143 stopped by a signal,
+    with everything saved.
     """
     config, changes = config_and_overrides(config, overrides)
     # A run that goes on needs no config on the command line: its directory has one.
@@ -86,13 +84,14 @@ def train_command(
     directory = run_dir or Path("runs") / settings.name
     # An empty directory is a place to start in, such as a volume that was just mounted.
     resume = resume or (auto_resume and directory.is_dir() and any(directory.iterdir()))
-    with ending.within_run(directory):
+    # Hours of training must not end with a ``head``, a full disk of a log, or a terminal.
+    with output.lasting(), ending.within_run(directory):
         train(
             settings,
             directory,
             resume=resume,
             dry_run=dry_run,
-            observer=LiveProgress(Output()),
+            observer=LiveProgress(Console()),
             allow_drift=frozenset(map(modern_name, allow_config_drift or ())),
             allow_skew=allow_version_skew,
         )
@@ -113,21 +112,6 @@ def _config_of_run(run_dir: Path | None, *, may_start: bool) -> Path:
         )
         raise InputError(f"nothing to resume: {no_run_at(run_dir)} {start}")
     return run_dir / CONFIG_FILE
-
-
-class Output(Console):
-    """A console whose reader may go away: hours of training must not end with a ``head``."""
-
-    def on_broken_pipe(self) -> None:
-        """Prints nothing more."""
-        if not self.quiet:
-            print(
-                "rl-edit: the reader of the output is gone; the run goes on, and its numbers are "
-                "in its run directory.",
-                file=sys.stderr,
-            )
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class LiveProgress:

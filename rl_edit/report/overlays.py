@@ -22,6 +22,7 @@ from rl_edit.report.contact_sheet import FOUND, Example, Panel, contact_sheet
 
 SHEET = "masks.png"
 TABLE = "data_masks.json"
+MASK_FILES = (SHEET, TABLE)
 SCHEMA = "rl-edit/data-masks/1"
 
 NUM_SHOWN = 24

@@ -58,7 +58,13 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
             modules=("rl_edit.cli", "rl_edit.__main__"),
         ),
     ),
-    (_room("rl_edit/training.py", "the life of a run directory"),),
+    (
+        Room(
+            name="rl_edit/training.py",
+            holds="the life of a run directory",
+            modules=("rl_edit.training", "rl_edit.run_end"),
+        ),
+    ),
     (
         Room(
             name="preparation",
