@@ -164,8 +164,8 @@ class JsonLines:
     """An append-only file of JSON objects, flushed line by line. A crash costs at most the last
     line."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, note: Callable[[str], None] = lambda text: None) -> None:
+        self.path, self._note = path, note
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
             with path.open("a") as file:  # a torn last line must not swallow the next one
@@ -193,22 +193,44 @@ class JsonLines:
     def rewind(self, keep: int, *, key: str = "update") -> None:
         """Drops lines whose ``key`` is ``keep`` or more: a resumed run writes them again.
 
-        Lines without the key stay.
+        Lines without the key stay. Lines that cannot be read are set aside in a file beside it.
         """
-        lines = [line for line in read_json_lines(self.path) if key not in line or line[key] < keep]
+        read, damaged = _parse_lines(self.path)
+        if damaged:
+            aside = self.path.with_name(f"{self.path.name}.unreadable")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+            self._note(
+                f"{len(damaged)} lines of {self.path.name} cannot be read (damaged) and are left "
+                f"out; they are kept in {aside}"
+            )
+        lines = [line for line in read if not line.get(key, keep - 1) >= keep]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Reads a file that may be missing or still being written; unreadable lines are left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    return _parse_lines(path)[0]
+
+
+def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Returns the objects of a file, and its lines that are none: torn, or not even text."""
+    records, damaged = [], []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        if not line.strip():
+            continue
         try:
             # A torn last line of a run that goes on is no error; the next read has it.
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+            record = json.loads(line)
+        # Not UTF-8, not JSON, or nested beyond what can be read.
+        except (ValueError, RecursionError):
+            record = None
+        whole = isinstance(record, dict) and isinstance(record.get("update", 0), int)
+        if whole:
+            records.append(record)
+        else:
+            damaged.append(line)
+    return records, damaged
 
 
 def validated(model: type[Model], content: object) -> Model:

@@ -271,3 +271,20 @@ def test_a_fault_of_the_program_leaves_the_newest_update_and_one_line(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
     ended = forks.run("train", "--run-dir", run, "--resume", folder=tmp_path)
     assert ended.code == 0 and adapter(run) == undisturbed
+
+
+def test_damaged_lines_are_set_aside_counted_and_said_and_the_run_goes_on(
+    forks: Forks, settings: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ("train", settings, "--run-dir", run)
+    assert forks.run(*command, "train.updates=1", folder=tmp_path).code == 0
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write(b'{"update": \xff}\n' + b"\0" * 4096 + b"\n" + b"[" * 100_000 + b"\n{\n")
+    assert forks.run("report", run, folder=tmp_path).code == 0
+    ended = forks.run(*command, "--resume", UPDATES, folder=tmp_path)
+    assert ended.code == 0 and adapter(run) == undisturbed
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert f"4 lines of {name} cannot be read" in ended.out
+    assert [line["update"] for line in metrics_of(run)] == [0, 1]

@@ -83,6 +83,7 @@ ROOMS = {
                 "wire",
                 "config",
                 "training",
+                "run_end",
                 "preparation",
                 "readiness",
                 "jobs",

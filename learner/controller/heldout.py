@@ -154,7 +154,7 @@ class HeldoutMonitor:
         self.probes, self.config, self.directory = probes, config, directory
         self.pixels_per_token = pixels_per_token
         self.lease, self.event, self.note = lease, events, note
-        self.file = JsonLines(directory / HELDOUT)
+        self.file = JsonLines(directory / HELDOUT, note=note)
 
     def rewind(self, updates_done: int) -> None:
         """Drops evaluations that a resumed run will do again."""

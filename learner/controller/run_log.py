@@ -37,7 +37,7 @@ class Events:
         lease: Lease | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._file, self._lease, self._note = JsonLines(path), lease, note
+        self._file, self._lease, self._note = JsonLines(path, note=note), lease, note
         self._lost = False
 
     def rewind(self, update: int) -> None:
@@ -160,7 +160,7 @@ class UpdateLog:
 
     def __init__(self, run: Run, executor: Executor, *, events: Events, observer: Observer) -> None:
         self.run, self.executor, self.events, self.observer = run, executor, events, observer
-        self.metrics = JsonLines(run.directory / METRICS)
+        self.metrics = JsonLines(run.directory / METRICS, note=observer.note)
         self.updates_reported = 0
         self._costs: list[GroupCost] = []
         self._notes: set[str] = set()

@@ -170,7 +170,7 @@ def _read_lines(path: Path) -> JsonLines:
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             # A last line without its end is still being written, and is no fault.
             unreadable += index < len(lines) - 1
             continue
