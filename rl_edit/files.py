@@ -214,7 +214,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """Returns the objects of a file, and its lines that are none: torn, or not even text."""
+    """Returns the objects of a file, and its damaged lines."""
     records, damaged = [], []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         if not line.strip():

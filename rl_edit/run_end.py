@@ -1,9 +1,9 @@
 """The end of an attempt to train a run: every way in which one can end leads through here.
 
-Whatever happened, in this order: what is held is committed if it can be; a newer attempt in the
-directory is left alone; ``run.json`` says how it ended; the workers end; the lease is released; and
-one error, with one exit code, goes on to the command line. Nothing is removed but what this attempt
-has made. docs/reliability.md has the table of ends.
+Whatever happened, in this order: the newest update is committed if it can be; a newer attempt in
+the directory is left alone; ``run.json`` says how it ended; the workers end; the lease is released;
+and one error, with one exit code, goes on to the command line. Nothing is removed but what this
+attempt has made. docs/reliability.md has the table of ends.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Attempt:
         self._write_record(status=status, adapter=name)
 
     def fail(self, error: BaseException) -> BaseException:
-        """Commits what is held and writes why the run failed; returns the error to raise."""
+        """Commits the newest update and writes why the run failed; returns the error to raise."""
         kept = self._keep()
         try:
             self.lease.check()
@@ -114,15 +114,15 @@ class Attempt:
             # The directory belongs to another attempt now. Nothing more is written there.
             return fenced
         except OSError:
-            # Nobody can say whose it is, so it is left as it is.
-            return self._told(error)
-        told = self._told(kept if isinstance(kept, Fenced) else error)
+            # Its owner cannot be found out, so it is left as it is.
+            return self._explained(error)
+        explained = self._explained(kept if isinstance(kept, Fenced) else error)
         with contextlib.suppress(Fenced, OSError):
-            self._write_failure(told)
-        return told
+            self._write_failure(explained)
+        return explained
 
     def _keep(self) -> BaseException | None:
-        """Commits what the loop holds, where the loop itself has not; returns what prevents it."""
+        """Commits the newest update, where the loop itself has not; returns what prevents it."""
         if self.loop is None:
             return None
         try:
@@ -132,7 +132,7 @@ class Attempt:
             return error
         return None
 
-    def _told(self, error: BaseException) -> BaseException:
+    def _explained(self, error: BaseException) -> BaseException:
         """Returns an error of the disk as one that says how the run goes on."""
         if not isinstance(error, OSError) or self.loop is None or error.filename is None:
             return error
@@ -142,15 +142,15 @@ class Attempt:
             f"that of update {done}. "
         )
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            told: Exception = ResourcesInfeasible(
+            explained: Exception = ResourcesInfeasible(
                 f"{problem}Free space, then continue with --resume"
             )
         else:
-            told = TrainingFailed(
+            explained = TrainingFailed(
                 f"{problem}Make {self.run.directory} writable, then continue with --resume"
             )
-        told.__cause__ = error
-        return told
+        explained.__cause__ = error
+        return explained
 
     def _write_failure(self, error: BaseException) -> None:
         """Writes why the run failed. An attempt that added nothing leaves the run as it was."""
@@ -213,10 +213,10 @@ def one_end(attempt: Attempt) -> Iterator[None]:
         # What ended the run is the error to report, not what a display says of it.
         with contextlib.suppress(Exception):
             attempt.observer.ended()
-        told = attempt.fail(error)
-        if told is error:
+        explained = attempt.fail(error)
+        if explained is error:
             raise
-        raise told from error
+        raise explained from error
     finally:
         attempt.close()
 

@@ -101,7 +101,7 @@ class Lease:
             try:
                 lease._publish()
             except OSError:
-                # A full disk. The claim of an attempt that never wrote may go: nobody followed it.
+                # A full disk. This attempt has written nothing, so its claim may go.
                 _claim(run_dir, epoch).unlink(missing_ok=True)
                 raise
         return lease

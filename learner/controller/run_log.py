@@ -26,7 +26,7 @@ class Events:
     """Appends state changes worth knowing, with their wall time, to ``events.jsonl``.
 
     Args:
-        lease: asked before each write; None where nobody else can come.
+        lease: asked before each write; None where no other attempt can come.
         note: called with what a person should know.
     """
 

@@ -150,7 +150,7 @@ def _of_the_system(error: OSError) -> tuple[str, int] | None:
             else f" for the output or for temporary files in {_temporary()}"
         )
         return f"no space is left{place} ({reason}): free some, or write elsewhere.", INFEASIBLE
-    # No reader, or a terminal that was closed: nobody would see the line.
+    # No reader, or a terminal that was closed: the line would not be seen.
     if error.errno in (errno.EPIPE, errno.EIO) and not where:
         return "", INTERNAL
     if not where:
