@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -30,7 +30,7 @@ from actors import ray_start, ray_watch
 from actors.roles import Roles, available_cores
 from rl_edit.config import RunConfig
 from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible, brief
-from rl_edit.provenance import differences, versions
+from rl_edit.provenance import differences, node_versions, versions
 
 NODE_TIMEOUT_S = 120.0
 RAY_JOB_STOP_DEFAULT_S = 3.0
@@ -82,8 +82,14 @@ def join_or_start(config: RunConfig, *, note: Callable[[str], None] = print) -> 
     if address and address != "local":
         _probe(address)
         try:
-            with ray_start.own_signals(), ray_start.quiet():
-                ray.init(log_to_driver=False)
+            with (
+                ray_start.own_signals(),
+                ray_start.quiet(),
+                ray_start.this_environment(note=note),
+            ):
+                # Ray's client sends its settings to a server that need not have our modules.
+                job: Any = None if address.startswith("ray://") else ray_start.Job()
+                ray.init(log_to_driver=False, job_config=job)
         except Exception as error:  # of several kinds: a refused token, other versions, no answer
             raise _unreachable(address, brief(error)) from error
         return
@@ -203,7 +209,7 @@ def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
         ResourcesInfeasible: a node started no worker in time.
     """
     # A task pinned to each node, without a CPU: it runs where all CPUs are taken.
-    remote_versions = ray.remote(versions)
+    remote_versions = ray.remote(node_versions)
     requests = {
         node["NodeManagerAddress"]: remote_versions.options(
             num_cpus=0,
@@ -214,6 +220,11 @@ def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
     }
     try:
         responses = _responses(list(requests.values()))
+    except RayTaskError as error:
+        raise InputError(
+            f"a node cannot import rl-edit ({brief(error.cause)}): install it on every node, or "
+            "submit the run with deploy/submit.sh, which takes it along."
+        ) from error
     except GetTimeoutError as error:
         raise ResourcesInfeasible(
             f"not every node of {len(requests)} started a worker within {NODE_TIMEOUT_S:g} s: see "

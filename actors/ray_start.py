@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 from actors import ray_watch
 from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible, brief
@@ -61,14 +62,51 @@ def start(*, note: Note, **settings: Any) -> None:
         settings["_temp_dir"] = f"{folder}/ray"
     _keep_token(folder, note=note)
     _say_slow_store(settings.get("object_store_memory"), folder, note=note)
-    with quiet(), own_signals(), ray_watch.starting():
+    with quiet(), own_signals(), this_environment(note=note), ray_watch.starting():
         try:
-            ray.init(**settings)
+            ray.init(job_config=Job(), **settings)
         except Exception as error:
             # Half a cluster would keep its processes, and the next try would join it.
             with contextlib.suppress(Exception):
                 ray.shutdown()
             raise _translated(error, folder) from error
+
+
+class Job(JobConfig):
+    """Lets the workers find modules where this process finds them.
+
+    Ray puts the current directory first for the workers alone. A folder there called ``rl_edit`` or
+    ``torch`` would then be imported by them, while the installed command does not search it.
+    """
+
+    def _serialize(self) -> Any:
+        searched = {os.path.realpath(entry) for entry in sys.path}
+        self._py_driver_sys_path = [
+            entry for entry in self._py_driver_sys_path if os.path.realpath(entry) in searched
+        ]
+        self._cached_pb = None
+        return super()._serialize()
+
+
+@contextlib.contextmanager
+def this_environment(*, note: Note) -> Iterator[None]:
+    """Lets the workers use the environment of this process below ``uv run`` too.
+
+    Ray would copy the working directory, whatever it holds, and start every worker by another ``uv
+    run`` in the copy, where the project may not be.
+    """
+    if os.environ.get("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0").lower() in ("1", "true"):
+        note(
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV is not followed: below uv run the workers use the "
+            f"environment of this command, {sys.prefix}"
+        )
+    # Not by the variable: a program may have imported Ray before, which reads it once.
+    constants = ray._private.ray_constants
+    before, constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV, False
+    try:
+        yield
+    finally:
+        constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
 
 
 def _temporary_folder() -> tuple[str, str]:

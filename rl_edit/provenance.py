@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "numpy", "safetensors")
+SOURCES_NAME = "rl-edit sources"
 SOURCES = ("rl_edit", "actors", "learner")
 
 
@@ -42,14 +43,27 @@ def versions() -> dict[str, str]:
             by_name[name] = version(name)
         except PackageNotFoundError:
             by_name[name] = "missing"
-    return {**by_name, "rl-edit sources": code_sha256()[:12]}
+    return {**by_name, SOURCES_NAME: code_sha256()[:12]}
+
+
+PLACE = "place"
+
+
+def node_versions() -> dict[str, str]:
+    """Returns the versions of another machine, and the folder that its sources lie in."""
+    return {**versions(), PLACE: str(Path(__file__).resolve().parent.parent)}
 
 
 def differences(nodes: dict[str, dict[str, str]], here: dict[str, str]) -> list[str]:
     """Lists in words how each node differs from ``here``; empty when all agree."""
     return [
-        f"{node} has {name} {there.get(name, 'missing')}, here is {expected}"
+        f"{node} has {name} {there.get(name, 'missing')}{_place(name, there)}, here is {expected}"
         for node, there in sorted(nodes.items())
         for name, expected in here.items()
         if there.get(name) != expected
     ]
+
+
+def _place(name: str, there: dict[str, str]) -> str:
+    # Another folder may be imported by mistake, so the sources' own is named.
+    return f" in {there[PLACE]}" if name == SOURCES_NAME and there.get(PLACE) else ""

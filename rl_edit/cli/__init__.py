@@ -23,9 +23,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # OpenMP reads it once, when torch is imported. Threads that wait then sleep instead of spinning,
 # which beside one busy program is the difference between 0.2 s and 2 s for the same work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Below "uv run", Ray would copy the working directory and start every worker by another "uv run".
-# The workers of a run use the environment of its driver, as everywhere else.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 def main() -> None:
@@ -52,6 +49,7 @@ def main() -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> None:
     try:
+        ending.require_directory()
         try:
             from rl_edit.cli.verbs import app
         except Exception as error:

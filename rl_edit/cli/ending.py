@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from rl_edit.cli import output
-from rl_edit.errors import BAD_INPUT, FAILED, INFEASIBLE, Interrupted, brief, lacks_memory, place
+from rl_edit.errors import (
+    BAD_INPUT,
+    FAILED,
+    INFEASIBLE,
+    InputError,
+    Interrupted,
+    brief,
+    lacks_memory,
+    place,
+)
 
 INTERNAL = 1
 """Exit code of an unexpected error. Within a run it is that of a failed training."""
@@ -47,6 +56,21 @@ class NotImportable(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(f"cannot start ({brief(error)}). {_import_remedy(error)}")
         self.__cause__ = error
+
+
+def require_directory() -> None:
+    """Checks that the current directory is there.
+
+    Raises:
+        InputError: it was removed, as those of jobs and of temporary folders are.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the current directory is gone ({error.strerror}): cd to another one, then run the "
+            "command again."
+        ) from None
 
 
 def without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -125,6 +149,9 @@ def _line(error: BaseException, *, within_run: bool) -> tuple[str, int]:
             "editor.resolution, end other programs, or use a larger machine or GPU.",
             INFEASIBLE,
         )
+    if isinstance(error, ImportError) and (remedy := _shadow_remedy(error)):
+        # Ray is imported when a run starts, not before.
+        return f"cannot go on ({brief(error)}). {remedy}", BAD_INPUT
     if isinstance(error, OSError) and (known := _of_the_system(error)):
         return known
     if isinstance(error, ValueError) and callable(problems := getattr(error, "errors", None)):
@@ -186,11 +213,8 @@ def _saved(error: BaseException, directory: Path | None) -> str:
 def _import_remedy(error: Exception) -> str:
     """Says what stands in the way of an import."""
     text = str(error)
-    if files := _shadows(error):
-        return (
-            f"{', '.join(files)} comes before the installed package of that name: unset "
-            "PYTHONPATH (env -u PYTHONPATH rl-edit ...), or rename it."
-        )
+    if remedy := _shadow_remedy(error):
+        return remedy
     if any(sign in text for sign in ("GLIBC", "cannot open shared object", "undefined symbol")):
         path = os.environ.get("LD_LIBRARY_PATH", "not set")
         return (
@@ -200,9 +224,30 @@ def _import_remedy(error: Exception) -> str:
     return f"Install the project again into {sys.prefix}: pip install -e . -c constraints.txt."
 
 
+def _shadow_remedy(error: Exception) -> str:
+    """Names files that were imported in the place of others; "" where there are none."""
+    files = _shadows(error)
+    if not files:
+        return ""
+    here = Path.cwd().resolve()
+    remedy = (
+        "run the command rl-edit in place of python -m rl_edit, which searches the current "
+        "directory first"
+        if any(Path(file).parent == here for file in files) and "PYTHONPATH" not in os.environ
+        else "unset PYTHONPATH (env -u PYTHONPATH rl-edit ...)"
+    )
+    return (
+        f"{', '.join(files)} comes before the installed package of that name: {remedy}, or "
+        "rename it."
+    )
+
+
 def _shadows(error: Exception) -> list[str]:
     """Finds files that are imported in the place of installed or built-in modules."""
-    installed = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")]
+    ends = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")]
+    # Packages of another environment may stand behind: uv run --with, system site packages.
+    first = next((place for place, entry in enumerate(sys.path) if entry in ends), 0)
+    installed = [*sys.path[first:], *ends]
     ours = Path(__file__).resolve().parent.parent.parent
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     files += [getattr(error, "path", None) or "", *map(_file, list(sys.modules))]
@@ -210,7 +255,7 @@ def _shadows(error: Exception) -> list[str]:
     for entry in sys.path:
         folder = Path(entry or ".").resolve()
         # Everything from here on is the interpreter's own.
-        if str(folder) in installed:
+        if str(folder) in ends:
             break
         for file in map(Path, filter(None, files)):
             if folder == ours or folder not in file.resolve().parents:
