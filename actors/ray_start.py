@@ -60,6 +60,7 @@ def start(*, note: Note, **settings: Any) -> None:
     if why:
         note(f"{why}; Ray's session and logs are in {folder}")
         settings["_temp_dir"] = f"{folder}/ray"
+    _keep_docstrings(note=note)
     _keep_token(folder, note=note)
     _say_slow_store(settings.get("object_store_memory"), folder, note=note)
     with quiet(), own_signals(), this_environment(note=note), ray_watch.starting():
@@ -138,6 +139,10 @@ def _temporary_folder() -> tuple[str, str]:
 
 def _problem(folder: str) -> str:
     """Returns why Ray cannot keep its session in a directory; "" when it can."""
+    try:
+        os.path.abspath(folder).encode()
+    except UnicodeEncodeError:  # Ray writes the name as UTF-8
+        return "has letters that this locale cannot read (set LC_ALL=C.UTF-8)"
     length = len(os.fsencode(os.path.abspath(folder)))
     if length > ROOM:
         return f"is {length} characters long and Ray's sockets leave room for {ROOM}"
@@ -154,6 +159,13 @@ def _problem(folder: str) -> str:
     return ""
 
 
+def _keep_docstrings(*, note: Note) -> None:
+    """Lets Ray's processes read their docstrings; its dashboard fails without."""
+    if (level := os.environ.get("PYTHONOPTIMIZE", "")).isdecimal() and int(level) > 1:
+        os.environ["PYTHONOPTIMIZE"] = "1"
+        note(f"PYTHONOPTIMIZE={level} strips texts that Ray reads: its processes start with 1")
+
+
 def _keep_token(folder: str, *, note: Note) -> None:
     """Gives Ray a place for its token where the home directory takes no file.
 
@@ -168,7 +180,10 @@ def _keep_token(folder: str, *, note: Note) -> None:
         if token.is_file() and os.access(token, os.R_OK):
             return
         token.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=token.parent):
+        with tempfile.TemporaryFile(dir=token.parent) as file:
+            # A full file system, or a quota, takes names and no bytes.
+            file.write(b"\0" * 4096)
+            file.flush()
             return
     except (OSError, RuntimeError):  # RuntimeError: this user has no home at all
         private = Path(tempfile.mkdtemp(prefix="rl-edit-", dir=folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -131,3 +132,40 @@ def test_other_sources_of_a_node_are_named_with_their_folder() -> None:
     (problem,) = differences({"10.0.0.1": there}, versions())
     assert "has rl-edit sources 000000000000 in /home/me/project, here is " in problem
     assert differences({"10.0.0.1": node_versions()}, versions()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_home_without_a_free_byte_does_not_take_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", home]).returncode:
+        pytest.skip("this machine allows no mount")
+    try:
+        with contextlib.suppress(OSError), (home / "full").open("wb") as file:
+            file.write(b"\0" * 2**20)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(home))
+        notes: list[str] = []
+        ray_start._keep_token(str(tmp_path), note=notes.append)
+        assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent.parent == tmp_path and notes
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that it ends with the test
+    finally:
+        subprocess.run(["umount", home], check=True)
+
+
+def test_a_temporary_directory_that_the_locale_cannot_read_is_not_rays() -> None:
+    # The bytes of "ü" as Python reads them in the locale C.
+    assert "LC_ALL=C.UTF-8" in ray_start._problem("/tmp/\udcc3\udcbc")
+
+
+@pytest.mark.parametrize(("level", "kept"), [("2", "1"), ("1", "1"), ("yes", "yes")])
+def test_rays_processes_keep_the_docstrings_that_they_read(
+    monkeypatch: pytest.MonkeyPatch, level: str, kept: str
+) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", level)
+    notes: list[str] = []
+    ray_start._keep_docstrings(note=notes.append)
+    assert os.environ["PYTHONOPTIMIZE"] == kept and len(notes) == (level == "2")
