@@ -41,6 +41,7 @@ STATUS = {
     130: {"stopped"},
     129: {"stopped"},
     -9: {"running", "done"},
+    -3: {"running", "done"},
 }
 """What ``run.json`` says after an exit code, unless a kind names other words."""
 
@@ -129,7 +130,7 @@ def cluster() -> list[Kind]:
             name=name,
             when="end",
             runtimes=RAY,
-            codes=frozenset({0, 3, 5}),
+            codes=frozenset({0, 3}),
             statuses=frozenset({"failed", "done"}),
             strike=lambda scene: kill_processes(scene, *titles),
         )
@@ -176,6 +177,7 @@ def driver() -> list[Kind]:
         ended_by("kill-driver", -9, kill),
         ended_by("SIGTERM", 143, term),
         ended_by("SIGHUP", 129, hup),
+        ended_by("SIGQUIT", -3, signal.SIGQUIT),
         ended_by("two-signals", 143, term, term, statuses=twice),
         Kind(name="SIGINT", when="end", codes=frozenset({0, 130}), strike=interrupt_group),
         Kind(name="pause-driver", when="during", strike=partial(paused, titles=(), seconds=1.5)),
