@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -118,6 +119,12 @@ class LocalExecutor:
 
     async def fetch(self, ref: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return ref
+
+    async def keep(self, ref: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return ref
+
+    async def require(self, arguments: Sequence[Any]) -> None:
+        """Does nothing: arrays of this process are never lost."""
 
     def store_bytes(self) -> float:
         return math.inf

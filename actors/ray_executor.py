@@ -7,25 +7,21 @@ controller decides, because work is repeatable.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import (
-    GetTimeoutError,
     ObjectLostError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    OutOfMemoryError,
     RayActorError,
     RayError,
-    RaySystemError,
     RayTaskError,
-    WorkerCrashedError,
 )
 from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -37,20 +33,12 @@ from actors.roles import ProcessTable, Roles
 from rl_edit.errors import MESSAGE_LENGTH, BlobLost, InputError, WorkerLost, WorkFailed, brief
 from rl_edit.method.update import TrainingFailed
 
-LOST = (
-    RayActorError,
-    WorkerCrashedError,
-    OutOfMemoryError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    RaySystemError,
-    GetTimeoutError,
-)
-"""Failures of processes and machines. The same call on another actor may well succeed."""
-
 POISONED = ("OutOfMemoryError", "AcceleratorError", "CudaError", "CUDA error")
 """Signs of errors after which a process with a GPU cannot be trusted: it is replaced."""
 
+
+FETCH_S, PROBE_S = 120.0, 15.0
+"""Longest wait for an array from another machine; and for one that a call may have waited for."""
 
 EVERY_CAUSE = " (?:There are some potential|Some common causes)"
 """Begins Ray's list of all reasons for which a process may end."""
@@ -163,7 +151,8 @@ class RayWorker:
             # All roles of the process learn it from the flag, and move on together.
             self._process.alive = False
             raise _of_actor(error) from error
-        except LOST as error:
+        except (RayError, ConnectionError) as error:
+            # Ray has many errors of machines and connections, and every version has others.
             raise WorkerLost(_first_line(error)) from error
 
     def kill(self) -> None:
@@ -197,11 +186,15 @@ class RayExecutor:
         return ray.put(blob)
 
     async def fetch(self, ref: Any) -> NDArray[np.uint8]:
-        try:
-            array: NDArray[np.uint8] = await ref
-        except ObjectLostError as error:
-            raise BlobLost(_first_line(error)) from error
-        return array
+        return await _fetch(ref, FETCH_S)
+
+    async def keep(self, ref: Any) -> Any:
+        # A copy of its own. What Ray fetched is a second copy, which it drops when it needs room.
+        return ray.put(np.array(await _fetch(ref, FETCH_S)))
+
+    async def require(self, arguments: Sequence[Any]) -> None:
+        refs = [argument for argument in arguments if isinstance(argument, ray.ObjectRef)]
+        await asyncio.gather(*(_fetch(ref, PROBE_S) for ref in refs))
 
     def store_bytes(self) -> float:
         return float(ray.cluster_resources().get("object_store_memory", 0))
@@ -242,6 +235,22 @@ class RayExecutor:
         for group in {group.id: group for group, _ in self._places.values()}.values():
             with contextlib.suppress(Exception):  # the cluster may be gone
                 remove_placement_group(group)
+
+
+async def _fetch(ref: Any, limit_s: float) -> NDArray[np.uint8]:
+    """Returns an array, or raises BlobLost when its machine is gone or does not send it."""
+    waiting = asyncio.ensure_future(_awaited(ref))
+    try:
+        return await asyncio.wait_for(waiting, limit_s)
+    except TimeoutError as error:
+        raise BlobLost(f"its machine did not send it within {limit_s:g} s") from error
+    except (RayError, ConnectionError) as error:
+        raise BlobLost(_first_line(error)) from error
+
+
+async def _awaited(ref: Any) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = await ref
+    return array
 
 
 def _of_method(error: RayTaskError) -> Exception:

@@ -7,6 +7,7 @@ few calls only. They are therefore tested without Ray and hold with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,10 +64,24 @@ class Executor(Protocol):
         """Stores an array for any number of workers."""
 
     async def fetch(self, ref: Ref) -> np.ndarray:
-        """Returns the array of a ref.
+        """Returns the array of a ref, within a limited time.
 
         Raises:
-            BlobLost: the machine that stored it is gone.
+            BlobLost: the machine that stored it is gone, or does not send it.
+        """
+
+    async def keep(self, ref: Ref) -> Ref:
+        """Copies an array to the driver's machine, where it outlives every other machine.
+
+        Raises:
+            BlobLost: as :meth:`fetch`.
+        """
+
+    async def require(self, arguments: Sequence[Any]) -> None:
+        """Checks that the arrays among some arguments can still be had.
+
+        Raises:
+            BlobLost: one of them cannot.
         """
 
     def store_bytes(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from learner.controller.executor import Ref
@@ -65,6 +65,7 @@ class LearnerRanks:
         self, supervisor: Supervisor, ranks: int, *, on_event: Callable[..., None]
     ) -> None:
         self.supervisor, self.ranks, self.event = supervisor, ranks, on_event
+        self._restored: Ref | None = None
         supervisor.open(ROLE, ranks)
 
     async def start(self) -> None:
@@ -87,13 +88,14 @@ class LearnerRanks:
             answer = await self.supervisor.timed(
                 "export", "export of the learner's state", slot, ROLE, "export", blobs=3
             )
-            return LearnerSnapshot.of(updates_done, LearnAnswer(*answer))
+            return await self._kept(LearnerSnapshot.of(updates_done, LearnAnswer(*answer)))
 
         return await self._anew("export", ask)
 
     async def restore(self, state: Ref) -> None:
         """Restores a state in a learner that has just been started."""
         await self._anew("restore", lambda: self._restore(state))
+        self._restored = state
 
     async def _restore(self, state: Ref) -> None:
         await self._everyone("restore", "restoring the learner", [(state,)] * self.ranks)
@@ -101,7 +103,7 @@ class LearnerRanks:
     async def _anew(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
         """Makes a call before the first update, and starts a lost learner again.
 
-        There is no state to rebuild from yet, and none is needed.
+        It gets the state that was restored before, if any.
         """
         lost = 0
         while True:
@@ -109,6 +111,8 @@ class LearnerRanks:
                 if lost:
                     await self.supervisor.respawn(ROLE)
                     await self.start()
+                    if self._restored is not None:
+                        await self._restore(self._restored)
                 return await call()
             except WorkerLost as error:
                 lost += 1
@@ -147,7 +151,8 @@ class LearnerRanks:
                 )
                 # Rank 0 carries the weights; the ranks hold the same after their all-reduce.
                 answer = LearnAnswer(*responses[0])
-                return answer.report, LearnerSnapshot.of(order.update + 1, answer)
+                made = LearnerSnapshot.of(order.update + 1, answer)
+                return answer.report, await self._kept(made)
             except WorkerLost as error:
                 lost += 1
                 self.event(
@@ -175,6 +180,22 @@ class LearnerRanks:
                         f"the learner failed in update {order.update}: {error}"
                     ) from error
                 self.supervisor.retries["data"] += 1
+
+    async def _kept(self, snapshot: LearnerSnapshot) -> LearnerSnapshot:
+        """Copies a snapshot to the driver's machine: that of the learner may be lost with it.
+
+        Raises:
+            WorkerLost: it is lost already, so the learner must make it again.
+        """
+        executor = self.supervisor.executor
+        try:
+            adapter = await executor.keep(snapshot.adapter)
+            state = await executor.keep(snapshot.state)
+            separate = snapshot.result_id != snapshot.id
+            result = await executor.keep(snapshot.result) if separate else adapter
+        except BlobLost as error:
+            raise WorkerLost(f"its answer was lost with its machine ({error})") from error
+        return replace(snapshot, adapter=adapter, state=state, result=result)
 
     async def _rebuild(self, snapshot: LearnerSnapshot) -> None:
         """Starts all ranks again, at the state before the update."""

@@ -41,7 +41,7 @@ from learner.controller.ledger import Ledger
 from learner.controller.run import Observer, Outcome, Run
 from learner.controller.run_log import Events, UpdateLog, UpdateTimes, group_cost
 from learner.controller.same_run import require_same_run
-from learner.controller.stalls import Progress, report_stalls
+from learner.controller.stalls import End, Progress, report_stalls
 from learner.controller.stop import Stop
 from learner.controller.supervisor import Supervisor
 from learner.controller.work import WorkPlan
@@ -166,12 +166,22 @@ class TrainingLoop:
                 self.supervisor,
                 self.progress,
                 limit_s=self.config.actors.stall_s,
+                # Two deadlines: a call that missed its own once may still be repeated.
+                end=End(
+                    times=self.config.actors.max_stalls,
+                    at_least_s=2 * self.config.actors.deadline_s,
+                ),
                 events=self.events,
                 note=self.observer.note,
             )
         )
         try:
-            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, stopped, stalls}, return_when=asyncio.FIRST_COMPLETED)
+            if stalls.done():
+                work.cancel()
+                # What it writes must be written before the commit of the rest begins.
+                await asyncio.wait({work}, timeout=self.config.train.grace_s)
+                return await self._outcome(stalls)
             if not work.done():
                 # An update that is being applied is worth its grace. Rollouts under way are not: a
                 # resumed run makes them again.

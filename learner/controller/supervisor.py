@@ -341,6 +341,8 @@ class Supervisor:
                 call.add_done_callback(lambda finished: pass_on(finished, late))
                 # Killed, not cancelled: a hung CUDA call cannot be cancelled.
                 slot.worker.kill()
+                # Maybe it only waited for an argument, which no other worker would get either.
+                await self.executor.require(args)
                 raise WorkerLost(f"no answer within {limit_s:g} s, killed")
             if call.cancelled():
                 # The executor dropped the call; this task was not cancelled. A CancelledError

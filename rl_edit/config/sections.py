@@ -188,6 +188,10 @@ class ActorsConfig(BaseModel):
         quarantine_after: kills of one worker slot within ten minutes, after which it is given up.
         stall_s: seconds of silence after which the run reports what is pending, on which worker,
             and since when.
+        max_stalls: such reports in a row, with nothing finished between them, after which the run
+            saves what it has and ends with exit code 3. It never ends before twice deadline_s has
+            passed, nor while actors start, which has start_timeout_s. By default half an hour:
+            three calls that each miss a deadline of ten minutes.
         dashboard: start Ray's dashboard for a local cluster, on loopback.
         preflight: before the first update, prove on the real actors that adapters are applied and
             that the ratio is 1.
@@ -217,6 +221,7 @@ class ActorsConfig(BaseModel):
     backoff_s: float = Field(default=1, ge=0)
     quarantine_after: int = Field(default=3, ge=1)
     stall_s: float = Field(default=120, gt=0)
+    max_stalls: int = Field(default=15, ge=1)
     dashboard: bool = False
     preflight: bool = True
 
