@@ -88,7 +88,7 @@ class LearnerRanks:
             answer = await self.supervisor.timed(
                 "export", "export of the learner's state", slot, ROLE, "export", blobs=3
             )
-            return await self._kept(LearnerSnapshot.of(updates_done, LearnAnswer(*answer)))
+            return await self._on_driver(LearnerSnapshot.of(updates_done, LearnAnswer(*answer)))
 
         return await self._anew("export", ask)
 
@@ -152,7 +152,7 @@ class LearnerRanks:
                 # Rank 0 carries the weights; the ranks hold the same after their all-reduce.
                 answer = LearnAnswer(*responses[0])
                 made = LearnerSnapshot.of(order.update + 1, answer)
-                return answer.report, await self._kept(made)
+                return answer.report, await self._on_driver(made)
             except WorkerLost as error:
                 lost += 1
                 self.event(
@@ -181,7 +181,7 @@ class LearnerRanks:
                     ) from error
                 self.supervisor.retries["data"] += 1
 
-    async def _kept(self, snapshot: LearnerSnapshot) -> LearnerSnapshot:
+    async def _on_driver(self, snapshot: LearnerSnapshot) -> LearnerSnapshot:
         """Copies a snapshot to the driver's machine: that of the learner may be lost with it.
 
         Raises:
