@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
+import actors.local_executor
 from actors import ray_processes, ray_watch
 from learner.controller.cluster_loss import unless_lost
 from rl_edit.errors import ClusterLost, Fenced, InputError
-from runs import adapter_bytes, events_of, run_inline, small_config
+from rl_edit.training import train
+from runs import adapter_bytes, events_of, read_json, run_inline, small_config
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 ROOT = Path(__file__).parent.parent
@@ -158,6 +160,11 @@ class Losing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inside, name)
 
+    async def fetch(self, ref: Any) -> Any:
+        if self.problem():
+            await asyncio.Event().wait()  # as an array of an object store that is gone
+        return await self._inside.fetch(ref)
+
     def problem(self) -> str:
         if not (self._directory / "events.jsonl").is_file():
             return ""
@@ -175,6 +182,24 @@ def test_a_run_that_lost_its_cluster_continues_to_the_same_bytes(
         )
     resumed = run_inline(config, tmp_path / "run", resume=True)
     assert adapter_bytes(resumed) == adapter_bytes(run_inline(config, tmp_path / "whole"))
+
+
+def test_the_end_of_a_run_without_its_cluster_is_recorded_at_once_and_fetches_nothing(
+    tmp_path: Path, small_editor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(small_editor, "actors.runtime=thread", "train.checkpoint_every=3")
+    directory = tmp_path / "run"
+    whole = actors.local_executor.LocalExecutor
+    monkeypatch.setattr(
+        actors.local_executor,
+        "LocalExecutor",
+        lambda *given, **more: Losing(whole(*given, **more), directory, 2),
+    )
+    with pytest.raises(ClusterLost, match=r"--resume from update 0\."):
+        train(config, directory)
+    record = read_json(directory / "run.json")
+    assert record["status"] == "failed" and "the raylet ended" in record["reason"]
+    assert record["seconds"] < 60
 
 
 LISTENER = """

@@ -26,11 +26,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import Any
 
 from learner.controller import checkpoint, heldout, preflight, silent
-from learner.controller.cluster_loss import unless_lost
+from learner.controller.cluster_loss import T, unless_lost
 from learner.controller.commits import Commits
 from learner.controller.executor import Executor, Ref
 from learner.controller.groups import GroupCollector, ScoredGroup, learn_order, shards
@@ -153,9 +154,10 @@ class TrainingLoop:
         if self.stop.requested:
             # While the learner of this process was made. Nothing has begun, so nothing is saved.
             return Outcome(updates_done=0, adapter=None)
-        return await unless_lost(
-            self._to_the_end(resume), self.executor, lambda: self.commits.updates_done
-        )
+        return await self._unless_lost(self._to_the_end(resume))
+
+    async def _unless_lost(self, work: Coroutine[Any, Any, T]) -> T:
+        return await unless_lost(work, self.executor, lambda: self.commits.updates_done)
 
     async def _to_the_end(self, resume: bool) -> Outcome:
         # The work, a request to stop, and the stall report run side by side on one thread.
@@ -404,9 +406,13 @@ class TrainingLoop:
         await heldout.evaluate(self.heldout, self.groups, newest, self.executor)
 
     async def keep(self) -> None:
-        """Commits the newest update of a run that ends by an error, unless the disk refuses."""
+        """Commits the newest update of a run that ends by an error, unless the disk refuses.
+
+        Raises:
+            ClusterLost: what it would commit is gone with the cluster that stored it.
+        """
         if self.commits.failed_in_a_row == 0:
-            await self._commit_newest()
+            await self._unless_lost(self._commit_newest())
 
     async def _commit_newest(self) -> None:
         if self.snapshot is not None and self.snapshot.updates_done > self.commits.updates_done:
