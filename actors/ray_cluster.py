@@ -5,14 +5,12 @@ What runs on the cluster is in ``ray_executor.py``.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -108,9 +106,6 @@ def join_or_start(config: RunConfig, *, note: Callable[[str], None] = print) -> 
         # By default Ray takes 30 % of the memory. Groups of the built-in editor are small.
         object_store_memory=CPU_OBJECT_STORE_BYTES if config.actors.rollout_gpus == 0 else None,
     )
-    # Ray writes the token of a local cluster readable by everyone.
-    with contextlib.suppress(OSError, RuntimeError):
-        (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
 def disconnect() -> None:

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import resource
-import secrets
 import shutil
 import signal
 import sys
@@ -19,20 +18,21 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.job_config import JobConfig
 
-from actors import ray_watch
+from actors import ray_access, ray_watch
 from rl_edit.errors import ClusterUnreachable, ResourcesInfeasible, brief
 
 SOCKET_LENGTH = 103 if sys.platform == "darwin" else 107
 """Bytes that the name of a Unix socket may have."""
 
-SESSION_LENGTH = len("/ray/session_2026-11-28_12-20-53_123456_4194304/sockets/plasma_store.9")
-"""Bytes that Ray appends to the temporary directory for its longest socket name."""
+SESSION_LENGTH = len(
+    f"/ray-{os.getuid()}/r/session_2026-11-28_12-20-53_123456_4194304/sockets/plasma_store.9"
+)
+"""Bytes that follow the temporary directory in the name of Ray's longest socket."""
 
 ROOM = SOCKET_LENGTH - SESSION_LENGTH
 """Bytes left for the temporary directory itself."""
@@ -59,18 +59,21 @@ def start(*, note: Note, **settings: Any) -> None:
     folder, why = _temporary_folder()
     if why:
         note(f"{why}; Ray's session and logs are in {folder}")
-        settings["_temp_dir"] = f"{folder}/ray"
     _keep_docstrings(note=note)
-    _keep_token(folder, note=note)
+    # Ray opens its own directory to everyone, so it lies in one that is closed.
+    settings["_temp_dir"] = session = f"{ray_access.close_to_others(folder, note=note)}/r"
     _say_slow_store(settings.get("object_store_memory"), folder, note=note)
     with quiet(), own_signals(), this_environment(note=note), ray_watch.starting():
         try:
-            ray.init(job_config=Job(), **settings)
+            ray.init(job_config=Job(), _node_ip_address="127.0.0.1", **settings)
+            ray_access.require_closed()
         except Exception as error:
             # Half a cluster would keep its processes, and the next try would join it.
             with contextlib.suppress(Exception):
                 ray.shutdown()
-            raise _translated(error, folder) from error
+            if isinstance(error, ClusterUnreachable):
+                raise
+            raise _translated(error, session) from error
 
 
 class Job(JobConfig):
@@ -148,10 +151,8 @@ def _problem(folder: str) -> str:
         return f"is {length} characters long and Ray's sockets leave room for {ROOM}"
     try:
         os.makedirs(folder, exist_ok=True)
-        session = os.path.join(folder, "ray")
-        place = session if os.path.isdir(session) else folder
         # Asks the file system: permissions do not show one that is full or read-only.
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
@@ -164,35 +165,6 @@ def _keep_docstrings(*, note: Note) -> None:
     if (level := os.environ.get("PYTHONOPTIMIZE", "")).isdecimal() and int(level) > 1:
         os.environ["PYTHONOPTIMIZE"] = "1"
         note(f"PYTHONOPTIMIZE={level} strips texts that Ray reads: its processes start with 1")
-
-
-def _keep_token(folder: str, *, note: Note) -> None:
-    """Gives Ray a place for its token where the home directory takes no file.
-
-    A user's own token or choice of authentication stays.
-    """
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(name in os.environ for name in names):
-        return
-    try:
-        home = Path.home()
-        token = home / ".ray" / "auth_token"
-        if token.is_file() and os.access(token, os.R_OK):
-            return
-        token.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=token.parent) as file:
-            # A full file system, or a quota, takes names and no bytes.
-            file.write(b"\0" * 4096)
-            file.flush()
-            return
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home at all
-        private = Path(tempfile.mkdtemp(prefix="rl-edit-", dir=folder))
-    path = private / "auth_token"
-    # mkdtemp made a directory for the owner only.
-    path.write_text(secrets.token_hex(32))
-    path.chmod(0o600)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    note(f"the home directory cannot be written to: the token of this run's cluster is in {path}")
 
 
 def _say_slow_store(size: int | None, folder: str, *, note: Note) -> None:
@@ -267,7 +239,7 @@ def _translated(error: Exception, folder: str) -> Exception:
         remedy = f"A process may open {limit} files and Ray needs more: ulimit -n 65536."
     else:
         remedy = (
-            f"See the newest session_*/logs in {folder}/ray; end what other runs left (ray stop), "
+            f"See the newest session_*/logs in {folder}; end what other runs left (ray stop), "
             "or train in one process with actors.runtime=thread."
         )
     return ClusterUnreachable(f"Ray could not start on this machine ({text}). {remedy}")

@@ -167,7 +167,7 @@ def timed(case: Case, *, updates: int) -> Timing:
         run, overrides = Path(temporary) / "run", settings(case, judge.url, updates)
         command = [sys.executable, "-m", "rl_edit", "train", "--preset", "tiny-rc-grpo"]
         command += ["--run-dir", str(run), *overrides]
-        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0"}
         ended = subprocess.run(
             command,
             cwd=ROOT,

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from learner.policy import TrainedPolicy
 from learner.probes import idle, ratio_deviation
-from learner.ranks import Alone, Ranks, free_address
+from learner.ranks import Alone, Ranks
+from learner.rendezvous import open_place
 from rl_edit import wire
 from rl_edit.config import RunConfig
 from rl_edit.config.sections import TrainConfig
@@ -90,11 +91,11 @@ class Learner:
         return os.getpid()
 
     def address(self) -> str:
-        """Returns a free "host:port", where the ranks can meet.
+        """Opens a place where the ranks can meet, and returns its address.
 
         It is this machine's, so it is asked of rank 0.
         """
-        return free_address()
+        return open_place()
 
     def join(self, rank: int, world: int, address: str) -> None:
         """Becomes one rank of several, for good; returns when all have joined.

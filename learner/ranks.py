@@ -6,7 +6,6 @@ which gradients are added.
 
 from __future__ import annotations
 
-import socket
 import warnings
 from collections.abc import Collection
 from datetime import timedelta
@@ -16,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from learner import rendezvous
 
 
 class Alone:
@@ -40,7 +41,7 @@ class Ranks:
     Construction waits for all of them.
 
     Args:
-        address: "host:port" at which rank 0 listens and the others find it.
+        address: of the place where the ranks meet, which rank 0 has opened.
         device: where this rank's gradients are. It decides between gloo and NCCL.
         timeout_s: longest wait for the other ranks in any call. Past it the call raises.
     """
@@ -51,7 +52,7 @@ class Ranks:
         self.rank, self.world, self.device = rank, world, device
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}",
+            store=rendezvous.store_at(address, world=world, timeout_s=timeout_s),
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=timeout_s),
@@ -104,21 +105,3 @@ class Ranks:
             for block in child if isinstance(child, nn.ModuleList) else ():
                 fully_shard(block, mesh=mesh, ignored_params=ignored)
         fully_shard(module, mesh=mesh, ignored_params=ignored)
-
-
-def free_address() -> str:
-    """Returns a free "host:port" of this machine.
-
-    The host is the machine's address on the network, or loopback where it has none.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # This names the outgoing interface. A datagram socket sends nothing here, and the
-            # address is one of documentation's (RFC 5737).
-            probe.connect(("192.0.2.1", 9))
-            host = probe.getsockname()[0]
-        except OSError:
-            host = "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return f"{host}:{probe.getsockname()[1]}"

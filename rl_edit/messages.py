@@ -23,6 +23,12 @@ from rl_edit.types import AdapterId
 ABSENT: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 """Stands where a message has no blob: the number of blobs is fixed before a call."""
 
+ONE_MACHINE = "RL_EDIT_ONE_MACHINE"
+"""Environment variable of the workers of a cluster that is one machine.
+
+It names a directory of that machine which other users cannot enter.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutResult:

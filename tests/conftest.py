@@ -4,6 +4,7 @@ started Ray cluster."""
 from __future__ import annotations
 
 import os
+import secrets
 
 # Before torch and ray are imported. Two busy processes with several threads each on two cores run
 # several times slower.
@@ -11,8 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# A local cluster would otherwise write a token into the home directory of whoever runs the tests.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Clusters of the tests ask for a token, and it is not that of whoever runs the tests.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # Ray runs its workers at nice 15: beside any other program the tests would wait for it.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # A cluster of the person who runs the tests is never used by them.

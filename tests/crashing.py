@@ -263,7 +263,6 @@ class Launched:
             if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
         }
         quiet = {
-            "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "OMP_NUM_THREADS": "1",

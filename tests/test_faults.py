@@ -28,7 +28,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors import ray_cluster
 from fakes import Crash, FakeLearner, FakeRollout, Fault, chaos, fake_roles, faulty
 from learner.controller import checkpoint
 from learner.controller.lease import Lease
@@ -1002,7 +1001,7 @@ def test_blobs_that_are_lost_again_and_again_end_the_run(
         )
 
 
-# --- 22, 25: what the nodes run, and who can reach the dashboard ----------------------------------
+# --- 22: what the nodes run -----------------------------------------------------------------------
 
 
 def test_nodes_that_run_other_versions_are_named_with_what_differs() -> None:
@@ -1017,27 +1016,6 @@ def test_nodes_that_run_other_versions_are_named_with_what_differs() -> None:
         "10.0.0.3 has torch 2.5.1, here is 2.6.0",
     ]
     assert differences({"10.0.0.1": here}, here) == []
-
-
-@pytest.mark.parametrize("dashboard", ["true", "false"])
-def test_a_local_cluster_shows_its_dashboard_to_this_machine_only_and_its_token_to_its_owner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dashboard: str
-) -> None:
-    requested: dict[str, Any] = {}
-    token = tmp_path / ".ray" / "auth_token"
-    token.parent.mkdir()
-    token.write_text("secret")
-    token.chmod(0o644)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(ray_cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_cluster.ray, "init", lambda **more: requested.update(more))
-    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {})
-    ray_cluster.connect(
-        small_config(EDITOR, "editor.resolution=64", f"actors.dashboard={dashboard}")
-    )
-    assert requested["dashboard_host"] == "127.0.0.1"
-    assert requested["include_dashboard"] is (dashboard == "true")
-    assert token.stat().st_mode & 0o077 == 0
 
 
 # --- everything at once ---------------------------------------------------------------------------

@@ -22,7 +22,8 @@ import learner.learner
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from learner.learner import Learner
-from learner.ranks import Ranks, free_address
+from learner.ranks import Ranks
+from learner.rendezvous import open_place
 from rl_edit import wire
 from rl_edit.config import RunConfig, load_config, presets
 from rl_edit.errors import InputError
@@ -133,7 +134,7 @@ def together(
     scenarios: dict[str, Scenario], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """Every rank's answers."""
-    directory, address = tmp_path_factory.mktemp("ranks"), free_address()
+    directory, address = tmp_path_factory.mktemp("ranks"), open_place()
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(

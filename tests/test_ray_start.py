@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from actors import ray_start
+from actors import ray_access, ray_start
 from actors.ray_executor import RayExecutor, _of_actor
 from actors.roles import WorkerSpec, make_workers
 from rl_edit.errors import (
@@ -88,7 +88,7 @@ def test_without_a_home_the_token_lies_in_a_file_of_its_owner(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     notes: list[str] = []
-    ray_start._keep_token(str(tmp_path), note=notes.append)
+    ray_access._keep_token(str(tmp_path), note=notes.append)
     path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that it ends with the test
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and len(path.read_text()) >= 32
@@ -168,7 +168,7 @@ with Signals(Stop()) as signals:
 
 
 def start(**environment: str) -> subprocess.Popen[str]:
-    names = ("RAY_AUTH_MODE", "TMPDIR")
+    names = ("RAY_AUTH_TOKEN", "TMPDIR")
     outside = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.Popen(
         [sys.executable, "-c", START],
