@@ -83,14 +83,13 @@ def test_a_directory_that_cannot_be_written_to_is_named_with_the_reason(tmp_path
 def test_without_a_home_the_token_lies_in_a_file_of_its_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that what is set ends with the test
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     notes: list[str] = []
     ray_access._keep_token(str(tmp_path), note=notes.append)
     path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that it ends with the test
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and len(path.read_text()) >= 32
     assert path.read_text() not in notes[0] and str(path) in notes[0]
 
@@ -168,7 +167,7 @@ with Signals(Stop()) as signals:
 
 
 def start(**environment: str) -> subprocess.Popen[str]:
-    names = ("RAY_AUTH_TOKEN", "TMPDIR")
+    names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "TMPDIR")
     outside = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.Popen(
         [sys.executable, "-c", START],
