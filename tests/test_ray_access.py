@@ -155,10 +155,8 @@ class Running:
 def running(small_editor: str) -> Iterator[Running]:
     # Unix sockets allow about 100 characters, so this cannot lie below pytest's directory.
     home = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
-    settings = ("actors.runtime=ray", "actors.num_learner=2", "actors.dashboard=true")
-    small_config(
-        small_editor, *settings, "train.updates=500", "train.groups_per_update=2", directory=home
-    )
+    settings = ("actors.num_learner=2", "actors.dashboard=true", "train.updates=500")
+    small_config(small_editor, directory=home)
     inherited = {name: value for name, value in os.environ.items() if "RAY_AUTH" not in name}
     with (home / "output").open("w") as output:
         process = subprocess.Popen(
@@ -170,6 +168,8 @@ def running(small_editor: str) -> Iterator[Running]:
                 home / "run.yaml",
                 "--run-dir",
                 home / "run",
+                "actors.runtime=ray",
+                *settings,
             ],
             cwd=ROOT,
             env={
