@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ray.core.generated.common_pb2 import JobConfig
 
-from actors import ray_start
+from actors import ray_access, ray_start
 from rl_edit.provenance import PLACE, differences, node_versions, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,13 +145,12 @@ def test_a_home_without_a_free_byte_does_not_take_the_token(
     try:
         with contextlib.suppress(OSError), (home / "full").open("wb") as file:
             file.write(b"\0" * 2**20)
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-            monkeypatch.delenv(name, raising=False)
+        for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            monkeypatch.setenv(name, "")  # so that what is set ends with the test
         monkeypatch.setenv("HOME", str(home))
         notes: list[str] = []
-        ray_start._keep_token(str(tmp_path), note=notes.append)
+        ray_access._keep_token(str(tmp_path), note=notes.append)
         assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent.parent == tmp_path and notes
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that it ends with the test
     finally:
         subprocess.run(["umount", home], check=True)
 
