@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from ray.util.metrics import Gauge
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import ray_watch
+from actors import gpu_checks, ray_watch
+from actors.devices import Device
 from actors.ray_cluster import Places
 from actors.roles import ProcessTable, Roles
 from rl_edit.errors import MESSAGE_LENGTH, BlobLost, InputError, WorkerLost, WorkFailed, brief
@@ -49,18 +51,28 @@ def actor_class(kind: str) -> type:
 
     A class made here travels by value: a worker process can load it without importing anything of
     ours. Its constructor imports ``rl_edit`` first, which puts our packages before a user's own
-    ``actors`` or ``learner`` (``rl_edit/__init__.py``). Only then does it fetch the roles, which
-    name classes of those packages. They come inside a list, where Ray leaves a reference alone.
+    ``actors`` or ``learner`` (``rl_edit/__init__.py``). Then it claims its GPUs, before a library
+    asks CUDA what there is. Only then does it fetch the roles, which name classes of those
+    packages. They come inside a list, where Ray leaves a reference alone. Models are loaded by the
+    first call of a role, so that the driver can compare GPUs before.
     """
 
     class Actor:
-        def __init__(self, roles: list[Any]) -> None:
+        def __init__(self, gpus: float, roles: list[Any]) -> None:
             self._refusal: Exception | None = None
+            self._workers: dict[str, Any] | None = None
             try:
                 import rl_edit  # noqa: F401 - imported for its effect, see above
-                from actors.roles import make_workers
+                from actors.devices import claim
 
-                self._workers = make_workers(ray.get(roles[0]))
+                context = ray.get_runtime_context()
+                self._device = claim(
+                    gpus,
+                    context.get_accelerator_ids().get("GPU", ()),
+                    node_id=context.get_node_id(),
+                    address=ray.util.get_node_ip_address(),
+                )
+                self._roles = ray.get(roles[0])
             except RayError:
                 raise  # a lost object says nothing about the settings
             except Exception as error:
@@ -68,10 +80,22 @@ def actor_class(kind: str) -> type:
                 # process lives, and every call raises the error itself.
                 self._refusal = error
 
-        def run(self, role: str, method: str, *args: Any) -> Any:
+        def device(self) -> Any:
             if self._refusal is not None:
                 raise self._refusal
-            return getattr(self._workers[role], method)(*args)
+            return self._device
+
+        def run(self, role: str, method: str, *args: Any) -> Any:
+            if self._workers is None and self._refusal is None:
+                from actors.roles import make_workers
+
+                try:
+                    self._workers = make_workers(self._roles)
+                except Exception as error:
+                    self._refusal = error
+            if self._refusal is not None:
+                raise self._refusal
+            return getattr(self._workers[role], method)(*args)  # type: ignore[index]
 
     Actor.__name__ = Actor.__qualname__ = kind
     return Actor
@@ -86,7 +110,8 @@ def environment(gpus: float) -> dict[str, str]:
     # hold the cores that the others need: twenty times slower beside one busy program.
     # A user's own policy is kept.
     variables = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-    # Without this a CPU actor would take memory of a GPU that is not its own.
+    # Without this a CPU actor would take memory of a GPU that is not its own. Ray itself hides
+    # nothing from actors without GPUs.
     return variables if gpus else {**variables, "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -95,10 +120,17 @@ class RayProcess:
 
     Args:
         place: its reserved bundle in a placement group; None where it has no GPU.
+
+    Attributes:
+        device: its GPUs, once it was asked for them; None before, and on the CPU.
     """
 
-    def __init__(self, kind: str, roles: Roles, place: tuple[PlacementGroup, int] | None) -> None:
-        gpus = max(spec.gpus for spec in roles.values())
+    def __init__(
+        self, kind: str, slot: int, roles: Roles, place: tuple[PlacementGroup, int] | None
+    ) -> None:
+        self.name, self.roles = f"{kind}-{slot}", roles
+        self.gpus = gpus = max(spec.gpus for spec in roles.values())
+        self.device: Device | None = None
         # CPU actors reserve no CPU, so that a small machine never deadlocks on placement.
         options: dict[str, Any] = {
             "num_cpus": 0,
@@ -115,7 +147,7 @@ class RayProcess:
         remote: Any = ray.remote(actor_class(kind)).options(**options)
         # Kept here, or Ray could free the roles before the constructor has fetched them.
         self._roles = ray.put(roles)
-        self.actor: Any = remote.remote([self._roles])
+        self.actor: Any = remote.remote(gpus, [self._roles])
         self.alive = True
 
     def kill(self) -> None:
@@ -125,14 +157,22 @@ class RayProcess:
 
 
 class RayWorker:
-    """Calls one role of an actor process."""
+    """Calls one role of an actor process.
 
-    def __init__(self, process: RayProcess, role: str) -> None:
-        self._process, self._role = process, role
+    Args:
+        compare: called before the role is made; it raises where the process has no GPU of its own.
+    """
+
+    def __init__(
+        self, process: RayProcess, role: str, compare: Callable[[RayProcess], Awaitable[None]]
+    ) -> None:
+        self._process, self._role, self._compare = process, role, compare
 
     async def call(self, method: str, *args: Any, blobs: int = 0) -> Any:
         if not self._process.alive:
             raise WorkerLost("the process was killed")
+        if method == "ready":
+            await self._compare(self._process)
         try:
             # Ray shows the name as the process's title while it runs, and in its task list.
             call = self._process.actor.run.options(
@@ -164,20 +204,46 @@ class RayExecutor:
 
     Args:
         places: the reserved bundles of processes with GPUs (``ray_cluster.reserve``).
+        report: called with the GPUs of each process that has some, before it loads models.
     """
 
-    def __init__(self, roles: Roles, places: Places | None = None) -> None:
-        self._places = places or {}
+    def __init__(
+        self,
+        roles: Roles,
+        places: Places | None = None,
+        *,
+        report: Callable[[Device], None] = lambda device: None,
+    ) -> None:
+        self._places, self._report = places or {}, report
         self._processes = ProcessTable(
             roles,
             lambda kind, served, worker_slot: RayProcess(
-                kind, served, self._places.get((kind, worker_slot))
+                kind, worker_slot, served, self._places.get((kind, worker_slot))
             ),
         )
         self._gauges: dict[str, Gauge] = {}
 
     def spawn(self, role: str, worker_slot: int) -> RayWorker:
-        return RayWorker(self._processes.spawn(role, worker_slot), role)
+        return RayWorker(self._processes.spawn(role, worker_slot), role, self._compare)
+
+    async def _compare(self, process: RayProcess) -> None:
+        """Compares the GPUs of a new process with those of all others, before it loads models.
+
+        Raises:
+            ResourcesInfeasible: it sees none, shares one wrongly, or its share is too small.
+        """
+        if not process.gpus or process.device is not None:
+            return
+        # Whatever ends the process is raised by the call that follows.
+        with contextlib.suppress(RayError):
+            seen: Device = await process.actor.device.remote()
+            # Colocated roles ask at once. The first answer is taken.
+            if process.device is None:
+                process.device = replace(seen, worker=process.name)
+                alive = [other for other in self._processes.processes() if other.alive]
+                others = [other.device for other in alive if other is not process and other.device]
+                gpu_checks.require(process.device, others, process.roles)
+                self._report(process.device)
 
     def direct(self, role: str) -> None:
         """Returns None: every worker is a process of its own."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from rl_edit.config import RunConfig
-from rl_edit.editors import EditorConfig, load_editor, lora
+from rl_edit.editors import EditorConfig, editor_bytes, load_editor, lora
 from rl_edit.errors import (
     InputError,
     WorkerLost,
@@ -27,6 +27,7 @@ from rl_edit.errors import (
     place,
 )
 from rl_edit.method.update import TrainingFailed
+from rl_edit.rewards import available
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,9 @@ class WorkerSpec:
             once and passed to ``make`` as ``editor``. None where a worker loads its own, or needs
             none.
         gpus: GPUs of one process.
+        idle_gpus: True where the models run on the CPU all the same, so no GPU need be seen.
+        weights: bytes of weights that it loads onto its GPU, by what they are. Known and read only
+            where ``gpus`` is a fraction.
     """
 
     process: str
@@ -48,6 +52,8 @@ class WorkerSpec:
     arguments: tuple[Any, ...] = ()
     shared_editor: EditorConfig | None = None
     gpus: float = 0
+    idle_gpus: bool = False
+    weights: Mapping[str, int] = field(default_factory=dict)
 
 
 Roles = dict[str, WorkerSpec]
@@ -67,8 +73,17 @@ def worker_roles(
     rollout_threads, learner_threads = threads_per_actor(config)
     # Scoring is mostly waiting for a judge, or cheap: one thread.
     reward = WorkerSpec(
-        process="reward", make=RewardActor, arguments=(config, fields, 1), gpus=actors.reward_gpus
+        process="reward",
+        make=RewardActor,
+        arguments=(config, fields, 1),
+        gpus=actors.reward_gpus,
+        weights=_reward_weights(config, fields) if 0 < actors.reward_gpus < 1 else {},
     )
+    shares = (actors.rollout_gpus, actors.learner_gpus)
+    of_editor: dict[str, Any] = {
+        "idle_gpus": config.editor.device == "cpu",
+        "weights": _editor_weights(config) if any(0 < share < 1 for share in shares) else {},
+    }
     if actors.placement == "colocated":
         rollout = WorkerSpec(
             process="colocated",
@@ -77,6 +92,7 @@ def worker_roles(
             arguments=(config, rollout_threads),
             shared_editor=config.editor,
             gpus=actors.rollout_gpus,
+            **of_editor,
         )
         learner = replace(rollout, make=learner_class)
     else:
@@ -85,14 +101,29 @@ def worker_roles(
             make=RolloutActor,
             arguments=(config, rollout_threads),
             gpus=actors.rollout_gpus,
+            **of_editor,
         )
         learner = WorkerSpec(
             process="learner",
             make=learner_class,
             arguments=(config, learner_threads),
             gpus=actors.learner_gpus,
+            **of_editor,
         )
     return {"rollout": rollout, "reward": reward, "learner": learner}
+
+
+def _editor_weights(config: RunConfig) -> dict[str, int]:
+    """Returns the size of the editor on a GPU; nothing where it is not known on this machine."""
+    size = editor_bytes(config.editor)
+    return {f"weights of {config.editor.path} in {config.editor.dtype}": size} if size else {}
+
+
+def _reward_weights(config: RunConfig, fields: frozenset[str]) -> dict[str, int]:
+    """Returns the sizes of the rewards' models on a GPU, as far as they are known here."""
+    terms, _ = available(tuple(config.rewards.values()), fields)
+    # By model: a process loads one once, however many terms ask it.
+    return {name: size for term in terms for name, size in term.gpu_weights().items() if size}
 
 
 def roles_of(roles: Roles, process: str) -> Roles:

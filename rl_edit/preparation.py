@@ -25,12 +25,12 @@ from rl_edit.audit.total import TASKS_BEFORE_TRAINING, Purpose, examine
 from rl_edit.config import RunConfig
 from rl_edit.data import open_dataset
 from rl_edit.data.canvas import fit
+from rl_edit.device_settings import require_device
 from rl_edit.editors import editor_identity, inspect_editor, require_targets
 from rl_edit.editors.misfit import misfit_note
 from rl_edit.errors import InputError
 from rl_edit.provenance import code_sha256, versions
 from rl_edit.readiness import (
-    require_device,
     require_gold,
     require_heldout,
     require_regions,
@@ -76,7 +76,7 @@ def prepare(
     Returns:
         the run, and the content of ``run.json``.
     """
-    require_device(config)
+    require_device(config, observer)
     require_gold(config)
     facts = inspect_editor(config.editor)
     dataset = open_dataset(

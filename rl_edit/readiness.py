@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from learner.controller.run import Observer
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, RowsDataset, open_dataset
@@ -89,26 +87,6 @@ def _require_writable(directory: Path) -> None:
             f"--run-dir {directory} cannot be written to: {existing} refuses a file of 1 MiB "
             f"({error.strerror}). Free space or change its rights, or give another directory"
         ) from error
-
-
-def require_device(config: RunConfig) -> None:
-    """Refuses a device that does not exist, where this process is the one to use it."""
-    name = config.editor.device
-    if name == "auto":
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(
-            f"editor.device {name!r} is no device: use auto, cpu, cuda or cuda:0"
-        ) from error
-    # Actors of Ray may run on other machines.
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.actors.runtime != "ray" and device.type == "cuda" and (device.index or 0) >= there:
-        raise InputError(
-            f"editor.device is {name!r} and this machine has {there} GPUs that torch can use: set "
-            "editor.device=auto, or cpu"
-        )
 
 
 def require_reward_files(config: RunConfig, terms: Sequence[Reward], observer: Observer) -> None:

@@ -28,6 +28,7 @@ class RunRecord(BaseModel):
         left_out_rewards: ``NAME: REASON`` of each reward term that the data cannot feed.
         unrewarded_edit: why the rewards do not ask for the edit, of a run that was trained
             nevertheless (``train.allow_unrewarded_edit``); "" of any other.
+        hardware: of the machine that started the run; ``actors`` lists who had which GPU.
         started, finished: seconds since the epoch; ``seconds`` is their difference.
         adapter: id of the trained adapter; None when no update was done.
         reason: cause of a failure.
@@ -53,7 +54,7 @@ class RunRecord(BaseModel):
     left_out_rewards: tuple[str, ...] = ()
     unrewarded_edit: str = ""
     versions: Mapping[str, str] = {}
-    hardware: Mapping[str, Any] = {}
+    hardware: dict[str, Any] = {}
     command: str = ""
     started: float | None = None
     adapter: str | None = None

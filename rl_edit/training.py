@@ -161,7 +161,7 @@ def _executor(attempt: Attempt, *, allow_skew: bool) -> Any:
         from actors.local_executor import LocalExecutor
 
         return LocalExecutor(roles, threaded=config.actors.runtime == "thread")
-    from actors import ray_cluster, ray_executor
+    from actors import gpu_checks, ray_cluster, ray_executor
 
     attempt.check()
     with attempt.signals.kept_from_children():
@@ -170,4 +170,7 @@ def _executor(attempt: Attempt, *, allow_skew: bool) -> Any:
     ray_cluster.check_stop_wait(config.train.grace_s, note=note)
     places = ray_cluster.reserve(config, roles, note=note, check=attempt.check)
     ray_cluster.check_nodes(allow_skew=allow_skew, note=note)
-    return ray_executor.RayExecutor(roles, places)
+    report = gpu_checks.Report(
+        event=attempt.events, say=attempt.observer.say, hardware=attempt.record.hardware
+    )
+    return ray_executor.RayExecutor(roles, places, report=report)

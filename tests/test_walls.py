@@ -87,6 +87,7 @@ ROOMS = {
                 "preparation",
                 "readiness",
                 "jobs",
+                "device_settings",
             )
             for end in (".py", "/*.py")
         ),

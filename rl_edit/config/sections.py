@@ -163,8 +163,8 @@ class ActorsConfig(BaseModel):
         num_learner: learner ranks (torch.distributed). Equal to num_rollout when colocated.
             "auto" is a rank for each rollout actor where ranks are processes on CPU cores and take
             turns with the rollouts, and 1 elsewhere.
-        rollout_gpus: GPUs of each rollout actor. Fractions share one; 0 is CPU. Colocated
-            processes take this number.
+        rollout_gpus: GPUs of each rollout actor. Fractions share one, each within its share of the
+            memory; 0 is CPU. Colocated processes take this number.
         reward_gpus: GPUs of each reward actor.
         learner_gpus: GPUs of each learner rank.
         shard_base: shard the frozen base over the learner ranks (FSDP2), when it is too big for
@@ -239,6 +239,13 @@ class ActorsConfig(BaseModel):
                 f"runtime {self.runtime!r} is one process, which cannot hold num_learner "
                 f"{self.num_learner} ranks: use runtime ray, or 1."
             )
+        for role in ("rollout", "reward", "learner"):
+            gpus = getattr(self, f"{role}_gpus")
+            if gpus > 1 and gpus != int(gpus):
+                raise ValueError(
+                    f"{role}_gpus {gpus:g} is neither a fraction of one GPU nor a whole number, "
+                    "and Ray reserves nothing else: use a whole number, or less than 1."
+                )
         if self.shard_base and self.num_learner == 1:
             raise ValueError(
                 "shard_base with one learner rank has no rank to shard over: raise num_learner, "

@@ -96,6 +96,13 @@ def load_editor(config: EditorFamily) -> Editor:
     return config.load()
 
 
+def editor_bytes(config: EditorFamily) -> int:
+    """Returns the bytes of an editor's weights once loaded; 0 where the family does not say."""
+    # Optional, so that a family of yours need not offer it.
+    count = getattr(config, "weight_bytes", None)
+    return int(count()) if count is not None else 0
+
+
 def require_targets(config: EditorFamily, lora: LoraConfig) -> None:
     """Refuses LoRA settings that the editor cannot take, before any weight is loaded.
 

@@ -7,12 +7,14 @@ read here is small: names, JSON files, and the tables of tensors at the head of 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from rl_edit.editors.location import INDEX, Location
@@ -28,6 +30,9 @@ _VOCABULARIES = (
     *(("spiece.model",), ("tokenizer.model",), ("vocab.txt",)),
 )
 """Files of which one set must be in a tokenizer's folder."""
+
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+"""Bytes of a stored number by safetensors' names; 1 for all others."""
 
 _LFS = b"version https://git-lfs"
 
@@ -122,6 +127,57 @@ def model_problems(place: Location) -> list[str]:
             "is there: rename it, or save the model again without a variant"
         ]
     return problems or list(_damaged(place, model, PipelineFiles()))
+
+
+def pipeline_bytes(place: Location, *, dtype: str) -> int:
+    """Counts the bytes of a pipeline's weights in a number format; 0 where they are not here."""
+    names = place.files()
+    if names is None:
+        return 0
+    components = _components(place.read_json(INDEX), names)
+    files = _chosen(place, components, dtype)
+    return _bytes(place, [part for part in components if part.stem], files, dtype)
+
+
+def model_bytes(place: Location, *, dtype: str) -> int:
+    """Counts the bytes of a model of transformers likewise; "auto" is the stored number format."""
+    names = place.files()
+    if names is None:
+        return 0
+    files = frozenset(name for name in names if "/" not in name)
+    model = _Component(name="", kind="Model", stem=_STEMS["transformers"], files=files)
+    return _bytes(place, [model], PipelineFiles(), dtype) if None in model.variants() else 0
+
+
+def _bytes(
+    place: Location, components: Collection[_Component], chosen: PipelineFiles, dtype: str
+) -> int:
+    """Adds up the tables of tensors; 0 where one of them is not on this machine."""
+    total = 0
+    for part in components:
+        weights = part.variants()
+        file = weights[chosen.variant if chosen.variant in weights else None]
+        name = part.path(file)
+        shards = [part.path(s) for s in _shards(place, name)] if name.endswith(".json") else [name]
+        for path in map(place.local_path, shards):
+            if path is None:
+                return 0
+            total += _table_bytes(path, None if dtype == "auto" else getattr(torch, dtype).itemsize)
+    return total
+
+
+def _table_bytes(path: Path, itemsize: int | None) -> int:
+    """Adds up the tensors of a file.
+
+    Args:
+        itemsize: bytes of a number once loaded; None takes the stored ones.
+    """
+    with safe_open(path, framework="pt") as opened:
+        slices = map(opened.get_slice, opened.keys())
+        return sum(
+            math.prod(part.get_shape()) * (itemsize or _ITEM_BYTES.get(part.get_dtype(), 1))
+            for part in slices
+        )
 
 
 def _components(index: Any, names: Collection[str]) -> tuple[_Component, ...]:

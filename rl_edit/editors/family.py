@@ -108,6 +108,13 @@ class EditorSettings(BaseModel):
         """
         return None
 
+    def weight_bytes(self) -> int:
+        """Counts the bytes of all weights once loaded; 0 where they are not on this machine.
+
+        Processes that share a GPU are refused by it where they cannot fit.
+        """
+        return 0
+
     def evaluation_settings(self) -> dict[str, Any]:
         """Settings that an evaluation records and compares; None where the family has none."""
         # The keys of evaluation.json. A family of yours that has settings beyond them puts them

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rl_edit.data.editor_text import TextReading
 from rl_edit.editors.attention_capture import captured
-from rl_edit.editors.component_files import pipeline_files
+from rl_edit.editors.component_files import pipeline_bytes, pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorSettings
 from rl_edit.editors.flux_defaults import builtin_misfit, flux_defaults
 from rl_edit.editors.flux_pipeline import stock_pipeline
@@ -135,6 +135,10 @@ class FluxKontextConfig(EditorSettings):
     def skeleton(self) -> nn.Module:
         """Builds the transformer of the editor's configuration on the meta device."""
         return transformer_skeleton(locate(self.path, self.revision))
+
+    def weight_bytes(self) -> int:
+        """Counts transformer, VAE and both text encoders: all of them lie on the device."""
+        return pipeline_bytes(locate(self.path, self.revision), dtype=self.dtype)
 
     def load(self) -> FluxKontextEditor:
         """Loads the stock pipeline and freezes it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rl_edit.errors import InputError
 from rl_edit.rewards.cache import content_sha256
-from rl_edit.rewards.model_files import require_model
+from rl_edit.rewards.model_files import require_model, stored_bytes
 from rl_edit.rewards.networks import clip
 from rl_edit.rewards.term import RewardTerm, Sides
 from rl_edit.types import Candidates, PairedTask, Score
@@ -62,6 +62,9 @@ class ClipSimilarity(RewardTerm):
 
     def fingerprint(self) -> dict[str, Any]:
         return {**super().fingerprint(), "model": content_sha256(self.model)}
+
+    def gpu_weights(self) -> dict[str, int]:
+        return {} if self.device == "cpu" else {self.model: stored_bytes(self.model, "float32")}
 
     def require_files(self) -> None:
         super().require_files()

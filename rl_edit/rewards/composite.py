@@ -59,6 +59,9 @@ class Composite(RewardTerm):
     def remote(self) -> bool:
         return self.of.remote
 
+    def gpu_weights(self) -> Mapping[str, int]:
+        return self.of.gpu_weights()
+
     def notes(self) -> tuple[str, ...]:
         return self.of.notes()
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rl_edit.editors.component_files import model_problems
+from rl_edit.editors.component_files import model_bytes, model_problems
 from rl_edit.editors.location import Location
 from rl_edit.errors import InputError, ModelUnusable, brief, did_you_mean, lacks_memory
 
@@ -41,6 +41,11 @@ def require_model(path: str, *, reward: str) -> dict[str, Any]:
         )
     content = place.read_json("config.json")
     return content if isinstance(content, dict) else {}
+
+
+def stored_bytes(path: str, dtype: str) -> int:
+    """Counts the bytes of a model's weights once loaded; 0 where they are not on this machine."""
+    return model_bytes(Location(name=path, local=Path(path).is_dir()), dtype=dtype)
 
 
 def require_image_processor(path: str, *, reward: str) -> None:

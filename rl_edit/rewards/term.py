@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -167,6 +168,14 @@ class RewardTerm(BaseModel, ABC):
     def remote(self) -> bool:
         """True when scoring waits for another machine and occupies no device of this run."""
         return False
+
+    def gpu_weights(self) -> Mapping[str, int]:
+        """Lists the models that it loads onto a GPU, with the bytes of their weights.
+
+        Reward actors that share a GPU are refused by it where they cannot fit. A model that is left
+        out, or not on this machine, is not counted.
+        """
+        return {}
 
     def notes(self) -> tuple[str, ...]:
         """Says what the user should know about how scores came about, a sentence each.

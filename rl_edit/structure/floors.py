@@ -69,7 +69,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         Room(
             name="preparation",
             holds="checks before a run starts",
-            modules=("rl_edit.preparation", "rl_edit.readiness"),
+            modules=("rl_edit.preparation", "rl_edit.readiness", "rl_edit.device_settings"),
         ),
     ),
     (_room("learner/controller", "loop, ledger, checkpoints"),),

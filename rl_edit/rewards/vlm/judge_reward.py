@@ -21,9 +21,17 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rl_edit.errors import InputError
+from rl_edit.rewards.model_files import stored_bytes
 from rl_edit.rewards.term import RewardTerm
 from rl_edit.rewards.vlm.answers import Unreadable, scores_in, thinking_in
-from rl_edit.rewards.vlm.backends import JudgeTransport, OpenAI, Question, Reply, Sampling
+from rl_edit.rewards.vlm.backends import (
+    JudgeTransport,
+    OpenAI,
+    Question,
+    Reply,
+    Sampling,
+    Transformers,
+)
 from rl_edit.rewards.vlm.expected_score import expected_scores
 from rl_edit.types import Candidates, EditTask, Score, Status
 
@@ -162,6 +170,13 @@ class JudgeReward(RewardTerm):
     @property
     def remote(self) -> bool:
         return isinstance(self.transport, OpenAI)
+
+    def gpu_weights(self) -> dict[str, int]:
+        transport = self.transport
+        # The other local transports size themselves by settings of their own.
+        if not isinstance(transport, Transformers) or transport.device == "cpu":
+            return {}
+        return {transport.path: stored_bytes(transport.path, transport.dtype)}
 
     @abstractmethod
     def questions(
