@@ -225,8 +225,8 @@ def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
         # Not UTF-8, not JSON, or nested beyond what can be read.
         except (ValueError, RecursionError):
             record = None
-        whole = isinstance(record, dict) and isinstance(record.get("update", 0), int)
-        if whole:
+        complete = isinstance(record, dict) and isinstance(record.get("update", 0), int)
+        if complete:
             records.append(record)
         else:
             damaged.append(line)

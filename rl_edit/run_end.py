@@ -80,9 +80,9 @@ class Attempt:
         """Says what a run that was stopped has saved, and how it goes on."""
         assert self.loop is not None and self.outcome is not None
         done, saved = self.outcome.updates_done, self.loop.commits.updates_done
-        kept = "everything is saved" if saved == done else f"saved up to update {saved}"
+        extent = "everything is saved" if saved == done else f"saved up to update {saved}"
         return (
-            f"stopped after update {done}; {kept}. Continue with: "
+            f"stopped after update {done}; {extent}. Continue with: "
             f"rl-edit train --run-dir {self.run.directory} --resume"
         )
 
@@ -107,7 +107,7 @@ class Attempt:
 
     def fail(self, error: BaseException) -> BaseException:
         """Commits the newest update and writes why the run failed; returns the error to raise."""
-        kept = self._keep()
+        problem = self._keep()
         try:
             self.lease.check()
         except Fenced as fenced:
@@ -116,7 +116,7 @@ class Attempt:
         except OSError:
             # Its owner cannot be found out, so it is left as it is.
             return self._explained(error)
-        explained = self._explained(kept if isinstance(kept, Fenced) else error)
+        explained = self._explained(problem if isinstance(problem, Fenced) else error)
         with contextlib.suppress(Fenced, OSError):
             self._write_failure(explained)
         return explained

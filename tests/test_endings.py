@@ -83,6 +83,7 @@ def test_an_error_is_one_line_with_its_exit_code(
 def test_the_traceback_of_an_unexpected_error_is_in_the_file_that_the_line_names(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ending.Unexpected) as unexpected, ending.within_run(tmp_path):
         raise KeyError("alpha")
     code, text = ended(unexpected.value, capsys)
