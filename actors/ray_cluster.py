@@ -158,6 +158,13 @@ def reserve(
     }
 
 
+def place_lost(group: PlacementGroup, bundle: int) -> bool:
+    """Returns whether a bundle is on no living node: its own was lost, and no other took it."""
+    # Ray empties the node of a bundle when it notices that the node is lost.
+    node = placement_group_table(group).get("bundles_to_node_id", {}).get(bundle, "")
+    return node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def _wait_for(
     group: PlacementGroup,
     total: float,

@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import gpu_checks, ray_watch
 from actors.devices import Device
-from actors.ray_cluster import Places
+from actors.ray_cluster import Places, place_lost
 from actors.roles import ProcessTable, Roles
 from rl_edit.errors import MESSAGE_LENGTH, BlobLost, InputError, WorkerLost, WorkFailed, brief
 from rl_edit.method.update import TrainingFailed
@@ -41,6 +41,9 @@ POISONED = ("OutOfMemoryError", "AcceleratorError", "CudaError", "CUDA error")
 
 FETCH_S, PROBE_S = 120.0, 15.0
 """Longest wait for an array from another machine; and for one that a call may have waited for."""
+
+PLACE_POLL_S, PLACE_LOST_S = 5.0, 30.0
+"""Seconds between two looks at the place of a process, and without one until it is given up."""
 
 EVERY_CAUSE = " (?:There are some potential|Some common causes)"
 """Begins Ray's list of all reasons for which a process may end."""
@@ -129,6 +132,7 @@ class RayProcess:
         self, kind: str, slot: int, roles: Roles, place: tuple[PlacementGroup, int] | None
     ) -> None:
         self.name, self.roles = f"{kind}-{slot}", roles
+        self.place = place
         self.gpus = gpus = max(spec.gpus for spec in roles.values())
         self.device: Device | None = None
         # CPU actors reserve no CPU, so that a small machine never deadlocks on placement.
@@ -205,6 +209,7 @@ class RayExecutor:
     Args:
         places: the reserved bundles of processes with GPUs (``ray_cluster.reserve``).
         report: called with the GPUs of each process that has some, before it loads models.
+        wait_for_nodes_s: how long an autoscaler may take to replace a lost node.
     """
 
     def __init__(
@@ -213,8 +218,10 @@ class RayExecutor:
         places: Places | None = None,
         *,
         report: Callable[[Device], None] = lambda device: None,
+        wait_for_nodes_s: float = 0.0,
     ) -> None:
         self._places, self._report = places or {}, report
+        self._place_lost_s = max(PLACE_LOST_S, wait_for_nodes_s)
         self._processes = ProcessTable(
             roles,
             lambda kind, served, worker_slot: RayProcess(
@@ -231,12 +238,13 @@ class RayExecutor:
 
         Raises:
             ResourcesInfeasible: it sees none, shares one wrongly, or its share is too small.
+            WorkerLost: the node with its GPUs was lost, and no other has them.
         """
         if not process.gpus or process.device is not None:
             return
         # Whatever ends the process is raised by the call that follows.
         with contextlib.suppress(RayError):
-            seen: Device = await process.actor.device.remote()
+            seen = await self._first_answer(process)
             # Colocated roles ask at once. The first answer is taken.
             if process.device is None:
                 process.device = replace(seen, worker=process.name)
@@ -244,6 +252,24 @@ class RayExecutor:
                 others = [other.device for other in alive if other is not process and other.device]
                 gpu_checks.require(process.device, others, process.roles)
                 self._report(process.device)
+
+    async def _first_answer(self, process: RayProcess) -> Device:
+        """Waits for a process as long as there is a node for it."""
+        answer, without_s = asyncio.ensure_future(_awaited(process.actor.device.remote())), 0.0
+        try:
+            while not (await asyncio.wait({answer}, timeout=PLACE_POLL_S))[0]:
+                place = process.place
+                lost = place is not None and await asyncio.to_thread(_place_lost, *place)
+                without_s = without_s + PLACE_POLL_S if lost else 0.0
+                if without_s >= self._place_lost_s:
+                    raise WorkerLost(
+                        "the node with its GPUs was lost, and no other node has had them free for "
+                        f"{without_s:g} s"
+                    )
+            seen: Device = answer.result()
+            return seen
+        finally:
+            answer.cancel()
 
     def direct(self, role: str) -> None:
         """Returns None: every worker is a process of its own."""
@@ -307,16 +333,23 @@ async def _fetch(ref: Any, limit_s: float) -> NDArray[np.uint8]:
     """Returns an array, or raises BlobLost when its machine is gone or does not send it."""
     waiting = asyncio.ensure_future(_awaited(ref))
     try:
-        return await asyncio.wait_for(waiting, limit_s)
+        array: NDArray[np.uint8] = await asyncio.wait_for(waiting, limit_s)
+        return array
     except TimeoutError as error:
         raise BlobLost(f"its machine did not send it within {limit_s:g} s") from error
     except (RayError, ConnectionError) as error:
         raise BlobLost(_first_line(error)) from error
 
 
-async def _awaited(ref: Any) -> NDArray[np.uint8]:
-    array: NDArray[np.uint8] = await ref
-    return array
+async def _awaited(ref: Any) -> Any:
+    return await ref
+
+
+def _place_lost(group: PlacementGroup, bundle: int) -> bool:
+    try:
+        return place_lost(group, bundle)
+    except Exception:  # of many kinds, when the cluster does not answer: that is noticed elsewhere
+        return False
 
 
 def _of_method(error: RayTaskError) -> Exception:

@@ -173,4 +173,5 @@ def _executor(attempt: Attempt, *, allow_skew: bool) -> Any:
     report = gpu_checks.Report(
         event=attempt.events, say=attempt.observer.say, hardware=attempt.record.hardware
     )
-    return ray_executor.RayExecutor(roles, places, report=report)
+    wait_s = config.actors.wait_for_nodes_s
+    return ray_executor.RayExecutor(roles, places, report=report, wait_for_nodes_s=wait_s)

@@ -889,7 +889,7 @@ def test_a_replacement_that_cannot_load_the_weights_is_replaced_too(
 
 @pytest.mark.parametrize(
     "fault",
-    [Fault("rollout", "load", 2, "raise"), Fault("rollout", "load", 2, "lose_blob")],
+    [Fault("rollout", "load", 2, "raise"), Fault("rollout", "load", 2, "lose_blob", times=999)],
     ids=["raises", "lost"],
 )
 def test_weights_that_no_actor_can_be_given_end_the_run_in_one_line_and_are_kept(
@@ -898,6 +898,27 @@ def test_weights_that_no_actor_can_be_given_end_the_run_in_one_line_and_are_kept
     with pytest.raises(TrainingFailed, match="--resume"):
         fakes(tmp_path, faults=(fault,))
     assert story(fakes(tmp_path, resume=True), tmp_path) == undisturbed()
+
+
+def test_weights_that_one_actor_cannot_pull_cost_that_actor_and_not_the_run(
+    tmp_path: Path, undisturbed: Callable[..., Story]
+) -> None:
+    # The second load is a broadcast; the third prepares the actor that replaces the first.
+    outcome = fakes(tmp_path, faults=(Fault("rollout", "load", 2, "lose_blob", times=2),))
+    assert story(outcome, tmp_path) == undisturbed()
+    assert len(events_of(tmp_path, "actor_lost")) == 2
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault("learner", "ratio", 1, "lose_blob"), Fault("learner", "ratio", 1, "lose")]
+)
+def test_what_is_lost_in_the_preflight_is_made_again(
+    tmp_path: Path, undisturbed: Callable[..., Story], fault: Fault
+) -> None:
+    outcome = fakes(tmp_path, "actors.preflight=true", faults=(fault,))
+    assert story(outcome, tmp_path) == undisturbed()
+    event = "blob_lost" if fault.kind == "lose_blob" else "learner_lost"
+    assert len(events_of(tmp_path, event)) == 1
 
 
 # --- 18: bounded staleness never stops the run ----------------------------------------------------

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from learner.controller.executor import Ref
-from learner.controller.learner_ranks import LearnerSnapshot
+from learner.controller.learner_ranks import LearnerSnapshot, Shards
 from rl_edit.errors import InputError, WorkFailed
 from rl_edit.messages import LearnAnswer, LearnOrder, LearnReport
 from rl_edit.method.update import TrainingFailed
@@ -16,12 +16,14 @@ from rl_edit.method.update import TrainingFailed
 class LearnerPort(Protocol):
     """The learner's side of the loop: :class:`LearnerRanks`, or one in this process."""
 
+    @property
+    def ranks(self) -> int: ...
     async def start(self) -> None: ...
     async def export(self, updates_done: int) -> LearnerSnapshot: ...
     async def restore(self, state: Ref) -> None: ...
     async def ratio(self, group: Ref) -> float: ...
     async def apply(
-        self, order: LearnOrder, shards: Sequence[Sequence[Ref]], snapshot: LearnerSnapshot
+        self, order: LearnOrder, shards: Shards, snapshot: LearnerSnapshot
     ) -> tuple[LearnReport, LearnerSnapshot]: ...
 
 
@@ -43,6 +45,8 @@ class InProcessLearner:
     A debugger at the optimizer's step shows the loop, this class, the learner and the update.
     """
 
+    ranks = 1
+
     def __init__(self, learner: Any, *, on_event: Callable[..., None]) -> None:
         self._learner, self.event = learner, on_event
 
@@ -62,12 +66,12 @@ class InProcessLearner:
             return float(self._learner.ratio(group))
 
     async def apply(
-        self, order: LearnOrder, shards: Sequence[Sequence[Ref]], snapshot: LearnerSnapshot
+        self, order: LearnOrder, shards: Shards, snapshot: LearnerSnapshot
     ) -> tuple[LearnReport, LearnerSnapshot]:
         during = f"update {order.update}"
         try:
             with _as_worker():
-                answer: LearnAnswer = self._learner.learn(order, *shards[0])
+                answer: LearnAnswer = self._learner.learn(order, *shards(self.ranks)[0])
         except WorkFailed as error:
             self.event("learner_failed", during=during, attempt=1, reason=str(error))
             raise TrainingFailed(f"the learner failed in {during}: {error}") from error

@@ -2,7 +2,8 @@
 
 A dead rank makes the others wait in a collective, so the ranks are lost together: all are killed
 and rebuilt from the state before the update, and the update is replayed. No actor has seen the new
-weights meanwhile, because they are published afterwards.
+weights meanwhile, because they are published afterwards. Ranks that cannot be started again are
+given up, down to ``actors.min_learner``: any number of ranks gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from learner.controller.executor import Ref
+from learner.controller.respawn import respawn
 from learner.controller.supervisor import Supervisor
 from rl_edit.errors import BlobLost, WorkerLost, WorkFailed
 from rl_edit.messages import LearnAnswer, LearnOrder, LearnReport
@@ -22,6 +24,9 @@ from rl_edit.types import AdapterId
 T = TypeVar("T")
 
 ROLE = "learner"
+
+Shards = Callable[[int], Sequence[Sequence[Ref]]]
+"""Divides an update's group blobs over a number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +66,15 @@ class LearnerSnapshot:
 class LearnerRanks:
     """Calls ranks 0 to N - 1 together. Rank 0 answers with the weights, which all ranks share."""
 
-    def __init__(
-        self, supervisor: Supervisor, ranks: int, *, on_event: Callable[..., None]
-    ) -> None:
-        self.supervisor, self.ranks, self.event = supervisor, ranks, on_event
+    def __init__(self, supervisor: Supervisor, *, on_event: Callable[..., None]) -> None:
+        self.supervisor, self.event = supervisor, on_event
         self._restored: Ref | None = None
-        supervisor.open(ROLE, ranks)
+        supervisor.open(ROLE, supervisor.config.num_learner)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that are left."""
+        return len(self.supervisor.worker_slots(ROLE))
 
     async def start(self) -> None:
         """Joins the ranks, once they are constructed."""
@@ -97,6 +105,10 @@ class LearnerRanks:
         await self._anew("restore", lambda: self._restore(state))
         self._restored = state
 
+    async def _respawn(self) -> None:
+        minimum = self.supervisor.config.fewest_ranks
+        await respawn(self.supervisor, ROLE, minimum=minimum)
+
     async def _restore(self, state: Ref) -> None:
         await self._everyone("restore", "restoring the learner", [(state,)] * self.ranks)
 
@@ -109,7 +121,7 @@ class LearnerRanks:
         while True:
             try:
                 if lost:
-                    await self.supervisor.respawn(ROLE)
+                    await self._respawn()
                     await self.start()
                     if self._restored is not None:
                         await self._restore(self._restored)
@@ -123,17 +135,21 @@ class LearnerRanks:
 
     async def ratio(self, group: Ref) -> float:
         """Returns the largest |ratio - 1| of a group at the present weights, for the preflight."""
-        # Every rank is called: with a sharded base, one alone would wait for the others.
-        deviations = await self._everyone("ratio", "the ratio check", [(group,)] * self.ranks)
-        return float(max(deviations))
+
+        async def ask() -> float:
+            # Every rank is called: with a sharded base, one alone would wait for the others.
+            deviations = await self._everyone("ratio", "the ratio check", [(group,)] * self.ranks)
+            return float(max(deviations))
+
+        return await self._anew("the ratio check", ask)
 
     async def apply(
-        self, order: LearnOrder, shards: Sequence[Sequence[Ref]], snapshot: LearnerSnapshot
+        self, order: LearnOrder, shards: Shards, snapshot: LearnerSnapshot
     ) -> tuple[LearnReport, LearnerSnapshot]:
         """Applies one update exactly once, whatever is lost meanwhile.
 
         Args:
-            shards: the group blobs of each rank.
+            shards: the group blobs of each rank, for any number of ranks.
             snapshot: the state that the update starts from, and that a replay starts from again.
 
         Raises:
@@ -145,7 +161,8 @@ class LearnerRanks:
             try:
                 if lost or failed:
                     await self._rebuild(snapshot)
-                arguments = [(order, *shard) for shard in shards]
+                # Asked anew in each try: a rebuilt learner may have fewer ranks.
+                arguments = [(order, *shard) for shard in shards(self.ranks)]
                 responses = await self._everyone(
                     "learn", f"update {order.update}", arguments, blobs=3
                 )
@@ -199,7 +216,7 @@ class LearnerRanks:
 
     async def _rebuild(self, snapshot: LearnerSnapshot) -> None:
         """Starts all ranks again, at the state before the update."""
-        await self.supervisor.respawn(ROLE)
+        await self._respawn()
         await self.start()
         try:
             await self._restore(snapshot.state)

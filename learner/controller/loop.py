@@ -28,6 +28,7 @@ import contextlib
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from learner.controller import checkpoint, heldout, preflight, silent
@@ -138,8 +139,7 @@ class TrainingLoop:
             raise ResourcesInfeasible(str(error)) from error
         if direct is not None:
             return InProcessLearner(direct, on_event=self.events)
-        num_ranks = self.config.actors.num_learner
-        return LearnerRanks(self.supervisor, num_ranks, on_event=self.events)
+        return LearnerRanks(self.supervisor, on_event=self.events)
 
     async def run(self, *, resume: bool) -> Outcome:
         """Runs to ``train.updates`` or until asked to stop; commits at the end either way.
@@ -341,7 +341,7 @@ class TrainingLoop:
             await self.commits.commit(newest, self.acting)
         self._broadcast(newest)
         self._commit_s = time.perf_counter() - written
-        self.log.advise(group_cost(groups, report, times, self.config.actors.num_learner))
+        self.log.advise(group_cost(groups, report, times, self.learners.ranks))
 
     def _broadcast(self, newest: LearnerSnapshot) -> None:
         """Puts the new acting weights into use and sends them, unless no rollout follows."""
@@ -372,7 +372,7 @@ class TrainingLoop:
             self._applying = True
             try:
                 report, self.snapshot = await self.learners.apply(
-                    order, shards(groups, actors.num_learner), self._newest()
+                    order, partial(shards, groups), self._newest()
                 )
                 break
             except BlobLost as error:

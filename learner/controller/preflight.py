@@ -14,7 +14,7 @@ from learner.controller.executor import Executor, Ref
 from learner.controller.supervisor import GivenUp, Supervisor
 from rl_edit import wire
 from rl_edit.config import RunConfig
-from rl_edit.errors import ResourcesInfeasible
+from rl_edit.errors import BlobLost, ResourcesInfeasible
 from rl_edit.messages import RolloutResult
 from rl_edit.method.update import TrainingFailed
 from rl_edit.types import WorkItem
@@ -74,8 +74,7 @@ async def prove(
     size = min(max(config.editor.micro_batch, 2), item.num_candidates)
     # Another id than the group's: the ledger must not take the probe for its work.
     probe = replace(item, group_id=f"preflight-{item.group_id}", chunk=(0, size))
-    result, blob = await _rollout(supervisor, probe)
-    deviation = await learners.ratio(blob) if on_policy else None
+    result, deviation = await _measure(supervisor, learners, probe, on_policy=on_policy)
     # Written so that a NaN is refused too.
     if deviation is not None and not deviation <= config.train.ratio_tolerance:
         raise TrainingFailed(
@@ -90,6 +89,29 @@ async def prove(
         bytes_in_flight=_require_store(executor, result.nbytes / size, config),
         store_bytes=executor.store_bytes(),
     )
+
+
+async def _measure(
+    supervisor: Supervisor, learners: RatioCheck, probe: WorkItem, *, on_policy: bool
+) -> tuple[RolloutResult, float | None]:
+    """Rolls out the probe and measures the ratio, again when the probe's blob is lost between.
+
+    Raises:
+        BlobLost: it was lost more often than ``actors.infra_retries``.
+    """
+    lost = 0
+    while True:
+        result, blob = await _rollout(supervisor, probe)
+        try:
+            return result, await learners.ratio(blob) if on_policy else None
+        except BlobLost as error:
+            lost += 1
+            supervisor.event(
+                "blob_lost", work_id=probe.work_id, update=probe.update, reason=str(error)
+            )
+            if lost > supervisor.config.infra_retries:
+                raise
+            supervisor.retries["infra"] += 1
 
 
 async def _rollout(supervisor: Supervisor, probe: WorkItem) -> tuple[RolloutResult, Ref]:

@@ -290,7 +290,7 @@ class Supervisor:
             await before
         try:
             await self._send(slot, role, what, method, *args)
-        except (WorkFailed, BlobLost) as error:
+        except WorkFailed as error:
             # Weights that no worker can load do not get better by another incarnation.
             raise TrainingFailed(
                 f"{what} failed on {slot.name(role)} ({error}): see events.jsonl and the Ray logs, "
@@ -309,7 +309,8 @@ class Supervisor:
         worker, name = slot.worker, slot.name(role)
         try:
             return [(name, await self.timed(method, what, slot, role, method, *args))]
-        except WorkerLost as error:
+        except (WorkerLost, BlobLost) as error:
+            # The driver holds what it sends: a worker that cannot pull it is the one cut off.
             self._report("actor_lost", role, name, what, error, 1)
             await self._replace(role, slot, worker, str(error))
             return []
@@ -389,7 +390,7 @@ class Supervisor:
                 try:
                     await self._start_next(role, slot)
                     return
-                except (WorkerLost, WorkFailed, TimeoutError) as error:
+                except (WorkerLost, WorkFailed, BlobLost, TimeoutError) as error:
                     self._report("actor_lost", role, slot.name(role), "replacement", error, 1)
                     reason = str(error)
                     await asyncio.sleep(self.deadlines.backoff_s(len(slot.kills)))
@@ -423,23 +424,6 @@ class Supervisor:
                 "longer actors.deadline_s may help. Continue with --resume."
             )
             raise TrainingFailed(self._too_few[role])
-
-    async def respawn(self, role: str) -> None:
-        """Replaces every worker of a role at once, for workers that only work together.
-
-        Raises:
-            WorkerLost: one of them did not start.
-        """
-        # All are killed first: a survivor of the old group would wait in a collective with the new.
-        for slot in self.worker_slots(role):
-            slot.worker.kill()
-        for slot in self.worker_slots(role):
-            slot.worker = self.executor.spawn(role, slot.index)
-            slot.incarnation += 1
-        await together(
-            self.timed("start", f"start of {s.name(role)}", s, role, "ready")
-            for s in self.worker_slots(role)
-        )
 
     def kill_all(self, roles: Sequence[str] | None = None) -> None:
         """Ends every worker at once, or those of some roles."""

@@ -174,6 +174,8 @@ class ActorsConfig(BaseModel):
         min_rollout: rollout actors with which the run still goes on, when worker slots are
             quarantined.
         min_reward: the same for reward actors.
+        min_learner: the same for learner ranks, which are given up when they cannot be started
+            again. Results are the same. None is 1, and num_learner with shard_base.
         deadline_s: longest wait for one call, in seconds. Once calls of a kind have been timed, the
             wait is the larger of 60 s and five times their usual duration, never more than this.
             Scoring also has what a remote judge may take by its timeouts and retries. Past it the
@@ -213,6 +215,7 @@ class ActorsConfig(BaseModel):
     # Failures: how far the run may shrink, how long it waits, how often it tries again.
     min_rollout: int = Field(default=1, ge=1)
     min_reward: int = Field(default=1, ge=1)
+    min_learner: int | None = Field(default=None, ge=1)
     deadline_s: float = Field(default=600, gt=0)
     start_timeout_s: float = Field(default=1800, gt=0)
     wait_for_nodes_s: float = Field(default=0, ge=0)
@@ -256,9 +259,16 @@ class ActorsConfig(BaseModel):
                 "shard_base needs placement disaggregated: in colocated processes every rollout "
                 "would have to wait for all learner ranks."
             )
+        if self.shard_base and self.fewest_ranks < self.num_learner:
+            raise ValueError(
+                f"min_learner {self.min_learner} is fewer than num_learner {self.num_learner}, and "
+                "with shard_base the base fits only that many ranks: leave min_learner or "
+                "shard_base out."
+            )
         for role, minimum, number in (
             ("rollout", self.min_rollout, self.num_rollout),
             ("reward", self.min_reward, self.num_reward),
+            ("learner", self.fewest_ranks, self.num_learner),
         ):
             if minimum > number:
                 raise ValueError(
@@ -266,6 +276,12 @@ class ActorsConfig(BaseModel):
                     f"num_{role}."
                 )
         return self
+
+    @property
+    def fewest_ranks(self) -> int:
+        """Learner ranks with which the run still goes on."""
+        # A sharded base was made to fit this many ranks; on fewer it may not.
+        return self.min_learner or (self.num_learner if self.shard_base else 1)
 
 
 class EvaluationConfig(BaseModel):
