@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from actors.ray_processes import Reaper
+from actors.ray_store import StoreGuard
 from rl_edit.errors import ClusterLost
 
 ANSWER_S = 3.0
@@ -173,6 +174,7 @@ class RayWatch:
         # One that this process started is looked at as a child.
         started = "raylet" in node.all_processes
         self._raylet = None if started else _connected(node.raylet_socket_name)
+        self._store = StoreGuard(node.plasma_store_socket_name)
         self._gcs: str = node.gcs_address
         self._problem = ""
         self._ended = threading.Event()
@@ -187,6 +189,7 @@ class RayWatch:
     def close(self) -> None:
         """Stops watching."""
         self._ended.set()
+        self._store.close()
         if self._raylet is not None:
             self._raylet.close()
 

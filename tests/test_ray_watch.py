@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ import pytest
 
 import actors.local_executor
 from actors import ray_processes, ray_watch
+from actors.ray_store import StoreGuard
 from learner.controller.cluster_loss import unless_lost
 from rl_edit.errors import ClusterLost, Fenced, InputError
 from rl_edit.training import train
@@ -214,23 +216,56 @@ held = [listening.accept() for _ in range(9)]
 
 def node(**more: Any) -> SimpleNamespace:
     here = {"get_logs_dir_path": lambda: "/tmp/ray/logs", "all_processes": {}, "gcs_address": ":0"}
-    return SimpleNamespace(**{**here, "raylet_socket_name": "/nowhere", **more})
+    nowhere = {"raylet_socket_name": "/nowhere", "plasma_store_socket_name": "/nowhere"}
+    return SimpleNamespace(**{**here, **nowhere, **more})
+
+
+@contextlib.contextmanager
+def listening_at(path: str) -> Iterator[subprocess.Popen[str]]:
+    listener = subprocess.Popen(
+        [sys.executable, "-c", LISTENER, path], stdout=subprocess.PIPE, text=True
+    )
+    assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
+    try:
+        yield listener
+    finally:
+        listener.kill()
+        listener.wait()
+
+
+@linux
+def test_a_connection_to_a_store_that_ended_takes_what_is_written_and_others_stay(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "store")
+    kept, far = socket.socketpair()
+    with listening_at(path) as listener, socket.socket(socket.AF_UNIX) as store, kept, far:
+        store.connect(path)
+        guard = StoreGuard(path)
+        store.sendall(b"an order")
+        listener.kill()
+        listener.wait()
+        until(lambda: guard.replaced)
+        store.sendall(b"given back")
+        far.sendall(b"as before")
+        assert kept.recv(9) == b"as before"
+        guard.close()
+        del guard
+        gc.collect()
+        store.sendall(b"given back later")
 
 
 def test_the_raylet_of_a_joined_cluster_is_missed_at_once_and_its_log_is_named(
     tmp_path: Path,
 ) -> None:
     path = str(tmp_path / "raylet")
-    listener = subprocess.Popen(
-        [sys.executable, "-c", LISTENER, path], stdout=subprocess.PIPE, text=True
-    )
-    assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
-    watch = ray_watch.RayWatch(node(raylet_socket_name=path))
-    assert watch.problem() == ""
-    listener.kill()
-    listener.wait()
-    assert "raylet of this machine ended: see /tmp/ray/logs/raylet.out" in watch.problem()
-    watch.close()
+    with listening_at(path) as listener:
+        watch = ray_watch.RayWatch(node(raylet_socket_name=path))
+        assert watch.problem() == ""
+        listener.kill()
+        listener.wait()
+        assert "raylet of this machine ended: see /tmp/ray/logs/raylet.out" in watch.problem()
+        watch.close()
 
 
 def test_a_gcs_elsewhere_may_come_back_within_its_grace_and_is_missed_after_it(
