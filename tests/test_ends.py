@@ -80,11 +80,8 @@ def goes_on(forks: Forks, settings: Path, run: Path, folder: Path, adapter_then:
 # --- the disk -------------------------------------------------------------------------------------
 
 FULL = {
-    "claim": (Moment(path="/.lease-1", action="fill"), 4, None),
     "lease": (Moment(path=".LEASE.json.", action="fill"), 4, None),
-    "settings": (Moment(path=".config.yaml.", action="fill"), 4, None),
     "record": (Moment(path=".run.json.", action="fill"), 4, None),
-    "event": (Moment(path="events.jsonl", action="fill"), 3, "failed"),
     "metrics": (Moment(path="/metrics.jsonl", action="fill"), 3, "failed"),
     "checkpoint": (Moment(path="step_000002/learner", action="fill"), 3, "failed"),
     "adapter": (Moment(path="/adapter/.", action="fill"), 4, "failed"),
@@ -244,8 +241,7 @@ def test_a_run_below_nohup_does_not_hear_that_its_terminal_is_closed(
 # --- other attempts, and faults -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("then", ["raise", "signal 15"])
-@pytest.mark.parametrize("nth", [2, 4, 12])
+@pytest.mark.parametrize(("nth", "then"), [(2, "raise"), (2, "signal 15"), (12, "signal 15")])
 def test_an_attempt_that_was_overtaken_writes_and_removes_nothing_however_it_ends(
     forks: Forks, settings: Path, tmp_path: Path, nth: int, then: str
 ) -> None:
