@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from learner.controller import run_log
+from learner.controller.lease import Lease
 from learner.learner import Learner
 from rl_edit.cli import main
-from rl_edit.errors import Interrupted
+from rl_edit.errors import Fenced, Interrupted
 from rl_edit.method.update import TrainingFailed
 from rl_edit.training import Silent, train
 from runs import events_of, metrics_of, read_json, small_config
@@ -175,3 +177,19 @@ def test_an_observer_that_raises_does_not_undo_the_record_of_an_update(
         )
         assert len(metrics_of(run)) == updates
         assert read_json(run / "LEASE.json")["ended"] is not None
+
+
+def test_an_attempt_overtaken_between_an_event_and_its_metrics_writes_no_line_of_them(
+    small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = run_log.update_metrics
+
+    def overtaken(update: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if update == 1:
+            Lease.take(tmp_path / "run")
+        return measure(update, *args, **kwargs)
+
+    monkeypatch.setattr(run_log, "update_metrics", overtaken)
+    with pytest.raises(Fenced, match="writes nothing more there"):
+        train(small_config(small_editor), tmp_path / "run")
+    assert [line["update"] for line in metrics_of(tmp_path / "run")] == [0]

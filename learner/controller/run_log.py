@@ -46,9 +46,17 @@ class Events:
         Raises:
             Fenced: a newer attempt owns the run directory.
         """
+        self.require_owner()
+        self._file.rewind(update)
+
+    def require_owner(self) -> None:
+        """Returns when this attempt may write in the run directory.
+
+        Raises:
+            Fenced: a newer attempt owns it.
+        """
         if self._lease is not None:
             self._lease.check()
-        self._file.rewind(update)
 
     def __call__(self, event: str, **details: Any) -> None:
         """Writes one event. A full disk costs the line, not the run.
@@ -56,8 +64,7 @@ class Events:
         A fenced attempt writes none: the file is the newer one's. What ends it is its next commit.
         """
         try:
-            if self._lease is not None:
-                self._lease.check()
+            self.require_owner()
             # Wall time, because events of several machines and attempts are read together.
             self._file.append({"time": round(time.time(), 3), "event": event, **details})
         except Fenced:
@@ -204,6 +211,8 @@ class UpdateLog:
             times=times,
             retries=retries,
         )
+        # Between the event above and this line a newer attempt may have come.
+        self.events.require_owner()
         try:
             self.metrics.append(metrics)
         except OSError as error:
