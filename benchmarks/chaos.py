@@ -195,6 +195,13 @@ class Session:
         return f"python benchmarks/chaos.py --seed {chosen.seed}{kinds}"
 
 
+def never_hit(results: Sequence[Result]) -> list[str]:
+    """Kinds that were tried three times or more and never hit: their faults do nothing."""
+    hits = {name for result in results for name in result.hit}
+    missed = Counter(name for result in results for name in result.missed)
+    return sorted(name for name, number in missed.items() if number >= 3 and name not in hits)
+
+
 def table(session: Session) -> str:
     """The page of results."""
     results, hits = session.results, Counter[str]()
@@ -218,6 +225,7 @@ def table(session: Session) -> str:
         for name in session.names
     ]
     failures = [f"- {result.plan}: {'; '.join(result.problems)}" for result in wrong]
+    idle = never_hit(results)
     skipped = "; ".join(filter(None, (root_and_mounts(), two_nodes.reason())))
     return "\n".join(
         [
@@ -240,6 +248,7 @@ def table(session: Session) -> str:
             *rows,
             "",
             *([f"Left out: faults of disks or nodes ({skipped}).", ""] if skipped else []),
+            *([f"Tried, and never hit: {', '.join(idle)}.", ""] if idle else []),
             *(["Failures:", "", *failures, ""] if failures else []),
         ]
     )
@@ -280,7 +289,8 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(page)
     print(page)
-    return int(any(result.problems for result in session.results))
+    broken = any(result.problems for result in session.results)
+    return int(broken or bool(never_hit(session.results)))
 
 
 def known_names(chosen: str, runtimes: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:

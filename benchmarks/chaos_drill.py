@@ -222,8 +222,17 @@ class Drill:
         code = attempt.end()
         for action in undo:
             action()
+        if code == 0:
+            self._came_too_late(faults)
         self._judge_end(attempt, code, codes, statuses)
         return code
+
+    def _came_too_late(self, faults: tuple[Fault, ...]) -> None:
+        """Counts no fault that was to end an attempt which was done, or did not notice."""
+        for fault in faults:
+            if KINDS[fault.kind].when == "end" and fault.kind in self.result.hit:
+                self.result.hit.remove(fault.kind)
+                self.result.missed.append(fault.kind)
 
     def _reached(self, attempt: Attempt, fault: Fault) -> bool:
         if KINDS[fault.kind].when == "launch":
@@ -293,7 +302,7 @@ class Drill:
             time.sleep(0.2)
 
 
-OURS = r"rl-edit: "
+OURS = r"rl-edit: |\[.*core_worker.cc:\d+: :info_message: "
 OR_RAYS = OURS + r"|[\d-]{10} .*\sINFO worker.py|\[[\d-]{10} .*\.cc:"
 
 

@@ -119,13 +119,16 @@ class Attempt:
                 stdout=streams[0],
                 stderr=streams[1],
                 start_new_session=True,
-                preexec_fn=self._without_output if "closed" in launch.output else None,
+                preexec_fn=self._as_from_a_shell,
             )
         finally:
             for number in streams:
                 os.close(number)
 
-    def _without_output(self) -> None:
+    def _as_from_a_shell(self) -> None:
+        # In the background of a script, or below nohup, signals are ignored: children inherit it.
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
         for number, where in enumerate(self.launch.output, 1):
             if where == "closed":
                 os.close(number)

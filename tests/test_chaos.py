@@ -1,7 +1,11 @@
-"""The plans of ``benchmarks/chaos.py``: random faults on real runs."""
+"""Random faults on real runs: a slice of ``benchmarks/chaos.py``, and what its plans hold."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 BOTH = ("ray", "inline")
 
 
@@ -43,3 +48,59 @@ def test_a_fault_is_planned_only_where_it_can_happen_and_at_most_one_ends_an_att
         assert len(first) == 1 or not any(kind.alone for kind in first)
         if plan.between or plan.second:
             assert any(kind.when == "end" for kind in first), str(plan)
+
+
+def test_a_kind_that_is_tried_again_and_again_and_never_hits_is_named(chaos: Any) -> None:
+    def result(**more: Any) -> Any:
+        return chaos.Result(number=0, plan="", runtime="inline", **more)
+
+    late = [result(missed=["SIGHUP"]), result(missed=["SIGHUP", "SIGINT"])]
+    assert chaos.never_hit(late) == []
+    late += [result(missed=["SIGHUP", "SIGINT"]), result(missed=["SIGINT"], hit=["SIGINT"])]
+    assert chaos.never_hit(late) == ["SIGHUP"]
+
+
+@pytest.fixture(scope="module")
+def slice_of_chaos(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
+    """Drills of seed 0 for three minutes, two at a time: exit code, output, and their folder."""
+    work = tmp_path_factory.mktemp("chaos")
+    command = [sys.executable, BENCHMARKS / "chaos.py", "--minutes", "3", "--seed", "0"]
+    done = subprocess.run(
+        [*map(str, command), "--work", str(work), "--out", str(work / "chaos.md")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
+    )
+    return done.returncode, done.stdout + done.stderr, work
+
+
+@linux
+@pytest.mark.ray
+@pytest.mark.faults
+def test_three_minutes_of_random_faults_leave_the_bytes_of_a_run_without_any(
+    slice_of_chaos: tuple[int, str, Path],
+) -> None:
+    """Covers the first drills of seed 0, on Ray and in one process; the hour covers every kind."""
+    code, output, work = slice_of_chaos
+    assert code == 0, output
+    results = [json.loads(line) for line in (work / "drills.jsonl").read_text().splitlines()]
+    assert {result["runtime"] for result in results} == {"ray", "inline"}
+    hit = Counter(kind for result in results for kind in result["hit"])
+    assert len(hit) >= 5 and sum(hit.values()) >= 8, output
+    assert all(result["resumes"] <= 1 for result in results)
+    assert "0 did not" in (work / "chaos.md").read_text()
+
+
+@linux
+@pytest.mark.ray
+@pytest.mark.faults
+def test_a_drill_fails_where_the_adapter_or_the_end_of_a_run_is_another(
+    chaos: Any, tmp_path: Path
+) -> None:
+    plan = chaos.plan_of(0, 0, ["pause-driver"], ("inline",))
+    result = chaos.Drill(plan, tmp_path, "0" * 64)()
+    (problem,) = result.problems
+    assert problem.startswith("the final adapter is ") and problem.endswith("not 000000000000")
+    assert result.hit == ["pause-driver"] and result.codes == [0]
+    assert (tmp_path / "drill-0000" / "attempt-1.out").is_file()
