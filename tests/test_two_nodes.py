@@ -1,8 +1,9 @@
 """A run on two real nodes: the worker node is cut off, slowed, healed, killed and started again.
 
 Both nodes are network namespaces of this machine (``benchmarks/two_nodes.py``). The worker node
-holds a rollout actor with its groups, the reward actor and a learner rank. Whatever happens to it,
-the run ends with the bytes of a run in one process where nothing happened.
+holds a rollout actor with its groups, the reward actor and the learner rank that answers with the
+newest weights and state. Whatever happens to it, the run ends with the bytes of a run in one
+process where nothing happened.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 from runs import events_of, read_json, small_config
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from two_nodes import TwoNodes, reason
+from two_nodes import ADDRESSES, PORT, TwoNodes, reason
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
@@ -33,7 +34,8 @@ ON_NODES = (
     "actors.num_learner=2",
     "actors.deadline_s=30",
 )
-PLACES = "learner-1,reward-0"
+PLACES = "learner-0,reward-0"
+HEAD = f"{ADDRESSES[0]}:{PORT}"
 LIMIT_S = 240.0
 
 
@@ -138,3 +140,44 @@ def test_a_stop_while_the_node_is_cut_off_is_one_line_and_a_killed_node_later_co
     assert again.end() == 0, again.log.read_text()
     assert adapter_hash(again.run) == runs.whole
     assert "Traceback" not in again.log.read_text()
+
+
+RESERVED = """
+import ray, sys, time
+from ray.util.placement_group import placement_group
+from actors.ray_cluster import place_lost
+
+ray.init(log_to_driver=False)
+group = placement_group([{"GPU": 1}], strategy="PACK")
+assert group.wait(60)
+print(place_lost(group, 0), flush=True)
+sys.stdin.readline()
+deadline = time.monotonic() + 100
+while not place_lost(group, 0) and time.monotonic() < deadline:
+    time.sleep(0.2)
+print(place_lost(group, 0), flush=True)
+"""
+
+
+def test_the_loss_of_the_node_with_a_reserved_gpu_is_seen(runs: Runs) -> None:
+    nodes = runs.nodes
+    nodes.kill_worker()
+    nodes.heal()
+    nodes.start_worker(gpus=1)
+    with subprocess.Popen(
+        nodes.command(0, sys.executable, "-c", RESERVED),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**nodes.environment, "RAY_ADDRESS": HEAD},
+    ) as driver:
+        assert driver.stdin is not None and driver.stdout is not None
+        try:
+            # Ray writes lines of its own there.
+            assert "False\n" in driver.stdout
+            nodes.kill_worker()
+            driver.stdin.write("\n")
+            driver.stdin.flush()
+            assert "True\n" in driver.stdout
+        finally:
+            driver.kill()
