@@ -31,7 +31,7 @@ def main() -> None:
     in_main = threading.current_thread() is threading.main_thread()
     before = _handlers() if in_main else {}
     output.open_closed()
-    asked = os.environ.get("RL_EDIT_DEBUG")
+    before_debug = os.environ.get("RL_EDIT_DEBUG")
     if debug:
         os.environ["RL_EDIT_DEBUG"] = "1"  # for what is imported later, such as Ray's part
     ending.quiet(debug=debug)
@@ -46,8 +46,8 @@ def main() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        # A program that calls this again did not ask for it.
-        if asked is None:
+        # A program that calls this again did not give --debug.
+        if before_debug is None:
             os.environ.pop("RL_EDIT_DEBUG", None)
 
 
