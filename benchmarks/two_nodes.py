@@ -248,8 +248,9 @@ def place_first_on_worker(slots: set[str]) -> None:
             waiting.discard(wanted[0])
             for node in ray.nodes():
                 if node["Alive"] and node["NodeManagerAddress"] == ADDRESSES[1]:
+                    # Ray heeds a soft wish of no actor that reserves no CPU.
                     given["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
-                        node["NodeID"], soft=True
+                        node["NodeID"], soft=False
                     )
         return options(self, **given)
 
