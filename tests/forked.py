@@ -202,6 +202,10 @@ def _become(order: Mapping[str, Any], descriptors: Sequence[int]) -> None:
             setattr(sys, name, None)
     if order["terminal"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # As in a shell: tests below nohup, or in the background, would hand on what they ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     for number in order["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     sys.argv = ["rl-edit", *order["arguments"]]
