@@ -194,7 +194,6 @@ class RayWorker:
         except RayActorError as error:
             # All roles of the process learn it from the flag, and move on together.
             self._process.alive = False
-            ray_watch.check_node(error)
             raise _of_actor(error) from error
         except (RayError, ConnectionError) as error:
             # Ray has many errors of machines and connections, and every version has others.

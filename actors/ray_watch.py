@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from actors.ray_processes import Reaper
 from actors.ray_store import StoreGuard
@@ -32,12 +31,6 @@ GCS_GRACE_S = 30.0
 the driver after 60, or after what this setting says."""
 
 RAYS_OWN_GRACE = "RAY_gcs_rpc_server_reconnect_timeout_s"
-
-OWN_NODE_LOST = "Owner's node has crashed"
-"""In the error of an actor whose owner, this process, is on a machine that Ray has given up."""
-
-NODE_END_S = 10.0
-"""Seconds in which the raylet of such a machine ends."""
 
 SHUTDOWN_S, EXIT_GRACE_S = 3.0, 3.0
 """Seconds for Ray's shutdown of a cluster that is gone, and for processes of one that is not to
@@ -85,22 +78,6 @@ def check() -> None:
     """
     if reason := problem():
         raise ClusterLost(reason)
-
-
-def check_node(error: RayError) -> None:
-    """Ends work that failed because Ray gave up the machine of this process.
-
-    A raylet ends by itself with its agents, for one. Its actors are dead first, then its object
-    store closes, then it ends. Until then nothing may be written to the store.
-
-    Raises:
-        ClusterLost: Ray's raylet is gone.
-    """
-    if OWN_NODE_LOST in str(error):
-        deadline = time.monotonic() + NODE_END_S
-        while not problem() and time.monotonic() < deadline:
-            time.sleep(0.02)
-    check()
 
 
 @contextlib.contextmanager

@@ -117,15 +117,3 @@ def test_a_raylet_killed_while_the_actors_start_ends_the_run_in_one_line(tmp_pat
     with launched(directory) as run:
         at = kill(run, r"/raylet ", lambda: "ray::rollout" in " ".join(run.living().values()))
         require_one_line(run, directory, at, "raylet ended", "raylet.out")
-
-
-def test_a_raylet_that_ends_by_itself_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    """Actors end before its object store closes, and the driver is at work when that happens."""
-    directory = tmp_path / "run"
-    with launched(directory) as run:
-        kill(run, r"^ray::DashboardAgent", lambda: events_of(directory, "update_applied"))
-        ended = run.ended()
-    lines = [line for line in ended.err.splitlines() if ":info_message:" not in line]
-    assert (ended.code, ended.left, len(lines)) == (3, [], 1), ended.err
-    assert "raylet ended" in lines[0] and "--resume" in lines[0]
-    assert read_json(directory / "run.json")["status"] == "failed"
