@@ -24,6 +24,7 @@ from rl_edit.errors import (
     BAD_INPUT,
     FAILED,
     INFEASIBLE,
+    ClusterLost,
     InputError,
     Interrupted,
     brief,
@@ -127,6 +128,10 @@ def leave(error: BaseException, *, debug: bool) -> NoReturn:
         line += f" The traceback is in {_saved(error, directory)}; --debug shows it."
     if line:
         output.show(f"rl-edit: {line}")
+    if isinstance(error, ClusterLost):
+        # Ray's C++ part may crash at the end of a process whose cluster is gone.
+        output.flush()
+        os._exit(code)
     sys.exit(code)
 
 
