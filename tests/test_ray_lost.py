@@ -70,6 +70,8 @@ def require_one_line(run: Launched, directory: Path, killed: float, *names: str)
     return ended
 
 
+# Two minutes on a machine with nothing else to do.
+@pytest.mark.slow
 def test_a_killed_raylet_or_gcs_ends_the_run_in_one_line_and_it_continues_to_the_same_bytes(
     tmp_path: Path,
 ) -> None:
