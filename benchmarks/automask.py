@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from commit import commit_name
 from rl_edit.config import load_config
 from rl_edit.data import DataConfig, open_requests, shapes
 from rl_edit.data.compbench import write_compbench
@@ -154,12 +154,7 @@ def heldout_rows(heldout: Observed, ideal: Observed, choosing: Observed) -> list
 
 def provenance(arguments: argparse.Namespace, num_steps: int, seconds: float) -> list[str]:
     """Commit, machine, command and editor of the numbers."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = commit_name()
     option = f" --editor {arguments.editor}" if arguments.editor != BUILTIN else ""
     return [
         f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "

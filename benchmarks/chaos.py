@@ -21,7 +21,6 @@ import platform
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -36,6 +35,7 @@ from chaos_drill import ALONE, AT_LEASE, KINDS, Drill, Fault, Plan, Result
 from chaos_nodes import NODE_FAULTS
 from chaos_runs import ROOT, UPDATES, Attempt, Launch, adapter_of
 from chaos_strikes import root_and_mounts
+from commit import commit_name
 
 LAST_MOMENT = UPDATES - 2
 """Updates after which a fault still finds the run at work."""
@@ -212,12 +212,7 @@ def table(session: Session) -> str:
         for name in set(result.hit):
             broken[name] += bool(result.problems)
             seconds.setdefault(name, []).append(result.seconds)
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=, with changes"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = commit_name()
     wrong = [result for result in results if result.problems]
     rows = [
         f"| {name} | {hits[name]} | {missed[name]} | {len(seconds.get(name, []))} | {broken[name]} "

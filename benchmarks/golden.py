@@ -18,13 +18,14 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from commit import commit_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -162,12 +163,7 @@ def row(point: str, kind: str, cell: Cell, golden: Cell) -> str:
 
 
 def table(golden: Cell, cells: dict[tuple[str, str], Cell]) -> str:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=, with changes"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = commit_name()
     equal = sum(not problems(cell, golden) for cell in cells.values())
     return "\n".join(
         [

@@ -118,4 +118,5 @@ def test_a_raylet_killed_while_the_actors_start_ends_the_run_in_one_line(tmp_pat
     directory = tmp_path / "run"
     with launched(directory) as run:
         at = kill(run, r"/raylet ", lambda: "ray::rollout" in " ".join(run.living().values()))
-        require_one_line(run, directory, at, "raylet ended", "raylet.out")
+        ended = require_one_line(run, directory, at, "raylet ended", "raylet.out")
+    assert ended.code == 3 and not events_of(directory, "update_applied")
