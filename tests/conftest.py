@@ -55,15 +55,10 @@ def small_editor(tmp_path_factory: pytest.TempPathFactory) -> str:
     An untrained editor starts as the identity and has no gradient; the shipped one would tie every
     test to its weights.
     """
-    from rl_edit.editors.tiny.architecture import new_editor
+    from rl_edit.editors.tiny_families import write_tiny
 
-    pipeline = new_editor(seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in pipeline.transformer.parameters():
-        if not bool(parameter.any()):
-            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     directory = tmp_path_factory.mktemp("editor")
-    pipeline.save_pretrained(directory)
+    write_tiny("flux_kontext", directory)
     return str(directory)
 
 

@@ -16,21 +16,13 @@ from rl_edit.editors import (
     load_editor,
 )
 from rl_edit.editors.flux_kontext import FluxKontextEditor
-from rl_edit.editors.tiny.architecture import new_editor
+from rl_edit.editors.tiny_families.flux_kontext import pipeline
 from rl_edit.types import Conditioning, EditTask
 
 
 def random_pipeline(seed: int = 0) -> FluxKontextPipeline:
-    """The built-in architecture with random weights, none of them zero.
-
-    With its zero-initialised layers it would predict nothing.
-    """
-    pipeline = new_editor(seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in pipeline.transformer.parameters():
-        if not bool(parameter.any()):
-            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
-    return pipeline
+    """The built-in architecture with random weights, none of them zero."""
+    return pipeline(seed=seed)
 
 
 @cache

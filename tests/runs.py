@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,23 +45,26 @@ class SilentObserver:
 
 
 def small_config(
-    editor: str,
+    editor: str | Mapping[str, Any],
     *overrides: str,
     rewards: dict[str, Any] | None = None,
     directory: Path | None = None,
 ) -> RunConfig:
-    """RC-GRPO at its smallest: 2 groups of 4 candidates, 3 solver steps, 32 pixels. ``directory``
-    is where to leave it as YAML."""
-    raw = {
-        "name": "small",
-        "editor": {
+    """RC-GRPO at its smallest: 2 groups of 4 candidates, 3 solver steps, 32 pixels. ``editor`` is
+    the path of a small built-in editor, or all settings of another; ``directory`` is where to
+    leave the configuration as YAML."""
+    if isinstance(editor, str):
+        editor = {
             "path": editor,
             "resolution": 32,
             "max_text_tokens": 16,
             "micro_batch": 4,
             "attention_layers": 1,
             "device": "cpu",
-        },
+        }
+    raw = {
+        "name": "small",
+        "editor": dict(editor),
         "lora": {"rank": 4, "alpha": 8},
         "data": {"num_train": 8, "num_heldout": 4},
         "algorithm": {

@@ -62,7 +62,10 @@ ROOMS = {
         never=("ray", "PIL", *MODEL_LIBRARIES),
     ),
     "measures": Room(files=("rl_edit/measures/*.py",), never=("ray", "PIL", *MODEL_LIBRARIES)),
-    "models": Room(files=("rl_edit/editors/*.py", "rl_edit/editors/tiny/*.py"), never=("ray",)),
+    "models": Room(
+        files=tuple(f"rl_edit/editors/{part}*.py" for part in ("", "tiny/", "tiny_families/")),
+        never=("ray",),
+    ),
     "judges": Room(
         files=("rl_edit/rewards/vlm/backends/*.py", "rl_edit/rewards/networks/*.py"),
         never=("ray", "rl_edit.rewards.term"),

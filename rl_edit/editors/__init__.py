@@ -25,6 +25,7 @@ from rl_edit.types import AdapterWeights
 __all__ = [
     "BUILTIN",
     "BUILTIN_WEIGHTS",
+    "FAMILIES",
     "Editor",
     "EditorConfig",
     "EditorFacts",

@@ -17,19 +17,32 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rl_edit.data.editor_text import TextReading
 from rl_edit.editors.attention_capture import captured
+from rl_edit.editors.chunks import Prediction, shared_grid, stacked, velocity_in_chunks
 from rl_edit.editors.component_files import pipeline_bytes, pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorSettings
 from rl_edit.editors.flux_defaults import builtin_misfit, flux_defaults
-from rl_edit.editors.flux_pipeline import stock_pipeline
+from rl_edit.editors.frozen import chosen_device, device_of, dtype_named, freeze
+from rl_edit.editors.guidance import (
+    NEGATIVE,
+    ClassifierFree,
+    guided_prediction,
+    is_guided,
+    require_guidance,
+)
 from rl_edit.editors.location import BUILTIN, locate
-from rl_edit.editors.skeleton import transformer_skeleton
-from rl_edit.errors import InputError
+from rl_edit.editors.pixels import decoded_in_chunks, source_image
+from rl_edit.editors.skeleton import (
+    last_layers,
+    read_settings,
+    require_layers,
+    transformer_skeleton,
+)
+from rl_edit.editors.stock_pipeline import stock_pipeline
 from rl_edit.method import flow
 from rl_edit.method.attention import MassTally
 from rl_edit.types import Conditioning, EditTask
@@ -44,8 +57,8 @@ TEXT_TENSORS = ("prompt_embeds", "pooled")
 marker), the rows from which attention is read.
 """
 
-NEGATIVE = "negative_"
-"""Prefix of the negative prompt's encodings, which are there exactly where ``true_cfg`` > 1."""
+MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+"""Parts of the pipeline that have weights."""
 
 
 class FluxKontextConfig(EditorSettings):
@@ -117,18 +130,15 @@ class FluxKontextConfig(EditorSettings):
         """Checks all files, and reads the VAE's and the transformer's configuration."""
         place = locate(self.path, self.revision)
         files = pipeline_files(place, dtype=self.dtype)
-        vae, transformer = (
-            place.read_json(f"{part}/config.json") for part in ("vae", "transformer")
+        blocks, layers = read_settings(
+            place,
+            self.pipeline,
+            lambda vae, transformer: (
+                len(vae["block_out_channels"]),
+                transformer["num_layers"] + transformer["num_single_layers"],
+            ),
         )
-        try:
-            layers = transformer["num_layers"] + transformer["num_single_layers"]
-            blocks = len(vae["block_out_channels"])
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"config.json of vae or transformer of {place.name} is none of a {self.pipeline} "
-                f"({type(error).__name__}: {error}). Copy or save the editor again"
-            ) from error
-        _require_layers(self, layers)
+        require_layers(self, layers)
         # The VAE halves the sides between its blocks; packing halves them once more.
         return EditorFacts(pixels_per_token=2 * 2 ** (blocks - 1), notes=files.notes)
 
@@ -142,19 +152,8 @@ class FluxKontextConfig(EditorSettings):
 
     def load(self) -> FluxKontextEditor:
         """Loads the stock pipeline and freezes it."""
-        pipeline = stock_pipeline(locate(self.path, self.revision), self.dtype)
-        # Resolved here and not in the configuration, which is read on machines without a GPU too.
-        cuda = self.device == "auto" and torch.cuda.is_available()
-        device = self.device if self.device != "auto" else "cuda" if cuda else "cpu"
-        return FluxKontextEditor(pipeline.to(device), self)
-
-
-def _require_layers(config: FluxKontextConfig, joint: int) -> None:
-    if config.attention_layers > joint:
-        raise InputError(
-            f"editor.attention_layers is {config.attention_layers}, but {config.path} has {joint} "
-            "joint layers: use at most that"
-        )
+        pipeline = stock_pipeline(locate(self.path, self.revision), self.pipeline, self.dtype)
+        return FluxKontextEditor(pipeline.to(chosen_device(self.device)), self)
 
 
 class FluxKontextEditor:
@@ -166,10 +165,7 @@ class FluxKontextEditor:
         self.transformer: nn.Module = pipeline.transformer
         # Packing joins 2 x 2 latent pixels into a token.
         self.pixels_per_token: int = pipeline.vae_scale_factor * 2
-        encoders = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-        for module in (pipeline.transformer, *encoders):
-            # Adapters are attached later and take gradients of their own.
-            module.requires_grad_(False).eval()
+        freeze(getattr(pipeline, name) for name in MODELS)
         # Blocks are recomputed in the backward pass, with the same bits (tests/test_editor.py).
         if config.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
@@ -177,20 +173,19 @@ class FluxKontextEditor:
             *pipeline.transformer.transformer_blocks,
             *pipeline.transformer.single_transformer_blocks,
         ]
-        _require_layers(config, len(joint))
-        first = len(joint) - config.attention_layers
-        self._attention_modules = [block.attn for block in joint[first:]]
+        self._attention_modules = [
+            block.get_submodule("attn") for block in last_layers(config, joint)
+        ]
 
     @property
     def device(self) -> torch.device:
         """Device of the transformer."""
-        return next(self.transformer.parameters()).device
+        return device_of(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the frozen base."""
-        dtype: torch.dtype = getattr(torch, self.config.dtype)
-        return dtype
+        return dtype_named(self.config.dtype)
 
     @torch.no_grad()
     def encode(self, task: EditTask) -> Conditioning:
@@ -199,17 +194,9 @@ class FluxKontextEditor:
         Raises:
             ValueError: the source does not lie on the canvas.
         """
-        height, width, _ = task.source.shape
-        unit = self.pixels_per_token
-        if height % unit or width % unit:
-            raise ValueError(
-                f"task {task.task_id} is {height}x{width} px, not a multiple of {unit}: "
-                "fit it to the canvas first"
-            )
-        # As a PIL image, not as a tensor: the processor then lays memory out as in the stock
-        # pipeline, and convolutions round by layout.
-        image = self.pipeline.image_processor.preprocess(Image.fromarray(task.source.cpu().numpy()))
-        clean = self.pipeline._encode_vae_image(image.to(self.device, self.dtype), generator=None)
+        image = source_image(task, unit=self.pixels_per_token)
+        pixels = self.pipeline.image_processor.preprocess(image)
+        clean = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), generator=None)
         packed = self.pipeline._pack_latents(clean, 1, *clean.shape[1:])
         # On the CPU: the record travels to other processes.
         encodings = {
@@ -221,7 +208,7 @@ class FluxKontextEditor:
             encodings |= {NEGATIVE + name: value for name, value in negative.items()}
         return Conditioning(
             source_latents=packed[0].float().cpu(),
-            grid=(height // unit, width // unit),
+            grid=(image.height // self.pixels_per_token, image.width // self.pixels_per_token),
             tensors=encodings,
         )
 
@@ -294,54 +281,27 @@ class FluxKontextEditor:
         Raises:
             ValueError: a conditioning whose negative branch the guidance needs or leaves unread.
         """
-        # The result must have the bits that any other batch gives a row: fixed shapes do that.
-        rows, size = len(latents), self.config.micro_batch
-        shared = isinstance(conditioning, Conditioning)
-        many = [conditioning] * rows if isinstance(conditioning, Conditioning) else conditioning
-        if any(_guided(c) != self.config.guided for c in many):
-            raise ValueError(
-                f"a conditioning was encoded for other guidance than true_cfg "
-                f"{self.config.true_cfg:g}: encode the task anew"
-            )
-        outputs: list[Tensor] = []
-        masses: list[Tensor] = []
-        packed: _Packed | None = None
-        for start in range(0, rows, size):
-            # Past the last row, copies of it: every forward has the same shape.
-            index = [min(start + i, rows - 1) for i in range(size)]
-            # One conditioning for all rows is packed once.
-            if packed is None or not shared:
-                packed = self._packed([many[i] for i in index])
-            out, mass = self._guided_forward(
-                latents[index], sigma[index], packed, record=tally is not None
-            )
-            count = min(size, rows - start)
-            outputs.append(out[:count])
-            if mass is not None:
-                masses.append(mass[:count])
-        if tally is not None:
-            unmeasured = latents.new_full(latents.shape[:2], float("nan"))
-            tally.add(torch.cat(masses) if masses else unmeasured)
-        return torch.cat(outputs)
-
-    def _guided_forward(
-        self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Runs one chunk: velocity, and attention mass where it is recorded."""
-        out, mass = self._forward(latents, sigma, packed, record=record)
-        if packed.negative is not None:
-            with torch.set_grad_enabled(
-                # Never on where the caller switched gradients off.
-                torch.is_grad_enabled() and not self.config.detach_negative
-            ):
-                away, _ = self._forward(latents, sigma, packed.negative, record=False)
-            # velocity = negative + w * (positive - negative)
-            out = away + self.config.true_cfg * (out - away)
-        return out, mass
+        scale = self.config.true_cfg
+        require_guidance(conditioning, guided=self.config.guided, setting=f"true_cfg {scale:g}")
+        return velocity_in_chunks(
+            latents,
+            sigma,
+            conditioning,
+            tally,
+            size=self.config.micro_batch,
+            pack=self._packed,
+            predict=lambda x, s, branches, record: guided_prediction(
+                lambda packed, record: self._forward(x, s, packed, record=record),
+                branches,
+                ClassifierFree(scale),
+                record=record,
+                detach=self.config.detach_negative,
+            ),
+        )
 
     def _forward(
         self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Prediction:
         tokens = latents.shape[1]
         guidance = None
         # FLUX.1-schnell and its like have no guidance embedding.
@@ -365,42 +325,36 @@ class FluxKontextEditor:
                 return_dict=False,
             )[0][:, :tokens]
         mass = torch.stack(masses).mean(dim=0) if masses else None
-        # fp32 from here on: the solver and every objective compute in it.
-        return out.to(latents.device, torch.float32), mass
+        return Prediction(velocity=out.to(latents.device, torch.float32), mass=mass)
 
-    def _packed(self, many: Sequence[Conditioning]) -> _Packed:
+    def _packed(self, many: Sequence[Conditioning]) -> tuple[_Packed, ...]:
         """Batches conditionings on the device, with token ids as the stock pipeline builds them.
 
-        Raises:
-            ValueError: they do not share one canvas.
+        Returns:
+            the forward that reads the instruction, and with guidance the negative one.
         """
-        grids = {c.grid for c in many}
-        if len(grids) != 1:
-            raise ValueError(f"one batch must share one canvas, got token grids {sorted(grids)}")
-        rows, columns = next(iter(grids))
+        rows, columns = shared_grid(many)
         device, dtype = self.device, self.dtype
         target = self.pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
         # The first id separates source from target tokens; the others are row and column.
         source = target.clone()
         source[..., 0] = 1
-        text_rows = torch.stack([c.tensors["text_rows"] for c in many]).to(device)
+        text_rows = stacked(many, "text_rows").to(device)
 
-        def batched(prefix: str, negative: _Packed | None = None) -> _Packed:
-            texts = [
-                torch.stack([c.tensors[prefix + name] for c in many]).to(device, dtype)
-                for name in TEXT_TENSORS
-            ]
+        def batched(prefix: str) -> _Packed:
+            embeds, pooled = (
+                stacked(many, prefix + name).to(device, dtype) for name in TEXT_TENSORS
+            )
             return _Packed(
-                prompt_embeds=texts[0],
-                pooled=texts[1],
+                prompt_embeds=embeds,
+                pooled=pooled,
                 text_rows=text_rows,
                 source=torch.stack([c.source_latents for c in many]).to(device, dtype),
                 text_ids=torch.zeros(text_rows.shape[1], 3, device=device, dtype=dtype),
                 image_ids=torch.cat([target, source]),
-                negative=negative,
             )
 
-        return batched("", batched(NEGATIVE) if _guided(many[0]) else None)
+        return tuple(batched(prefix) for prefix in ("", NEGATIVE)[: 1 + is_guided(many[0])])
 
     @torch.no_grad()
     def decode(
@@ -409,26 +363,22 @@ class FluxKontextEditor:
         """Decodes in chunks of ``micro_batch``, with the stock pipeline's rounding."""
         height, width = (side * self.pixels_per_token for side in conditioning.grid)
         vae, factor = self.pipeline.vae, self.pipeline.vae_scale_factor
-        images = []
-        for part in latents.split(self.config.micro_batch):
+
+        def pixels(part: Tensor) -> np.ndarray:
             part = part.to(self.device, self.dtype)
             spatial = self.pipeline._unpack_latents(part, height, width, factor)
             # Inverts the normalisation of encode.
             spatial = (spatial / vae.config.scaling_factor) + vae.config.shift_factor
             decoded = vae.decode(spatial, return_dict=False)[0]
-            pixels = self.pipeline.image_processor.postprocess(decoded, output_type="np")
-            # Rounded as the stock pipeline rounds; truncation would darken by half a level.
-            images.append(torch.from_numpy((pixels * 255).round().astype(np.uint8)))
-        return torch.cat(images)
+            shown: np.ndarray = self.pipeline.image_processor.postprocess(decoded, output_type="np")
+            return shown
+
+        return decoded_in_chunks(latents, pixels, size=self.config.micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Packed:
-    """Batched conditioning of one micro-batch, on the device.
-
-    Attributes:
-        negative: the same for the negative forward; None without guidance.
-    """
+    """Batched conditioning of one forward of one micro-batch, on the device."""
 
     prompt_embeds: Float[Tensor, "batch text text_dim"]
     pooled: Float[Tensor, "batch pooled_dim"]
@@ -436,9 +386,3 @@ class _Packed:
     source: Float[Tensor, "batch token channel"]
     text_ids: Float[Tensor, "text 3"]
     image_ids: Float[Tensor, "token_both 3"]
-    negative: _Packed | None = None
-
-
-def _guided(conditioning: Conditioning) -> bool:
-    """Does a conditioning have the negative branch of classifier-free guidance?"""
-    return NEGATIVE + TEXT_TENSORS[0] in conditioning.tensors

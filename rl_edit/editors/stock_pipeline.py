@@ -1,8 +1,8 @@
-"""Loads the stock FLUX.1-Kontext pipeline."""
+"""Loads a stock pipeline of diffusers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -11,17 +11,18 @@ from rl_edit.editors.family import Dtype
 from rl_edit.editors.location import Location
 from rl_edit.errors import InputError
 
-if TYPE_CHECKING:
-    from diffusers import FluxKontextPipeline
 
+def stock_pipeline(place: Location, kind: str, dtype: Dtype, **components: Any) -> Any:
+    """Loads a pipeline without a word on the terminal, which belongs to the run's own display.
 
-def stock_pipeline(place: Location, dtype: Dtype) -> FluxKontextPipeline:
-    """Loads the pipeline without a word on the terminal, which belongs to the run's own display.
+    Args:
+        kind: name of the pipeline's class in diffusers.
+        components: parts that are used instead of those of the place.
 
     Raises:
         InputError: it cannot be loaded, with what to do.
     """
-    from diffusers import FluxKontextPipeline
+    import diffusers
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -29,13 +30,14 @@ def stock_pipeline(place: Location, dtype: Dtype) -> FluxKontextPipeline:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        pipeline = FluxKontextPipeline.from_pretrained(
+        pipeline = getattr(diffusers, kind).from_pretrained(
             place.name,
             revision=place.revision,
             variant=pipeline_files(place, dtype=dtype).variant,
             use_safetensors=True,
             dtype=getattr(torch, dtype),
             local_files_only=place.local,
+            **components,
         )
     except InputError:
         raise

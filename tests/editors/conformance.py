@@ -1,0 +1,172 @@
+"""A family of editors as the conformance suite sees it, and the inputs of its checks.
+
+A family registers itself by one :class:`Family` in a file of its own, which ``families.py`` lists.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rl_edit.editors import Editor, editor_config, load_editor
+from rl_edit.types import Conditioning, EditTask
+
+INSTRUCTION = "remove the red circle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockResult:
+    """A stock pipeline's edit from given latents.
+
+    Attributes:
+        latents: the last ones, packed ``[batch, token, channel]``.
+        images: ``[batch, height, width, 3]``, 0..255.
+    """
+
+    latents: Tensor
+    images: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A released checkpoint's transformer.
+
+    Attributes:
+        name: of the repository.
+        config: the released ``transformer/config.json``, without the private keys.
+        parameters: their number; None where it was not published, and nothing is compared.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    parameters: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the checks need to know of a family.
+
+    Attributes:
+        kind: of the editor's settings; the tiny editor is that of ``write_tiny``.
+        pipeline: class in ``model_index.json``.
+        stock: edits with the stock pipeline, or with an independent reference where there is none:
+            ``stock(editor, task, latents, num_steps)``.
+        settings: of the tiny editor.
+        guided: settings under which a velocity takes further forwards, each checked against the
+            stock pipeline; empty where the family has no such guidance.
+        sizes: (height, width) of three canvases.
+        read_words: decodes the marked text rows: ``read_words(editor, instruction, rows)``.
+        attention: module whose ``dispatch_attention_fn`` the transformer calls once per layer with
+            queries and keys ``[batch, position, head, dim]``; "" where a family records its own.
+        text_first: do text positions come before the target's? Then the source's follow.
+        long_instruction: one that is over the limit of the tiny editor.
+        load_adapter: puts an adapter's directory into a fresh editor as users of the stock
+            pipeline do.
+        vae: the editor's VAE, whose ``decode`` takes unpacked latents.
+        published: released checkpoints.
+    """
+
+    kind: str
+    pipeline: str
+    stock: Callable[[Any, EditTask, Tensor, int], StockResult]
+    read_words: Callable[[Any, str, Tensor], str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    guided: tuple[Mapping[str, Any], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96), (128, 64))
+    attention: str = ""
+    long_instruction: str = " ".join([INSTRUCTION] * 200)
+    load_adapter: Callable[[Any, Path], None] = lambda editor, directory: (
+        editor.pipeline.load_lora_weights(directory)
+    )
+    vae: Callable[[Any], torch.nn.Module] = lambda editor: editor.pipeline.vae
+    published: tuple[Published, ...] = ()
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+def loaded(family: Family, directory: Path, **changes: Any) -> Any:
+    """The family's tiny editor, loaded as a real one is."""
+    settings = {"device": "cpu", "dtype": "float32", "attention_layers": 2}
+    return load_editor(
+        editor_config({"path": str(directory), **settings, **family.settings, **changes})
+    )
+
+
+def with_settings(editor: Any, **changes: Any) -> Any:
+    """The same weights run another way."""
+    settings = {**editor.config.model_dump(), **changes}
+    return type(editor)(editor.pipeline, type(editor.config).model_validate(settings))
+
+
+def task_of(
+    height: int = 64, width: int = 64, instruction: str = INSTRUCTION, seed: int = 0
+) -> EditTask:
+    """A task with a smooth random image."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 4, 4, generator=generator)
+    image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].permute(
+        1, 2, 0
+    )
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[:8, :8] = True
+    return EditTask(
+        task_id=f"t{seed}",
+        task_type="edit",
+        source=(image * 255).byte(),
+        instruction=instruction,
+        edit_mask=mask,
+    )
+
+
+def image_of(task: EditTask) -> Image.Image:
+    return Image.fromarray(task.source.numpy())
+
+
+def noise_for(editor: Editor, conditioning: Conditioning, rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(
+        rows, *editor.latent_shape(conditioning), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+@contextmanager
+def attention_calls(family: Family) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collects queries and keys of every attention of a forward, after their rotary embedding."""
+    module = importlib.import_module(family.attention)
+    stock, calls = module.dispatch_attention_fn, []
+
+    def recorded(query: Tensor, key: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        calls.append((query.detach(), key.detach()))
+        return stock(query, key, *arguments, **more)
+
+    module.dispatch_attention_fn = recorded
+    try:
+        yield calls
+    finally:
+        module.dispatch_attention_fn = stock
+
+
+@contextmanager
+def vae_inputs(vae: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the unpacked latents that a VAE decodes."""
+    inputs: list[Tensor] = []
+    decode = vae.decode
+
+    def recorded(latents: Tensor, *arguments: Any, **more: Any) -> Any:
+        inputs.append(latents.detach().clone())
+        return decode(latents, *arguments, **more)
+
+    vae.decode = recorded  # type: ignore[method-assign]
+    try:
+        yield inputs
+    finally:
+        del vae.decode  # the class's own again

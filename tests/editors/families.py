@@ -1,0 +1,8 @@
+"""The families that the conformance suite checks; a new family is one line here."""
+
+from __future__ import annotations
+
+import kontext_family
+from conformance import Family
+
+FAMILIES: tuple[Family, ...] = (kontext_family.FAMILY,)
