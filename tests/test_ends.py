@@ -39,7 +39,7 @@ def undisturbed(settings: Path, forks: Forks, tmp_path_factory: pytest.TempPathF
     """The adapter of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = forks.run("train", settings, "--run-dir", folder / "run", UPDATES, folder=folder)
-    assert ended.code == 0, ended.err
+    no_error(ended, 0)
     return adapter(folder / "run")
 
 
@@ -68,11 +68,18 @@ def one_line(ended: Ended, code: int) -> str:
     return line
 
 
+def no_error(ended: Ended, code: int, *, stopped: bool = False) -> None:
+    """Checks that a run which ended without an error says so once, and nothing on stderr."""
+    assert (ended.code, ended.err) == (code, "")
+    assert "Traceback" not in ended.out and "rl-edit: " not in ended.out
+    ends = [line for line in ended.out.splitlines() if "stopped after update" in line]
+    assert len(ends) == stopped
+
+
 def goes_on(forks: Forks, settings: Path, run: Path, folder: Path, adapter_then: bytes) -> None:
     """The same command again ends with the adapter of a run that nothing disturbed."""
     again = ("train", settings, "--run-dir", run, UPDATES, "--auto-resume")
-    ended = forks.run(*again, folder=folder)
-    assert ended.code == 0, ended.err
+    no_error(forks.run(*again, folder=folder), 0)
     assert adapter(run) == adapter_then
     assert read_json(run / "run.json")["status"] == "done"
 
@@ -80,8 +87,11 @@ def goes_on(forks: Forks, settings: Path, run: Path, folder: Path, adapter_then:
 # --- the disk -------------------------------------------------------------------------------------
 
 FULL = {
+    "claim": (Moment(path="/.lease-1", action="fill"), 4, None),
     "lease": (Moment(path=".LEASE.json.", action="fill"), 4, None),
+    "settings": (Moment(path=".config.yaml.", action="fill"), 4, None),
     "record": (Moment(path=".run.json.", action="fill"), 4, None),
+    "event": (Moment(path="/events.jsonl", action="fill"), 3, "failed"),
     "metrics": (Moment(path="/metrics.jsonl", action="fill"), 3, "failed"),
     "checkpoint": (Moment(path="step_000002/learner", action="fill"), 3, "failed"),
     "adapter": (Moment(path="/adapter/.", action="fill"), 4, "failed"),
@@ -101,6 +111,8 @@ def test_a_disk_that_fills_up_ends_a_run_with_one_line_and_it_goes_on_when_there
         assert (disk / "filler").exists()
         if code:
             assert "space" in one_line(ended, code)
+        else:
+            no_error(ended, code)
         assert (read_json(run / "run.json")["status"] if run.exists() else None) == status
         (disk / "filler").unlink()
         goes_on(forks, settings, run, tmp_path, undisturbed)
@@ -139,8 +151,8 @@ def test_a_directory_that_is_a_mount_point_stays_one_and_is_empty_when_nothing_h
             forks.run(*command, folder=tmp_path, moment=moment), 3
         )
         assert run.is_mount() and list(run.iterdir()) == []
-        ended = forks.run(*command, folder=tmp_path)
-        assert ended.code == 0 and adapter(run) == undisturbed
+        no_error(forks.run(*command, folder=tmp_path), 0)
+        assert adapter(run) == undisturbed
 
 
 # --- the output -----------------------------------------------------------------------------------
@@ -223,7 +235,7 @@ def test_a_signal_at_any_moment_ends_a_run_with_its_exit_code_and_it_goes_on(
     command = ("train", settings, "--run-dir", run, UPDATES)
     moment = Moment(path=path, action=action)
     ended = forks.run(*command, folder=tmp_path, moment=moment)
-    assert (ended.code, ended.err) == (code, "")
+    no_error(ended, code, stopped=status == "stopped")
     assert read_json(run / "run.json")["status"] == status
     goes_on(forks, settings, run, tmp_path, undisturbed)
 
@@ -235,13 +247,15 @@ def test_a_run_below_nohup_does_not_hear_that_its_terminal_is_closed(
     command = ("train", settings, "--run-dir", run, UPDATES)
     moment = Moment(path="metrics.jsonl", action=f"signal {int(signal.SIGHUP)}")
     ended = forks.run(*command, folder=tmp_path, moment=moment, ignored=[signal.SIGHUP])
-    assert ended.code == 0 and adapter(run) == undisturbed
+    no_error(ended, 0)
+    assert adapter(run) == undisturbed
 
 
 # --- other attempts, and faults -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("nth", "then"), [(2, "raise"), (2, "signal 15"), (12, "signal 15")])
+@pytest.mark.parametrize("then", ["raise", "signal 15"])
+@pytest.mark.parametrize("nth", [2, 4, 12])
 def test_an_attempt_that_was_overtaken_writes_and_removes_nothing_however_it_ends(
     forks: Forks, settings: Path, tmp_path: Path, nth: int, then: str
 ) -> None:
@@ -266,7 +280,8 @@ def test_a_fault_of_the_program_leaves_the_newest_update_and_one_line(
     assert read_json(run / "run.json")["status"] == "failed"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
     ended = forks.run("train", "--run-dir", run, "--resume", folder=tmp_path)
-    assert ended.code == 0 and adapter(run) == undisturbed
+    no_error(ended, 0)
+    assert adapter(run) == undisturbed
 
 
 def test_damaged_lines_are_set_aside_counted_and_said_and_the_run_goes_on(
@@ -280,7 +295,8 @@ def test_damaged_lines_are_set_aside_counted_and_said_and_the_run_goes_on(
             file.write(b'{"update": \xff}\n' + b"\0" * 4096 + b"\n" + b"[" * 100_000 + b"\n{\n")
     assert forks.run("report", run, folder=tmp_path).code == 0
     ended = forks.run(*command, "--resume", UPDATES, folder=tmp_path)
-    assert ended.code == 0 and adapter(run) == undisturbed
+    no_error(ended, 0)
+    assert adapter(run) == undisturbed
     for name in ("metrics.jsonl", "events.jsonl"):
         assert f"4 lines of {name} cannot be read" in ended.out
     assert [line["update"] for line in metrics_of(run)] == [0, 1]
