@@ -146,7 +146,7 @@ def wait_for_parent(pipe: int) -> None:
 def main() -> None:
     """Waits for the parent's end and ends the processes with the mark of the first argument."""
     # Signals to everything of a session or a machine are for the run; this process comes after it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     wait_for_parent(sys.stdin.fileno())
     end(sys.argv[1])

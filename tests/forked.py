@@ -204,7 +204,7 @@ def _become(order: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     # As in a shell: tests below nohup, or in the background, would hand on what they ignore.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGHUP, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     for number in order["ignored"]:
         signal.signal(number, signal.SIG_IGN)

@@ -212,14 +212,41 @@ def test_a_terminal_that_is_closed_stops_a_run_and_its_newest_update_is_saved(
 
 
 @pytest.mark.parametrize(
+    ("key", "code"), [(b"\x03", 130), (b"\x1c", 131)], ids=["Ctrl-C", "Ctrl-\\"]
+)
+def test_a_key_of_the_terminal_stops_a_run_and_its_newest_update_is_saved(
+    forks: Forks, settings: Path, tmp_path: Path, key: bytes, code: int
+) -> None:
+    run = tmp_path / "run"
+    terminal, theirs = pty.openpty()
+    try:
+        command = ("train", settings, "--run-dir", run, *ENDLESS)
+        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+            streams = (theirs, out.fileno(), err.fileno())
+            pid = forks.start(*command, streams=streams, terminal=True)
+        until(lambda: bool(metrics_of(run)))
+        os.write(terminal, key)
+        code_seen = forks.wait(pid)
+    finally:
+        os.close(terminal)
+        os.close(theirs)
+    texts = [(tmp_path / name).read_text() for name in ("out", "err")]
+    no_error(Ended(code=code_seen, out=texts[0], err=texts[1]), code, stopped=True)
+    assert read_json(run / "run.json")["status"] == "stopped"
+    (saved,) = (run / "checkpoints").glob("step_*")
+    assert saved.name == f"step_{len(metrics_of(run)):06d}" and (run / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
     ("path", "action", "code", "status"),
     [
         ("/.run.json.", "signal 15", 143, "stopped"),
         ("metrics.jsonl", "signal 1", 129, "stopped"),
+        ("metrics.jsonl", "signal 3", 131, "stopped"),
         ("/adapter/.", "signal 15", 0, "done"),
-        ("metrics.jsonl", "signal 15;signal 15", 143, "running"),
+        ("metrics.jsonl", "signal 15;signal 3", 131, "running"),
     ],
-    ids=["before the first state", "in an update", "at the end", "twice"],
+    ids=["before the first state", "in an update", "SIGQUIT", "at the end", "twice"],
 )
 def test_a_signal_at_any_moment_ends_a_run_with_its_exit_code_and_it_goes_on(
     forks: Forks,

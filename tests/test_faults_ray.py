@@ -357,8 +357,11 @@ def wait_for(run: Launched, condition: Callable[[], object]) -> None:
     [
         (lambda pid: os.kill(pid, signal.SIGTERM), 143, TOGETHER),
         (lambda pid: os.killpg(pid, signal.SIGINT), 130, ()),
+        pytest.param(
+            *(lambda pid: os.killpg(pid, signal.SIGQUIT), 131, TOGETHER), marks=pytest.mark.slow
+        ),
     ],
-    ids=["SIGTERM to the driver", "SIGINT to its process group, as Ctrl-C sends it"],
+    ids=["SIGTERM to the driver", "Ctrl-C, to its process group", "Ctrl-\\, likewise"],
 )
 def test_a_first_signal_commits_the_newest_update_and_leaves_no_process(
     tmp_path: Path, send: Callable[[int], None], code: int, places: tuple[str, ...]

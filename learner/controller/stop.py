@@ -42,8 +42,9 @@ class Stop:
 class Signals:
     """Turns the first signal into a request to commit and end; a second ends at once.
 
-    The signals are SIGINT, SIGTERM, and SIGHUP of a terminal that is closed. A SIGHUP that is
-    ignored at the start stays ignored: ``nohup`` asks for that.
+    The signals are SIGINT, SIGTERM, SIGQUIT (Ctrl-\\), and SIGHUP of a terminal that is closed. A
+    SIGHUP that is ignored at the start stays ignored: ``nohup`` asks for that. So does a SIGQUIT: a
+    shell ignores it for what a script runs in the background.
     """
 
     def __init__(self, stop: Stop) -> None:
@@ -55,8 +56,11 @@ class Signals:
         # Python takes signals in the main thread only.
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                numbers.append(signal.SIGHUP)
+            numbers += [
+                number
+                for number in (signal.SIGHUP, signal.SIGQUIT)
+                if signal.getsignal(number) != signal.SIG_IGN
+            ]
             self._before = {number: signal.signal(number, self._received) for number in numbers}
         return self
 
@@ -76,11 +80,11 @@ class Signals:
 
     @contextlib.contextmanager
     def kept_from_children(self) -> Iterator[None]:
-        """Starts processes that a closed terminal does not end: they are needed for the commit.
+        """Starts processes that signals of a terminal do not end: the commit needs them.
 
         A blocked signal is inherited. This process takes it in another thread, or afterwards.
         """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGQUIT})
         try:
             yield
         finally:

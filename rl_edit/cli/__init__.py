@@ -64,10 +64,10 @@ def _run(arguments: list[str], *, debug: bool) -> None:
 
 
 def _handlers() -> dict[int, Any]:
-    """Takes SIGTERM and SIGHUP, unless ``nohup`` ignores them; returns what was there."""
+    """Takes signals that end a process, unless a shell ignores them; returns what was there."""
     return {
         number: signal.signal(number, _terminated)
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         if signal.getsignal(number) not in (signal.SIG_IGN, None)
     }
 
