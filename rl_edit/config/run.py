@@ -13,7 +13,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from rl_edit.config.sections import (
     OPERATIONAL_ROLLOUT,
@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
     name: str = "run"
     seed: int = 0
     editor: EditorConfig = editor_config({})
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = Field(default=LoraConfig(), validate_default=True)
     data: DataConfig = DataConfig()
     algorithm: Algorithm = Algorithm()
     rollout: RolloutConfig = RolloutConfig()
@@ -66,6 +66,16 @@ class RunConfig(BaseModel):
     train: TrainConfig = TrainConfig()
     actors: ActorsConfig = ActorsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("lora")
+    @classmethod
+    def _family_targets(cls, value: LoraConfig, info: ValidationInfo) -> LoraConfig:
+        """Fills in the layers of the editor's family, so that a run records them."""
+        # The editor is validated before; it is absent when it was refused, and a family of yours
+        # need not name layers.
+        targets = getattr(info.data.get("editor"), "lora_targets", value.targets)
+        named = "targets" in value.model_fields_set or targets == value.targets
+        return value if named else value.model_copy(update={"targets": targets})
 
     @field_validator("algorithm", mode="before")
     @classmethod

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import nn
 
 from rl_edit.editors.family import Editor, EditorFacts, EditorFamily, EditorSettings
+from rl_edit.editors.flux2_klein import Flux2KleinConfig
 from rl_edit.editors.flux_kontext import FluxKontextConfig
 from rl_edit.editors.location import BUILTIN, BUILTIN_WEIGHTS, INDEX, local_pipeline, locate
 from rl_edit.editors.lora import LoraConfig, attach
@@ -31,6 +32,7 @@ __all__ = [
     "EditorFacts",
     "EditorFamily",
     "EditorSettings",
+    "Flux2KleinConfig",
     "FluxKontextConfig",
     "editor_config",
     "editor_identity",
@@ -40,7 +42,7 @@ __all__ = [
     "require_targets",
 ]
 
-FAMILIES = (FluxKontextConfig,)
+FAMILIES = (FluxKontextConfig, Flux2KleinConfig)
 """Built-in families. Without a ``kind`` and an editor on this machine, the first is meant."""
 
 
@@ -56,8 +58,12 @@ def _with_kind(value: Any) -> Any:
     return {"kind": family.model_fields["kind"].default, **value}
 
 
+BuiltInFamily = FluxKontextConfig | Flux2KleinConfig
+"""Settings of the built-in families; the same classes as in ``FAMILIES``."""
+
 EditorConfig = Annotated[
-    FluxKontextConfig,
+    # The union itself; pydantic names the known kinds where it is given another.
+    Annotated[BuiltInFamily, Field(discriminator="kind")],
     # A kind with a colon goes to the class that it names, which must offer EditorFamily.
     Plugin(setting="editor", protocol=EditorFamily),
     # The last annotation runs first: the kind must be there before the family is chosen.
@@ -65,10 +71,10 @@ EditorConfig = Annotated[
 ]
 """Settings of an editor: a union over families, by ``kind``."""
 
-_EDITOR_CONFIG: TypeAdapter[FluxKontextConfig] = TypeAdapter(EditorConfig)
+_EDITOR_CONFIG: TypeAdapter[BuiltInFamily] = TypeAdapter(EditorConfig)
 
 
-def editor_config(settings: Mapping[str, Any]) -> FluxKontextConfig:
+def editor_config(settings: Mapping[str, Any]) -> BuiltInFamily:
     """Reads the settings of an editor, as they stand under ``editor:`` in a configuration.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rl_edit.data.editor_text import TextReading
 from rl_edit.editors.location import BUILTIN, identity_of
+from rl_edit.editors.lora_targets import ATTENTION_PROJECTIONS
 from rl_edit.method.attention import MassTally
 from rl_edit.types import Conditioning, EditTask
 
@@ -84,6 +85,11 @@ class EditorSettings(BaseModel):
     def edit_steps(self) -> int:
         """Solver steps of one edit where none are asked for."""
         return 28
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Layers that get an adapter where ``lora.targets`` is left out: attention projections."""
+        return ATTENTION_PROJECTIONS
 
     def read_text(self, texts: Sequence[str]) -> tuple[TextReading, ...] | None:
         """Reads instructions as the editor will, without its weights.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from rl_edit.editors.location import BUILTIN
+from rl_edit.editors.location import BUILTIN, local_value
 from rl_edit.editors.tiny.recipe import MAX_TEXT_TOKENS
 
 _KONTEXT: dict[str, Any] = {
@@ -28,22 +26,23 @@ def flux_defaults(path: str) -> dict[str, Any]:
 
     A directory is asked; an id of the hub gets the numbers of FLUX.1-Kontext-dev.
     """
-    root = Path(path)
     defaults = dict(_KONTEXT)
-    side = _read(root / "vae" / "config.json", "sample_size")
+    side = local_value(path, "vae/config.json", "sample_size")
     if isinstance(side, int) and side >= _MIN_SIDE:
         defaults["resolution"] = side
-    length = _read(root / "tokenizer_2" / "tokenizer_config.json", "model_max_length")
+    length = local_value(path, "tokenizer_2/tokenizer_config.json", "model_max_length")
     # A tokenizer without a limit has 1e30 there.
     if isinstance(length, int) and _MIN_TOKENS <= length < defaults["max_text_tokens"]:
         defaults["max_text_tokens"] = length
-    encoder = root / "text_encoder_2" / "config.json"
+    encoder = "text_encoder_2/config.json"
     # rl-edit pretrain gives T5 a reach of exactly the text that it trains with; T5-XXL has 128.
-    if _read(encoder, "relative_attention_max_distance") == MAX_TEXT_TOKENS:
+    if local_value(path, encoder, "relative_attention_max_distance") == MAX_TEXT_TOKENS:
         defaults["max_text_tokens"] = MAX_TEXT_TOKENS
     # transformers 5 writes dtype, earlier versions torch_dtype. Nothing trains in float16, so an
     # editor stored in it runs in bfloat16.
-    if (_read(encoder, "dtype") or _read(encoder, "torch_dtype")) == "float32":
+    if (
+        local_value(path, encoder, "dtype") or local_value(path, encoder, "torch_dtype")
+    ) == "float32":
         defaults["dtype"] = "float32"
     return defaults
 
@@ -59,13 +58,3 @@ def builtin_misfit(height: int, width: int, resolution: int) -> str:
         f"{resolution} px. Name a real editor instead, such as "
         "black-forest-labs/FLUX.1-Kontext-dev or a directory that holds it."
     )
-
-
-def _read(file: Path, name: str) -> Any:
-    """Returns a value of a small JSON file; None where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    # Missing or damaged: loading the editor says so, with what to do.
-    except (OSError, ValueError):
-        return None
-    return content.get(name) if isinstance(content, dict) else None

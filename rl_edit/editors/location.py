@@ -148,13 +148,18 @@ def _names_in(directory: Path) -> frozenset[str]:
 
 def local_pipeline(path: str) -> str | None:
     """Reads the pipeline class of an editor on this machine; None where it cannot be known."""
-    index = (BUILTIN_WEIGHTS if path == BUILTIN else Path(path)) / INDEX
+    name = local_value(str(BUILTIN_WEIGHTS) if path == BUILTIN else path, INDEX, "_class_name")
+    return name if isinstance(name, str) else None
+
+
+def local_value(path: str, file: str, name: str) -> Any:
+    """Reads a value of a small file of an editor on this machine; None where there is none."""
     try:
-        content = json.loads(index.read_text())
-    # Missing or damaged: loading says so, with what to do.
+        content = json.loads((Path(path) / file).read_text(encoding="utf-8"))
+    # Missing or damaged: loading the editor says so, with what to do.
     except (OSError, ValueError):
         return None
-    return content.get("_class_name") if isinstance(content, dict) else None
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def identity_of(path: str, revision: str | None = None) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,14 @@ from rl_edit.editors.adapter_forms import (
     find_file,
     read_form,
 )
-from rl_edit.editors.lora_targets import require_fit, require_modules, unmatched
+from rl_edit.editors.lora_targets import (
+    ATTENTION_PROJECTIONS,
+    expanded,
+    layer_names,
+    require_fit,
+    require_modules,
+    unmatched,
+)
 from rl_edit.errors import InputError
 from rl_edit.files import replace_file, replace_json
 from rl_edit.types import AdapterId, AdapterWeights
@@ -53,21 +60,6 @@ Objectives that read the acting weights' velocity need it.
 
 NOTE_FILE = "adapter.json"
 
-ATTENTION_PROJECTIONS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
-"""LoRA targets of RC-GRPO-Editing ("attention projections"), by their module names in diffusers.
-
-Single blocks have q, k and v alone.
-"""
-
 
 class LoraConfig(BaseModel):
     """The trained adapter.
@@ -75,7 +67,8 @@ class LoraConfig(BaseModel):
     Attributes:
         rank, alpha: r32 alpha64 on attention projections is CoCoEdit's and DiffusionNFT's; the
             scale is alpha / rank.
-        targets: module-name suffixes inside the editor's transformer.
+        targets: module-name suffixes inside the editor's transformer; a ``*`` stands for one part
+            of a name. By default all attention projections of the editor's family.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -84,8 +77,12 @@ class LoraConfig(BaseModel):
     alpha: float = Field(default=64, gt=0)
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS
 
-    def peft(self) -> PeftLoraConfig:
-        """Returns the settings as PEFT's own record."""
+    def peft(self, layers: Iterable[str]) -> PeftLoraConfig:
+        """Returns the settings as PEFT's own record.
+
+        Args:
+            layers: names among which a ``*`` of a target is sought.
+        """
         from peft import LoraConfig as PeftLoraConfig
 
         # PEFT writes a whole alpha as an integer, and so do files of stock diffusers.
@@ -93,7 +90,7 @@ class LoraConfig(BaseModel):
         return PeftLoraConfig(
             r=self.rank,
             lora_alpha=alpha,
-            target_modules=list(self.targets),
+            target_modules=expanded(self.targets, layers),
             init_lora_weights="gaussian",
         )
 
@@ -128,9 +125,8 @@ def attach(
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(
-                config.peft(), transformer, adapter_name, state_dict=_places(config)
-            )
+            settings = _peft(config, layer_names(transformer))
+            inject_adapter_in_model(settings, transformer, adapter_name, state_dict=_places(config))
         # PEFT raises whatever its own code meets: a pattern that does not compile, a module that it
         # cannot adapt.
         except Exception as error:
@@ -144,6 +140,10 @@ def attach(
     set_active(transformer, True, adapter_name=adapter_name)
     for parameter in parameters(transformer, adapter_name=adapter_name):
         parameter.data = parameter.data.float()
+
+
+def _peft(config: LoraConfig | AdapterConfig, layers: Iterable[str]) -> PeftLoraConfig:
+    return config.peft(layers) if isinstance(config, LoraConfig) else config.peft()
 
 
 def _places(config: LoraConfig | AdapterConfig) -> dict[str, Tensor] | None:
@@ -250,10 +250,11 @@ def save(directory: Path, weights: AdapterWeights, config: LoraConfig | AdapterC
     diffusers resets alpha to the rank when the file carries no adapter metadata; ours always does.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    modules = dict.fromkeys(name.split(".lora_")[0] for name in weights.tensors)
     # Sets would be written in another order each time.
     settings = {
         PREFIX + key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.peft().to_dict().items()
+        for key, value in _peft(config, modules).to_dict().items()
     }
     metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
     tensors = {PREFIX + name: value for name, value in weights.tensors.items()}

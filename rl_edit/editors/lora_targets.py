@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -16,6 +17,48 @@ _BASE = ".base_layer"
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 """Layers that PEFT's LoRA can adapt."""
+
+
+ATTENTION_PROJECTIONS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
+"""LoRA targets of RC-GRPO-Editing ("attention projections"), by their module names in diffusers.
+
+Single blocks of FLUX.1 have q, k and v alone.
+"""
+
+
+def matches(target: str, name: str) -> bool:
+    """Does a target name a layer: completely, or by the last parts of its name?
+
+    As PEFT matches; a ``*`` stands for one part, which PEFT does not have.
+    """
+    pattern = re.escape(target).replace(r"\*", "[^.]+")
+    return re.fullmatch(rf"(.*\.)?{pattern}", name) is not None
+
+
+def expanded(targets: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Replaces targets with a ``*`` by the layers that they name; PEFT reads the result."""
+    known = list(names)
+    return [
+        name
+        for target in targets
+        for name in (
+            [target] if "*" not in target else [name for name in known if matches(target, name)]
+        )
+    ]
+
+
+def layer_names(transformer: nn.Module) -> list[str]:
+    """Lists the layers of the editor itself that can take an adapter."""
+    return list(_layers(transformer))
 
 
 def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
@@ -36,12 +79,7 @@ def unmatched(transformer: nn.Module, targets: Iterable[str]) -> str | None:
             "lora.targets is empty, so no module would get an adapter and nothing would be "
             "trained: name layers, or leave it out for all attention projections"
         )
-    missing = [
-        target
-        for target in requested
-        # As PEFT matches: the complete name, or its last parts.
-        if not any(name == target or name.endswith("." + target) for name in names)
-    ]
+    missing = [target for target in requested if not any(matches(target, name) for name in names)]
     if not missing:
         return None
     ends = list(dict.fromkeys(end for name in names for end in _ends(name)))

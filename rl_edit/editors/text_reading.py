@@ -28,7 +28,7 @@ def read_with_flux(
     """
     if not texts:
         return ()
-    clip, t5 = _tokenizers(place)
+    clip, t5 = (tokenizer_of(place, part) for part in ("tokenizer", "tokenizer_2"))
     unique = list(dict.fromkeys(texts))
     encoded = t5(unique, return_offsets_mapping=True, verbose=False)
     pooled = clip(unique, verbose=False)["input_ids"]
@@ -54,28 +54,28 @@ def read_with_flux(
     return tuple(readings[text] for text in texts)
 
 
-@lru_cache(maxsize=4)
-def _tokenizers(place: Location) -> tuple[Any, Any]:
-    """Loads both tokenizers, CLIP's first, by the classes that the pipeline names."""
+@lru_cache(maxsize=8)
+def tokenizer_of(place: Location, part: str) -> Any:
+    """Loads a tokenizer or processor by the class that the pipeline names, without weights.
+
+    Args:
+        part: name of its folder.
+
+    Raises:
+        InputError: it cannot be had.
+    """
     index = place.read_json(INDEX)
     try:
         import transformers
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-        loaded = [
-            getattr(transformers, index[part][1]).from_pretrained(
-                place.name,
-                subfolder=part,
-                revision=place.revision,
-                local_files_only=place.local,
-            )
-            for part in ("tokenizer", "tokenizer_2")
-        ]
+        return getattr(transformers, index[part][1]).from_pretrained(
+            place.name, subfolder=part, revision=place.revision, local_files_only=place.local
+        )
     # The library raises errors of many kinds; each means that the files cannot be had.
     except Exception as error:
         raise place.unreachable(error) from error
-    return loaded[0], loaded[1]
 
 
 def _lost(text: str, offsets: Sequence[tuple[int, int]], limit: int) -> str:

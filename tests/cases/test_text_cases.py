@@ -51,11 +51,12 @@ def test_an_instruction_that_is_cut_is_counted_with_the_words_that_are_lost(fold
 
 def test_the_lost_end_is_exactly_what_the_tokenizer_leaves_out() -> None:
     from rl_edit.editors.location import locate
-    from rl_edit.editors.text_reading import _tokenizers
+    from rl_edit.editors.text_reading import tokenizer_of
 
     (reading,) = BUILT_IN.read_text([LONG])
-    ids = _tokenizers(locate(BUILT_IN.path))[1](LONG, truncation=True, max_length=32)["input_ids"]
-    read = _tokenizers(locate(BUILT_IN.path))[1].decode(ids, skip_special_tokens=True)
+    tokenizer = tokenizer_of(locate(BUILT_IN.path), "tokenizer_2")
+    ids = tokenizer(LONG, truncation=True, max_length=32)["input_ids"]
+    read = tokenizer.decode(ids, skip_special_tokens=True)
     assert f"{read} {reading.lost}".split() == LONG.split()
 
 

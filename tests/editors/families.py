@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import klein_family
 import kontext_family
 from conformance import Family
 
-FAMILIES: tuple[Family, ...] = (kontext_family.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    kontext_family.FAMILY,
+    klein_family.FAMILY,
+)
