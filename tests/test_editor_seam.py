@@ -29,7 +29,7 @@ from rl_edit.errors import InputError
 from test_walls import PRODUCT, name_of, words_of
 
 FAMILY_WORDS = re.compile(
-    r"flux|kontext|(?<![a-z0-9])t5(?![a-z0-9])|prompt_embeds|pooled_proj",
+    r"flux|kontext|klein|(?<![a-z0-9])t5(?![a-z0-9])|prompt_embeds|pooled_proj",
     re.IGNORECASE,
 )
 NAMES_OF_EDITORS = ("builtin:tiny-kontext", "tiny-kontext", "kontext-rc-grpo")

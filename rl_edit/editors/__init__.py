@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import nn
 
 from rl_edit.editors.family import Editor, EditorFacts, EditorFamily, EditorSettings
+from rl_edit.editors.flux2 import Flux2Config
 from rl_edit.editors.flux2_klein import Flux2KleinConfig
 from rl_edit.editors.flux_kontext import FluxKontextConfig
 from rl_edit.editors.location import BUILTIN, BUILTIN_WEIGHTS, INDEX, local_pipeline, locate
@@ -32,6 +33,7 @@ __all__ = [
     "EditorFacts",
     "EditorFamily",
     "EditorSettings",
+    "Flux2Config",
     "Flux2KleinConfig",
     "FluxKontextConfig",
     "editor_config",
@@ -42,7 +44,7 @@ __all__ = [
     "require_targets",
 ]
 
-FAMILIES = (FluxKontextConfig, Flux2KleinConfig)
+FAMILIES = (FluxKontextConfig, Flux2Config, Flux2KleinConfig)
 """Built-in families. Without a ``kind`` and an editor on this machine, the first is meant."""
 
 
@@ -58,7 +60,7 @@ def _with_kind(value: Any) -> Any:
     return {"kind": family.model_fields["kind"].default, **value}
 
 
-BuiltInFamily = FluxKontextConfig | Flux2KleinConfig
+BuiltInFamily = FluxKontextConfig | Flux2Config | Flux2KleinConfig
 """Settings of the built-in families; the same classes as in ``FAMILIES``."""
 
 EditorConfig = Annotated[

@@ -27,12 +27,14 @@ class ChatText:
         render: puts the template around an instruction.
         max_tokens: tokens that the pipeline reads, template included.
         special: does the tokenizer add its special tokens? Not where the template has them.
+        removed: text that the pipeline takes out of instructions; "" for nothing.
     """
 
     tokenizer: Any
     render: Callable[[str], str]
     max_tokens: int
     special: bool = True
+    removed: str = ""
 
     def rows(self, instruction: str) -> Bool[Tensor, " text"]:
         """Marks the tokens of the instruction, padded to the limit; all that are read if empty."""
@@ -81,9 +83,11 @@ class ChatText:
 
     def _placed(self, instruction: str) -> tuple[str, int, int]:
         """Renders the template; the instruction's first letter and the one behind its last."""
-        text = self.render(instruction)
+        # An empty string is found between all letters.
+        read = instruction.replace(self.removed, "") if self.removed else instruction
+        text = self.render(read)
         # The template itself may hold the words of the instruction, such as "user".
         start = self.render(_MARK).index(_MARK)
         # A template that trims its text moves the first letter.
-        begin = text.find(instruction.strip(), start)
-        return text, begin, begin + len(instruction.strip())
+        begin = text.find(read.strip(), start)
+        return text, begin, begin + len(read.strip())

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rl_edit.editors.family import EditorSettings
+from rl_edit.editors.family import EditorFamily
 from rl_edit.editors.location import Location
 from rl_edit.errors import InputError
 
@@ -62,7 +62,7 @@ def read_settings(
         ) from error
 
 
-def require_layers(config: EditorSettings, count: int) -> None:
+def require_layers(config: EditorFamily, count: int) -> None:
     """Refuses settings that read attention in more layers than there are.
 
     Raises:
@@ -75,7 +75,7 @@ def require_layers(config: EditorSettings, count: int) -> None:
         )
 
 
-def last_layers(config: EditorSettings, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+def last_layers(config: EditorFamily, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """Returns the last blocks, in which attention is read.
 
     Raises:

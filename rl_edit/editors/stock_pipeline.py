@@ -17,7 +17,7 @@ def stock_pipeline(place: Location, kind: str, dtype: Dtype, **components: Any) 
 
     Args:
         kind: name of the pipeline's class in diffusers.
-        components: parts that are used instead of those of the place.
+        components: parts that are used instead of those of the place; None leaves one out.
 
     Raises:
         InputError: it cannot be loaded, with what to do.

@@ -55,11 +55,12 @@ def read_with_flux(
 
 
 @lru_cache(maxsize=8)
-def tokenizer_of(place: Location, part: str) -> Any:
-    """Loads a tokenizer or processor by the class that the pipeline names, without weights.
+def tokenizer_of(place: Location, part: str, *, kind: str = "") -> Any:
+    """Loads a tokenizer of a pipeline, without weights.
 
     Args:
         part: name of its folder.
+        kind: class of transformers that loads it; "" is the one that the pipeline names.
 
     Raises:
         InputError: it cannot be had.
@@ -70,7 +71,7 @@ def tokenizer_of(place: Location, part: str) -> Any:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-        return getattr(transformers, index[part][1]).from_pretrained(
+        return getattr(transformers, kind or index[part][1]).from_pretrained(
             place.name, subfolder=part, revision=place.revision, local_files_only=place.local
         )
     # The library raises errors of many kinds; each means that the files cannot be had.

@@ -44,7 +44,9 @@ def read_words(editor: Any, instruction: str, rows: Tensor) -> str:
     return str(tokenizer.decode([i for i, marked in zip(ids, rows, strict=True) if marked]))
 
 
-def _transformer(layers: int, single: int, heads: int, text: int, **more: Any) -> dict[str, Any]:
+def transformer_config(
+    layers: int, single: int, heads: int, text: int, **more: Any
+) -> dict[str, Any]:
     return {
         "_class_name": "Flux2Transformer2DModel",
         "attention_head_dim": 128,
@@ -76,13 +78,13 @@ FAMILY = Family(
     published=(
         Published(
             name="black-forest-labs/FLUX.2-klein-4B",
-            config=_transformer(5, 20, 24, 7680),
+            config=transformer_config(5, 20, 24, 7680),
             # Its file of 2 bytes a parameter has 7.22 GiB.
             parameters=3_875_544_576,
         ),
         Published(
             name="black-forest-labs/FLUX.2-klein-9B",
-            config=_transformer(8, 24, 32, 12288),
+            config=transformer_config(8, 24, 32, 12288),
             parameters=9_078_581_248,
         ),
     ),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-from tokenizers import pre_tokenizers
 from transformers import Qwen2TokenizerFast
 
 from rl_edit.data import shapes
+from rl_edit.editors.tiny_families._byte_level import vocabulary_and_merges
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Special tokens of Qwen's text models; the first pads."""
@@ -37,28 +35,9 @@ def make_qwen_tokenizer(
         max_length: ``model_max_length``.
         further: special tokens beyond :data:`SPECIAL`.
     """
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges: dict[tuple[str, str], int] = {}
-    for word in shapes.vocabulary():
-        # Within a sentence a word begins with its space.
-        for text in (word, f" {word}"):
-            ((symbols, _),) = byte_level.pre_tokenize_str(text)
-            parts = list(symbols)
-            # Merges of earlier words fire first; new ones start from what they leave.
-            while pairs := [
-                (merges[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in merges
-            ]:
-                _, i = min(pairs)
-                parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            while len(parts) > 1:
-                merges[parts[0], parts[1]] = len(merges)
-                parts[:2] = [parts[0] + parts[1]]
-                vocabulary.append(parts[0])
-    # Without repeats, in order: a merge may make a token that another word has made.
-    ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    ids, merges = vocabulary_and_merges(shapes.vocabulary())
     tokenizer = Qwen2TokenizerFast(
-        vocab=ids, merges=list(merges), model_max_length=max_length, eos_token=SPECIAL[2]
+        vocab=ids, merges=merges, model_max_length=max_length, eos_token=SPECIAL[2]
     )
     # The class itself adds <|endoftext|>, which pads.
     tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL[1:], *further]})
