@@ -50,12 +50,19 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: str | bytes | memoryview, *, durable: bool = False) -> None:
+def replace_file(
+    path: Path,
+    content: str | bytes | memoryview,
+    *,
+    durable: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Replaces a file, or creates it: the old content or the new one, never part of one.
 
     Args:
         content: text is written as UTF-8.
         durable: wait until content and name are on the disk, so that a power cut keeps them.
+        check: called right before the rename; where it raises, the old content stays.
 
     Raises:
         OSError: the directory is missing, full or read-only; the old content is still there.
@@ -68,6 +75,7 @@ def replace_file(path: Path, content: str | bytes | memoryview, *, durable: bool
             write_new(partial, data)
         else:
             partial.write_bytes(data)
+        check()
         os.replace(partial, path)
     finally:
         # After the rename the name is gone; after a failure the rest must go.

@@ -3,6 +3,7 @@ same epoch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,6 +43,27 @@ def test_the_first_attempt_holds_epoch_1_and_the_file_says_who(tmp_path: Path) -
     )
     assert (written["renewed"], written["ended"]) == (1000.0, None)
     assert written["attempt"] == lease.holder.attempt
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("call", ["renew", "release"])
+def test_an_attempt_overtaken_while_it_writes_its_record_leaves_that_of_the_newer_one(
+    tmp_path: Path, call: str
+) -> None:
+    newer: list[Lease] = []
+
+    def clock() -> float:
+        # Asked between the first check and the record's name.
+        if newer or not (tmp_path / LEASE).is_file():
+            return 1000.0
+        newer.append(Lease.take(tmp_path, Clock(2000.0)))
+        return 1500.0
+
+    older = Lease.take(tmp_path, clock)
+    with contextlib.suppress(Fenced):
+        getattr(older, call)()
+    assert on_disk(tmp_path)["attempt"] == newer[0].holder.attempt
+    assert newer[0].check() is None
 
 
 @pytest.mark.faults

@@ -149,7 +149,7 @@ class Lease:
         self.check()
         self.holder = self.holder.model_copy(update={"renewed": self._clock()})
         with contextlib.suppress(OSError):
-            self._publish()
+            self._publish(self.check)
 
     def release(self) -> None:
         """Says that this attempt has ended. Does nothing when fenced, or on a full disk.
@@ -159,7 +159,7 @@ class Lease:
         with contextlib.suppress(Fenced, OSError):
             self.check()
             self.holder = self.holder.model_copy(update={"ended": self._clock()})
-            self._publish()
+            self._publish(self.check)
 
     def remove(self, names: Collection[str]) -> None:
         """Removes files of this attempt, and then its lease, when the directory has nothing else.
@@ -193,10 +193,10 @@ class Lease:
             f"last renewed {age:.0f} s ago"
         )
 
-    def _publish(self) -> None:
-        replace_file(
-            self.run_dir / LEASE, self.holder.model_dump_json(indent=2) + "\n", durable=True
-        )
+    def _publish(self, check: Callable[[], None] = lambda: None) -> None:
+        # Syncing takes long enough for another attempt to take over, so the check comes after it.
+        text = self.holder.model_dump_json(indent=2) + "\n"
+        replace_file(self.run_dir / LEASE, text, durable=True, check=check)
 
 
 def _claim(run_dir: Path, epoch: int) -> Path:
