@@ -1,17 +1,19 @@
 """Two attempts in one run directory: the older one must end and touch nothing of the newer one.
 
 The newer attempt is stopped while the older one ends, so that every byte of the directory can be
-compared before and after.
+compared before and after. What an older attempt writes below a temporary name of its own is no
+file of the other: a write that was under way when it was stopped goes on.
 """
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos_runs import Attempt, Launch, contents
+from chaos_runs import APPLIED, UPDATES, Attempt, Launch, contents, status_of
 
 FENCED = 75
 REFUSED = ("actors.runtime=ray", "actors.rollout_gpus=1", "actors.wait_for_nodes_s=3")
@@ -37,17 +39,15 @@ class Rivalry:
 
 def compared(older: Attempt, newer: Attempt, run: Path, allowed: set[int]) -> Rivalry:
     """Lets the older one end while the newer one is stopped; then lets the newer one finish."""
-    newer.signal(signal.SIGSTOP)
+    newer.halt()
     before, hit = contents(run), newer.alive and older.alive
+    own = own_names(older, run)
     older.signal(signal.SIGCONT)
     code = older.end()
     after = contents(run)
     newer.signal(signal.SIGCONT)
-    changed = sorted(
-        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
-    )
     problems = []
-    if hit and changed:
+    if hit and (changed := differing(before, after, own)):
         problems.append(f"the older attempt (exit {code}) changed {', '.join(changed)}")
     return Rivalry(
         hit=hit,
@@ -56,21 +56,54 @@ def compared(older: Attempt, newer: Attempt, run: Path, allowed: set[int]) -> Ri
     )
 
 
+def own_names(attempt: Attempt, run: Path) -> re.Pattern[str]:
+    """Matches the temporary names of an attempt: they hold its epoch, or its process."""
+    held = [
+        path.name.removeprefix(".lease-")
+        for path in run.glob(".lease-*")
+        if path.stat().st_mtime < attempt.halted
+    ]
+    epochs = "|".join(held) or "none"
+    return re.compile(rf"(.*/)?(\.tmp-({epochs})-.*|\..*\.{attempt.process.pid}-\w+\.tmp)")
+
+
+def differing(
+    before: Mapping[str, str], after: Mapping[str, str], own: re.Pattern[str]
+) -> list[str]:
+    """Names of files that were made, changed or removed, but for those of the attempt itself."""
+    return sorted(
+        name
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name) and not own.fullmatch(name)
+    )
+
+
 def second_attempt(start: Start, run: Path) -> Rivalry:
     """An attempt in the middle of its work is overtaken."""
     older = start(Launch(), False)
     older.wait_updates(2)
-    older.signal(signal.SIGSTOP)
+    older.halt()
+    # On a fast machine it may have nothing left to do. Then nobody overtakes it: it ends with 0.
+    over = not older.alive or status_of(run) == "done" or applied(older) == UPDATES
     newer = start(Launch(), True)
+    if over:
+        older.signal(signal.SIGCONT)
+        ends = [(older, frozenset({FENCED, 0})), (newer, frozenset({0}))]
+        return Rivalry(hit=False, problems=[], ends=ends)
     newer.wait_updates(1)
-    return compared(older, newer, run, {FENCED, 0})
+    return compared(older, newer, run, {FENCED})
+
+
+def applied(attempt: Attempt) -> int:
+    """Updates that an attempt has applied."""
+    return len({line["update"] for line in attempt.events() if line["event"] == APPLIED})
 
 
 def refused_beside_newer(start: Start, run: Path) -> Rivalry:
     """An attempt that waits for GPUs gives up when a newer one trains."""
     older = start(Launch(settings=REFUSED), False)
     older.wait_for((run / "config.yaml").is_file)
-    older.signal(signal.SIGSTOP)
+    older.halt()
     newer = start(Launch(), (run / "config.yaml").is_file())
     newer.wait_updates(2)
     return compared(older, newer, run, {4, FENCED})
@@ -80,7 +113,7 @@ def stopped_when_overtaken(start: Start, run: Path) -> Rivalry:
     """An overtaken attempt gets SIGTERM before its first state."""
     older = start(Launch(), False)
     older.wait_for((run / "config.yaml").is_file, poll_s=0.001)
-    older.signal(signal.SIGSTOP)
+    older.halt()
     newer = start(Launch(), (run / "config.yaml").is_file())
     newer.wait_updates(2)
     older.signal(signal.SIGTERM)
@@ -91,18 +124,15 @@ def refused_in_a_running_one(start: Start, run: Path) -> Rivalry:
     """An attempt that cannot have its GPUs takes the directory of one that runs."""
     older = start(Launch(), False)
     older.wait_updates(2)
-    older.signal(signal.SIGSTOP)
+    older.halt()
     newer = start(Launch(settings=REFUSED), True)
     newer.wait_for(lambda: len(list(run.glob(".lease-*"))) > 1)
     hit = older.alive and newer.alive
     code = newer.end()
-    before = contents(run)
+    before, own = contents(run), own_names(older, run)
     older.signal(signal.SIGCONT)
     older.end()
-    after = contents(run)
-    changed = sorted(
-        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
-    )
+    changed = differing(before, contents(run), own)
     problems = [f"the fenced attempt changed {', '.join(changed)}"] if hit and changed else []
     if code == 4 and not (run / "checkpoints").is_dir():
         problems.append("the refused attempt removed the checkpoints of the other")

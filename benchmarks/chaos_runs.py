@@ -109,7 +109,8 @@ class Attempt:
         streams = [
             self._stream(where, path) for where, path in zip(launch.output, self.files, strict=True)
         ]
-        self.began = time.time()
+        # Times of events are rounded to hundredths: one from just before may lie after this moment.
+        self.began, self.halted = time.time() + 0.01, 0.0
         try:
             self.process = subprocess.Popen(
                 self.command,
@@ -243,6 +244,19 @@ class Attempt:
                 self.process.send_signal(number)
                 return True
         return False
+
+    def halt(self) -> None:
+        """Stops the driver, and returns when none of its threads writes any more."""
+        self.signal(signal.SIGSTOP)
+        self.wait_for(self._stands_still, poll_s=0.001)
+        self.halted = time.time()
+
+    def _stands_still(self) -> bool:
+        states = {
+            path.read_text().rpartition(")")[2].split()[0]
+            for path in Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+        }
+        return states <= {"T", "Z"}
 
     def end(self) -> int | None:
         """Waits for the driver's end; None when it hangs."""

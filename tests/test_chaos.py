@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,99 @@ def test_a_kind_that_is_tried_again_and_again_and_never_hits_is_named(chaos: Any
     assert chaos.never_hit(late) == []
     late += [result(missed=["SIGHUP", "SIGINT"]), result(missed=["SIGINT"], hit=["SIGINT"])]
     assert chaos.never_hit(late) == ["SIGHUP"]
+
+
+OLDER = """
+import json, os, pathlib, sys, time
+run = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
+(run / "checkpoints").mkdir(parents=True)
+(run / ".lease-1").touch()
+own = run / "checkpoints" / ".tmp-1-step_000002"
+own.write_text("begun")
+with (run / "events.jsonl").open("w") as events:
+    for update in range({updates}):
+        line = dict(event="update_applied", update=update, time=time.time())
+        events.write(json.dumps(line) + "\\n")
+while not (run / ".lease-2").exists():
+    time.sleep(0.01)
+own.write_text("gone on with")
+{last}
+"""
+NEWER = """
+import json, pathlib, sys, time
+run = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
+with (run / "events.jsonl").open("a") as events:
+    line = dict(event="update_applied", update=5, time=time.time())
+    events.write(json.dumps(line) + "\\n")
+(run / ".lease-2").touch()
+time.sleep(1)
+"""
+"""Attempts that write what a real one does, as far as the drill looks."""
+
+
+def second_attempt(chaos: Any, folder: Path, *, updates: int, last: str) -> Any:
+    """The drill ``second-attempt`` with an older attempt of so many updates and such an end; the
+    rivalry, and both exit codes."""
+    from chaos_rivals import RIVALRIES
+    from chaos_runs import Attempt, Launch
+
+    programs = iter((OLDER.format(updates=updates, last=last), NEWER))
+
+    def start(_: Any, resume: bool) -> Any:
+        launch = Launch(program=(sys.executable, "-c", next(programs)))
+        name = "newer" if resume else "older"
+        return Attempt(folder, folder / "run", launch, name=name, short=folder, resume=resume)
+
+    rivalry = RIVALRIES["second-attempt"](start, folder / "run")
+    return rivalry, [(attempt.end(), codes) for attempt, codes in rivalry.ends]
+
+
+@linux
+def test_an_event_from_just_before_an_attempt_is_not_taken_for_its_own(
+    chaos: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    rounded = math.ceil(time.time() * 100) / 100
+    event = {"event": "update_applied", "update": 1, "time": rounded}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    launch = chaos.Launch(program=(sys.executable, "-c", "pass"))
+    # As fast as a machine can be: no time passes between the event and the start.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: rounded - 0.005)
+        attempt = chaos.Attempt(tmp_path, run, launch, name="newer", short=tmp_path, resume=True)
+    assert attempt.end() == 0
+    assert attempt.events() == []
+
+
+@linux
+def test_an_older_attempt_that_had_nothing_left_to_do_was_missed(
+    chaos: Any, tmp_path: Path
+) -> None:
+    last = "(run / 'adapter').mkdir()"
+    rivalry, ends = second_attempt(chaos, tmp_path, updates=chaos.UPDATES, last=last)
+    assert not rivalry.hit and not rivalry.problems
+    assert [code for code, _ in ends] == [0, 0] and all(code in codes for code, codes in ends)
+
+
+@linux
+def test_an_overtaken_attempt_may_only_go_on_with_its_own_temporary_files(
+    chaos: Any, tmp_path: Path
+) -> None:
+    rivalry, ends = second_attempt(chaos, tmp_path, updates=2, last="sys.exit(75)")
+    assert rivalry.hit and not rivalry.problems
+    assert all(code in codes for code, codes in ends)
+
+
+@linux
+def test_an_overtaken_attempt_that_goes_on_to_its_end_is_a_fault(
+    chaos: Any, tmp_path: Path
+) -> None:
+    rivalry, ends = second_attempt(chaos, tmp_path, updates=2, last="(run / 'run.json').touch()")
+    assert rivalry.hit
+    assert rivalry.problems == ["the older attempt (exit 0) changed run.json"]
+    (code, codes), _ = ends
+    assert code == 0 and code not in codes
 
 
 @pytest.fixture(scope="module")
