@@ -215,6 +215,20 @@ def driver() -> list[Kind]:
 def disks() -> list[Kind]:
     """A disk that is full, for a while or for good, or becomes read-only."""
     hides = frozenset({"events", "metrics"})
+
+    def ended_by(name: str, strike: Callable[[Scene], bool]) -> Kind:
+        return Kind(
+            name=name,
+            when="end",
+            strike=strike,
+            alone=True,
+            mount=8,
+            settings=STORE,
+            codes=ENDED,
+            statuses=ANY,
+            hides=hides,
+        )
+
     return [
         Kind(
             name="full-disk-for-a-while",
@@ -225,28 +239,8 @@ def disks() -> list[Kind]:
             mount=8,
             hides=hides,
         ),
-        Kind(
-            name="full-disk",
-            when="end",
-            strike=full,
-            alone=True,
-            mount=8,
-            settings=STORE,
-            codes=ENDED,
-            statuses=ANY,
-            hides=hides,
-        ),
-        Kind(
-            name="read-only-disk",
-            when="end",
-            strike=read_only,
-            alone=True,
-            mount=8,
-            settings=STORE,
-            codes=ENDED,
-            statuses=ANY,
-            hides=hides,
-        ),
+        ended_by("full-disk", full),
+        ended_by("read-only-disk", read_only),
     ]
 
 
