@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jobs
+from commit import commit_name
 from rl_edit.config import load_config
 from rl_edit.evaluation.arms import TOTAL, Arm
 from rl_edit.evaluation.comparison import optional_json
@@ -182,7 +183,7 @@ def write_table(
         "training.",
         "",
     ]
-    record: dict[str, Any] = {"commit": jobs.commit(), "command": jobs.settings(), "bases": {}}
+    record: dict[str, Any] = {"commit": commit_name(), "command": jobs.settings(), "bases": {}}
     for base in bases:
         arms = {
             v: found

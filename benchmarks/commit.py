@@ -11,4 +11,5 @@ def commit_name() -> str:
     command = ["git", "describe", "--always", "--dirty=, with changes"]
     folder = Path(__file__).parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    # A copy of the sources has no history.
+    return done.stdout.strip() or "unknown"

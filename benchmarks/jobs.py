@@ -23,6 +23,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from commit import commit_name
 from rl_edit.config import RunConfig
 from rl_edit.editors import editor_identity
 from rl_edit.errors import InputError, Interrupted
@@ -123,7 +124,7 @@ class Job:
         torch.set_num_threads(1)
         self.stamp_file.parent.mkdir(parents=True, exist_ok=True)
         self.stamp_file.write_text(
-            json.dumps({"row": self.row, "stamp": self.stamp, "commit": commit()}) + "\n"
+            json.dumps({"row": self.row, "stamp": self.stamp, "commit": commit_name()}) + "\n"
         )
         try:
             if not self.trained():
@@ -322,22 +323,12 @@ def provenance(script: str) -> list[str]:
     """Where numbers come from: commit, machine and command."""
     command = " ".join(["python", f"benchmarks/{script}", *(_quoted(word) for word in settings())])
     return [
-        f"Commit `{commit()}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
+        f"Commit `{commit_name()}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
         f"{os.cpu_count()} cores, torch {version('torch')}.",
         "",
         f"Command: `{command}`",
         "",
     ]
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or "unknown"
 
 
 def settings() -> list[str]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jobs
+from commit import commit_name
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import BUILTIN_SHAPES
 from rl_edit.data.mask_finding import MaskFinder
@@ -586,7 +587,7 @@ def _record(whole: Comparison) -> dict[str, Any]:
         # Where runs lay on the machine that made the table is nobody's business.
         arm["runs"] = [Path(run).name for run in arm["runs"]]
     return {
-        "commit": jobs.commit(),
+        "commit": commit_name(),
         "command": jobs.settings(),
         **compared,
         "raises_training_reward": raised,

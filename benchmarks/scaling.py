@@ -19,7 +19,6 @@ import os
 import platform
 import pstats
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 
 from actors.local_executor import LocalExecutor
+from commit import commit_name
 from learner.controller.executor import Executor
 from learner.controller.lease import Lease
 from learner.controller.loop import TrainingLoop
@@ -362,13 +362,9 @@ def verdict(timings: Sequence[Timing]) -> list[str]:
 
 def report(path: Path, title: str, lines: Iterable[str]) -> None:
     """Writes a results file that says where its numbers come from."""
-    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
-    commit = (
-        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    )
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     origin = (
-        f"Commit `{commit}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
+        f"Commit `{commit_name()}`, {time.strftime('%Y-%m-%d')}, {platform.machine()} CPU, "
         f"{os.cpu_count()} cores. Command: `{command}`."
     )
     path.parent.mkdir(parents=True, exist_ok=True)
