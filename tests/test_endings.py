@@ -167,6 +167,7 @@ VERBS: dict[str, Callable[[Path], list[Any]]] = {
     "show-config": lambda bad: ["show-config", bad],
     "find-masks": lambda bad: ["find-masks", bad, "--out", bad.parent / "out"],
     "make-shapes": lambda bad: ["dataset", "make-shapes", bad / "below"],
+    "make-tiny": lambda bad: ["editors", "make-tiny", "flux_kontext", bad / "below"],
     "structure": lambda bad: ["structure", "--out", bad / "below" / "x.svg"],
 }
 
@@ -184,7 +185,7 @@ def test_a_verb_answers_a_bad_argument_with_one_line(
 ) -> None:
     bad = make(tmp_path)
     # Where a directory is what the verb wants, it can do its work.
-    if verb in ("make-shapes", "structure") and make not in (unparsable, binary):
+    if verb in ("make-shapes", "make-tiny", "structure") and make not in (unparsable, binary):
         pytest.skip("a place to write to")
     monkeypatch.chdir(tmp_path)
     code, out, err = rl_edit(*VERBS[verb](bad))

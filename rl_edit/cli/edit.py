@@ -23,6 +23,7 @@ from rl_edit.editors import (
     inspect_editor,
     load_editor,
     lora,
+    read_adapter,
     require_adapter,
 )
 from rl_edit.errors import InputError
@@ -67,7 +68,7 @@ def edit_command(
     _require_writable(target)
     console = Console()
     notes = [*inspect_editor(config).notes, *_notes(config, source, instruction)]
-    stored = lora.read(adapter) if adapter is not None else None
+    stored = read_adapter(config, adapter) if adapter is not None else None
     if stored is not None:
         notes += stored[1].notes
         require_adapter(config, stored[0])

@@ -18,7 +18,7 @@ from rich.table import Table
 from rl_edit.cli.arguments import Strict, print_notices, print_reward_notes, strictly
 from rl_edit.config import RunConfig, load_config
 from rl_edit.data import open_dataset
-from rl_edit.editors import inspect_editor, load_editor, lora, require_adapter
+from rl_edit.editors import inspect_editor, load_editor, lora, read_adapter, require_adapter
 from rl_edit.editors.misfit import misfit_note
 from rl_edit.errors import InputError
 from rl_edit.evaluation.evaluate import Evaluation, evaluate
@@ -96,7 +96,7 @@ def evaluate_run(config: RunConfig, adapter: Path, out: Path, *, console: Consol
     for term in terms:
         term.require_files()
     # Read before the editor is loaded: a wrong path must not cost a minute.
-    weights, lora_config = lora.read(adapter)
+    weights, lora_config = read_adapter(config.editor, adapter)
     for note in lora_config.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     require_adapter(config.editor, weights)

@@ -11,6 +11,7 @@ from rl_edit.cli.bench_reward import bench_reward_command
 from rl_edit.cli.compare import compare_command
 from rl_edit.cli.dataset import dataset_app
 from rl_edit.cli.edit import edit_command
+from rl_edit.cli.editors import editors_app
 from rl_edit.cli.evaluate import evaluate_command
 from rl_edit.cli.find_masks import find_masks_command
 from rl_edit.cli.judge import judge_app
@@ -43,6 +44,7 @@ app.command("merge-judge")(merge_judge_command)
 app.command("find-masks")(find_masks_command)
 app.command("structure")(structure_command)
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(editors_app, name="editors")
 app.add_typer(judge_app, name="judge")
 
 

@@ -8,17 +8,19 @@ here; a built-in one is a file and its place in ``EditorConfig`` and ``FAMILIES`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import nn
 
+from rl_edit.editors.adapter_config import AdapterConfig
 from rl_edit.editors.family import Editor, EditorFacts, EditorFamily, EditorSettings
 from rl_edit.editors.flux2 import Flux2Config
 from rl_edit.editors.flux2_klein import Flux2KleinConfig
 from rl_edit.editors.flux_kontext import FluxKontextConfig
 from rl_edit.editors.location import BUILTIN, BUILTIN_WEIGHTS, INDEX, local_pipeline, locate
-from rl_edit.editors.lora import LoraConfig, attach
+from rl_edit.editors.lora import LoraConfig, attach, read
 from rl_edit.editors.lora_targets import require_fit
 from rl_edit.errors import InputError
 from rl_edit.method.plugins import Plugin
@@ -40,6 +42,7 @@ __all__ = [
     "editor_identity",
     "inspect_editor",
     "load_editor",
+    "read_adapter",
     "require_adapter",
     "require_targets",
 ]
@@ -123,6 +126,17 @@ def require_targets(config: EditorFamily, lora: LoraConfig) -> None:
     skeleton = _skeleton(config)
     if skeleton is not None:
         attach(skeleton, lora, seed=0)
+
+
+def read_adapter(config: EditorFamily, place: Path) -> tuple[AdapterWeights, AdapterConfig]:
+    """Reads an adapter of this editor, in any form that its stock pipeline takes.
+
+    Raises:
+        InputError: there is none, or it is of another model or in another form.
+    """
+    # Only the built-in families have a stock pipeline; a family of yours reads diffusers' own form.
+    stock = {"pipeline": config.pipeline} if isinstance(config, FAMILIES) else {}
+    return read(place, **stock)
 
 
 def require_adapter(config: EditorFamily, weights: AdapterWeights) -> None:

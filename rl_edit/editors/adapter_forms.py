@@ -85,19 +85,22 @@ def _meant(place: Path) -> str:
     return f"Did you mean {near}?" if near else "Point --adapter at RUN/adapter."
 
 
-def read_form(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
+def read_form(path: Path, *, pipeline: str) -> tuple[dict[str, Tensor], AdapterConfig]:
     """Reads tensors, under their names in the transformer, and settings of a LoRA file.
+
+    Args:
+        pipeline: class of the editor that it is for, whose converters are used.
 
     Raises:
         InputError: it cannot be read, or is an adapter that diffusers does not apply.
     """
     file = _stored(path)
-    _require_lora(file)
+    _require_lora(file, pipeline)
     _require_scales(file)
     try:
         # Of the libraries' warnings, those that matter are said as notes and refusals.
         with _library_messages() as messages:
-            tensors, config = _applied(file)
+            tensors, config = _applied(file, pipeline)
     except InputError:
         raise
     except Exception as error:
@@ -156,15 +159,16 @@ def _require_scales(file: _File) -> None:
             )
 
 
-def _require_lora(file: _File) -> None:
-    """Refuses what its tensor names show to be no LoRA of a transformer."""
+def _require_lora(file: _File, pipeline: str) -> None:
+    """Refuses what its tensor names show to be no LoRA of the editor's transformer."""
     names = file.tensors.keys()
     if not names:
         raise InputError(
             f"{file.path} holds no tensors at all: its trainer saved no adapter. Save it again"
         )
     kind = recognised(names, METHODS) or recognised(names, (TEXT_ENCODERS,))
-    kind = kind or recognised(names, MODELS)
+    others = tuple(model for model in MODELS if pipeline not in model.pipelines)
+    kind = kind or recognised(names, others)
     if kind is not None:
         raise InputError(f"{file.path} is {kind.name}: {kind.remedy}")
     if not any("lora" in name for name in names):
@@ -181,7 +185,7 @@ def _require_converted(file: _File) -> None:
         raise InputError(f"{file.path} is {kind.name}: {kind.remedy}")
 
 
-def _applied(file: _File) -> tuple[dict[str, Tensor], AdapterConfig]:
+def _applied(file: _File, pipeline: str) -> tuple[dict[str, Tensor], AdapterConfig]:
     """Returns the tensors and settings that the libraries make of a file."""
     notes: list[str] = []
     folder = (file.path.parent / PEFT_SETTINGS).is_file()
@@ -189,7 +193,7 @@ def _applied(file: _File) -> tuple[dict[str, Tensor], AdapterConfig]:
         tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in file.tensors.items()}
         config = _peft_settings(file.path.parent / PEFT_SETTINGS)
     else:
-        tensors, config, notes = _as_diffusers(file)
+        tensors, config, notes = _as_diffusers(file, pipeline)
     settings = {
         # Sets are written in another order each time, and no JSON holds them.
         key: sorted(value) if isinstance(value, set) else value
@@ -233,11 +237,13 @@ def _peft_settings(path: Path) -> PeftLoraConfig:
     return config
 
 
-def _as_diffusers(file: _File) -> tuple[dict[str, Tensor], PeftLoraConfig, list[str]]:
-    """Does what ``FluxKontextPipeline.load_lora_weights`` does up to the transformer."""
+def _as_diffusers(
+    file: _File, pipeline: str
+) -> tuple[dict[str, Tensor], PeftLoraConfig, list[str]]:
+    """Does what the pipeline's ``load_lora_weights`` does up to the transformer."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    stored, alphas = _converted(file)
+    stored, alphas = _converted(file, pipeline)
     tensors = {
         name.removeprefix(PREFIX): value
         for name, value in stored.items()
@@ -268,7 +274,7 @@ def _as_diffusers(file: _File) -> tuple[dict[str, Tensor], PeftLoraConfig, list[
     return tensors, *_with_settings(file, tensors, alphas, notes)
 
 
-def _converted(file: _File) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+def _converted(file: _File, pipeline: str) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Returns tensors under diffusers' names, and the alphas that stand beside them."""
     converted_names = all(
         name.startswith(PREFIX) and (".lora_A." in name or ".lora_B." in name)
@@ -277,10 +283,15 @@ def _converted(file: _File) -> tuple[dict[str, Tensor], dict[str, Tensor] | None
     if converted_names:
         # No converter changes these. A family of yours may have any module names.
         return file.tensors, None
-    from diffusers import FluxKontextPipeline
+    import diffusers
 
-    # A copy: the converters take tensors out of it.
-    state, alphas = FluxKontextPipeline.lora_state_dict(dict(file.tensors), return_alphas=True)
+    convert = getattr(getattr(diffusers, pipeline, None), "lora_state_dict", None)
+    if convert is None:
+        return file.tensors, None
+    # A copy: the converters take tensors out of it. Only FLUX.1's give alphas beside the tensors;
+    # others fold them in.
+    converted = convert(dict(file.tensors), return_alphas=True)
+    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
     return state, alphas
 
 

@@ -18,11 +18,13 @@ class Kind:
         sign: pattern found in the names of its tensors.
         name: for people.
         remedy: the tool that converts it, or what to use instead.
+        pipelines: classes of the editors that it is for.
     """
 
     sign: str
     name: str
     remedy: str
+    pipelines: tuple[str, ...] = ()
 
 
 _AS_LORA = "convert it to a LoRA with peft.save_as_lora (PEFT) or LyCORIS's extract_locon.py"
@@ -61,6 +63,7 @@ MODELS = (
         sign=r"img_mlp|txt_mlp|img_mod\.1|txt_mod\.1",
         name="a LoRA of Qwen-Image",
         remedy=_OTHER_EDITOR,
+        pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     ),
     Kind(
         sign=r"down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block|^unet\.",
@@ -72,6 +75,7 @@ MODELS = (
         sign=r"to_qkv_mlp_proj|double_stream_modulation|single_stream_modulation",
         name="a LoRA of FLUX.2",
         remedy=_OTHER_EDITOR,
+        pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     ),
     Kind(
         sign=r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn|attn1|attn2)",
@@ -87,9 +91,11 @@ MODELS = (
         sign=r"(^|[._])layers[._]\d+[._](attention|feed_forward|adaLN)",
         name="a LoRA of Z-Image or Lumina",
         remedy=_OTHER_EDITOR,
+        # OmniGen2's blocks are Lumina2's.
+        pipelines=("OmniGen2Pipeline",),
     ),
 )
-"""Models other than this program's editors, by modules that only they have."""
+"""Models by modules that only they have; an adapter of another model is refused by its name."""
 
 NAMING = (
     Kind(

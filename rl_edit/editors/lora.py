@@ -278,14 +278,19 @@ def _sorted_header(raw: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + raw[8 + size :]
 
 
-def read(directory: Path) -> tuple[AdapterWeights, AdapterConfig]:
+def read(
+    directory: Path, *, pipeline: str = "FluxKontextPipeline"
+) -> tuple[AdapterWeights, AdapterConfig]:
     """Reads an adapter file or directory, as stock diffusers or PEFT applies it.
+
+    Args:
+        pipeline: class of the editor that it is for, whose converters are used.
 
     Raises:
         InputError: there is none, it cannot be applied, or its bytes are not those its note names.
     """
     path = find_file(directory)
-    tensors, config = read_form(path)
+    tensors, config = read_form(path, pipeline=pipeline)
     # The name follows from the content, never from the note.
     sha = digest(tensors)
     step = _noted_step(path.parent / NOTE_FILE, path, sha)

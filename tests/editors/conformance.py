@@ -64,6 +64,8 @@ class Family:
         settings: of the tiny editor.
         guided: settings under which a velocity takes further forwards, each checked against the
             stock pipeline; empty where the family has no such guidance.
+        embedded: settings of another scale that the transformer takes as an input; empty where it
+            takes none.
         sizes: (height, width) of three canvases.
         read_words: decodes the marked text rows: ``read_words(editor, instruction, rows)``.
         attention: module whose ``dispatch_attention_fn`` the transformer calls once per layer with
@@ -82,6 +84,7 @@ class Family:
     read_words: Callable[[Any, str, Tensor], str]
     settings: Mapping[str, Any] = field(default_factory=dict)
     guided: tuple[Mapping[str, Any], ...] = ()
+    embedded: Mapping[str, Any] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96), (128, 64))
     attention: str = ""
     long_instruction: str = " ".join([INSTRUCTION] * 200)

@@ -54,6 +54,7 @@ FAMILY = Family(
     stock=stock,
     read_words=read_words,
     settings={"resolution": 64, "max_text_tokens": 96},
+    embedded={"guidance": 7.0},
     attention="diffusers.models.transformers.transformer_flux2",
     published=(
         Published(

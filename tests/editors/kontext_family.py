@@ -48,6 +48,7 @@ FAMILY = Family(
     read_words=read_words,
     settings={"resolution": 64, "max_text_tokens": 32},
     guided=({"true_cfg": 2.5}, {"true_cfg": 2.5, "negative_prompt": "add a blue square"}),
+    embedded={"guidance": 7.0},
     attention="diffusers.models.transformers.transformer_flux",
     published=(
         Published(

@@ -30,6 +30,8 @@ from rl_edit.editors import (
     editor_config,
     inspect_editor,
     lora,
+    read_adapter,
+    require_adapter,
     require_targets,
 )
 from rl_edit.editors.tiny_families import KINDS
@@ -146,6 +148,19 @@ def test_guided_latents_and_images_are_the_stock_pipelines_bitwise(
         assert not torch.allclose(guided.velocity(noise, sigma, conditioning), unguided)
         with pytest.raises(ValueError, match="encoded for other guidance"):
             editor.velocity(noise, sigma, conditioning)
+
+
+def test_an_embedded_scale_reaches_the_transformer_as_in_the_stock_pipeline(
+    family: Family, editor: Any
+) -> None:
+    if not family.embedded:
+        pytest.skip("the family's transformer takes no scale")
+    other = with_settings(editor, **family.embedded)
+    require_stock(family, other, family.sizes[0], rows=1)
+    conditioning = editor.encode(task_of())
+    noise, sigma = noise_for(editor, conditioning, 1), torch.full((1,), 0.6)
+    usual = editor.velocity(noise, sigma, conditioning)
+    assert not torch.equal(other.velocity(noise, sigma, conditioning), usual)
 
 
 def test_the_grid_runs_from_one_to_zero(family: Family, editor: Any) -> None:
@@ -324,6 +339,19 @@ def test_an_adapter_makes_the_same_image_in_the_stock_pipeline_with_its_alpha(
     stock = family.stock(theirs, task, noise, NUM_STEPS)
     assert torch.equal(latents, stock.latents)
     assert np.array_equal(ours.decode(latents, base).numpy(), stock.images)
+
+
+def test_a_saved_adapter_is_read_again_with_its_settings(
+    family: Family, directory: Path, tmp_path: Path
+) -> None:
+    editor = loaded(family, directory)
+    config = run_of(editor, rank=4, alpha=10).lora
+    attached(editor, config)
+    weights = lora.export(editor.transformer, step=1)
+    lora.save(tmp_path, weights, config)
+    again, settings = read_adapter(editor.config, tmp_path)
+    assert again.id == weights.id and settings.alpha == 10 and settings.rank == 4
+    require_adapter(editor.config, again)
 
 
 def test_rollout_and_learner_compute_one_function_and_the_ratio_is_exactly_one(

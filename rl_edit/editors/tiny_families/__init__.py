@@ -28,4 +28,8 @@ def write_tiny(kind: str, directory: Path, *, seed: int = 0) -> None:
         raise InputError(
             f"no family {kind!r}{did_you_mean(kind, KINDS)} (known: {', '.join(KINDS)})"
         )
+    from transformers.utils import logging
+
+    # Files of a second need no bars.
+    logging.disable_progress_bar()
     import_module(f"{__name__}.{kind}").write(directory, seed=seed)
