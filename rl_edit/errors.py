@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import traceback
 from collections.abc import Iterable
@@ -40,6 +41,11 @@ def lacks_memory(error: BaseException) -> bool:
     return any(sign in shown for sign in NO_MEMORY)
 
 
+def lacks_space(error: BaseException) -> bool:
+    """Tests for a disk that is full, or a quota that is reached."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 class ClusterUnreachable(RuntimeError):
     """No Ray cluster answers at the given address, or none could be started. Exit code 5."""
 
@@ -53,7 +59,7 @@ class ClusterLost(RuntimeError):
 
 
 class ResourcesInfeasible(RuntimeError):
-    """The cluster can never place what the run asks for. Exit code 4."""
+    """There is no room for what the run asks for: GPUs, memory or disk. Exit code 4."""
 
     exit_code = INFEASIBLE
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from learner.controller.run import Observer
 from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, RowsDataset, open_dataset
-from rl_edit.errors import InputError, did_you_mean
+from rl_edit.errors import InputError, ResourcesInfeasible, did_you_mean, lacks_space
 from rl_edit.files import EVENTS, METRICS
 from rl_edit.rewards import Reward, available
 from rl_edit.rewards.vlm.region_judge import RegionJudge
@@ -32,6 +32,7 @@ def require_place(directory: Path, *, resume: bool) -> bool:
 
     Raises:
         InputError: it has and is not to be resumed, or has not and is; or nothing can be written.
+        ResourcesInfeasible: the disk is full.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--run-dir {directory} is a file: give a directory")
@@ -83,10 +84,13 @@ def _require_writable(directory: Path) -> None:
             file.write(_PROBE)
             file.flush()
     except OSError as error:
-        raise InputError(
+        problem = (
             f"--run-dir {directory} cannot be written to: {existing} refuses a file of 1 MiB "
             f"({error.strerror}). Free space or change its rights, or give another directory"
-        ) from error
+        )
+        if lacks_space(error):
+            raise ResourcesInfeasible(problem) from error
+        raise InputError(problem) from error
 
 
 def require_reward_files(config: RunConfig, terms: Sequence[Reward], observer: Observer) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,7 +24,14 @@ from learner.controller.run_log import Events
 from learner.controller.stop import Signals
 from rl_edit.config import RunConfig
 from rl_edit.editors import lora
-from rl_edit.errors import Fenced, InputError, Interrupted, ResourcesInfeasible, brief
+from rl_edit.errors import (
+    Fenced,
+    InputError,
+    Interrupted,
+    ResourcesInfeasible,
+    brief,
+    lacks_space,
+)
 from rl_edit.files import EVENTS, METRICS, replace_file
 from rl_edit.method.update import TrainingFailed
 from rl_edit.report.overlays import MASK_FILES
@@ -141,7 +147,7 @@ class Attempt:
             f"{error.filename}: {error.strerror}, so the run ends here; its newest checkpoint is "
             f"that of update {done}. "
         )
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if lacks_space(error):
             explained: Exception = ResourcesInfeasible(
                 f"{problem}Free space, then continue with --resume"
             )

@@ -5,7 +5,6 @@ Training writes it; the report, the comparison and the benchmarks read it.
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from rl_edit.errors import lacks_space
 from rl_edit.files import overwrite_file, replace_file, validated
 
 RUN_FILE = "run.json"
@@ -69,7 +69,7 @@ class RunRecord(BaseModel):
         try:
             replace_file(directory / RUN_FILE, text)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.status == "running":
+            if not lacks_space(error) or self.status == "running":
                 raise
             # A record of a full disk must not say "running" for ever.
             overwrite_file(directory / RUN_FILE, text)

@@ -91,9 +91,9 @@ FULL = {
     "lease": (Moment(path=".LEASE.json.", action="fill"), 4, None),
     "settings": (Moment(path=".config.yaml.", action="fill"), 4, None),
     "record": (Moment(path=".run.json.", action="fill"), 4, None),
-    "event": (Moment(path="/events.jsonl", action="fill"), 3, "failed"),
-    "metrics": (Moment(path="/metrics.jsonl", action="fill"), 3, "failed"),
-    "checkpoint": (Moment(path="step_000002/learner", action="fill"), 3, "failed"),
+    "event": (Moment(path="/events.jsonl", action="fill"), 4, "failed"),
+    "metrics": (Moment(path="/metrics.jsonl", action="fill"), 4, "failed"),
+    "checkpoint": (Moment(path="step_000002/learner", action="fill"), 4, "failed"),
     "adapter": (Moment(path="/adapter/.", action="fill"), 4, "failed"),
     "last record": (Moment(path=".run.json.", action="fill", nth=2), 0, "done"),
 }
@@ -114,6 +114,26 @@ def test_a_disk_that_fills_up_ends_a_run_with_one_line_and_it_goes_on_when_there
         else:
             no_error(ended, code)
         assert (read_json(run / "run.json")["status"] if run.exists() else None) == status
+        (disk / "filler").unlink()
+        goes_on(forks, settings, run, tmp_path, undisturbed)
+
+
+def test_a_disk_that_stays_full_ends_a_run_after_three_checkpoints_and_starts_none(
+    forks: Forks, settings: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        run, moment = disk / "run", on(Moment(path="step_000002/learner", action="fill"), disk)
+        more = ("train.updates=9", "train.checkpoint_every=1")
+        command = ("train", settings, "--run-dir", run, *more)
+        line = one_line(forks.run(*command, folder=tmp_path, moment=moment), 4)
+        assert "3 checkpoints in a row" in line and "free space" in line
+        assert line.endswith("--resume from update 1")
+        assert read_json(run / "run.json")["status"] == "failed"
+        before = contents(run)
+        for other in (("--resume",), ("--run-dir", disk / "other")):
+            refused = forks.run(*command, *other, folder=tmp_path)
+            assert "refuses a file of 1 MiB (No space left" in one_line(refused, 4)
+        assert contents(run) == before and not (disk / "other").exists()
         (disk / "filler").unlink()
         goes_on(forks, settings, run, tmp_path, undisturbed)
 

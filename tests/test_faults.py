@@ -33,7 +33,7 @@ from learner.controller import checkpoint
 from learner.controller.lease import Lease
 from learner.controller.run import Outcome
 from rl_edit import wire
-from rl_edit.errors import Fenced
+from rl_edit.errors import Fenced, ResourcesInfeasible
 from rl_edit.files import JsonLines, read_json_lines
 from rl_edit.messages import LearnOrder
 from rl_edit.method.advantages import Declined, GroupCredit, SplitCredit
@@ -719,7 +719,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_the_remedy_and_then_it_resume
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write_new", full_disk(checkpoint.write_new, 2, 3, 4))
         with pytest.raises(
-            TrainingFailed,
+            ResourcesInfeasible,
             match=r"3 checkpoints in a row .*No space left.*free space.*--resume from update 1",
         ):
             fakes(tmp_path, *overrides, observer=Notes())

@@ -12,7 +12,7 @@ from learner.controller.learner_ranks import LearnerSnapshot
 from learner.controller.lease import Lease
 from learner.controller.ledger import Ledger
 from rl_edit.config import RunConfig
-from rl_edit.errors import InputError
+from rl_edit.errors import ResourcesInfeasible, lacks_space
 from rl_edit.method.update import TrainingFailed
 from rl_edit.types import AdapterId
 
@@ -56,7 +56,7 @@ class Commits:
         """Refuses a disk that cannot take a checkpoint, before hours of work could not be stored.
 
         Raises:
-            InputError: with the sizes.
+            ResourcesInfeasible: with the sizes.
         """
         state = await self.executor.fetch(snapshot.state)
         adapter = await self.executor.fetch(snapshot.adapter)
@@ -64,7 +64,7 @@ class Commits:
             self.directory.parent, state.nbytes + adapter.nbytes
         )
         if problem:
-            raise InputError(f"{problem} Free space, or give another --run-dir.")
+            raise ResourcesInfeasible(f"{problem} Free space, or give another --run-dir.")
 
     async def commit(self, snapshot: LearnerSnapshot, acting: Acting) -> None:
         """Writes a checkpoint. A full disk costs a warning, and the next commit tries again.
@@ -74,6 +74,7 @@ class Commits:
 
         Raises:
             TrainingFailed: too many checkpoints in a row, or the last one, could not be written.
+            ResourcesInfeasible: the same, because the disk is full.
             Fenced: a newer attempt owns the run directory.
         """
         content = await self._content(snapshot, acting)
@@ -124,7 +125,7 @@ class Commits:
         """Reports a checkpoint that could not be written.
 
         Raises:
-            TrainingFailed: too many in a row, or the last of the run.
+            TrainingFailed, ResourcesInfeasible: too many in a row, or the last of the run.
         """
         train = self.config.train
         self.failed_in_a_row += 1
@@ -139,8 +140,11 @@ class Commits:
             "the one before is intact"
         )
         if self.failed_in_a_row >= train.max_failed_commits or updates_done == train.updates:
-            raise TrainingFailed(
+            full = lacks_space(error)
+            remedy = "free space" if full else "make it writable"
+            failure = ResourcesInfeasible if full else TrainingFailed
+            raise failure(
                 f"{self.failed_in_a_row} checkpoints in a row could not be written to "
-                f"{self.directory} ({error}): free space or give another --run-dir, then continue "
-                f"with --resume from update {self.updates_done}"
+                f"{self.directory} ({error}): {remedy}, then continue with --resume from update "
+                f"{self.updates_done}"
             ) from error

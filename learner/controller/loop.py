@@ -148,6 +148,7 @@ class TrainingLoop:
             InputError: a checkpoint of other settings, or a reward that breaks its contract.
             TrainingFailed: too many groups were dropped, a ratio was not 1 on-policy, losses were
                 not finite, or workers cannot be kept alive.
+            ResourcesInfeasible: no room for the actors, their groups, or a checkpoint.
             ClusterLost: the cluster that the workers are on has ended.
             Fenced: a newer attempt owns the run directory.
         """

@@ -29,6 +29,7 @@ from rl_edit.errors import (
     Interrupted,
     brief,
     lacks_memory,
+    lacks_space,
     place,
 )
 
@@ -175,7 +176,7 @@ def _of_the_system(error: OSError) -> tuple[str, int] | None:
     """Returns line and exit code of what the operating system refused; None for anything else."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where, reason = " and ".join(names), error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if lacks_space(error):
         place = (
             f" for {where}"
             if where
