@@ -16,12 +16,13 @@ from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, RowsDataset, open_dataset
 from rl_edit.errors import InputError, ResourcesInfeasible, did_you_mean, lacks_space
 from rl_edit.files import EVENTS, METRICS
+from rl_edit.lease_holder import LEASE
 from rl_edit.rewards import Reward, available
 from rl_edit.rewards.vlm.region_judge import RegionJudge
 from rl_edit.run_directory import CONFIG_FILE, no_run_at
 from rl_edit.run_record import RUN_FILE
 
-_MARKS = (CONFIG_FILE, RUN_FILE, EVENTS, "LEASE.json", "checkpoints")
+_MARKS = (CONFIG_FILE, RUN_FILE, EVENTS, LEASE, "checkpoints")
 """Names of which a directory has at least one where a run has begun."""
 
 _PROBE = b"\0" * (1 << 20)
@@ -59,7 +60,7 @@ def require_place(directory: Path, *, resume: bool) -> bool:
 
 def _require_kinds(directory: Path) -> None:
     """Refuses a directory in the place of a file of the run, or the other way round."""
-    for name in (CONFIG_FILE, RUN_FILE, EVENTS, METRICS, "LEASE.json"):
+    for name in (CONFIG_FILE, RUN_FILE, EVENTS, METRICS, LEASE):
         if (directory / name).is_dir():
             raise InputError(
                 f"{directory / name} is a directory where a run has a file, so nothing could be "

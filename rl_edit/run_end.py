@@ -36,7 +36,7 @@ from rl_edit.files import EVENTS, METRICS, replace_file
 from rl_edit.method.update import TrainingFailed
 from rl_edit.report.overlays import MASK_FILES
 from rl_edit.run_directory import CONFIG_FILE
-from rl_edit.run_record import RUN_FILE, RunRecord
+from rl_edit.run_record import RUN_FILE, RunRecord, read_run_record
 from rl_edit.types import AdapterWeights
 
 _BEFORE_TRAINING = (CONFIG_FILE, RUN_FILE, EVENTS, METRICS, heldout.HELDOUT, *MASK_FILES)
@@ -123,9 +123,24 @@ class Attempt:
             # Its owner cannot be found out, so it is left as it is.
             return self._explained(error)
         explained = self._explained(problem if isinstance(problem, Fenced) else error)
-        with contextlib.suppress(Fenced, OSError):
+        try:
             self._write_failure(explained)
+        except Fenced as fenced:
+            return fenced
+        except OSError as unwritten:
+            self._note_unrecorded(explained, unwritten)
         return explained
+
+    def _note_unrecorded(self, explained: BaseException, unwritten: OSError) -> None:
+        """Adds to the error that ``run.json`` says "running" and cannot be changed."""
+        record = None
+        with contextlib.suppress(OSError, ValueError):
+            record = read_run_record(self.run.directory)
+        if record is not None and record.status == "running":
+            explained.add_note(
+                f"{RUN_FILE} cannot be written ({unwritten.strerror or unwritten}), so it still "
+                'says "running".'
+            )
 
     def _keep(self) -> BaseException | None:
         """Commits the newest update, where the loop itself has not; returns what prevents it."""

@@ -14,8 +14,12 @@ from pydantic import BaseModel, ConfigDict
 
 from rl_edit.errors import lacks_space
 from rl_edit.files import overwrite_file, replace_file, validated
+from rl_edit.lease_holder import read_holder
 
 RUN_FILE = "run.json"
+
+UNRECORDED = "ended without a record"
+"""Status that a report shows of a run whose record says that it is running, and which is not."""
 
 
 class RunRecord(BaseModel):
@@ -23,7 +27,8 @@ class RunRecord(BaseModel):
 
     Attributes:
         editor: path or repository of the base editor; ``editor_identity`` names its weights.
-        status: running, stopped, done, done early or failed.
+        status: running, stopped, done, done early or failed. A run whose end could not be recorded
+            keeps "running"; :meth:`seen_in` knows better.
         updates: planned, not done.
         left_out_rewards: ``NAME: REASON`` of each reward term that the data cannot feed.
         unrewarded_edit: why the rewards do not ask for the edit, of a run that was trained
@@ -73,6 +78,19 @@ class RunRecord(BaseModel):
                 raise
             # A record of a full disk must not say "running" for ever.
             overwrite_file(directory / RUN_FILE, text)
+
+    def seen_in(self, directory: Path) -> RunRecord:
+        """Returns the record as its directory proves it: a run may end without a word in it.
+
+        A killed driver and a disk that became read-only leave "running" behind.
+        """
+        if self.status != "running":
+            return self
+        holder = read_holder(directory)
+        # Without its lease an attempt writes nothing more.
+        if holder is not None and not holder.has_ended():
+            return self
+        return self.model_copy(update={"status": UNRECORDED})
 
 
 def read_run_record(directory: Path) -> RunRecord | None:

@@ -151,7 +151,12 @@ def test_a_disk_that_becomes_read_only_ends_a_run_with_one_line_and_it_goes_on_w
         command = ("train", settings, "--run-dir", run, UPDATES)
         line = one_line(forks.run(*command, folder=tmp_path, moment=moment), 3)
         assert "Read-only file system" in line and "--resume" in line
+        assert "run.json cannot be written" in line and line.endswith('still says "running".')
+        assert read_json(run / "run.json")["status"] == "running"
         writable(disk, True)
+        no_error(forks.run("report", run, folder=tmp_path), 0)
+        assert ">ended without a record<" in (run / "report.html").read_text()
+        (run / "report.html").unlink()
         goes_on(forks, settings, run, tmp_path, undisturbed)
         before = contents(run)
         writable(disk, False)

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,11 @@ from pathlib import Path
 import pytest
 
 from learner.controller import lease as module
-from learner.controller.lease import LEASE, Lease
+from learner.controller.lease import Lease
 from rl_edit.errors import Fenced
+from rl_edit.lease_holder import LEASE, read_holder
+from rl_edit.report.run_files import read_run
+from rl_edit.run_record import RunRecord
 
 
 class Clock:
@@ -266,3 +271,39 @@ def test_takers_that_read_the_same_epoch_claim_different_ones(
     assert lease.check() is None
     with pytest.raises(Fenced):
         others[0].check()
+
+
+def test_an_attempt_has_ended_when_it_says_so_or_its_process_is_gone(tmp_path: Path) -> None:
+    lease = Lease.take(tmp_path)
+    held = read_holder(tmp_path)
+    assert held == lease.holder and not held.has_ended()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ended: list[dict[str, object]] = [
+        {"ended": held.taken},
+        {"pid": gone.pid},
+        # The number of a process that started after the attempt: the machine was restarted.
+        {"taken": held.taken - 1e6},
+    ]
+    assert all(held.model_copy(update=changed).has_ended() for changed in ended)
+    # Of another machine only its own word is known.
+    elsewhere = held.model_copy(update={"host": "elsewhere", "pid": gone.pid})
+    assert not elsewhere.has_ended()
+    lease.release()
+    released = read_holder(tmp_path)
+    assert released is not None and released.has_ended()
+
+
+def test_a_run_is_reported_as_running_while_its_attempt_holds_the_lease_and_no_longer(
+    tmp_path: Path,
+) -> None:
+    record = RunRecord(name="young", status="running", updates=10)
+    record.write(tmp_path)
+    lease = Lease.take(tmp_path)
+    assert read_run(tmp_path).run == record
+    lease.release()
+    assert read_run(tmp_path).run.status == "ended without a record"
+    (tmp_path / LEASE).unlink()
+    assert read_run(tmp_path).run.status == "ended without a record"
+    record.model_copy(update={"status": "done"}).write(tmp_path)
+    assert read_run(tmp_path).run.status == "done"

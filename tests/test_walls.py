@@ -102,6 +102,7 @@ ROOMS = {
             "rl_edit/errors.py",
             "rl_edit/provenance.py",
             "rl_edit/files.py",
+            "rl_edit/lease_holder.py",
             "rl_edit/run_directory.py",
             "rl_edit/run_record.py",
             "rl_edit/presets/*.py",

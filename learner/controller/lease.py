@@ -23,41 +23,13 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rl_edit.errors import Fenced
 from rl_edit.files import replace_file, write_new
+from rl_edit.lease_holder import LEASE, Holder, read_holder
 
-LEASE = "LEASE.json"
 CLAIM = re.compile(r"\.lease-(\d+)")
-
-
-class Holder(BaseModel):
-    """The content of ``LEASE.json``.
-
-    Attributes:
-        taken, renewed, ended: seconds since 1970. ``ended`` is None while the attempt runs, and
-            when it was killed.
-    """
-
-    model_config = ConfigDict(frozen=True)
-    epoch: int
-    attempt: str
-    host: str
-    pid: int
-    taken: float
-    renewed: float
-    ended: float | None = None
-
-    def __str__(self) -> str:
-        since = datetime.fromtimestamp(self.taken, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return (
-            f"attempt {self.attempt} (epoch {self.epoch}, pid {self.pid} on {self.host}, "
-            f"since {since})"
-        )
 
 
 class Lease:
@@ -81,7 +53,7 @@ class Lease:
         Of racing takers each gets an epoch of its own. All but the highest are fenced at their
         first check.
         """
-        previous = _read(run_dir)
+        previous = read_holder(run_dir)
         epoch = max(_newest_claim(run_dir), previous.epoch if previous else 0) + 1
         # Each number that another taker has claimed in this moment is skipped.
         while not _claimed(run_dir, epoch):
@@ -118,7 +90,7 @@ class Lease:
             Fenced: another attempt took the run directory, or the lease (or the whole directory)
                 was removed.
         """
-        there, newest = _read(self.run_dir), _newest_claim(self.run_dir)
+        there, newest = read_holder(self.run_dir), _newest_claim(self.run_dir)
         if there is None or newest < self.epoch:
             problem = (
                 f"{self.run_dir / LEASE} or its claim {_claim(self.run_dir, self.epoch).name} is "
@@ -215,11 +187,3 @@ def _claimed(run_dir: Path, epoch: int) -> bool:
 def _newest_claim(run_dir: Path) -> int:
     names = os.listdir(run_dir) if run_dir.is_dir() else []
     return max((int(match[1]) for name in names if (match := CLAIM.fullmatch(name))), default=0)
-
-
-def _read(run_dir: Path) -> Holder | None:
-    # An unreadable record counts as none: check then refuses, instead of guessing who writes.
-    try:
-        return Holder.model_validate_json((run_dir / LEASE).read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None

@@ -123,6 +123,9 @@ def leave(error: BaseException, *, debug: bool) -> NoReturn:
     # Ray wraps an error of an actor; its cause is what the user has to read.
     cause = error.__cause__ if isinstance(error, Unexpected) else getattr(error, "cause", None)
     line, code = _line(cause or error, within_run=directory is not None)
+    # Python's own place for what is to be said beside an error.
+    notes = [*getattr(error, "__notes__", ()), *getattr(error.__cause__, "__notes__", ())]
+    line = " ".join([line, *notes]).strip()
     if debug:
         output.show("".join(traceback.format_exception(error)).rstrip())
     elif not (hasattr(error, "exit_code") or isinstance(error, _QUIET)):

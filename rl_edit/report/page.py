@@ -50,7 +50,7 @@ class Event:
 def render_report(run_dir: Path) -> Path:
     """Writes ``run_dir/report.html`` from the files beside it and returns its path.
 
-    The same files give the same bytes. A part without data says so in its place; an example that
+    The same files of a run that has ended give the same bytes. A part without data says so in its place; an example that
     cannot be drawn is named with the reason.
 
     Raises:

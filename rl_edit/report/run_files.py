@@ -87,10 +87,11 @@ def read_run(directory: Path) -> RunFiles:
     """
     if not directory.is_dir():
         raise InputError(no_run_at(directory))
+    run = _read_record(directory / RUN_FILE, RunRecord) or RunRecord()
     # Each file is read once, here: the page shows one state of a run that goes on.
     files = RunFiles(
         directory=directory,
-        run=_read_record(directory / RUN_FILE, RunRecord) or RunRecord(),
+        run=run.seen_in(directory),
         config=_read_text(directory / "config.yaml"),
         metrics=_by_update(_read_lines(directory / "metrics.jsonl")),
         events=_read_lines(directory / "events.jsonl"),

@@ -98,6 +98,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
             modules=(
                 "rl_edit.errors",
                 "rl_edit.files",
+                "rl_edit.lease_holder",
                 "rl_edit.provenance",
                 "rl_edit.run_directory",
                 "rl_edit.run_record",
