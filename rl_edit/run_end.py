@@ -193,10 +193,16 @@ class Attempt:
                     replace_file(path, content)
             # A new directory in which nothing began is emptied, so that a second try needs no
             # --resume.
-            unused = not self.had_begun and not (self.run.directory / "checkpoints").exists()
-            if unused and (isinstance(error, InputError) or self.executor is None):
+            refused = isinstance(error, InputError | ResourcesInfeasible)
+            if self._is_unused() and (refused or self.executor is None):
                 self.lease.remove(_BEFORE_TRAINING)
                 self._remove_directory()
+
+    def _is_unused(self) -> bool:
+        """Tests whether the directory holds nothing of a run: no update was ever done in it."""
+        snapshot = self.loop.snapshot if self.loop is not None else None
+        trained = snapshot is not None and snapshot.updates_done > 0
+        return not (self.had_begun or trained or (self.run.directory / "checkpoints").exists())
 
     def _remove_directory(self) -> None:
         """Removes the directory when this attempt made it and it is empty."""

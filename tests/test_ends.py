@@ -166,6 +166,16 @@ def test_a_disk_that_becomes_read_only_ends_a_run_with_one_line_and_it_goes_on_w
         assert contents(run) == before
 
 
+def test_a_run_that_is_refused_before_its_first_update_leaves_nothing_behind(
+    forks: Forks, settings: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", kilobytes=1100) as disk:
+        command = ("train", settings, "--run-dir", disk / "run", "actors.preflight=true")
+        line = one_line(forks.run(*command, "lora.rank=64", folder=tmp_path), 4)
+        assert "but a checkpoint takes" in line
+        assert list(disk.iterdir()) == []
+
+
 def test_a_directory_that_is_a_mount_point_stays_one_and_is_empty_when_nothing_has_begun(
     forks: Forks, settings: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from learner.controller import run_log
 from learner.controller.lease import Lease
 from learner.learner import Learner
 from rl_edit.cli import main
-from rl_edit.errors import Fenced, Interrupted
+from rl_edit.errors import Fenced, Interrupted, ResourcesInfeasible
 from rl_edit.method.update import TrainingFailed
 from rl_edit.training import Silent, train
 from runs import events_of, metrics_of, read_json, small_config
@@ -134,6 +134,29 @@ def test_a_learner_in_this_process_that_raises_fails_the_run_with_a_sentence(
     failed = [event["during"] for event in events_of(run, "learner_failed")]
     assert failed == (["update 2"] if method == "learn" else [])
     assert read_json(run / "LEASE.json")["ended"] is not None
+
+
+def test_a_run_without_memory_for_its_learner_leaves_nothing_and_needs_no_resume_the_next_time(
+    small_editor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(self: Learner, *args: Any, **kwargs: Any) -> None:
+        torch.empty(1 << 60)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "__init__", too_large)
+        with pytest.raises(ResourcesInfeasible, match="can't allocate memory"):
+            train(small_config(small_editor), run)
+    assert not run.exists()
+    train(small_config(small_editor, "train.updates=1"), run)
+    # Of a run that has begun a refusal removes nothing.
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.json")}
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "__init__", too_large)
+        with pytest.raises(ResourcesInfeasible):
+            train(small_config(small_editor, "train.updates=2"), run, resume=True)
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+    assert read_json(run / "run.json")["status"] == "done" and len(metrics_of(run)) == 1
 
 
 def test_a_signal_while_the_learner_is_made_ends_the_run_before_anything_begins(

@@ -50,8 +50,8 @@ class Event:
 def render_report(run_dir: Path) -> Path:
     """Writes ``run_dir/report.html`` from the files beside it and returns its path.
 
-    The same files of a run that has ended give the same bytes. A part without data says so in its place; an example that
-    cannot be drawn is named with the reason.
+    The same files of a run that has ended give the same bytes. A part without data says so in its
+    place; an example that cannot be drawn is named with the reason.
 
     Raises:
         InputError: no such directory, nothing in it to show, a broken JSON file, or the page
