@@ -285,6 +285,20 @@ def test_mass_equals_the_joint_softmax_renormalised_over_target_tokens() -> None
     assert torch.allclose(text_to_image_mass(query, key, rows).double(), expected, atol=1e-6)
 
 
+def test_a_joint_average_weighs_a_head_by_its_attention_to_the_target_at_all() -> None:
+    query, key, rows = attention_inputs()
+    others = torch.randn(2, 11, 3, 4, generator=torch.Generator().manual_seed(9))
+    joint = torch.einsum(
+        "bshd,blhd->bhsl", query.double() / 2, torch.cat([others, key], dim=1).double()
+    ).softmax(dim=-1)[..., 11:]
+    average = joint.mean(dim=1)
+    average = average / average.sum(dim=-1, keepdim=True)
+    expected = torch.stack([average[b, rows[b]].mean(dim=0) for b in range(2)])
+    measured = text_to_image_mass(query, key, rows, others).double()
+    assert torch.allclose(measured, expected, atol=1e-6)
+    assert not torch.allclose(measured, text_to_image_mass(query, key, rows).double(), atol=1e-3)
+
+
 def test_mass_of_every_sample_sums_to_one() -> None:
     assert torch.allclose(
         text_to_image_mass(*attention_inputs()).sum(dim=1), torch.ones(2), atol=1e-6

@@ -319,6 +319,9 @@ class RunConfig(BaseModel):
         # The files of a built-in family's editor name the family; runs of before had no kind.
         if ":" not in self.editor.kind:
             del content["editor"]["kind"]
+        # Runs of before had no choice, and measured as the default does.
+        if content["editor"].get("attention_average") == "renormalised":
+            del content["editor"]["attention_average"]
         # A term names what it is by its fingerprint, which hashes files that its settings name.
         content["rewards"] = {
             name: {**term.fingerprint(), "weight": term.weight, "when": term.when}

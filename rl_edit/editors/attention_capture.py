@@ -12,18 +12,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rl_edit.method.attention import text_to_image_mass
+from rl_edit.method.attention import HeadAverage, text_to_image_mass
 
-_NORMS = {"norm_q": "query", "norm_k": "key", "norm_added_q": "text_query"}
+_NORMS = {
+    "norm_q": "query",
+    "norm_k": "key",
+    "norm_added_q": "text_query",
+    "norm_added_k": "text_key",
+}
 """Submodules whose outputs are read, and the names that they are read under."""
 
 
 @contextmanager
 def captured(
-    modules: Sequence[nn.Module], text_rows: Tensor, num_tokens: int
+    modules: Sequence[nn.Module],
+    text_rows: Tensor,
+    num_tokens: int,
+    *,
+    average: HeadAverage = "renormalised",
 ) -> Iterator[list[Tensor]]:
     """Yields a list to which each module's forward adds its text-to-target mass ``[batch, token]``.
 
@@ -34,12 +44,13 @@ def captured(
         modules: attention modules.
         text_rows: True for the text tokens whose queries count, ``[batch, text]``.
         num_tokens: target tokens L; they follow the text in joint keys.
+        average: order of averaging heads and renormalising.
     """
     masses: list[Tensor] = []
     handles: list[RemovableHandle] = []
     try:
         for module in modules:
-            handles += _hooks(module, text_rows, num_tokens, masses.append)
+            handles += _hooks(module, text_rows, num_tokens, average, masses.append)
         yield masses
     finally:
         # A forward that failed must leave no hook behind.
@@ -48,7 +59,11 @@ def captured(
 
 
 def _hooks(
-    module: nn.Module, text_rows: Tensor, num_tokens: int, add: Callable[[Tensor], None]
+    module: nn.Module,
+    text_rows: Tensor,
+    num_tokens: int,
+    average: HeadAverage,
+    add: Callable[[Tensor], None],
 ) -> Iterator[RemovableHandle]:
     # Of this thread: autograd recomputes checkpointed blocks in threads of its own.
     parts = threading.local()
@@ -58,29 +73,50 @@ def _hooks(
 
     def measure(_module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         num_text = text_rows.shape[1]
-        double = hasattr(parts, "text_query")
-        start = 0 if double else num_text
-        query = parts.text_query if double else parts.query[:, :num_text]
-        key = parts.key[:, start : start + num_tokens]
+        # Positions are those of the joint sequence [text, target, source], in double blocks too.
+        target = slice(num_text, num_text + num_tokens)
         rotary = kwargs.get("image_rotary_emb")
-        if rotary is not None:
-            # Positions are those of the joint sequence, in double blocks too.
-            query = _rotated(query, rotary, slice(num_text))
-            key = _rotated(key, rotary, slice(num_text, num_text + num_tokens))
-        add(text_to_image_mass(query.detach(), key.detach(), text_rows))
+        query = getattr(parts, "text_query", parts.query[:, :num_text])
+        query = _rotated(query, rotary, slice(num_text))
+        key = _rotated(_keys(parts, num_text, target), rotary, target)
+        others = None
+        if average == "joint":
+            behind = slice(target.stop, None)
+            others = torch.cat(
+                [
+                    _rotated(_keys(parts, num_text, place), rotary, place)
+                    for place in (slice(num_text), behind)
+                ],
+                dim=1,
+            )
+        add(text_to_image_mass(query, key, text_rows, others))
         # Queries and keys are large: they are let go before the next block.
         vars(parts).clear()
 
     for norm, name in _NORMS.items():
         # Single blocks have no projections of their own for text.
-        if norm == "norm_added_q" and getattr(module, "added_kv_proj_dim", None) is None:
+        if norm.startswith("norm_added") and getattr(module, "added_kv_proj_dim", None) is None:
             continue
         yield module.get_submodule(norm).register_forward_hook(remember(name))
     yield module.register_forward_hook(measure, with_kwargs=True)
 
 
-def _rotated(values: Tensor, rotary: Sequence[Tensor], positions: slice) -> Tensor:
-    """Applies the rotary embedding of these positions."""
+def _keys(parts: threading.local, num_text: int, place: slice) -> Tensor:
+    """Returns keys at places of the joint sequence, which double blocks hold in two parts."""
+    text: Tensor | None = getattr(parts, "text_key", None)
+    key: Tensor = parts.key
+    if text is None:
+        return key[:, place]
+    if place.stop == num_text:
+        return text
+    return key[:, place.start - num_text : place.stop and place.stop - num_text]
+
+
+def _rotated(values: Tensor, rotary: Sequence[Tensor] | None, positions: slice) -> Tensor:
+    """Applies the rotary embedding of these positions; gradients end here."""
+    values = values.detach()
+    if rotary is None:
+        return values
     from diffusers.models.embeddings import apply_rotary_emb
 
     part = tuple(table[positions] for table in rotary)

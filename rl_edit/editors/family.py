@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from jaxtyping import Float, UInt8
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rl_edit.data.editor_text import TextReading
 from rl_edit.editors.location import BUILTIN, identity_of
 from rl_edit.editors.lora_targets import ATTENTION_PROJECTIONS
-from rl_edit.method.attention import MassTally
+from rl_edit.method.attention import HeadAverage, MassTally
 from rl_edit.types import Conditioning, EditTask
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -43,12 +43,17 @@ class EditorSettings(BaseModel):
             Multiples of 4 are exact on CPU.
         attention_layers: the last so many layers are read for attention concentration (the L of
             RC-GRPO-Editing). 0 reads none.
+        attention_average: order of averaging heads and renormalising over the target's tokens. The
+            paper leaves it open, and candidates rank differently by it. "renormalised": all heads
+            weigh the same. "joint": a head weighs as much as it attends to the target at all.
         dtype: of the frozen base. The adapter is always fp32. By default float32 for the built-in
             editor, else what its text encoder is stored in (FLUX.1-Kontext: bfloat16).
         device: where actors and learner run it. "auto" takes a GPU when there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised",)
+    """Orders that the family can measure."""
     # The place of the weights.
     path: str = BUILTIN
     revision: str | None = None
@@ -56,6 +61,7 @@ class EditorSettings(BaseModel):
     resolution: int = Field(default=64, ge=16)
     micro_batch: int = Field(default=4, ge=1)
     attention_layers: int = Field(default=2, ge=0)
+    attention_average: HeadAverage = "renormalised"
     dtype: Dtype = "float32"
     device: str = "auto"
 
@@ -67,6 +73,15 @@ class EditorSettings(BaseModel):
             return settings
         path = settings.get("path", cls.model_fields["path"].default)
         return {**(cls.defaults(path) if isinstance(path, str) else {}), **settings}
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.attention_average not in self.head_averages:
+            raise ValueError(
+                f"attention_average is {self.attention_average!r}, and this family of editors "
+                f"measures {', '.join(self.head_averages)}: use that"
+            )
+        return self
 
     @classmethod
     def defaults(cls, path: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rl_edit.editors.lora_targets import ATTENTION_PROJECTIONS
 from rl_edit.editors.skeleton import transformer_skeleton
 from rl_edit.editors.stock_pipeline import stock_pipeline
 from rl_edit.editors.text_reading import tokenizer_of
+from rl_edit.method.attention import HeadAverage
 
 _IMAGE_MARK = "[IMG]"
 """Text that the stock pipeline takes out of instructions."""
@@ -51,6 +52,7 @@ class Flux2Config(EditorSettings):
     """
 
     pipeline: ClassVar[str] = "Flux2Pipeline"
+    head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised", "joint")
     kind: Literal["flux2"] = "flux2"
     # Flux2Pipeline.__call__: guidance_scale 4.0.
     guidance: float = Field(default=4.0, ge=0)

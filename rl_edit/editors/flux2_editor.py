@@ -37,7 +37,7 @@ from rl_edit.editors.location import locate
 from rl_edit.editors.pixels import decoded_in_chunks
 from rl_edit.editors.skeleton import last_layers, read_settings, require_layers
 from rl_edit.errors import InputError
-from rl_edit.method.attention import MassTally
+from rl_edit.method.attention import HeadAverage, MassTally
 from rl_edit.types import Conditioning, EditTask
 
 SINGLE_BLOCKS = ("to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
@@ -49,6 +49,9 @@ class Flux2Settings(EditorFamily, Protocol):
 
     @property
     def max_text_tokens(self) -> int: ...
+
+    @property
+    def attention_average(self) -> HeadAverage: ...
 
     @property
     def gradient_checkpointing(self) -> bool: ...
@@ -189,6 +192,7 @@ class Flux2Editor:
             sigma,
             inputs,
             watched=watched,
+            average=self.config.attention_average,
             guidance=self.config.embedded_guidance,
         )
 

@@ -27,6 +27,7 @@ from rl_edit.editors.skeleton import transformer_skeleton
 from rl_edit.editors.stock_pipeline import stock_pipeline
 from rl_edit.editors.text_reading import tokenizer_of
 from rl_edit.errors import InputError
+from rl_edit.method.attention import HeadAverage
 
 
 class Flux2KleinConfig(EditorSettings):
@@ -45,6 +46,7 @@ class Flux2KleinConfig(EditorSettings):
     """
 
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
+    head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised", "joint")
     kind: Literal["flux2_klein"] = "flux2_klein"
     # 1 is right for an id of the hub, which is not asked, where it is a distilled checkpoint.
     true_cfg: float = Field(default=1.0, ge=1)

@@ -19,6 +19,7 @@ from rl_edit.editors.attention_capture import captured
 from rl_edit.editors.chunks import Prediction, shared_grid, stacked
 from rl_edit.editors.pixels import source_image
 from rl_edit.method import flow
+from rl_edit.method.attention import HeadAverage
 from rl_edit.types import Conditioning, EditTask
 
 
@@ -86,12 +87,14 @@ def flux2_forward(
     inputs: Flux2Inputs,
     *,
     watched: Sequence[torch.nn.Module],
+    average: HeadAverage,
     guidance: float | None = None,
 ) -> Prediction:
     """Runs the transformer once.
 
     Args:
         watched: attention modules whose mass is recorded.
+        average: order of averaging heads and renormalising.
         guidance: the embedded scale; None where the transformer has no embedding of it.
     """
     # Latents arrive in fp32; the transformer runs in the base's number format.
@@ -99,7 +102,7 @@ def flux2_forward(
     scale = None if guidance is None else torch.full((len(latents),), guidance, device=device)
     # The source's tokens follow the target's.
     hidden = torch.cat([latents.to(device, dtype), inputs.source], dim=1)
-    with captured(watched, inputs.text_rows, tokens) as masses:
+    with captured(watched, inputs.text_rows, tokens, average=average) as masses:
         out = transformer(
             hidden_states=hidden,
             timestep=flow.model_time(sigma.to(device), dtype),

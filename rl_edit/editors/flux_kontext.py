@@ -44,7 +44,7 @@ from rl_edit.editors.skeleton import (
 )
 from rl_edit.editors.stock_pipeline import stock_pipeline
 from rl_edit.method import flow
-from rl_edit.method.attention import MassTally
+from rl_edit.method.attention import HeadAverage, MassTally
 from rl_edit.types import Conditioning, EditTask
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class FluxKontextConfig(EditorSettings):
     """
 
     pipeline: ClassVar[str] = "FluxKontextPipeline"
+    head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised", "joint")
     kind: Literal["flux_kontext"] = "flux_kontext"
     # 2.5 as in FLUX.1-Kontext's model card.
     guidance: float = Field(default=2.5, ge=0)
@@ -313,7 +314,8 @@ class FluxKontextEditor:
         # Kontext reads the source as further tokens behind the target's.
         hidden = torch.cat([latents.to(self.device, self.dtype), packed.source], dim=1)
         modules = self._attention_modules if record else []
-        with captured(modules, packed.text_rows, tokens) as masses:
+        average = self.config.attention_average
+        with captured(modules, packed.text_rows, tokens, average=average) as masses:
             out = self.transformer(
                 hidden_states=hidden,
                 timestep=flow.model_time(sigma.to(self.device), self.dtype),

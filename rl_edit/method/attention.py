@@ -7,30 +7,50 @@ softmax renormalised over those keys, so the full joint map is never formed.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+HeadAverage = Literal["renormalised", "joint"]
+"""Order of averaging heads and renormalising over target tokens, which the paper leaves open.
+
+"renormalised": each head's row is renormalised first, so that all heads weigh the same. "joint":
+heads are averaged first, so that a head weighs as much as it attends to the target at all.
+"""
 
 
 def text_to_image_mass(
     query: Float[Tensor, "batch text head dim"],
     key: Float[Tensor, "batch token head dim"],
     text_rows: Bool[Tensor, "batch text"],
+    others: Float[Tensor, "batch other head dim"] | None = None,
 ) -> Float[Tensor, "batch token"]:
     """Averages the attention from instruction to target tokens over text rows and heads (Eq. 16).
 
-    Rows of the result sum to 1.
+    Rows of the result sum to 1. Without ``others`` each head is renormalised before heads are
+    averaged; with them afterwards (:data:`HeadAverage`).
 
     Args:
         query: text queries after normalisation and rotary embedding.
         key: target-image keys after normalisation and rotary embedding.
         text_rows: instruction rows; padding and end markers are real queries in FLUX and would only
             dilute the mean.
+        others: all other keys that the queries see, likewise.
     """
     scale = query.shape[-1] ** -0.5
-    logits = torch.einsum("bshd,blhd->bhsl", query.float() * scale, key.float())
+    query = query.float() * scale
+    logits = torch.einsum("bshd,blhd->bhsl", query, key.float())
     # Over target-image keys only: the joint softmax renormalised over them.
-    rows = logits.softmax(dim=-1).mean(dim=1)
+    heads = logits.softmax(dim=-1)
+    if others is None:
+        rows = heads.mean(dim=1)
+    else:
+        rest = torch.einsum("bshd,blhd->bhsl", query, others.float()).logsumexp(dim=-1)
+        # The share of the target's keys in each head's joint softmax: e^a / (e^a + e^b).
+        share = torch.sigmoid(logits.logsumexp(dim=-1) - rest)[..., None]
+        rows = (share * heads).sum(dim=1) / share.sum(dim=1).clamp(min=1e-30)
     weights = text_rows.float() / text_rows.float().sum(dim=1, keepdim=True).clamp(min=1.0)
     # s: text rows, l: target tokens
     return torch.einsum("bs,bsl->bl", weights, rows)

@@ -20,6 +20,7 @@ from conformance import (
     vae_inputs,
     with_settings,
 )
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
 from rl_edit.config import RunConfig
@@ -232,23 +233,28 @@ def test_attention_is_the_joint_softmax_renormalised_over_target_tokens(
         editor.velocity(latents, sigma, conditioning)
     rows = conditioning.tensors["text_rows"]
     num_text, tokens = len(rows), latents.shape[1]
-    masses = []
+    masses: dict[str, list[Tensor]] = {"renormalised": [], "joint": []}
     for query, key in calls:
         scores = torch.einsum("bshd,blhd->bhsl", query.double(), key.double())
         joint = scores.div(query.shape[-1] ** 0.5).softmax(dim=-1)
         target = joint[:, :, :num_text, num_text : num_text + tokens]
-        target = (target / target.sum(dim=-1, keepdim=True)).mean(dim=1)
-        masses.append(target[:, rows].mean(dim=1))
-    assert len(masses) > 2
-    for last in (1, 2, len(masses)):
-        tally = MassTally()
-        watching = with_settings(editor, attention_layers=last)
-        watching.velocity(latents, sigma, conditioning, tally)
-        expected = torch.stack(masses[-last:]).mean(dim=0)
-        assert float((tally.mean().double() - expected).abs().max()) < 1e-6
-        assert float((expected - 1 / tokens).abs().max()) > 1e-6
-    with pytest.raises(InputError, match=f"has {len(masses)} joint layers"):
-        with_settings(editor, attention_layers=len(masses) + 1)
+        first = (target / target.sum(dim=-1, keepdim=True)).mean(dim=1)
+        average = target.mean(dim=1)
+        afterwards = average / average.sum(dim=-1, keepdim=True)
+        masses["renormalised"].append(first[:, rows].mean(dim=1))
+        masses["joint"].append(afterwards[:, rows].mean(dim=1))
+    num_layers = len(calls)
+    assert num_layers > 2
+    for order in editor.config.head_averages:
+        for last in (1, 2, num_layers):
+            tally = MassTally()
+            watching = with_settings(editor, attention_layers=last, attention_average=order)
+            watching.velocity(latents, sigma, conditioning, tally)
+            expected = torch.stack(masses[order][-last:]).mean(dim=0)
+            assert float((tally.mean().double() - expected).abs().max()) < 1e-6
+            assert float((expected - 1 / tokens).abs().max()) > 1e-6
+    with pytest.raises(InputError, match=f"has {num_layers} joint layers"):
+        with_settings(editor, attention_layers=num_layers + 1)
 
 
 def test_capture_changes_no_bit_and_leaves_no_hook(editor: Any) -> None:
@@ -258,6 +264,13 @@ def test_capture_changes_no_bit_and_leaves_no_hook(editor: Any) -> None:
     tally = MassTally()
     assert torch.equal(editor.velocity(latents, sigma, conditioning, tally), before)
     assert torch.allclose(tally.mean().sum(dim=1), torch.ones(3), atol=1e-5)
+    # Attention kernels of PyTorch: queries and keys are read before any of them runs.
+    for backend in ("native", "_native_math", "_native_flash"):
+        with attention_backend(backend):
+            plain = editor.velocity(latents, sigma, conditioning)
+            again = MassTally()
+            assert torch.equal(editor.velocity(latents, sigma, conditioning, again), plain)
+        assert torch.allclose(again.mean(), tally.mean(), atol=1e-5)
     with pytest.raises(RuntimeError):
         editor.velocity(latents[..., :-1], sigma, conditioning, MassTally())
     assert not any(module._forward_hooks for module in editor.transformer.modules())
@@ -354,10 +367,11 @@ def test_a_saved_adapter_is_read_again_with_its_settings(
     require_adapter(editor.config, again)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rollout_and_learner_compute_one_function_and_the_ratio_is_exactly_one(
-    family: Family, directory: Path
+    family: Family, directory: Path, dtype: str
 ) -> None:
-    """Through the real actor and learner, with every forward of the guidance."""
+    """Through the real actor and learner, with every forward of the guidance; in bf16 too."""
     from actors.rollout import RolloutActor
     from learner.learner import Learner
     from rl_edit import wire
@@ -365,7 +379,7 @@ def test_rollout_and_learner_compute_one_function_and_the_ratio_is_exactly_one(
     from rl_edit.types import WorkItem
     from runs import small_config
 
-    settings = {"path": str(directory), "device": "cpu", "dtype": "float32", "attention_layers": 1}
+    settings = {"path": str(directory), "device": "cpu", "dtype": dtype, "attention_layers": 1}
     for guided in ({}, *family.guided[:1]):
         config = small_config({**settings, **family.settings, **guided})
         actor, learner = RolloutActor(config, 1), Learner(config, 1)
