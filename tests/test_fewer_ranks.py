@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fakes import FakeLearner, as_array
+from learner.controller.capacity import Capacity
 from learner.controller.learner_ranks import LearnerRanks, LearnerSnapshot
+from learner.controller.run_log import UpdateTimes, group_cost, update_metrics
 from learner.controller.supervisor import Supervisor
 from rl_edit import wire
 from rl_edit.config import ActorsConfig, load_config
 from rl_edit.errors import InputError, WorkerLost
 from rl_edit.messages import LearnOrder
 from rl_edit.method.update import TrainingFailed
+from rl_edit.types import AdapterId
 
 GROUPS = [as_array({"said": str(slot)}) for slot in range(4)]
 
@@ -139,3 +143,33 @@ def test_the_minimum_of_ranks_belongs_to_no_runs_identity() -> None:
     plain = load_config(preset="tiny-rc-grpo")
     one = load_config(preset="tiny-rc-grpo", overrides=("actors.min_learner=1",))
     assert plain.identity() == one.identity()
+
+
+def test_an_update_costs_the_seconds_of_the_ranks_that_are_left() -> None:
+    config = load_config(
+        preset="tiny-rc-grpo", overrides=("actors.num_learner=3", "actors.learner_gpus=1")
+    )
+    group: Any = SimpleNamespace(chunks=[], lost=True)
+    report: Any = SimpleNamespace(
+        seconds=6.0,
+        metrics={},
+        used=2,
+        declined={},
+        skipped="",
+        adapter=AdapterId(step=1, sha256="a"),
+    )
+
+    def metrics(ranks: int) -> dict[str, Any]:
+        times = UpdateTimes(wait=1.0, learn=6.0, commit=1.0, ranks=ranks)
+        assert group_cost([group, group], report, times).learn_s == 3.0 * ranks
+        return update_metrics(
+            0,
+            [group, group],
+            report,
+            config=config,
+            capacity=Capacity.of(config, (1, 1), cores=2),
+            times=times,
+            retries={"infra": 0, "data": 0},
+        )
+
+    assert metrics(1)["efficiency"] == pytest.approx(metrics(3)["efficiency"] / 3)

@@ -329,7 +329,10 @@ class TrainingLoop:
         # The groups may be others than those gathered: lost ones were made again.
         report, groups = await self._learn(update, groups)
         times = UpdateTimes(
-            wait=gathered - began, learn=time.perf_counter() - gathered, commit=self._commit_s
+            wait=gathered - began,
+            learn=time.perf_counter() - gathered,
+            commit=self._commit_s,
+            ranks=self.learners.ranks,
         )
         self.lease.check()  # a newer attempt may have reported this update already
         # The line precedes the commit: a resumed run rewinds lines of updates that it does again,
@@ -342,7 +345,7 @@ class TrainingLoop:
             await self.commits.commit(newest, self.acting)
         self._broadcast(newest)
         self._commit_s = time.perf_counter() - written
-        self.log.advise(group_cost(groups, report, times, self.learners.ranks))
+        self.log.advise(group_cost(groups, report, times))
 
     def _broadcast(self, newest: LearnerSnapshot) -> None:
         """Puts the new acting weights into use and sends them, unless no rollout follows."""

@@ -85,11 +85,13 @@ class UpdateTimes:
         learn: until the learner had answered.
         commit: from the line of the update before to this one's start. The commit follows its line,
             so its seconds stand in the next line.
+        ranks: learner ranks that learnt together. Lost ones may have been given up.
     """
 
     wait: float
     learn: float
     commit: float
+    ranks: int
 
     @property
     def total(self) -> float:
@@ -97,16 +99,14 @@ class UpdateTimes:
         return self.commit + self.wait + self.learn
 
 
-def group_cost(
-    groups: Sequence[ScoredGroup], report: LearnReport, times: UpdateTimes, num_learner: int
-) -> GroupCost:
+def group_cost(groups: Sequence[ScoredGroup], report: LearnReport, times: UpdateTimes) -> GroupCost:
     """Returns the mean worker seconds of a group, by role."""
     chunks = [chunk for group in groups for chunk in group.chunks]
     # Worker seconds, not waiting time: ranks learn together, so theirs are multiplied.
     return GroupCost(
         rollout_s=sum(sum(chunk.result.seconds.values()) for chunk in chunks) / len(groups),
         reward_s=sum(group.table().seconds for group in groups if not group.lost) / len(groups),
-        learn_s=report.seconds * num_learner / len(groups),
+        learn_s=report.seconds * times.ranks / len(groups),
         step_s=times.commit,
     )
 
@@ -128,7 +128,7 @@ def update_metrics(
     """
     chunks = [chunk for group in groups for chunk in group.chunks]
     tables = [group.table() for group in groups if not group.lost]
-    cost = group_cost(groups, report, times, config.actors.num_learner)
+    cost = group_cost(groups, report, times)
     # Staleness is that of the oldest chunk: it decides how far off-policy the update is.
     oldest = min((chunk.result.adapter.step for chunk in chunks), default=update)
     return {
