@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlparse
 
@@ -25,6 +26,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import ray_start, ray_watch
+from actors.ray_queries import answered
 from actors.roles import Roles, available_cores
 from rl_edit.config import RunConfig
 from rl_edit.errors import ClusterUnreachable, InputError, ResourcesInfeasible, brief
@@ -132,6 +134,7 @@ def reserve(
         ResourcesInfeasible: naming what is requested and what there is. It is raised at once when
             the cluster can never place it, and after ``actors.start_timeout_s`` when others hold
             the GPUs. An autoscaler gets ``actors.wait_for_nodes_s`` to bring nodes.
+        ClusterLost: Ray does not answer.
     """
     counts = {
         "rollout": config.actors.num_rollout,
@@ -150,7 +153,10 @@ def reserve(
         return {}
     request = ", ".join(f"{count} {kind} x {spec.gpus:g}" for kind, (spec, count) in kinds.items())
     # One bundle per process. PACK fills a node before the next: adapters and groups move less.
-    group = placement_group([{"GPU": gpus} for *_, gpus in bundles], strategy="PACK")
+    gpus_of_each = [{"GPU": gpus} for *_, gpus in bundles]
+    group: PlacementGroup = answered(
+        "that it reserves GPUs", partial(placement_group, gpus_of_each, strategy="PACK")
+    )
     _wait_for(group, sum(gpus for *_, gpus in bundles), request, config, note=note, check=check)
     return {
         (kind, worker_slot): (group, bundle)
@@ -176,21 +182,17 @@ def _wait_for(
 ) -> None:
     """Waits until a placement group has its GPUs; gives it back when it cannot get them."""
     began, noted = time.monotonic(), 0.0
-    while not group.wait(RESERVE_POLL_S):
+    while not answered("whether GPUs are reserved", partial(group.wait, RESERVE_POLL_S)):
         check()
         ray_watch.check()
         waited = time.monotonic() - began
-        present = ray.cluster_resources().get("GPU", 0)
-        free = ray.available_resources().get("GPU", 0)
+        present, free, state = answered("which GPUs it has", partial(_gpus, group))
         # Ray calls infeasible what fits no single node. Bundles that together exceed the cluster
         # merely wait, so the total is compared here.
-        hopeless = (
-            total > present
-            or placement_group_table(group)["stats"]["scheduling_state"] == "INFEASIBLE"
-        )
+        hopeless = total > present or state == "INFEASIBLE"
         limit = config.actors.wait_for_nodes_s if hopeless else config.actors.start_timeout_s
         if waited >= limit:
-            remove_placement_group(group)
+            answered("that GPUs are free again", partial(remove_placement_group, group))
             raise ResourcesInfeasible(
                 f"the run needs {total:g} GPUs ({request}), the cluster has {present:g}, "
                 f"{free:g} free: lower actors.*, add nodes, or, with an autoscaler, allow it time "
@@ -200,6 +202,15 @@ def _wait_for(
             noted = waited
             reason = "no node has them yet" if hopeless else "others hold them"
             note(f"waiting for {total:g} GPUs ({request}) for {waited:.0f} s; {reason}")
+
+
+def _gpus(group: PlacementGroup) -> tuple[float, float, str]:
+    """Returns the GPUs of the cluster, those that are free, and what becomes of a reservation."""
+    return (
+        ray.cluster_resources().get("GPU", 0),
+        ray.available_resources().get("GPU", 0),
+        placement_group_table(group)["stats"]["scheduling_state"],
+    )
 
 
 @ray_watch.watched()
@@ -217,7 +228,7 @@ def check_nodes(*, allow_skew: bool, note: Callable[[str], None]) -> None:
             num_cpus=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         ).remote()
-        for node in ray.nodes()
+        for node in answered("which nodes it has", ray.nodes)
         if node["Alive"]
     }
     try:

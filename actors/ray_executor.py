@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import gpu_checks, ray_watch
 from actors.devices import Device
 from actors.ray_cluster import Places, place_lost
+from actors.ray_queries import answered
 from actors.roles import ProcessTable, Roles
-from rl_edit.errors import MESSAGE_LENGTH, BlobLost, InputError, WorkerLost, WorkFailed, brief
+from rl_edit.errors import (
+    MESSAGE_LENGTH,
+    BlobLost,
+    ClusterLost,
+    InputError,
+    WorkerLost,
+    WorkFailed,
+    brief,
+)
 from rl_edit.method.update import TrainingFailed
 
 POISONED = ("OutOfMemoryError", "AcceleratorError", "CudaError", "CUDA error")
@@ -44,6 +54,9 @@ FETCH_S, PROBE_S = 120.0, 15.0
 
 PLACE_POLL_S, PLACE_LOST_S = 5.0, 30.0
 """Seconds between two looks at the place of a process, and without one until it is given up."""
+
+GIVE_BACK_S = 5.0
+"""Longest wait at the end of a run until Ray has taken its GPUs back."""
 
 EVERY_CAUSE = " (?:There are some potential|Some common causes)"
 """Begins Ray's list of all reasons for which a process may end."""
@@ -289,12 +302,17 @@ class RayExecutor:
         await asyncio.gather(*(_fetch(ref, PROBE_S) for ref in refs))
 
     def store_bytes(self) -> float:
-        return float(ray.cluster_resources().get("object_store_memory", 0))
+        there = answered("how large its object store is", ray.cluster_resources)
+        return float(there.get("object_store_memory", 0))
 
     def free(self) -> str:
+        try:
+            free = answered("what is free", ray.available_resources)
+        except ClusterLost as error:
+            return f"unknown ({error})"
         amounts = {
             name: amount
-            for name, amount in sorted(ray.available_resources().items())
+            for name, amount in sorted(free.items())
             if name in ("CPU", "GPU", "memory")
         }
         return ", ".join(f"{name} {amount:g}" for name, amount in amounts.items()) or "nothing"
@@ -326,7 +344,11 @@ class RayExecutor:
             process.kill()
         for group in {group.id: group for group, _ in self._places.values()}.values():
             with contextlib.suppress(Exception):  # the cluster may be gone
-                remove_placement_group(group)
+                answered(
+                    "that GPUs are free",
+                    partial(remove_placement_group, group),
+                    limit_s=GIVE_BACK_S,
+                )
 
 
 async def _fetch(ref: Any, limit_s: float) -> NDArray[np.uint8]:
@@ -347,7 +369,7 @@ async def _awaited(ref: Any) -> Any:
 
 def _place_lost(group: PlacementGroup, bundle: int) -> bool:
     try:
-        return place_lost(group, bundle)
+        return answered("where GPUs are", partial(place_lost, group, bundle))
     except Exception:  # of many kinds, when the cluster does not answer: that is noticed elsewhere
         return False
 

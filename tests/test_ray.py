@@ -25,7 +25,7 @@ from learner.controller.run import Outcome, Run
 from learner.controller.run_log import Events
 from learner.learner import Learner
 from rl_edit.config import RunConfig
-from rl_edit.errors import InputError, ResourcesInfeasible
+from rl_edit.errors import ClusterLost, InputError, ResourcesInfeasible
 from rl_edit.files import EVENTS
 from rl_edit.provenance import differences
 from runs import (
@@ -171,6 +171,24 @@ def test_actors_that_do_not_start_in_time_are_refused_with_what_is_free(
         match=r"not all of 3 actors were running after 0\.01 s .*start_timeout_s.*free are .*CPU",
     ):
         run_on_ray(small_config(small_editor, *ON_RAY, "actors.start_timeout_s=0.01"), tmp_path)
+
+
+@pytest.mark.faults
+def test_a_gcs_that_hangs_ends_a_question_and_later_ones_are_answered(ray_cluster: None) -> None:
+    import ray
+
+    from actors.ray_queries import answered
+
+    (gcs,) = [
+        info.process.pid for info in ray._private.worker._global_node.all_processes["gcs_server"]
+    ]
+    os.kill(gcs, signal.SIGSTOP)
+    try:
+        with pytest.raises(ClusterLost, match=r"which GPUs it has \(no answer within 1 s\)"):
+            answered("which GPUs it has", ray.cluster_resources, limit_s=1)
+    finally:
+        os.kill(gcs, signal.SIGCONT)
+    assert answered("which GPUs it has", ray.cluster_resources)["CPU"] == 2
 
 
 def test_more_gpus_than_a_cluster_has_are_refused_on_a_running_cluster(
