@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -40,6 +41,8 @@ ROOM = SOCKET_LENGTH - SESSION_LENGTH
 ENOUGH_FILES = 1024
 """Open files that Ray's own processes get by with."""
 
+LOOPBACK_S = 5.0
+
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 Note = Callable[[str], None]
@@ -54,8 +57,9 @@ def start(*, note: Note, **settings: Any) -> None:
 
     Raises:
         ResourcesInfeasible: no room for sockets, or no memory for the object store.
-        ClusterUnreachable: Ray did not come up, with its reason.
+        ClusterUnreachable: Ray did not come up, with its reason; or there is no loopback.
     """
+    _require_loopback()
     folder, why = _temporary_folder()
     if why:
         note(f"{why}; Ray's session and logs are in {folder}")
@@ -111,6 +115,23 @@ def this_environment(*, note: Note) -> Iterator[None]:
         yield
     finally:
         constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
+
+
+def _require_loopback() -> None:
+    """Connects to this machine by 127.0.0.1, without which Ray waits for minutes.
+
+    Raises:
+        ClusterUnreachable: a container or namespace whose loopback interface is down.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=LOOPBACK_S).close()
+    except OSError as error:
+        raise ClusterUnreachable(
+            f"this machine cannot reach itself at 127.0.0.1 ({error.strerror or error}), where "
+            "Ray's processes talk to each other: bring its loopback interface up (ip link set lo "
+            "up), or train in one process with actors.runtime=thread."
+        ) from error
 
 
 def _temporary_folder() -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -198,3 +199,22 @@ def test_a_signal_while_ray_starts_ends_with_its_exit_code_and_no_traceback() ->
     _, err = process.communicate(timeout=240)
     assert process.returncode == 143, err[-4000:]
     assert "Traceback" not in err and "never retrieved" not in err
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="needs root and unshare, to make a network namespace",
+)
+def test_a_machine_without_loopback_is_refused_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rl_edit", "train", "--preset", "tiny-rc-grpo"]
+    done = subprocess.run(
+        ["unshare", "--net", *command, "actors.runtime=ray", "--run-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 5, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("rl-edit: this machine cannot reach itself at 127.0.0.1 (")
+    assert "ip link set lo up" in line
