@@ -89,7 +89,7 @@ def join_or_start(config: RunConfig, *, note: Callable[[str], None] = print) -> 
             ):
                 # Ray's client sends its settings to a server that need not have our modules.
                 job: Any = None if address.startswith("ray://") else ray_start.Job()
-                ray.init(log_to_driver=False, job_config=job)
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=job)
         except Exception as error:  # of several kinds: a refused token, other versions, no answer
             raise _unreachable(address, brief(error)) from error
         return

@@ -33,9 +33,11 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,22 @@ class TwoNodes:
         """Kills every process of the worker node at once."""
         kill_all(self._cable.names[1])
 
+    def stop_in(self, node: int, title: str, limit_s: float) -> int:
+        """Stops (SIGSTOP) a process of a node in the middle of what its title says; its id."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            pids, until = self.processes(node), time.monotonic() + 1
+            # To look for processes takes longer than a call does.
+            while time.monotonic() < until:
+                for pid in pids:
+                    if _title(pid) == title:
+                        os.kill(pid, signal.SIGSTOP)
+                        if _stands(pid) and _title(pid) == title:
+                            return pid
+                        os.kill(pid, signal.SIGCONT)
+                time.sleep(0.002)
+        raise TimeoutError(f"no process was {title} within {limit_s:g} s")
+
     def processes(self, node: int) -> list[int]:
         """Returns the ids of a node's processes; a driver belongs to the head (0)."""
         return processes_in(self._cable.names[node])
@@ -203,13 +221,15 @@ class TwoNodes:
         log: Path,
         places: str = "",
         environment: Mapping[str, str] | None = None,
+        errors: Path | None = None,
     ) -> subprocess.Popen[bytes]:
         """Starts ``rl-edit train ARGUMENTS`` in the head's namespace; output goes to ``log``.
 
         Args:
             places: slots whose first process starts on the worker node ("rollout-0,learner-1").
+            errors: where stderr goes, if not to ``log``.
         """
-        with log.open("ab") as out:
+        with log.open("ab") as out, (errors or log).open("ab") as err:
             return subprocess.Popen(
                 self.command(0, sys.executable, __file__, "train", *arguments),
                 cwd=ROOT,
@@ -220,9 +240,26 @@ class TwoNodes:
                     **(environment or {}),
                 },
                 stdout=out,
-                stderr=subprocess.STDOUT,
+                stderr=err,
                 start_new_session=True,
             )
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0 ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _stands(pid: int) -> bool:
+    """Waits until a process that was stopped stands still."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def place_first_on_worker(slots: set[str]) -> None:
