@@ -89,6 +89,7 @@ def join_or_start(config: RunConfig, *, note: Callable[[str], None] = print) -> 
             ):
                 # Ray's client sends its settings to a server that need not have our modules.
                 job: Any = None if address.startswith("ray://") else ray_start.Job()
+                # At its usual level Ray prints three lines about where it connects to.
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=job)
         except Exception as error:  # of several kinds: a refused token, other versions, no answer
             raise _unreachable(address, brief(error)) from error
@@ -182,6 +183,7 @@ def _wait_for(
 ) -> None:
     """Waits until a placement group has its GPUs; gives it back when it cannot get them."""
     began, noted = time.monotonic(), 0.0
+    # Ray's own limit of this wait does not hold while its control service is away.
     while not answered("whether GPUs are reserved", partial(group.wait, RESERVE_POLL_S)):
         check()
         ray_watch.check()
@@ -206,6 +208,7 @@ def _wait_for(
 
 def _gpus(group: PlacementGroup) -> tuple[float, float, str]:
     """Returns the GPUs of the cluster, those that are free, and what becomes of a reservation."""
+    # Asked together: every question costs a thread, and this is asked each second.
     return (
         ray.cluster_resources().get("GPU", 0),
         ray.available_resources().get("GPU", 0),

@@ -309,6 +309,7 @@ class RayExecutor:
         try:
             free = answered("what is free", ray.available_resources)
         except ClusterLost as error:
+            # It completes a message about another problem, which must not be lost.
             return f"unknown ({error})"
         amounts = {
             name: amount

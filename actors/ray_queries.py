@@ -43,11 +43,13 @@ def answered(what: str, query: Callable[[], T], *, limit_s: float = ANSWER_S) ->
     # A daemon: a question that is never answered must not keep the process from its end.
     threading.Thread(target=ask, name="ray-query", daemon=True).start()
     deadline = time.monotonic() + limit_s
+    # In slices, so that the loss of the cluster is noticed before the deadline.
     while True:
         try:
             return answer.result(max(0.0, min(POLL_S, deadline - time.monotonic())))
         except Exception as error:
             ray_watch.check()
+            # The wait and Ray itself raise errors of one type.
             if answer.done():
                 raise ClusterLost(_unanswered(what, brief(error))) from error
             if time.monotonic() >= deadline:

@@ -124,6 +124,7 @@ def _require_loopback() -> None:
         ClusterUnreachable: a container or namespace whose loopback interface is down.
     """
     try:
+        # Listening succeeds also where the interface is down. A connection shows it.
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=LOOPBACK_S).close()
     except OSError as error:
