@@ -26,6 +26,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+HELDOUT = "heldout.jsonl"
 """Names in a run directory, which writer and readers share."""
 
 
@@ -198,20 +199,26 @@ class JsonLines:
         if written < len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
-    def rewind(self, keep: int, *, key: str = "update") -> None:
+    def rewind(
+        self,
+        keep: int,
+        *,
+        key: str = "update",
+        is_whole: Callable[[dict[str, Any]], bool] = lambda record: True,
+    ) -> None:
         """Drops lines whose ``key`` is ``keep`` or more: a resumed run writes them again.
 
         Lines without the key stay. Lines that cannot be read are set aside in a file beside it.
+
+        Args:
+            is_whole: tests an object that was read; one that lacks fields is damaged too.
         """
-        read, damaged = _parse_lines(self.path)
+        read, damaged = _parse_lines(self.path, is_whole)
         if damaged:
             aside = self.path.with_name(f"{self.path.name}.unreadable")
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged)
-            self._note(
-                f"{len(damaged)} lines of {self.path.name} cannot be read (damaged) and are left "
-                f"out; they are kept in {aside}"
-            )
+            self._note(f"{_left_out(len(damaged), self.path.name)}; they are kept in {aside}")
         lines = [line for line in read if not line.get(key, keep - 1) >= keep]
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -221,7 +228,23 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return _parse_lines(path)[0]
 
 
-def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+def damage(path: Path) -> str:
+    """Says how many lines of a log ``read_json_lines`` leaves out; "" where it reads all."""
+    damaged = _parse_lines(path)[1]
+    # A last line without its end is still being written, and is no fault.
+    if damaged and path.read_bytes().endswith(damaged[-1]):
+        damaged.pop()
+    return _left_out(len(damaged), str(path)) if damaged else ""
+
+
+def _left_out(number: int, name: str) -> str:
+    lines, are = ("line", "is") if number == 1 else ("lines", "are")
+    return f"{number} {lines} of {name} cannot be read (damaged) and {are} left out"
+
+
+def _parse_lines(
+    path: Path, is_whole: Callable[[dict[str, Any]], bool] = lambda record: True
+) -> tuple[list[dict[str, Any]], list[bytes]]:
     """Returns the objects of a file, and its damaged lines."""
     records, damaged = [], []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
@@ -234,7 +257,7 @@ def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
         except (ValueError, RecursionError):
             record = None
         complete = isinstance(record, dict) and isinstance(record.get("update", 0), int)
-        if complete:
+        if complete and is_whole(record):
             records.append(record)
         else:
             damaged.append(line)

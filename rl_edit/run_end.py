@@ -32,14 +32,14 @@ from rl_edit.errors import (
     brief,
     lacks_space,
 )
-from rl_edit.files import EVENTS, METRICS, replace_file
+from rl_edit.files import EVENTS, HELDOUT, METRICS, replace_file
 from rl_edit.method.update import TrainingFailed
 from rl_edit.report.overlays import MASK_FILES
 from rl_edit.run_directory import CONFIG_FILE
 from rl_edit.run_record import RUN_FILE, RunRecord, read_run_record
 from rl_edit.types import AdapterWeights
 
-_BEFORE_TRAINING = (CONFIG_FILE, RUN_FILE, EVENTS, METRICS, heldout.HELDOUT, *MASK_FILES)
+_BEFORE_TRAINING = (CONFIG_FILE, RUN_FILE, EVENTS, METRICS, HELDOUT, *MASK_FILES)
 """Files that an attempt may write before its first update."""
 
 

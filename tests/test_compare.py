@@ -16,6 +16,7 @@ from evaluated_runs import BASE, META, evaluated, rows
 from rl_edit.config import load_config
 from rl_edit.errors import InputError
 from rl_edit.evaluation.comparison import compare
+from rl_edit.files import METRICS
 from rl_edit.measures.intervals import Interval
 from rl_edit.report.compare import comparison_page
 from rl_edit.training import train
@@ -125,6 +126,21 @@ def test_a_run_that_did_not_come_to_its_end_is_noted(tmp_path: Path) -> None:
     assert not compare([evaluated(tmp_path / "whole")]).notes[1:]
     cut = evaluated(tmp_path / "cut", "train.updates=400")
     assert compare([cut]).notes[-1] == f"{cut} was evaluated after 50 of its 400 updates"
+
+
+def test_lines_of_metrics_that_cannot_be_read_are_counted_and_noted(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "a")
+    seconds = compare([run]).arms[0].seconds_per_update
+    with (run / METRICS).open("ab") as file:
+        # The last line has no end: a run that goes on may be writing it.
+        file.write(b'{"update": \xff}\n[]\n{"update": 3, "sec')
+    comparison = compare([run])
+    assert comparison.arms[0].seconds_per_update == seconds
+    assert comparison.notes[-1] == (
+        f"2 lines of {run / METRICS} cannot be read (damaged) and are left out of the seconds per "
+        "update"
+    )
+    assert comparison.record()["notes"] == list(comparison.notes)
 
 
 def test_a_run_that_has_trained_on_since_its_evaluation_is_noted(tmp_path: Path) -> None:

@@ -355,7 +355,12 @@ def test_damaged_lines_are_set_aside_counted_and_said_and_the_run_goes_on(
     for name in ("metrics.jsonl", "events.jsonl"):
         with (run / name).open("ab") as file:
             file.write(b'{"update": \xff}\n' + b"\0" * 4096 + b"\n" + b"[" * 100_000 + b"\n{\n")
-    assert forks.run("report", run, folder=tmp_path).code == 0
+    ended = forks.run("report", run, folder=tmp_path)
+    assert (ended.code, ended.out) == (0, f"{run / 'report.html'}\n")
+    assert ended.err == "".join(
+        f"note: 4 lines of {run / name} cannot be read (damaged) and are left out\n"
+        for name in ("metrics.jsonl", "events.jsonl")
+    )
     ended = forks.run(*command, "--resume", UPDATES, folder=tmp_path)
     no_error(ended, 0)
     assert adapter(run) == undisturbed

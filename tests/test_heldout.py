@@ -24,14 +24,14 @@ from actors.local_executor import LocalExecutor
 from fakes import Crash, FakeReward, FakeRollout, Fault, as_array, as_content, fake_roles, faulty
 from learner.controller import checkpoint, heldout
 from learner.controller.alarm import Evaluation, alarm
-from learner.controller.heldout import BEST, HELDOUT, read_best
+from learner.controller.heldout import BEST, read_best
 from learner.controller.run import Outcome
 from learner.controller.supervisor import Supervisor
 from rl_edit import wire
 from rl_edit.config import ActorsConfig, RunConfig
 from rl_edit.editors import lora
 from rl_edit.errors import InputError
-from rl_edit.files import read_json_lines
+from rl_edit.files import HELDOUT, read_json_lines
 from rl_edit.report import render_report
 from rl_edit.report.charts import Mark, Series, twin_chart
 from rl_edit.rewards import available
@@ -263,6 +263,23 @@ def test_a_run_that_crashes_in_training_or_in_an_evaluation_resumes_to_the_same_
         fakes(tmp_path, *overrides, commits, faults=(Fault("reward", "score", nth, "crash"),))
     outcome = fakes(tmp_path, *overrides, commits, resume=True)
     assert (adapter_bytes(outcome), lines(tmp_path)) == undisturbed(*overrides)
+
+
+def test_damaged_evaluations_are_counted_by_the_report_and_set_aside_on_resume(
+    tmp_path: Path, undisturbed: Callable[..., Any]
+) -> None:
+    fakes(tmp_path, stop_after=2)
+    bad = [b'{"update": \xff}\n', b"\0" * 4096 + b"\n", b'{"update": 0}\n']
+    with (tmp_path / HELDOUT).open("ab") as file:
+        file.writelines(bad)
+    assert "2 lines of heldout.jsonl could not be read" in render_report(tmp_path).read_text()
+    notes = Notes()
+    outcome = fakes(tmp_path, resume=True, observer=notes)
+    aside = tmp_path / f"{HELDOUT}.unreadable"
+    (said,) = [note for note in notes.notes if HELDOUT in note]
+    assert said.startswith(f"3 lines of {HELDOUT} cannot be read") and str(aside) in said
+    assert aside.read_bytes() == b"".join(bad)
+    assert (adapter_bytes(outcome), lines(tmp_path)) == undisturbed()
 
 
 def test_a_stopped_run_does_the_evaluation_it_did_not_get_to_on_resume(

@@ -31,14 +31,13 @@ from rl_edit.config import RunConfig
 from rl_edit.data import Dataset, open_dataset
 from rl_edit.data.canvas import fit
 from rl_edit.errors import InputError
-from rl_edit.files import METRICS, JsonLines, read_json_lines, replace_file
+from rl_edit.files import HELDOUT, METRICS, JsonLines, read_json_lines, replace_file
 from rl_edit.method.exploration import keyed_seed
 from rl_edit.rewards import Reward
 from rl_edit.rewards.shapes_judge import ShapesJudge
 from rl_edit.rewards.vlm.judge_reward import JudgeReward
 from rl_edit.types import AdapterId, AdapterWeights, RewardTable, WorkItem
 
-HELDOUT = "heldout.jsonl"
 BEST, RECORD = "best", "best.json"
 
 
@@ -159,13 +158,14 @@ class HeldoutMonitor:
     def rewind(self, updates_done: int) -> None:
         """Drops evaluations that a resumed run will do again."""
         if self.file.path.is_file():
-            self.file.rewind(updates_done)
+            self.file.rewind(updates_done, is_whole=_is_evaluation)
 
     def history(self) -> list[Evaluation]:
         """Returns the evaluations that the next one is comparable with, oldest first."""
         # Read anew each time: a resumed run and a running one take the same way.
-        lines = (Evaluation.model_validate(line) for line in read_json_lines(self.file.path))
-        return [line for line in lines if line.protocol == self._protocol()]
+        lines = filter(_is_evaluation, read_json_lines(self.file.path))
+        seen = map(Evaluation.model_validate, lines)
+        return [line for line in seen if line.protocol == self._protocol()]
 
     def is_due(self, updates_done: int) -> bool:
         """Returns True when the weights after so many updates are still to be evaluated."""
@@ -296,7 +296,9 @@ class HeldoutMonitor:
         """Averages the training reward of the updates between two evaluations."""
         lines = read_json_lines(self.directory / METRICS)
         return _mean(
-            line.get("reward/total/mean") for line in lines if after < line["update"] <= upto
+            line.get("reward/total/mean")
+            for line in lines
+            if after < line.get("update", after) <= upto
         )
 
     def _save_if_best(self, seen: Evaluation, adapter: AdapterId, packed: np.ndarray) -> None:
@@ -356,6 +358,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """Averages the values that were measured; None when none was."""
     measured = [value for value in values if value is not None and math.isfinite(value)]
     return fmean(measured) if measured else None
+
+
+def _is_evaluation(line: dict[str, Any]) -> bool:
+    """Tests whether a line of ``heldout.jsonl`` has all that an evaluation needs."""
+    try:
+        Evaluation.model_validate(line)
+    except ValidationError:
+        return False
+    return True
 
 
 async def evaluate(

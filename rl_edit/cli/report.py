@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rl_edit.files import EVENTS, HELDOUT, METRICS, damage
 from rl_edit.report import render_report, write_figure
 
 
@@ -25,6 +26,9 @@ def report_command(
     """Write RUN/report.html: headline numbers, curves, before/after images, in one file."""
     # The page first: a figure needs examples, which an unevaluated run does not have.
     typer.echo(str(render_report(run)))
+    for name in (METRICS, HELDOUT, EVENTS):
+        if lost := damage(run / name):
+            typer.echo(f"note: {lost}", err=True)
     # A line for each file, so that a script can read the paths.
     if figure is not None:
         typer.echo(str(write_figure(run, figure)))

@@ -106,7 +106,7 @@ def compare(directories: Sequence[Path], *, against: Path | None = None) -> Comp
 
 
 def _caveats(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Notes runs whose evaluation is not of their last adapter or not of all their updates."""
+    """Notes runs whose evaluation is of fewer updates than they have, or is not all readable."""
     # A run that was trained on since: its numbers are right, of an older adapter.
     stale = [
         f"{run.directory} now has adapter {run.stale}, and {run.meta.adapter} was evaluated: "
@@ -121,7 +121,8 @@ def _caveats(runs: Sequence[EvaluatedRun]) -> list[str]:
         for run in runs
         if run.updates < run.config.train.updates
     ]
-    return [*stale, *unfinished]
+    damaged = [f"{run.damage} of the seconds per update" for run in runs if run.damage]
+    return [*stale, *unfinished, *damaged]
 
 
 def optional_json(interval: Interval | None) -> dict[str, int | float | None] | None:

@@ -13,7 +13,7 @@ from typing import Any
 from rl_edit.config import RunConfig, load_config
 from rl_edit.errors import InputError
 from rl_edit.evaluation.record import EvaluationMeta, EvaluationRecord, Row
-from rl_edit.files import METRICS, read_json_lines, validated
+from rl_edit.files import METRICS, damage, read_json_lines, validated
 from rl_edit.run_directory import holds_run, no_run_at
 from rl_edit.run_record import RunRecord, read_run_record
 
@@ -52,6 +52,7 @@ class EvaluatedRun:
         rows: measurements of base and trained editor.
         seconds: duration of each update.
         stale: id of the adapter in the directory where another one was evaluated; else "".
+        damage: how many lines of its metrics cannot be read, as a sentence; "" where all can.
     """
 
     directory: Path
@@ -61,6 +62,7 @@ class EvaluatedRun:
     rows: Mapping[Key, Row]
     seconds: tuple[float, ...]
     stale: str = ""
+    damage: str = ""
 
     @property
     def updates(self) -> int:
@@ -161,6 +163,7 @@ def _read(directory: Path) -> EvaluatedRun | None:
         rows=rows,
         seconds=_update_seconds(directory),
         stale=run.adapter if run.adapter and run.adapter != meta.adapter else "",
+        damage=damage(directory / METRICS),
     )
 
 

@@ -95,6 +95,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "span": smoothing_span(len(files.metrics.rows)),
         "num_updates": len(files.metrics.rows),
         "unreadable_metrics": files.metrics.unreadable,
+        "unreadable_heldout": files.heldout.unreadable,
         "strips": strips[:OPEN_STRIPS],
         "more_strips": strips[OPEN_STRIPS:],
         "undrawn": undrawn,

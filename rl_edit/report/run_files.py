@@ -14,7 +14,7 @@ from typing import Any
 
 from rl_edit.errors import InputError
 from rl_edit.evaluation.record import EvaluationRecord
-from rl_edit.files import Model, validated
+from rl_edit.files import EVENTS, HELDOUT, METRICS, Model, validated
 from rl_edit.run_directory import holds_run, no_run_at
 from rl_edit.run_record import RUN_FILE, RunRecord
 
@@ -93,9 +93,9 @@ def read_run(directory: Path) -> RunFiles:
         directory=directory,
         run=run.seen_in(directory),
         config=_read_text(directory / "config.yaml"),
-        metrics=_by_update(_read_lines(directory / "metrics.jsonl")),
-        events=_read_lines(directory / "events.jsonl"),
-        heldout=_by_update(_read_lines(directory / "heldout.jsonl")),
+        metrics=_by_update(_read_lines(directory / METRICS)),
+        events=_read_lines(directory / EVENTS),
+        heldout=_by_update(_read_lines(directory / HELDOUT)),
         best=_read_object(directory / "best" / "best.json"),
         evaluation=_read_record(directory / "evaluation.json", EvaluationRecord),
         examples=_example_directories(directory / "evaluation" / "images"),
