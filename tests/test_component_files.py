@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from safetensors.torch import load_file, save_file
 
 from kontext import random_pipeline
 from rl_edit.editors import FluxKontextConfig, editor_config, inspect_editor, load_editor
@@ -35,6 +36,17 @@ def rename_weights(folder: Path, variant: str) -> None:
 def only_pickled(root: Path) -> None:
     (weights,) = (root / "vae").glob("*.safetensors")
     weights.rename(weights.with_suffix(".bin"))
+
+
+def quantised(root: Path) -> None:
+    (weights,) = (root / "transformer").glob("*.safetensors")
+    tensors = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(weights).items()}
+    save_file(tensors, weights)
+
+
+def only_gguf(root: Path) -> None:
+    (weights,) = (root / "transformer").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".gguf"))
 
 
 def cut_short(root: Path) -> None:
@@ -92,6 +104,8 @@ def damaged_tokenizer(root: Path) -> None:
             ("text_encoder/ has no weights: model.safetensors is missing",),
         ),
         (only_pickled, ("vae/ has no weights: only pickled ones", "safe_serialization=True")),
+        (only_gguf, ("transformer/ has no weights: only quantised ones (.gguf)", "bf16")),
+        (quantised, ("transformer/", "is quantised (F8_E4M3), which no adapter can be trained on")),
         (cut_short, ("text_encoder_2/model.safetensors is damaged or cut short",)),
         (left_as_pointer, ("transformer/", "a Git LFS pointer: run git lfs pull")),
         (without_a_shard, ("names 2 files, of which 2 are missing (first: part-1.safetensors)",)),

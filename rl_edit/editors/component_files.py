@@ -34,6 +34,9 @@ _VOCABULARIES = (
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 """Bytes of a stored number by safetensors' names; 1 for all others."""
 
+_QUANTISED = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8"})
+"""Formats of quantised weights, by safetensors' names."""
+
 _LFS = b"version https://git-lfs"
 
 
@@ -217,6 +220,11 @@ def _missing(part: _Component) -> Iterator[str]:
 
 
 def _instead_of_weights(part: _Component) -> str:
+    if any(file.endswith(".gguf") for file in part.files):
+        return (
+            "only quantised ones (.gguf), which no adapter can be trained on: name the checkpoint "
+            "in bf16, fp16 or fp32"
+        )
     if any(file.endswith((".bin", ".ckpt", ".pt", ".pth")) for file in part.files):
         return (
             "only pickled ones (.bin), which can run code when they are read. Save it again with "
@@ -309,10 +317,16 @@ def _problem_of_table(
     try:
         with safe_open(path, framework="pt") as opened:
             stored = set(opened.keys())
+            formats = {opened.get_slice(name).get_dtype() for name in stored}
     # safetensors raises errors of its own and of the system.
     except Exception as error:
         yield f"{file} is damaged or cut short ({_pointer(path) or error})"
         return
+    if quantised := sorted(formats & _QUANTISED):
+        yield (
+            f"{file} is quantised ({', '.join(quantised)}), which no adapter can be trained on: "
+            "name the checkpoint in bf16, fp16 or fp32"
+        )
     if absent := sorted(set(expected) - stored):
         yield f"{file} lacks {len(absent)} tensors that its index names (first: {absent[0]})"
 
