@@ -17,6 +17,7 @@ from torch import nn
 from rl_edit.config import RunConfig, load_config
 from rl_edit.editors import (
     BUILTIN_WEIGHTS,
+    FAMILIES,
     EditorFacts,
     EditorSettings,
     FluxKontextConfig,
@@ -115,6 +116,28 @@ def test_a_directory_of_an_unknown_class_is_refused_with_what_can_be_trained(
         match=r"is a QwenImageEditPipeline, this version trains FluxKontextPipeline, .*:Class",
     ):
         find(config)
+
+
+def test_a_released_checkpoint_on_the_hub_is_known_by_its_id_without_a_network() -> None:
+    for family in FAMILIES:
+        for name in family.released:
+            config = editor_config({"path": name})
+            assert isinstance(config, family) and config.resolution == 1024
+    base, distilled = (
+        editor_config({"path": f"black-forest-labs/FLUX.2-klein-{size}"})
+        for size in ("base-4B", "4B")
+    )
+    assert base.guided and not distilled.guided
+
+
+def test_a_directory_of_another_family_is_refused_with_the_kind_to_set() -> None:
+    config = editor_config({"path": str(BUILTIN_WEIGHTS), "kind": "flux2_klein"})
+    with pytest.raises(
+        InputError,
+        match=r"is a FluxKontextPipeline, and editor\.kind is flux2_klein, which runs a "
+        r"Flux2KleinPipeline: set editor\.kind=flux_kontext",
+    ):
+        inspect_editor(config)
 
 
 def test_a_family_that_lacks_a_method_is_refused_with_its_name() -> None:

@@ -56,10 +56,13 @@ def _with_kind(value: Any) -> Any:
     if not isinstance(value, Mapping) or "kind" in value:
         return value
     path = value.get("path", BUILTIN)
-    # An editor on the hub is not asked here: reading a configuration must not need the network. A
-    # class that the first family does not train is refused by inspect_editor.
+    # An editor on the hub is not asked here: reading a configuration must not need the network. The
+    # released ones are known by name; any other that is not of the first family is refused by
+    # inspect_editor, which says which kind it is.
     pipeline = local_pipeline(path) if isinstance(path, str) else None
-    family = next((f for f in FAMILIES if f.pipeline == pipeline), FAMILIES[0])
+    family = next(
+        (f for f in FAMILIES if f.pipeline == pipeline or path in f.released), FAMILIES[0]
+    )
     return {"kind": family.model_fields["kind"].default, **value}
 
 
@@ -170,6 +173,14 @@ def _require_trainable(config: EditorFamily) -> None:
     index = place.read_json(INDEX)
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
     if pipeline != config.pipeline:
+        kind = next(
+            (f.model_fields["kind"].default for f in FAMILIES if f.pipeline == pipeline), ""
+        )
+        if kind:
+            raise InputError(
+                f"{place.name} is a {pipeline}, and editor.kind is {config.kind}, which runs a "
+                f"{config.pipeline}: set editor.kind={kind}"
+            )
         trainable = ", ".join(family.pipeline for family in FAMILIES)
         seen = f"is a {pipeline}" if pipeline else f"names no pipeline in its {INDEX}"
         raise InputError(

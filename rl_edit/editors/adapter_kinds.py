@@ -60,7 +60,8 @@ TEXT_ENCODERS = Kind(
 
 MODELS = (
     Kind(
-        sign=r"img_mlp|txt_mlp|img_mod\.1|txt_mod\.1",
+        # FLUX has img_mlp and img_mod too, below double_blocks.
+        sign=r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]",
         name="a LoRA of Qwen-Image",
         remedy=_OTHER_EDITOR,
         pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),

@@ -54,6 +54,8 @@ class EditorSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised",)
     """Orders that the family can measure."""
+    released: ClassVar[tuple[str, ...]] = ()
+    """Ids of the released checkpoints on the hub: by them the family is known offline."""
     # The place of the weights.
     path: str = BUILTIN
     revision: str | None = None

@@ -52,6 +52,7 @@ class Flux2Config(EditorSettings):
     """
 
     pipeline: ClassVar[str] = "Flux2Pipeline"
+    released: ClassVar[tuple[str, ...]] = ("black-forest-labs/FLUX.2-dev",)
     head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised", "joint")
     kind: Literal["flux2"] = "flux2"
     # Flux2Pipeline.__call__: guidance_scale 4.0.

@@ -29,6 +29,9 @@ from rl_edit.editors.text_reading import tokenizer_of
 from rl_edit.errors import InputError
 from rl_edit.method.attention import HeadAverage
 
+_BASE_CHECKPOINTS = tuple(f"black-forest-labs/FLUX.2-klein-base-{size}" for size in ("4B", "9B"))
+"""Released checkpoints that are not distilled."""
+
 
 class Flux2KleinConfig(EditorSettings):
     """Settings of a FLUX.2-klein editor.
@@ -37,7 +40,7 @@ class Flux2KleinConfig(EditorSettings):
         true_cfg: scale of classifier-free guidance against the empty instruction,
             ``velocity = negative + true_cfg * (positive - negative)``; two forwards a velocity.
             1 is off, as a distilled checkpoint needs it. By default 4, as in the stock pipeline,
-            for a directory that holds a base checkpoint, else 1.
+            for a directory that holds a base checkpoint and for the released ones, else 1.
         detach_negative: run the negative forward without gradient.
         max_text_tokens: tokens of instruction and chat template. There is no text mask, so it is
             part of the function. By default the pipeline's 512, or its tokenizer's
@@ -46,6 +49,10 @@ class Flux2KleinConfig(EditorSettings):
     """
 
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
+    released: ClassVar[tuple[str, ...]] = (
+        *(f"black-forest-labs/FLUX.2-klein-{size}" for size in ("4B", "9B")),
+        *_BASE_CHECKPOINTS,
+    )
     head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised", "joint")
     kind: Literal["flux2_klein"] = "flux2_klein"
     # 1 is right for an id of the hub, which is not asked, where it is a distilled checkpoint.
@@ -68,7 +75,7 @@ class Flux2KleinConfig(EditorSettings):
         """Returns what an editor was made for."""
         defaults = local_defaults(path)
         # Flux2KleinPipeline.__call__: guidance_scale 4.0, which a distilled checkpoint ignores.
-        if local_value(path, INDEX, "is_distilled") is False:
+        if local_value(path, INDEX, "is_distilled") is False or path in _BASE_CHECKPOINTS:
             defaults["true_cfg"] = 4.0
         return defaults
 

@@ -81,6 +81,7 @@ class FluxKontextConfig(EditorSettings):
     """
 
     pipeline: ClassVar[str] = "FluxKontextPipeline"
+    released: ClassVar[tuple[str, ...]] = ("black-forest-labs/FLUX.1-Kontext-dev",)
     head_averages: ClassVar[tuple[HeadAverage, ...]] = ("renormalised", "joint")
     kind: Literal["flux_kontext"] = "flux_kontext"
     # 2.5 as in FLUX.1-Kontext's model card.
