@@ -167,6 +167,7 @@ VERBS: dict[str, Callable[[Path], list[Any]]] = {
     "show-config": lambda bad: ["show-config", bad],
     "find-masks": lambda bad: ["find-masks", bad, "--out", bad.parent / "out"],
     "make-shapes": lambda bad: ["dataset", "make-shapes", bad / "below"],
+    "export": lambda bad: ["export", bad, "--out", bad.parent / "out"],
     "make-tiny": lambda bad: ["editors", "make-tiny", "flux_kontext", bad / "below"],
     "structure": lambda bad: ["structure", "--out", bad / "below" / "x.svg"],
 }

@@ -13,6 +13,7 @@ from rl_edit.cli.dataset import dataset_app
 from rl_edit.cli.edit import edit_command
 from rl_edit.cli.editors import editors_app
 from rl_edit.cli.evaluate import evaluate_command
+from rl_edit.cli.export import export_command
 from rl_edit.cli.find_masks import find_masks_command
 from rl_edit.cli.judge import judge_app
 from rl_edit.cli.merge_judge import merge_judge_command
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("edit")(edit_command)
+app.command("export")(export_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)
 app.command("pretrain")(pretrain_command)
