@@ -1,8 +1,8 @@
 """Watches the Ray processes that a run depends on, and ends those that a run started.
 
 Without the raylet of its machine, or without the cluster's control service (GCS), Ray's C++ part
-ends this process after a while: without Python, so without a record of the run. This is noticed
-before, within a second.
+waits without an end, or ends this process without Python, so without a record of the run. This is
+noticed before, within a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from actors.ray_processes import Reaper
-from actors.ray_store import StoreGuard
+from actors.ray_store import StoreRelay
 from rl_edit.errors import ClusterLost
 
 ANSWER_S = 3.0
@@ -32,9 +32,9 @@ the driver after 60, or after what this setting says."""
 
 RAYS_OWN_GRACE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
-SHUTDOWN_S, EXIT_GRACE_S = 3.0, 3.0
-"""Seconds for Ray's shutdown of a cluster that is gone, and for processes of one that is not to
-end by themselves."""
+LOST_SHUTDOWN_S, SHUTDOWN_S, EXIT_GRACE_S = 3.0, 30.0, 3.0
+"""Seconds for Ray's shutdown of a cluster that is gone, of one that is there, and for its processes
+to end by themselves after that."""
 
 
 _watch: RayWatch | None = None
@@ -101,19 +101,29 @@ def leave() -> None:
     lost = bool(problem())
     if _watch is not None:
         _watch.close()
-        _watch = None
     if lost:
         # Ray's own shutdown asks the others first, and waits for answers that cannot come.
         _end_started(grace_s=0)
+    if ray.is_initialized():
+        # In a thread: Ray may wait without an end for what has ended meanwhile.
         thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
         thread.start()
-        thread.join(SHUTDOWN_S)
+        thread.join(LOST_SHUTDOWN_S if lost else SHUTDOWN_S)
         if thread.is_alive():
             # It would be called, and wait, once more when the interpreter ends.
             atexit.unregister(ray.shutdown)
-    elif ray.is_initialized():
-        ray.shutdown()
+    if _watch is not None:
+        # After Ray's last words to the store.
+        _watch.relay.close()
+        _watch = None
     _end_started(grace_s=EXIT_GRACE_S)
+
+
+def end_processes() -> None:
+    """Ends every process that was started here, at once and without asking Ray."""
+    if _watch is not None:
+        _watch.relay.close()
+    _end_started(grace_s=0)
 
 
 def _end_started(*, grace_s: float) -> None:
@@ -166,6 +176,7 @@ class RayWatch:
 
     Attributes:
         logs: Ray's log directory on this machine.
+        relay: what stands between this process and the object store.
     """
 
     def __init__(self, node: Any) -> None:
@@ -174,22 +185,27 @@ class RayWatch:
         # One that this process started is looked at as a child.
         started = "raylet" in node.all_processes
         self._raylet = None if started else _connected(node.raylet_socket_name)
-        self._store = StoreGuard(node.plasma_store_socket_name)
+        self.relay = StoreRelay(node.plasma_store_socket_name)
         self._gcs: str = node.gcs_address
         self._problem = ""
+        # The end of a run and its last resort ask from two threads.
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         threading.Thread(target=self._watch_gcs, name="ray-watch", daemon=True).start()
 
     def problem(self) -> str:
         """Returns what has ended and where its reason is; "" while the cluster is there."""
-        if not self._problem:
-            self._problem = self._started_ended() or self._raylet_ended()
-        return self._problem
+        with self._lock:
+            if not self._problem and not self._ended.is_set():
+                self._problem = (
+                    self._started_ended() or self._raylet_ended() or self.relay.problem()
+                )
+            return self._problem
 
     def close(self) -> None:
         """Stops watching."""
-        self._ended.set()
-        self._store.close()
+        with self._lock:
+            self._ended.set()
         if self._raylet is not None:
             self._raylet.close()
 

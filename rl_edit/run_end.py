@@ -33,6 +33,7 @@ from rl_edit.errors import (
     lacks_space,
 )
 from rl_edit.files import EVENTS, HELDOUT, METRICS, replace_file
+from rl_edit.last_resort import LastResort
 from rl_edit.method.update import TrainingFailed
 from rl_edit.report.overlays import MASK_FILES
 from rl_edit.run_directory import CONFIG_FILE
@@ -51,7 +52,9 @@ class Attempt:
         had_begun: True when there was a run in the directory before.
         made: True when this attempt made the directory.
         before: files that describe the run, as they were before this attempt.
-        executor, loop, outcome: None until they have come to be.
+        executor, loop, outcome, last_resort: None until they have come to be.
+        saved: True once the record of a good end is written.
+        failure: the error whose record is written; None before.
     """
 
     def __init__(
@@ -71,6 +74,9 @@ class Attempt:
         self.executor: Any = None
         self.loop: TrainingLoop | None = None
         self.outcome: Outcome | None = None
+        self.saved = False
+        self.failure: BaseException | None = None
+        self.last_resort: LastResort | None = None
 
     def check(self) -> None:
         """Ends a wait that comes before the first update.
@@ -110,6 +116,7 @@ class Attempt:
         self.lease.check()
         self.events("finished", status=status, updates_done=outcome.updates_done, adapter=name)
         self._write_record(status=status, adapter=name)
+        self.saved = True
 
     def fail(self, error: BaseException) -> BaseException:
         """Commits the newest update and writes why the run failed; returns the error to raise."""
@@ -124,11 +131,12 @@ class Attempt:
             return self._explained(error)
         explained = self._explained(problem if isinstance(problem, Fenced) else error)
         try:
-            self._write_failure(explained)
+            self.record_failure(explained)
         except Fenced as fenced:
             return fenced
         except OSError as unwritten:
             self._note_unrecorded(explained, unwritten)
+        self.failure = explained
         return explained
 
     def _note_unrecorded(self, explained: BaseException, unwritten: OSError) -> None:
@@ -173,8 +181,13 @@ class Attempt:
         explained.__cause__ = error
         return explained
 
-    def _write_failure(self, error: BaseException) -> None:
-        """Writes why the run failed. An attempt that added nothing leaves the run as it was."""
+    def record_failure(self, error: BaseException) -> None:
+        """Writes why the run failed. An attempt that added nothing leaves the run as it was.
+
+        Raises:
+            Fenced: a newer attempt owns the directory.
+            OSError: the record cannot be written.
+        """
         # A wrapper that carries its cause would hide the message that says what to do.
         cause = getattr(error, "cause", None) or error
         status, reason = "failed", brief(cause)
@@ -226,6 +239,8 @@ class Attempt:
                 self.observer.note(f"the workers did not end as they should ({brief(error)})")
         finally:
             self.lease.release()
+            if self.last_resort is not None:
+                self.last_resort.close()
 
 
 @contextlib.contextmanager

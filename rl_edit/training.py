@@ -19,6 +19,7 @@ from rl_edit.config import RunConfig
 from rl_edit.data import RowsDataset
 from rl_edit.errors import Interrupted
 from rl_edit.files import METRICS, read_json_lines, replace_file
+from rl_edit.last_resort import LastResort
 from rl_edit.method.update import TrainingFailed
 from rl_edit.preparation import prepare, require_judge_deadline
 from rl_edit.readiness import require_place
@@ -161,11 +162,14 @@ def _executor(attempt: Attempt, *, allow_skew: bool) -> Any:
         from actors.local_executor import LocalExecutor
 
         return LocalExecutor(roles, threaded=config.actors.runtime == "thread")
-    from actors import gpu_checks, ray_cluster, ray_executor
+    from actors import gpu_checks, ray_cluster, ray_executor, ray_watch
 
     attempt.check()
     with attempt.signals.kept_from_children():
         ray_cluster.connect(config, note=note)
+    attempt.last_resort = LastResort(
+        attempt, problem=ray_watch.problem, end_processes=ray_watch.end_processes
+    )
     attempt.check()
     ray_cluster.check_stop_wait(config.train.grace_s, note=note)
     places = ray_cluster.reserve(config, roles, note=note, check=attempt.check)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +20,7 @@ import pytest
 
 import actors.local_executor
 from actors import ray_processes, ray_watch
-from actors.ray_store import StoreGuard
+from actors.ray_store import StoreRelay
 from learner.controller.cluster_loss import unless_lost
 from rl_edit.errors import ClusterLost, Fenced, InputError
 from rl_edit.training import train
@@ -221,9 +221,9 @@ def node(**more: Any) -> SimpleNamespace:
 
 
 @contextlib.contextmanager
-def listening_at(path: str) -> Iterator[subprocess.Popen[str]]:
+def listening_at(path: str, program: str = LISTENER) -> Iterator[subprocess.Popen[str]]:
     listener = subprocess.Popen(
-        [sys.executable, "-c", LISTENER, path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True
     )
     assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
     try:
@@ -233,26 +233,167 @@ def listening_at(path: str) -> Iterator[subprocess.Popen[str]]:
         listener.wait()
 
 
+STORE = """
+import os, socket, sys
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(sys.argv[1])
+listening.listen()
+print("ready", flush=True)
+connection = listening.accept()[0]
+while word := connection.recv(1 << 20):
+    memory = os.memfd_create("piece")
+    os.write(memory, word)
+    # As the object store: a reply, and then one byte with a descriptor.
+    connection.sendall(b"r" * 100)
+    socket.send_fds(connection, [b"d"], [memory])
+    os.close(memory)
+"""
+
+
+def descriptors_from(store: socket.socket) -> int:
+    """Reads a reply without asking for descriptors, and then the byte that carries one."""
+    reply = b""
+    while len(reply) < 100:
+        reply += store.recv(100 - len(reply))
+    assert reply == b"r" * 100
+    byte, (number,), *_ = socket.recv_fds(store, 1, 4)
+    assert byte == b"d"
+    return number
+
+
 @linux
-def test_a_connection_to_a_store_that_ended_takes_what_is_written_and_others_stay(
-    tmp_path: Path,
-) -> None:
+def test_messages_and_descriptors_pass_and_a_store_that_ended_is_silent(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
     kept, far = socket.socketpair()
-    with listening_at(path) as listener, socket.socket(socket.AF_UNIX) as store, kept, far:
+    with (
+        listening_at(path, STORE) as listener,
+        socket.socket(socket.AF_UNIX) as store,
+        kept,
+        far,
+    ):
         store.connect(path)
-        guard = StoreGuard(path)
-        store.sendall(b"an order")
+        relay = StoreRelay(path)
+        assert relay.connections == 1
+        for order in (b"one", b"two" * 3000):
+            store.sendall(order)
+            number = descriptors_from(store)
+            assert os.pread(number, 1 << 20, 0) == order
+            os.close(number)
         listener.kill()
         listener.wait()
-        until(lambda: guard.replaced)
-        store.sendall(b"given back")
+        # Neither the end of a connection nor a broken pipe, then and after the relay.
+        for _ in range(3):
+            store.sendall(b"given back")
+            time.sleep(0.05)
+        store.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            store.recv(1)
+        assert relay.problem() == ""
+        process = relay._process
+        assert process is not None
+        process.kill()
+        until(relay.problem, 10)
+        store.sendall(b"given back later")
+        with pytest.raises(TimeoutError):
+            store.recv(1)
+        # Other connections stay as they are.
         far.sendall(b"as before")
         assert kept.recv(9) == b"as before"
-        guard.close()
-        del guard
-        gc.collect()
-        store.sendall(b"given back later")
+        relay.close()
+
+
+@linux
+def test_the_relay_ends_with_the_process_that_it_serves(tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    program = (
+        "import os, socket, sys, time\n"
+        "from actors.ray_store import StoreRelay\n"
+        "store = socket.socket(socket.AF_UNIX); store.connect(sys.argv[1])\n"
+        "relay = StoreRelay(sys.argv[1]); print(relay._process.pid, flush=True); time.sleep(600)"
+    )
+    with listening_at(path, STORE):
+        served = subprocess.Popen(
+            [sys.executable, "-c", program, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert served.stdout is not None
+        pid = int(served.stdout.readline())
+        assert _alive(pid)
+        served.kill()
+        served.wait()
+        until(lambda: not _alive(pid), 10)
+
+
+STUCK = """
+import sys, threading, types
+from pathlib import Path
+import actors.local_executor
+from rl_edit import last_resort, training
+from rl_edit.last_resort import LastResort
+from rl_edit.run_end import Attempt
+from runs import small_config
+last_resort.LIMIT_S = 1.0
+directory, editor, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+lost = threading.Event()
+
+class Holding(actors.local_executor.LocalExecutor):
+    def problem(self):
+        applied = directory / "events.jsonl"
+        text = applied.read_text() if applied.is_file() else ""
+        if kind == "in the run" and "update_applied" in text:
+            lost.set()
+            threading.Lock().acquire() and threading.Event().wait()  # no signal, no exception
+        return ""
+    async def close(self):
+        if kind == "after it":
+            lost.set()
+            threading.Event().wait()
+        await super().close()
+
+made = training._executor
+def executor(attempt, **more):
+    attempt.last_resort = LastResort(
+        attempt, problem=lambda: "Ray's raylet ended" if lost.is_set() else "",
+        end_processes=lambda: print("ended the processes", flush=True),
+    )
+    return made(attempt, **more)
+training._executor = executor
+actors.local_executor.LocalExecutor = Holding
+training.train(small_config(editor, "actors.runtime=thread"), directory)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "status", "said"),
+    [
+        ("in the run", 3, "failed", r"rl-edit: Ray's raylet ended, .*1 s.*--resume from update"),
+        (
+            "after it",
+            0,
+            "done",
+            r"rl-edit: the run is done, .*not leave Ray: Ray's raylet ended",
+        ),
+    ],
+)
+def test_a_run_whose_main_thread_waits_for_ever_is_recorded_and_ends(
+    tmp_path: Path, small_editor: str, kind: str, code: int, status: str, said: str
+) -> None:
+    directory = tmp_path / "run"
+    ended = subprocess.run(
+        [sys.executable, "-c", STUCK, directory, small_editor, kind],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("rl-edit:")]
+    assert re.match(said, line), ended.stderr
+    assert ended.returncode == code and "Traceback" not in ended.stderr
+    assert "ended the processes" in ended.stdout
+    record = read_json(directory / "run.json")
+    assert record["status"] == status
+    if status == "failed":
+        assert "Ray's raylet ended" in record["reason"]
 
 
 def test_the_raylet_of_a_joined_cluster_is_missed_at_once_and_its_log_is_named(

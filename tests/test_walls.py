@@ -86,6 +86,7 @@ ROOMS = {
                 "wire",
                 "config",
                 "training",
+                "last_resort",
                 "run_end",
                 "preparation",
                 "readiness",

@@ -62,7 +62,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         Room(
             name="rl_edit/training.py",
             holds="the life of a run directory",
-            modules=("rl_edit.training", "rl_edit.run_end"),
+            modules=("rl_edit.training", "rl_edit.run_end", "rl_edit.last_resort"),
         ),
     ),
     (
