@@ -177,7 +177,7 @@ def driver() -> list[Kind]:
         ended_by("kill-driver", -9, kill),
         ended_by("SIGTERM", 143, term),
         ended_by("SIGHUP", 129, hup),
-        ended_by("SIGQUIT", -3, signal.SIGQUIT),
+        ended_by("SIGQUIT", 131, signal.SIGQUIT),
         ended_by("two-signals", 143, term, term, statuses=twice),
         Kind(name="SIGINT", when="end", codes=frozenset({0, 130}), strike=interrupt_group),
         Kind(name="pause-driver", when="during", strike=partial(paused, titles=(), seconds=1.5)),
