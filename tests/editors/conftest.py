@@ -51,5 +51,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish() -> None:
     """Writes the table of docs/editors.md where EDITORS_TABLE names the document."""
     document = os.environ.get("EDITORS_TABLE")
-    if document:
+    # Of several processes only the one that sees all outcomes writes.
+    if document and "PYTEST_XDIST_WORKER" not in os.environ:
         replace_table(Path(document), table(_OUTCOMES, KINDS))
