@@ -22,6 +22,7 @@ from rl_edit.editors.flux_kontext import FluxKontextConfig
 from rl_edit.editors.location import BUILTIN, BUILTIN_WEIGHTS, INDEX, local_pipeline, locate
 from rl_edit.editors.lora import LoraConfig, attach, read
 from rl_edit.editors.lora_targets import require_fit
+from rl_edit.editors.omnigen2 import OmniGen2Config
 from rl_edit.errors import InputError
 from rl_edit.method.plugins import Plugin
 from rl_edit.types import AdapterWeights
@@ -38,6 +39,7 @@ __all__ = [
     "Flux2Config",
     "Flux2KleinConfig",
     "FluxKontextConfig",
+    "OmniGen2Config",
     "editor_config",
     "editor_identity",
     "inspect_editor",
@@ -47,7 +49,7 @@ __all__ = [
     "require_targets",
 ]
 
-FAMILIES = (FluxKontextConfig, Flux2Config, Flux2KleinConfig)
+FAMILIES = (FluxKontextConfig, Flux2Config, Flux2KleinConfig, OmniGen2Config)
 """Built-in families. Without a ``kind`` and an editor on this machine, the first is meant."""
 
 
@@ -66,7 +68,7 @@ def _with_kind(value: Any) -> Any:
     return {"kind": family.model_fields["kind"].default, **value}
 
 
-BuiltInFamily = FluxKontextConfig | Flux2Config | Flux2KleinConfig
+BuiltInFamily = FluxKontextConfig | Flux2Config | Flux2KleinConfig | OmniGen2Config
 """Settings of the built-in families; the same classes as in ``FAMILIES``."""
 
 EditorConfig = Annotated[

@@ -27,6 +27,7 @@ class ChatText:
         render: puts the template around an instruction.
         max_tokens: tokens that the pipeline reads, template included.
         special: does the tokenizer add its special tokens? Not where the template has them.
+        padded: does the pipeline fill texts up to the limit?
         removed: text that the pipeline takes out of instructions; "" for nothing.
     """
 
@@ -34,15 +35,16 @@ class ChatText:
     render: Callable[[str], str]
     max_tokens: int
     special: bool = True
+    padded: bool = True
     removed: str = ""
 
     def rows(self, instruction: str) -> Bool[Tensor, " text"]:
-        """Marks the tokens of the instruction, padded to the limit; all that are read if empty."""
+        """Marks the instruction among the tokens that are read; all of them if it is empty."""
         text, start, end = self._placed(instruction)
         # With the arguments of the pipeline, so that rows and encodings belong together.
         tokens = self.tokenizer(
             text,
-            padding="max_length",
+            padding="max_length" if self.padded else False,
             max_length=self.max_tokens,
             truncation=True,
             return_offsets_mapping=True,

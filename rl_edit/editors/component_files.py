@@ -190,14 +190,14 @@ def _components(index: Any, names: Collection[str]) -> tuple[_Component, ...]:
         _Component(
             name=name,
             kind=entry[1],
-            stem=_STEMS[entry[0]] if _has_weights(entry[1]) else "",
+            # A component of the pipeline's own code is saved as those of diffusers are.
+            stem=_STEMS.get(entry[0], _STEMS["diffusers"]) if _has_weights(entry[1]) else "",
             files=frozenset(
                 file.removeprefix(f"{name}/") for file in names if file.startswith(f"{name}/")
             ),
         )
         for name, entry in entries
-        # A component of the pipeline's own code is left to diffusers.
-        if isinstance(entry, list) and len(entry) == 2 and entry[0] in _STEMS and entry[1]
+        if isinstance(entry, list) and len(entry) == 2 and all(entry)
     )
 
 

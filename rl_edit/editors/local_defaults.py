@@ -12,7 +12,12 @@ _MIN_TOKENS = 16
 
 
 def local_defaults(
-    path: str, *, resolution: int = 1024, max_text_tokens: int = 512, tokenizer: str = "tokenizer"
+    path: str,
+    *,
+    resolution: int = 1024,
+    max_text_tokens: int = 512,
+    tokenizer: str = "tokenizer",
+    text_encoder: str = "text_encoder",
 ) -> dict[str, Any]:
     """Returns resolution, text length and number format of the editor at a path.
 
@@ -22,6 +27,7 @@ def local_defaults(
         resolution: of the released checkpoints.
         max_text_tokens: the longest text that the stock pipeline reads.
         tokenizer: folder of the tokenizer whose own limit holds where it is less.
+        text_encoder: folder of the text encoder, in whose number format the editor is stored.
     """
     defaults: dict[str, Any] = {
         "resolution": resolution,
@@ -38,7 +44,7 @@ def local_defaults(
     # transformers 5 writes dtype, earlier versions torch_dtype. Nothing trains in float16, so an
     # editor stored in it runs in bfloat16.
     stored = [
-        local_value(path, "text_encoder/config.json", name) for name in ("dtype", "torch_dtype")
+        local_value(path, f"{text_encoder}/config.json", name) for name in ("dtype", "torch_dtype")
     ]
     if "float32" in stored:
         defaults["dtype"] = "float32"

@@ -17,8 +17,11 @@ T = TypeVar("T")
 SETTINGS = "transformer/config.json"
 
 
-def transformer_skeleton(place: Location) -> nn.Module:
+def transformer_skeleton(place: Location, transformer: Any = None) -> nn.Module:
     """Builds the transformer of a diffusers pipeline on the meta device.
+
+    Args:
+        transformer: its class where it is none of diffusers' own.
 
     Raises:
         InputError: its configuration describes no transformer of diffusers.
@@ -28,16 +31,16 @@ def transformer_skeleton(place: Location) -> nn.Module:
     settings = place.read_json(SETTINGS)
     try:
         # The name of one of diffusers' own classes; code of a repository is never run.
-        kind = getattr(diffusers, settings["_class_name"])
+        kind = transformer or getattr(diffusers, settings["_class_name"])
         with torch.device("meta"):
-            transformer = kind.from_config(settings)
+            built = kind.from_config(settings)
     except Exception as error:
         raise InputError(
             f"{SETTINGS} of {place.name} describes no transformer of diffusers "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): save the editor again"
         ) from error
-    assert isinstance(transformer, nn.Module)
-    return transformer
+    assert isinstance(built, nn.Module)
+    return built
 
 
 def read_settings(

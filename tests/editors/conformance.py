@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -70,10 +71,11 @@ class Family:
         read_words: decodes the marked text rows: ``read_words(editor, instruction, rows)``.
         attention: module whose ``dispatch_attention_fn`` the transformer calls once per layer with
             queries and keys ``[batch, position, head, dim]``; "" where a family records its own.
-        text_first: do text positions come before the target's? Then the source's follow.
+        target_last: do the joint sequence's keys end with the target? Else it follows the text.
         long_instruction: one that is over the limit of the tiny editor.
-        load_adapter: puts an adapter's directory into a fresh editor as users of the stock
+        load_adapter: puts an adapter's directory and file into a fresh editor as users of the stock
             pipeline do.
+        build: makes the transformer of a configuration that names its class.
         vae: the editor's VAE, whose ``decode`` takes unpacked latents.
         published: released checkpoints.
     """
@@ -87,10 +89,14 @@ class Family:
     embedded: Mapping[str, Any] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96), (128, 64))
     attention: str = ""
+    target_last: bool = False
     long_instruction: str = " ".join([INSTRUCTION] * 200)
-    load_adapter: Callable[[Any, Path], None] = lambda editor, directory: (
-        editor.pipeline.load_lora_weights(directory)
+    load_adapter: Callable[[Any, Path, str], None] = lambda editor, directory, file: (
+        editor.pipeline.load_lora_weights(directory, weight_name=file)
     )
+    build: Callable[[Mapping[str, Any]], torch.nn.Module] = lambda config: getattr(
+        diffusers, config["_class_name"]
+    ).from_config({key: value for key, value in config.items() if key != "_class_name"})
     vae: Callable[[Any], torch.nn.Module] = lambda editor: editor.pipeline.vae
     published: tuple[Published, ...] = ()
 

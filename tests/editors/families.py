@@ -5,10 +5,12 @@ from __future__ import annotations
 import flux2_family
 import klein_family
 import kontext_family
+import omnigen2_family
 from conformance import Family
 
 FAMILIES: tuple[Family, ...] = (
     kontext_family.FAMILY,
     flux2_family.FAMILY,
     klein_family.FAMILY,
+    omnigen2_family.FAMILY,
 )

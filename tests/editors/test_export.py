@@ -65,7 +65,7 @@ def test_an_exported_adapter_makes_the_image_of_the_run_in_the_stock_pipeline(
         PeftModel.from_pretrained(theirs.transformer, out)
         stock = edited(theirs, conditioning, noise)
     else:
-        theirs.pipeline.load_lora_weights(out, weight_name=FORMS[form])
+        family.load_adapter(theirs, out, FORMS[form])
         stock = family.stock(theirs, task, noise, 3).latents
     assert torch.allclose(stock, latents, atol=1e-4)
     one, two = (ours.decode(x, conditioning).numpy().astype(int) for x in (stock, latents))
