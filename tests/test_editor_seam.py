@@ -30,7 +30,7 @@ from rl_edit.errors import InputError
 from test_walls import PRODUCT, name_of, words_of
 
 FAMILY_WORDS = re.compile(
-    r"flux|kontext|klein|(?<![a-z0-9])t5(?![a-z0-9])|prompt_embeds|pooled_proj",
+    r"flux|kontext|klein|(?<![a-z0-9])t5(?![a-z0-9])|prompt_embeds|pooled_proj|qwen_?image",
     re.IGNORECASE,
 )
 NAMES_OF_EDITORS = ("builtin:tiny-kontext", "tiny-kontext", "kontext-rc-grpo")
@@ -108,12 +108,12 @@ def test_a_directory_of_an_unknown_class_is_refused_with_what_can_be_trained(
     folder = tmp_path / "editor"
     shutil.copytree(BUILTIN_WEIGHTS, folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "QwenImageEditPipeline"
+    index["_class_name"] = "LongCatImageEditPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
     config = editor_config({"path": str(folder)})
     with pytest.raises(
         InputError,
-        match=r"is a QwenImageEditPipeline, this version trains FluxKontextPipeline, .*:Class",
+        match=r"is a LongCatImageEditPipeline, this version trains FluxKontextPipeline, .*:Class",
     ):
         find(config)
 

@@ -23,6 +23,8 @@ from rl_edit.editors.location import BUILTIN, BUILTIN_WEIGHTS, INDEX, local_pipe
 from rl_edit.editors.lora import LoraConfig, attach, read
 from rl_edit.editors.lora_targets import require_fit
 from rl_edit.editors.omnigen2 import OmniGen2Config
+from rl_edit.editors.qwen_image_edit import QwenImageEditConfig
+from rl_edit.editors.qwen_image_edit_plus import QwenImageEditPlusConfig
 from rl_edit.errors import InputError
 from rl_edit.method.plugins import Plugin
 from rl_edit.types import AdapterWeights
@@ -40,6 +42,8 @@ __all__ = [
     "Flux2KleinConfig",
     "FluxKontextConfig",
     "OmniGen2Config",
+    "QwenImageEditConfig",
+    "QwenImageEditPlusConfig",
     "editor_config",
     "editor_identity",
     "inspect_editor",
@@ -49,7 +53,14 @@ __all__ = [
     "require_targets",
 ]
 
-FAMILIES = (FluxKontextConfig, Flux2Config, Flux2KleinConfig, OmniGen2Config)
+FAMILIES = (
+    FluxKontextConfig,
+    Flux2Config,
+    Flux2KleinConfig,
+    OmniGen2Config,
+    QwenImageEditConfig,
+    QwenImageEditPlusConfig,
+)
 """Built-in families. Without a ``kind`` and an editor on this machine, the first is meant."""
 
 
@@ -68,7 +79,14 @@ def _with_kind(value: Any) -> Any:
     return {"kind": family.model_fields["kind"].default, **value}
 
 
-BuiltInFamily = FluxKontextConfig | Flux2Config | Flux2KleinConfig | OmniGen2Config
+BuiltInFamily = (
+    FluxKontextConfig
+    | Flux2Config
+    | Flux2KleinConfig
+    | OmniGen2Config
+    | QwenImageEditConfig
+    | QwenImageEditPlusConfig
+)
 """Settings of the built-in families; the same classes as in ``FAMILIES``."""
 
 EditorConfig = Annotated[

@@ -2,7 +2,7 @@
 
 Double blocks give text its own query norm (``norm_added_q``), and image keys come alone. In single
 blocks queries and keys both come as [text, target, source]. Families whose transformers have such
-blocks share this file.
+blocks share this file; their rotary embeddings differ and are passed in.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ _NORMS = {
 }
 """Submodules whose outputs are read, and the names that they are read under."""
 
+Rotate = Callable[[Tensor, Any, slice], Tensor]
+"""Turns values by the rotary embedding that the module got, at places of the joint sequence."""
+
+
+def rotated_as_flux(values: Tensor, rotary: Sequence[Tensor], places: slice) -> Tensor:
+    """Applies FLUX's rotary embedding, tables of cosines and sines over the joint sequence."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    part = tuple(table[places] for table in rotary)
+    rotated: Tensor = apply_rotary_emb(values, part, sequence_dim=1)
+    return rotated
+
 
 @contextmanager
 def captured(
@@ -34,6 +46,7 @@ def captured(
     num_tokens: int,
     *,
     average: HeadAverage = "renormalised",
+    rotate: Rotate = rotated_as_flux,
 ) -> Iterator[list[Tensor]]:
     """Yields a list to which each module's forward adds its text-to-target mass ``[batch, token]``.
 
@@ -45,12 +58,13 @@ def captured(
         text_rows: True for the text tokens whose queries count, ``[batch, text]``.
         num_tokens: target tokens L; they follow the text in joint keys.
         average: order of averaging heads and renormalising.
+        rotate: applies the rotary embedding of the family.
     """
     masses: list[Tensor] = []
     handles: list[RemovableHandle] = []
     try:
         for module in modules:
-            handles += _hooks(module, text_rows, num_tokens, average, masses.append)
+            handles += _hooks(module, text_rows, num_tokens, average, rotate, masses.append)
         yield masses
     finally:
         # A forward that failed must leave no hook behind.
@@ -63,6 +77,7 @@ def _hooks(
     text_rows: Tensor,
     num_tokens: int,
     average: HeadAverage,
+    rotate: Rotate,
     add: Callable[[Tensor], None],
 ) -> Iterator[RemovableHandle]:
     # Of this thread: autograd recomputes checkpointed blocks in threads of its own.
@@ -71,20 +86,25 @@ def _hooks(
     def remember(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda _module, _inputs, output: setattr(parts, name, output)
 
+    def rotated(values: Tensor, rotary: Any, places: slice) -> Tensor:
+        # Gradients end here.
+        values = values.detach()
+        return values if rotary is None else rotate(values, rotary, places)
+
     def measure(_module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         num_text = text_rows.shape[1]
         # Positions are those of the joint sequence [text, target, source], in double blocks too.
         target = slice(num_text, num_text + num_tokens)
         rotary = kwargs.get("image_rotary_emb")
         query = getattr(parts, "text_query", parts.query[:, :num_text])
-        query = _rotated(query, rotary, slice(num_text))
-        key = _rotated(_keys(parts, num_text, target), rotary, target)
+        query = rotated(query, rotary, slice(num_text))
+        key = rotated(_keys(parts, num_text, target), rotary, target)
         others = None
         if average == "joint":
             behind = slice(target.stop, None)
             others = torch.cat(
                 [
-                    _rotated(_keys(parts, num_text, place), rotary, place)
+                    rotated(_keys(parts, num_text, place), rotary, place)
                     for place in (slice(num_text), behind)
                 ],
                 dim=1,
@@ -110,15 +130,3 @@ def _keys(parts: threading.local, num_text: int, place: slice) -> Tensor:
     if place.stop == num_text:
         return text
     return key[:, place.start - num_text : place.stop and place.stop - num_text]
-
-
-def _rotated(values: Tensor, rotary: Sequence[Tensor] | None, positions: slice) -> Tensor:
-    """Applies the rotary embedding of these positions; gradients end here."""
-    values = values.detach()
-    if rotary is None:
-        return values
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    part = tuple(table[positions] for table in rotary)
-    rotated: Tensor = apply_rotary_emb(values, part, sequence_dim=1)
-    return rotated

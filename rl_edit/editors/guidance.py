@@ -44,6 +44,26 @@ class ClassifierFree:
         return negative + self.scale * (positive - negative)
 
 
+@dataclass(frozen=True)
+class NormRescaled:
+    """Classifier-free guidance whose result keeps the length of the positive velocity.
+
+    Attributes:
+        scale: w of ``joint = negative + w * (positive - negative)``; the velocity of each token is
+            ``joint * |positive| / |joint|``, with norms over channels.
+    """
+
+    scale: float
+
+    def __call__(self, positive: Tensor, *others: Tensor) -> Tensor:
+        """Leads from the negative velocity through the positive one, token by token."""
+        joint = ClassifierFree(self.scale)(positive, *others)
+        # This order of operations is the stock pipeline's, bit for bit.
+        length, joint_length = (torch.norm(v, dim=-1, keepdim=True) for v in (positive, joint))
+        rescaled: Tensor = joint * (length / joint_length)
+        return rescaled
+
+
 def guided_prediction(
     forward: Callable[[P, bool], Prediction],
     branches: Sequence[P],

@@ -77,6 +77,7 @@ class Family:
             pipeline do.
         build: makes the transformer of a configuration that names its class.
         vae: the editor's VAE, whose ``decode`` takes unpacked latents.
+        without_gradient: modules whose result nothing reads, such as the text of a last block.
         published: released checkpoints.
     """
 
@@ -98,6 +99,7 @@ class Family:
         diffusers, config["_class_name"]
     ).from_config({key: value for key, value in config.items() if key != "_class_name"})
     vae: Callable[[Any], torch.nn.Module] = lambda editor: editor.pipeline.vae
+    without_gradient: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ import flux2_family
 import klein_family
 import kontext_family
 import omnigen2_family
+import qwen_family
 from conformance import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -13,4 +14,6 @@ FAMILIES: tuple[Family, ...] = (
     flux2_family.FAMILY,
     klein_family.FAMILY,
     omnigen2_family.FAMILY,
+    qwen_family.EDIT,
+    qwen_family.PLUS,
 )

@@ -27,15 +27,16 @@ _TEMPLATE = (
 
 
 def make_qwen_tokenizer(
-    *, max_length: int = 512, further: tuple[str, ...] = ()
+    *, max_length: int = 512, further: tuple[str, ...] = (), words: tuple[str, ...] = ()
 ) -> Qwen2TokenizerFast:
     """Makes a byte-level BPE that reads every text, and each known word as one token.
 
     Args:
         max_length: ``model_max_length``.
         further: special tokens beyond :data:`SPECIAL`.
+        words: known words beyond those of the shapes world.
     """
-    ids, merges = vocabulary_and_merges(shapes.vocabulary())
+    ids, merges = vocabulary_and_merges((*shapes.vocabulary(), *words))
     tokenizer = Qwen2TokenizerFast(
         vocab=ids, merges=merges, model_max_length=max_length, eos_token=SPECIAL[2]
     )
