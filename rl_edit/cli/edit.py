@@ -1,7 +1,9 @@
-"""``rl-edit edit``: edits one image by one instruction, with or without an adapter."""
+"""``rl-edit edit``: edits images by an instruction, with the base editor or with adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +11,20 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
 
-from rl_edit.data.canvas import fit
+from rl_edit.cli.edit_files import (
+    Source,
+    Targets,
+    adapter_names,
+    find_sources,
+    strip,
+    write_image,
+)
+from rl_edit.data.canvas import canvas_size, resize
 from rl_edit.data.editor_text import text_notices
 from rl_edit.data.images import read_rgb
+from rl_edit.data.notices import Notice
 from rl_edit.editors import (
     BUILTIN,
     Editor,
@@ -31,21 +41,39 @@ from rl_edit.method.exploration import NoiseSource
 from rl_edit.method.rollout import denoise
 from rl_edit.types import EditTask
 
+BASE = "base"
+"""Name of the editor without an adapter, among adapters."""
+
 
 def edit_command(
-    image: Annotated[
-        Path,
+    images: Annotated[
+        list[Path],
         typer.Argument(
-            help="Image to edit. It is fitted to the editor's canvas, with its aspect ratio."
+            help="Images to edit, or folders of them. Each is fitted to the editor's canvas, with "
+            "its aspect ratio. No mask is needed."
         ),
     ],
-    instruction: Annotated[str, typer.Option(help="What to change.")],
+    instruction: Annotated[str, typer.Option(help="What to change, in every image.")],
     adapter: Annotated[
-        Path | None, typer.Option(help="Adapter, e.g. RUN/adapter. Default: the base editor.")
+        list[Path] | None,
+        typer.Option(
+            help="Adapter, e.g. RUN/adapter. Several are compared: from the same noise, each makes "
+            "its own image. Default: the base editor."
+        ),
     ] = None,
+    adapter_scale: Annotated[
+        float, typer.Option(help="Strength of the adapters: 1 as trained, 0 the base editor.")
+    ] = 1.0,
+    base: Annotated[bool, typer.Option(help="Beside adapters, edit by the base too.")] = False,
+    side_by_side: Annotated[
+        bool, typer.Option("--strip", help="Also write each source and its edits side by side.")
+    ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="File to write. Default: NAME_edited.png in this directory."),
+        typer.Option(
+            help="File of a single result, folder of several. Default: NAME_edited.png in this "
+            "directory; for several the folder edited."
+        ),
     ] = None,
     editor: Annotated[
         str, typer.Option(help="Editor. Default: that of the adapter's run, else the built-in one.")
@@ -56,50 +84,71 @@ def edit_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
 ) -> None:
-    """Edit one image."""
+    """Edit images."""
+    adapters = adapter or []
     if not instruction.strip():
         raise InputError("--instruction is empty: say what to change, e.g. 'remove the red circle'")
-    if not image.is_file():
-        raise InputError(f"no image at {image}: give an existing image file")
-    source = torch.from_numpy(read_rgb(image, where=str(image)).copy())
-    config = _editor_config(editor, adapter, resolution)
-    target = output or Path(f"{image.stem}_edited.png")
+    if not adapters and (adapter_scale != 1 or base):
+        option = "--base" if base else f"--adapter-scale {adapter_scale:g}"
+        raise InputError(
+            f"{option} is about adapters, and there is none: add --adapter RUN/adapter"
+        )
+    config = _editor_config(editor, adapters, resolution)
+    sources, notices = find_sources(images)
+    names = adapter_names(adapters)
+    variants = [*([BASE] if base or not adapters else []), *names]
+    work = _Work(
+        config=config,
+        instruction=instruction,
+        targets=Targets.of(sources, variants, output, strip=side_by_side),
+        steps=steps or config.edit_steps,
+        seed=seed,
+        strip=side_by_side,
+    )
+    _edit(work, sources, notices, dict(zip(names, adapters, strict=True)), scale=adapter_scale)
+
+
+def _edit(
+    work: _Work,
+    sources: Sequence[Source],
+    notices: Sequence[Notice],
+    adapters: Mapping[str, Path],
+    *,
+    scale: float,
+) -> None:
+    """Checks what is left to check, loads the editor, and edits batch after batch."""
+    config, console = work.config, Console()
+
+    def show(line: object) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     # Everything that can be refused is refused before the editor is loaded.
-    _require_writable(target)
-    console = Console()
-    notes = [*inspect_editor(config).notes, *_notes(config, source, instruction)]
-    stored = read_adapter(config, adapter) if adapter is not None else None
-    if stored is not None:
-        notes += stored[1].notes
-        require_adapter(config, stored[0])
+    notes = [*inspect_editor(config).notes, *map(str, notices)]
+    notes += _notes(config, sources, work.instruction)
+    stored = {name: read_adapter(config, place) for name, place in adapters.items()}
+    for weights, settings in stored.values():
+        notes += settings.notes
+        require_adapter(config, weights)
     for note in notes:
-        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-    loaded = load_editor(config)
-    if stored is not None:
-        lora.attach(loaded.transformer, stored[1], seed=0)
-        lora.load(loaded.transformer, stored[0])
-    task = fit(
-        _task(image.name, source, instruction),
-        resolution=config.resolution,
-        multiple=loaded.pixels_per_token,
-    )
-    Image.fromarray(
-        _edited(loaded, task, steps=steps or config.edit_steps, seed=seed).numpy()
-    ).save(target)
-    height, width = task.source.shape[:2]
-    console.print(
-        f"{target} ({width}x{height}, from {source.shape[1]}x{source.shape[0]})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        show(f"note: {note}")
+    editor = load_editor(config)
+    for name, (weights, settings) in stored.items():
+        _attach(editor, name, weights, settings, scale=scale)
+    done = 0
+    for batch in work.batches(editor, sources):
+        for line in work.edit(editor, batch):
+            show(line)
+        done += len(batch)
+        # Progress; one batch alone needs none.
+        if len(sources) > len(batch):
+            show(f"{done} of {len(sources)} images")
 
 
-def _notes(config: EditorFamily, source: Tensor, instruction: str) -> list[str]:
-    """Says what the editor cannot do with this image or instruction."""
-    height, width = source.shape[:2]
-    misfit = config.misfit(height, width)
-    notes = [misfit] if misfit else []
+def _notes(config: EditorFamily, sources: Sequence[Source], instruction: str) -> list[str]:
+    """Says what the editor cannot do with these images or this instruction."""
+    notes = list(dict.fromkeys(filter(None, (config.misfit(*source.size) for source in sources))))
+    if len(notes) > 1:
+        notes = [f"{notes[0]} Images of {len(notes) - 1} other sizes are like it."]
     readings = config.read_text([instruction])
     if readings is not None:
         notices = text_notices(["--instruction"], readings, editor=config.path)
@@ -107,46 +156,124 @@ def _notes(config: EditorFamily, source: Tensor, instruction: str) -> list[str]:
     return notes
 
 
-def _require_writable(target: Path) -> None:
-    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"cannot write {target}: use a .png, .jpg or .webp name")
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write {target}: {target.parent} is not a directory")
+def _attach(editor: Editor, name: str, weights: Any, settings: Any, *, scale: float) -> None:
+    """Adds an adapter beside the others."""
+    # PEFT makes it a part of module names, where a dot would split it.
+    inner = _inner(name)
+    lora.attach(editor.transformer, settings, seed=0, adapter_name=inner)
+    lora.load(editor.transformer, weights, adapter_name=inner)
+    lora.strengthen(editor.transformer, scale, adapter_name=inner)
 
 
-def _task(name: str, source: Tensor, instruction: str) -> EditTask:
-    """Makes a task of an image that came without a mask."""
-    # A task needs a mask that is neither empty nor full. Without a reward nothing reads it.
-    mask = torch.zeros(source.shape[:2], dtype=torch.bool)
-    mask[0, 0] = True
-    return EditTask(
-        task_id=name, task_type="edit", source=source, instruction=instruction, edit_mask=mask
-    )
+def _inner(name: str) -> str:
+    return f"edit_{name.encode().hex()}"
 
 
-def _edited(editor: Editor, task: EditTask, *, steps: int, seed: int) -> Tensor:
-    """Returns the edit of a task on its canvas, from the noise of ``seed``."""
-    conditioning = editor.encode(task)
-    # Keyed: the same seed gives the same edit, on any machine that rounds alike.
-    noise = NoiseSource(seed, "edit", 0).normal("edit", 0, editor.latent_shape(conditioning))
-    final = denoise(
-        lambda latents, sigma: editor.velocity(latents, sigma, conditioning),
-        noise[None],
-        editor.sigmas(steps, conditioning),
-    ).final
-    return editor.decode(final, conditioning)[0]
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Makes the edits of a command, all by the same settings."""
+
+    config: EditorFamily
+    instruction: str
+    targets: Targets
+    steps: int
+    seed: int
+    strip: bool
+
+    def batches(self, editor: Editor, sources: Sequence[Source]) -> Iterator[list[Source]]:
+        """Yields images of one canvas together, at most ``micro_batch`` at a time."""
+        by_canvas: dict[tuple[int, int], list[Source]] = {}
+        for source in sources:
+            by_canvas.setdefault(self._canvas(editor, source), []).append(source)
+        for group in by_canvas.values():
+            for start in range(0, len(group), self.config.micro_batch):
+                yield group[start : start + self.config.micro_batch]
+
+    def edit(self, editor: Editor, batch: Sequence[Source]) -> Iterator[str]:
+        """Edits images of one canvas by every variant; yields a line for each file written."""
+        tasks = [self._task(editor, source) for source in batch]
+        edits: list[list[tuple[str, Image.Image]]] = [[] for _ in batch]
+        for variant in self.targets.variants:
+            pixels = self._edited(editor, tasks, variant)
+            for source, task, result, of_source in zip(batch, tasks, pixels, edits, strict=True):
+                image = Image.fromarray(result.numpy())
+                of_source.append((variant, image))
+                path = self.targets.path(source, variant)
+                write_image(path, image)
+                yield _line(path, task, source)
+        if self.strip:
+            for source, task, of_source in zip(batch, tasks, edits, strict=True):
+                path = self.targets.path(source, "strip")
+                first = ("source", Image.fromarray(task.source.numpy()))
+                write_image(path, strip([first, *of_source]))
+                yield str(path)
+
+    def _task(self, editor: Editor, source: Source) -> EditTask:
+        """Makes a task of an image that came without a mask, on its canvas."""
+        pixels = torch.from_numpy(read_rgb(source.path, where=str(source.path)).copy())
+        canvas = self._canvas(editor, source)
+        if canvas != source.size:
+            pixels = resize(pixels, canvas)
+        # A task needs a mask that is neither empty nor full. Without a reward nothing reads it.
+        mask = torch.zeros(canvas, dtype=torch.bool)
+        mask[0, 0] = True
+        return EditTask(
+            task_id=source.path.name,
+            task_type="edit",
+            source=pixels,
+            instruction=self.instruction,
+            edit_mask=mask,
+        )
+
+    def _canvas(self, editor: Editor, source: Source) -> tuple[int, int]:
+        return canvas_size(*source.size, self.config.resolution, editor.pixels_per_token)
+
+    def _edited(self, editor: Editor, tasks: Sequence[EditTask], variant: str) -> Tensor:
+        """Returns the edits ``[batch, height, width, 3]``, from the noise of the seed."""
+        if len(self.targets.variants) > 1 or variant != BASE:
+            lora.set_active(editor.transformer, variant != BASE, adapter_name=_inner(variant))
+        conditionings = [editor.encode(task) for task in tasks]
+        # Keyed, and the same for every image and variant: the same seed gives the same edit, alone
+        # and in a folder, on any machine that rounds alike.
+        shape = editor.latent_shape(conditionings[0])
+        noise = NoiseSource(self.seed, "edit", 0).normal("edit", 0, shape)
+        final = denoise(
+            lambda latents, sigma: editor.velocity(latents, sigma, conditionings),
+            noise[None].expand(len(tasks), *shape).clone(),
+            editor.sigmas(self.steps, conditionings[0]),
+        ).final
+        return editor.decode(final, conditionings[0])
 
 
-def _editor_config(editor: str, adapter: Path | None, resolution: int | None) -> EditorFamily:
-    """Returns the named editor, else the run's when the adapter lies in a run directory."""
+def _line(path: Path, task: EditTask, source: Source) -> str:
+    (height, width), (from_height, from_width) = task.source.shape[:2], source.size
+    return f"{path} ({width}x{height}, from {from_width}x{from_height})"
+
+
+def _editor_config(editor: str, adapters: Sequence[Path], resolution: int | None) -> EditorFamily:
+    """Returns the named editor, else that of the runs in which the adapters lie.
+
+    Raises:
+        InputError: they are of runs on different editors.
+    """
     from rl_edit.config import load_config
 
     config = editor_config({"path": editor or BUILTIN})
-    if adapter is not None and not editor:
+    if not editor:
         # RUN/adapter and RUN/adapter/FILE both belong to RUN.
-        run = (adapter if adapter.is_dir() else adapter.parent).parent
-        if (run / "config.yaml").is_file():
-            config = load_config(run / "config.yaml").editor
+        runs = [(place if place.is_dir() else place.parent).parent for place in adapters]
+        editors = {
+            run: load_config(run / "config.yaml").editor
+            for run in runs
+            if (run / "config.yaml").is_file()
+        }
+        if len({each.path for each in editors.values()}) > 1:
+            seen = ", ".join(f"{run}: {each.path}" for run, each in editors.items())
+            raise InputError(
+                f"the adapters are of different editors ({seen}): give those of one editor, or "
+                "name it by --editor"
+            )
+        config = next(iter(editors.values()), config)
     # Nothing reads attention here, so none is recorded.
     changes: dict[str, Any] = {"attention_layers": 0}
     if resolution:

@@ -63,9 +63,9 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
             f"nothing would be left to keep. Raise the resolution({resolution}) or draw a smaller "
             "region."
         )
-    changes: dict[str, Any] = {"edit_mask": mask, "source": _resize(task.source, size)}
+    changes: dict[str, Any] = {"edit_mask": mask, "source": resize(task.source, size)}
     if isinstance(task, PairedTask):
-        target = _resize(task.target, size)
+        target = resize(task.target, size)
         if torch.equal(task.source[~task.edit_mask], task.target[~task.edit_mask]):
             # Lanczos carries the edit a few pixels across the mask's edge, so the source's pixels
             # are put back there.
@@ -89,9 +89,10 @@ def leaves_no_token(mask: Bool[Tensor, "height width"], *, resolution: int, mult
     return bool(tokens.all())
 
 
-def _resize(
+def resize(
     image: UInt8[Tensor, "height width 3"], size: tuple[int, int]
 ) -> UInt8[Tensor, "new_height new_width 3"]:
+    """Resizes an image with Lanczos."""
     height, width = size
     resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized, dtype=np.uint8))

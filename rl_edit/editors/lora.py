@@ -244,6 +244,15 @@ def set_active(transformer: nn.Module, active: bool, *, adapter_name: str = POLI
             layer.enable_adapters(enabled=active)
 
 
+def strengthen(transformer: nn.Module, factor: float, *, adapter_name: str = POLICY) -> None:
+    """Multiplies what an attached adapter adds by a factor: 0 is exactly the base, 1 as trained."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling:
+            layer.scaling[adapter_name] *= factor
+
+
 def save(directory: Path, weights: AdapterWeights, config: LoraConfig | AdapterConfig) -> None:
     """Writes a directory from which ``pipeline.load_lora_weights`` restores tensors and alpha.
 
