@@ -113,7 +113,6 @@ def run_logs(folder: Path) -> str:
     return "".join(path.read_text() for path in folder.glob("*.err"))
 
 
-@pytest.mark.slow
 def test_a_raylet_killed_while_the_actors_start_ends_the_run_in_one_line(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with launched(directory) as run:
