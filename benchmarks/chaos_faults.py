@@ -40,6 +40,7 @@ STATUS = {
     143: {"stopped"},
     130: {"stopped"},
     129: {"stopped"},
+    131: {"stopped"},
     -9: {"running", "done"},
     -3: {"running", "done"},
 }
