@@ -23,8 +23,8 @@ from learner.controller.run import Observer, Run
 from learner.controller.same_run import require_resumable
 from rl_edit.audit.total import TASKS_BEFORE_TRAINING, Purpose, examine
 from rl_edit.config import RunConfig
-from rl_edit.data import open_dataset
-from rl_edit.data.canvas import fit
+from rl_edit.data import RowsDataset, open_dataset
+from rl_edit.data.canvas import fit, fittings_line
 from rl_edit.device_settings import require_device
 from rl_edit.editors import editor_identity, inspect_editor, require_targets
 from rl_edit.editors.misfit import misfit_note
@@ -175,6 +175,8 @@ def _say_plan(run: Run, terms: list[str], left_out: dict[str, str], observer: Ob
         observer.note(
             f"skipped {dataset.skipped} rows whose mask is empty or full (data.empty_mask=skip)"
         )
+    if isinstance(dataset, RowsDataset) and (line := fittings_line(dataset.fittings)):
+        observer.say(line)
     for notice in dataset.notices:
         observer.note(str(notice))
     for name, why in left_out.items():
@@ -199,7 +201,8 @@ def _capacity(config: RunConfig) -> Capacity:
 
 def _run_record(run: Run, base: str, left_out: list[str]) -> RunRecord:
     """Returns the record of a run at the start of an attempt."""
-    config = run.config
+    config, dataset = run.config, run.dataset
+    fitted = dataset.fittings if isinstance(dataset, RowsDataset) else ()
     return RunRecord(
         name=config.name,
         method=config.algorithm.name,
@@ -208,9 +211,10 @@ def _run_record(run: Run, base: str, left_out: list[str]) -> RunRecord:
         status="running",
         updates=config.train.updates,
         config_sha256=config.sha256(),
-        data_fingerprint=run.dataset.fingerprint,
+        data_fingerprint=dataset.fingerprint,
         editor_identity=base,
         left_out_rewards=tuple(left_out),
+        canvases=tuple(each.record() for each in fitted),
         versions=versions(),
         hardware=_hardware(),
         command=" ".join(["rl-edit", *sys.argv[1:]]),

@@ -31,6 +31,8 @@ class RunRecord(BaseModel):
             keeps "running"; :meth:`seen_in` knows better.
         updates: planned, not done.
         left_out_rewards: ``NAME: REASON`` of each reward term that the data cannot feed.
+        canvases: size, canvas and number of the images on disk, by size; empty for built-in scenes,
+            which are drawn on their canvas.
         unrewarded_edit: why the rewards do not ask for the edit, of a run that was trained
             nevertheless (``train.allow_unrewarded_edit``); "" of any other.
         hardware: of the machine that started the run; ``actors`` lists who had which GPU.
@@ -58,6 +60,7 @@ class RunRecord(BaseModel):
     editor_identity: str = ""
     left_out_rewards: tuple[str, ...] = ()
     unrewarded_edit: str = ""
+    canvases: tuple[dict[str, Any], ...] = ()
     versions: Mapping[str, str] = {}
     hardware: dict[str, Any] = {}
     command: str = ""

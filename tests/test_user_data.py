@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from rl_edit.data.canvas import canvas_size
+from rl_edit.editors import editor_config, load_editor
 from runs import command, metrics_of, read_json
 
 SIZES = {
@@ -140,6 +143,27 @@ def test_the_reward_that_was_left_out_is_named_with_the_reason(run: tuple[Path, 
     assert "left out reward judge: the data has no" in output
     (left_out,) = read_json(directory / "run.json")["left_out_rewards"]
     assert left_out.startswith("judge: the data has no ")
+
+
+def test_every_change_of_size_is_in_the_plan_and_in_the_record(
+    run: tuple[Path, str], small_editor: str
+) -> None:
+    directory, output = run
+    canvases = read_json(directory / "run.json")["canvases"]
+    multiple = load_editor(editor_config({"path": small_editor})).pixels_per_token
+    resolution = editor_config({"path": small_editor}).resolution
+    upright = Counter(SIZES.values())
+    known = {f"{width}x{height}": count for (height, width), count in upright.items()}
+    # One of the four images is held out.
+    assert {each["size"]: each["tasks"] for each in canvases}.items() < known.items()
+    total = sum(each["tasks"] for each in canvases)
+    assert total == len(SIZES) - 1
+    for each in canvases:
+        width, height = map(int, each["size"].split("x"))
+        fitted = canvas_size(height, width, resolution, multiple)
+        assert each["canvas"] == f"{fitted[1]}x{fitted[0]}"
+    resized = sum(each["tasks"] for each in canvases if each["size"] != each["canvas"])
+    assert f"{resized} of {total} images are resized to the editor's canvas" in output
 
 
 @pytest.mark.parametrize("name", list(SIZES))

@@ -182,6 +182,7 @@ class _Work:
 
     def batches(self, editor: Editor, sources: Sequence[Source]) -> Iterator[list[Source]]:
         """Yields images of one canvas together, at most ``micro_batch`` at a time."""
+        # In the order of their first image; one forward takes one canvas only.
         by_canvas: dict[tuple[int, int], list[Source]] = {}
         for source in sources:
             by_canvas.setdefault(self._canvas(editor, source), []).append(source)
@@ -193,6 +194,7 @@ class _Work:
         """Edits images of one canvas by every variant; yields a line for each file written."""
         tasks = [self._task(editor, source) for source in batch]
         edits: list[list[tuple[str, Image.Image]]] = [[] for _ in batch]
+        # Variants inside a batch: an image is read once, and switching adapters costs nothing.
         for variant in self.targets.variants:
             pixels = self._edited(editor, tasks, variant)
             for source, task, result, of_source in zip(batch, tasks, pixels, edits, strict=True):

@@ -104,6 +104,7 @@ def adapter_names(adapters: Sequence[Path]) -> list[str]:
         in_run = folder.name in ("adapter", "adapter_best")
         name = folder.resolve().parent.name if in_run else place.resolve().stem
         names.append(f"{name}-best" if folder.name == "adapter_best" else name)
+    # Numbers only where they are needed: one run's name stays as it is.
     counts, seen = Counter(names), Counter[str]()
     for number, name in enumerate(names):
         seen[name] += 1
@@ -160,6 +161,7 @@ class Targets:
 
 def write_image(path: Path, image: Image.Image) -> None:
     """Writes an image: all of it or nothing."""
+    # Made only now: a refused command leaves no folder behind.
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = io.BytesIO()
     image.save(encoded, format=Image.registered_extensions()[path.suffix.lower()])

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from rl_edit.data import shapes
-from rl_edit.data.canvas import leaves_no_token
+from rl_edit.data.canvas import Fitting, fittings, leaves_no_token
 from rl_edit.data.compbench import is_compbench, list_compbench
 from rl_edit.data.config import BUILTIN_SHAPES
 from rl_edit.data.config import DataConfig as DataConfig
@@ -111,6 +111,9 @@ class RowsDataset:
     """Rows on disk, ordered by a hash of their ids.
 
     Any first part of them is a fair sample.
+
+    Attributes:
+        fittings: sizes of the images and of their canvas; empty before the canvas is known.
     """
 
     rows: tuple[Row, ...]
@@ -118,6 +121,7 @@ class RowsDataset:
     skipped: int
     notices: tuple[Notice, ...] = ()
     masks: tuple[MaskRecord, ...] = ()
+    fittings: tuple[Fitting, ...] = ()
 
     @property
     def fields(self) -> frozenset[str]:
@@ -157,16 +161,15 @@ class RowsDataset:
         A mask that leaves a margin in a photograph may touch every token of a small canvas. Such
         rows are an error, or skipped and counted.
         """
-        # Only the mask is read again; a large dataset keeps no image in memory.
-        full = [
-            row
-            for row in self.rows
-            if leaves_no_token(
-                torch.from_numpy(row.edit_mask()),
-                resolution=resolution,
-                multiple=multiple,
-            )
-        ]
+        full, sizes = list[Row](), list[tuple[int, int]]()
+        for row in self.rows:
+            # Only the mask is read again; a large dataset keeps no image in memory.
+            mask = torch.from_numpy(row.edit_mask())
+            if leaves_no_token(mask, resolution=resolution, multiple=multiple):
+                full.append(row)
+            else:
+                # The mask has the size of its image.
+                sizes.append((mask.shape[0], mask.shape[1]))
         if full and empty_mask == "error":
             refuse(
                 [
@@ -185,7 +188,8 @@ class RowsDataset:
                 f"{self.root}: on a canvas of about {resolution} px every mask covers the image. "
                 "Raise editor.resolution."
             )
-        return replace(self, rows=rows, skipped=self.skipped + len(full))
+        fitted = fittings(sizes, resolution=resolution, multiple=multiple)
+        return replace(self, rows=rows, skipped=self.skipped + len(full), fittings=fitted)
 
     def with_text(self, reader: TextReader, *, too_long: TooLong) -> RowsDataset:
         """The rows whose instruction the editor reads, and what there is to say about them."""

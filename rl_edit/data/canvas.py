@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,61 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
 
+from rl_edit.data.notices import NUM_EXAMPLES
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask, PairedTask, RegionsTask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """Says to which canvas images of one size are fitted.
+
+    Attributes:
+        size, canvas: (height, width).
+        tasks: how many tasks have the size.
+    """
+
+    size: tuple[int, int]
+    canvas: tuple[int, int]
+    tasks: int
+
+    def record(self) -> dict[str, Any]:
+        """Returns it as ``run.json`` has it: sizes are WIDTHxHEIGHT."""
+        return {"size": _shown(self.size), "canvas": _shown(self.canvas), "tasks": self.tasks}
+
+
+def fittings(
+    sizes: Iterable[tuple[int, int]], *, resolution: int, multiple: int
+) -> tuple[Fitting, ...]:
+    """Counts tasks by their size, the commonest first."""
+    # Cameras and datasets repeat few sizes, so this is short where the data is long.
+    return tuple(
+        Fitting(size=size, canvas=canvas_size(*size, resolution, multiple), tasks=tasks)
+        for size, tasks in Counter(sizes).most_common()
+    )
+
+
+def fittings_line(fitted: Sequence[Fitting]) -> str:
+    """Says which images are resized, in one line; "" where none is."""
+    resized = [each for each in fitted if each.size != each.canvas]
+    if not resized:
+        return ""
+    changed, total = (sum(each.tasks for each in part) for part in (resized, fitted))
+    # Each canvas is a shape of its own, which compiled kernels and batches care about.
+    canvases = len({each.canvas for each in fitted})
+    examples = [
+        f"{each.tasks} of {_shown(each.size)} to {_shown(each.canvas)}"
+        for each in resized[:NUM_EXAMPLES]
+    ]
+    more = f", and {len(resized) - NUM_EXAMPLES} other sizes" * (len(resized) > NUM_EXAMPLES)
+    return (
+        f"{changed} of {total} images are resized to the editor's canvas "
+        f"({', '.join(examples)}{more}); {canvases} canvas{'es' * (canvases > 1)} in all"
+    )
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
 
 
 def canvas_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
