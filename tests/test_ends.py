@@ -331,6 +331,21 @@ def test_an_attempt_that_was_overtaken_writes_and_removes_nothing_however_it_end
     assert not (run / "adapter").exists() and not list(run.glob("*traceback*"))
 
 
+def test_an_attempt_that_is_refused_after_it_was_overtaken_leaves_the_directory_to_the_newer_one(
+    forks: Forks, settings: Path, tmp_path: Path
+) -> None:
+    # A checkpoint does not fit, so this attempt would remove what it has made.
+    with small_disk(tmp_path / "disk", kilobytes=1100) as disk:
+        run, more = disk / "run", ("actors.preflight=true", "lora.rank=64")
+        moment = Moment(path="/.run.json.", action=f"overtake {run}")
+        command = ("train", settings, "--run-dir", run, *more)
+        line = one_line(forks.run(*command, folder=tmp_path, moment=moment), 75)
+        assert "belongs to attempt" in line
+        for name in ("config.yaml", "events.jsonl"):
+            assert read_json(run / name) == {"of": "the newer attempt"}
+        assert read_json(run / "LEASE.json")["epoch"] == 2
+
+
 def test_a_fault_of_the_program_leaves_the_newest_update_and_one_line(
     forks: Forks, settings: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:
