@@ -227,7 +227,7 @@ class Attempt:
         ended = time.time()
         more = {**end, "finished": ended, "seconds": ended - (self.record.started or ended)}
         self.lease.check()
-        self.record.model_copy(update=more).write(self.run.directory)
+        self.record.model_copy(update=more).write(self.run.directory, check=self.lease.check)
 
     def close(self) -> None:
         """Ends the workers and then the lease: the next attempt must not meet them."""

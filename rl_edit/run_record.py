@@ -6,7 +6,7 @@ Training writes it; the report, the comparison and the benchmarks read it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,17 @@ class RunRecord(BaseModel):
     finished: float | None = None
     seconds: float | None = None
 
-    def write(self, directory: Path) -> None:
-        """Replaces ``run.json``; fields that were never set are left out."""
+    def write(self, directory: Path, *, check: Callable[[], None] = lambda: None) -> None:
+        """Replaces ``run.json``; fields that were never set are left out.
+
+        Args:
+            check: called right before the new content takes its place; it raises where that is
+                another attempt's.
+        """
         content = self.model_dump(mode="json", exclude_unset=True)
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         try:
-            replace_file(directory / RUN_FILE, text)
+            replace_file(directory / RUN_FILE, text, check=check)
         except OSError as error:
             if not lacks_space(error) or self.status == "running":
                 raise

@@ -105,10 +105,11 @@ def _describe(attempt: Attempt) -> None:
     run, directory = attempt.run, attempt.run.directory
     if warning := attempt.lease.taking_over():
         attempt.observer.note(f"{warning}: that attempt ends at its next write")
-    # Of two that come at the same moment, the one that was overtaken writes nothing.
-    attempt.lease.check()
-    replace_file(directory / CONFIG_FILE, run.config.to_yaml())
-    attempt.record.write(directory)
+    # Of two that come at the same moment, the one that was overtaken writes neither file.
+    owned = attempt.lease.check
+    owned()
+    replace_file(directory / CONFIG_FILE, run.config.to_yaml(), check=owned)
+    attempt.record.write(directory, check=owned)
     if isinstance(run.dataset, RowsDataset):
         write_mask_files(run.dataset, directory)
 

@@ -341,7 +341,7 @@ def test_an_attempt_that_is_refused_after_it_was_overtaken_leaves_the_directory_
         command = ("train", settings, "--run-dir", run, *more)
         line = one_line(forks.run(*command, folder=tmp_path, moment=moment), 75)
         assert "belongs to attempt" in line
-        for name in ("config.yaml", "events.jsonl"):
+        for name in ("run.json", "config.yaml", "events.jsonl"):
             assert read_json(run / name) == {"of": "the newer attempt"}
         assert read_json(run / "LEASE.json")["epoch"] == 2
 
