@@ -18,6 +18,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from rl_edit import structure
+from rl_edit.editors import FAMILIES
 from rl_edit.structure import MATHEMATICS, PACKAGES
 from rl_edit.types import LossOutput
 
@@ -275,6 +276,22 @@ LOOPS = [
 ]
 
 
+FAMILY_NAME = re.compile(
+    "|".join(
+        rf"(?<!\w){name}(?!\w)"
+        for family in FAMILIES
+        for name in (
+            family.model_fields["kind"].default,
+            family.pipeline,
+            family.__name__,
+            *map(re.escape, family.released),
+        )
+    )
+)
+"""Kinds, classes and released checkpoints. Where a paper's numbers come from may be said."""
+OUTSIDE_EDITORS = [path for path in PRODUCT if not name_of(path).startswith("rl_edit/editors/")]
+
+
 def words_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """(line, word) of every name and string of a file's code; docstrings are prose, not code."""
     prose = {
@@ -300,6 +317,15 @@ def test_no_loop_knows_the_name_of_a_method(path: Path) -> None:
         f"{name_of(path)}:{line} says {word!r}"
         for line, word in words_of(tree_of(path))
         if METHOD_NAME.search(word)
+    ] == []
+
+
+@pytest.mark.parametrize("path", OUTSIDE_EDITORS, ids=name_of)
+def test_no_file_outside_the_editors_names_a_family(path: Path) -> None:
+    assert [
+        f"{name_of(path)}:{line} says {word!r}"
+        for line, word in words_of(tree_of(path))
+        if FAMILY_NAME.search(word)
     ] == []
 
 
