@@ -37,6 +37,11 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16
 _QUANTISED = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8"})
 """Formats of quantised weights, by safetensors' names."""
 
+_PARTS = ("scheduler", "transformer", "vae")
+"""Components of every editor; those that read its text have other names in each family."""
+
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
 _LFS = b"version https://git-lfs"
 
 
@@ -105,7 +110,13 @@ def pipeline_files(place: Location, *, dtype: str) -> PipelineFiles:
     if names is None:
         return PipelineFiles()
     components = _components(place.read_json(INDEX), names)
-    _refuse(place, [problem for part in components for problem in _missing(part)])
+    _refuse(
+        place,
+        [
+            *_unnamed(components),
+            *(problem for part in components for problem in _missing(part)),
+        ],
+    )
     files = _chosen(place, components, dtype)
     _refuse(place, [problem for part in components for problem in _damaged(place, part, files)])
     return files
@@ -203,6 +214,21 @@ def _components(index: Any, names: Collection[str]) -> tuple[_Component, ...]:
 
 def _has_weights(kind: str) -> bool:
     return not any(word in kind for word in ("Scheduler", "Tokenizer", "Processor", "Extractor"))
+
+
+def _unnamed(components: Collection[_Component]) -> Iterator[str]:
+    """Says which parts of every editor the index does not name, or names another kind for."""
+    kinds = {part.name: part.kind for part in components}
+    if absent := [name for name in _PARTS if name not in kinds]:
+        yield f"{INDEX} names no {', no '.join(absent)}"
+    # The noise levels of another scheduler would be taken for those of a straight flow, on which
+    # velocity, step and likelihood rest.
+    scheduler = kinds.get("scheduler", _SCHEDULER)
+    if scheduler != _SCHEDULER:
+        yield (
+            f"its scheduler is a {scheduler}, whose noise levels are no straight flow's: these "
+            f"editors are trained with a {_SCHEDULER}"
+        )
 
 
 def _missing(part: _Component) -> Iterator[str]:

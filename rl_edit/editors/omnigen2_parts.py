@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rl_edit.editors.chat_text import ChatText
-from rl_edit.editors.component_files import pipeline_files
 from rl_edit.editors.family import Dtype
 from rl_edit.editors.location import Location
 from rl_edit.editors.pixels import source_image
+from rl_edit.editors.stock_pipeline import whole_model
 from rl_edit.editors.text_reading import tokenizer_of
 from rl_edit.errors import InputError
 from rl_edit.types import EditTask
@@ -70,33 +70,11 @@ def load_parts(place: Location, dtype: Dtype, device: str) -> OmniGen2Parts:
     """
     import transformers
     from diffusers import AutoencoderKL
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging
 
     from rl_edit.editors.omnigen2_transformer import OmniGen2Transformer2DModel
 
-    diffusers_logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # All parts are of one variant, as pipeline_files has checked.
-    variant = pipeline_files(place, dtype=dtype).variant
-    options = {"variant": variant, "revision": place.revision, "local_files_only": place.local}
-    options |= {"use_safetensors": True, "dtype": getattr(torch, dtype)}
-
     def loaded(kind: Any, part: str) -> Any:
-        try:
-            model, report = kind.from_pretrained(
-                place.name, subfolder=part, output_loading_info=True, **options
-            )
-        except Exception as error:
-            raise place.unreachable(error) from error
-        # Tensors that are left out would stay random.
-        if missing := sorted(report["missing_keys"]):
-            raise InputError(
-                f"{part}/ of {place.name} lacks {len(missing)} tensors of its own configuration "
-                f"(first: {missing[0]}): copy or save the editor again"
-            )
-        return model.to(device)
+        return whole_model(place, part, kind, dtype).to(device)
 
     return OmniGen2Parts(
         transformer=loaded(OmniGen2Transformer2DModel, "transformer"),
