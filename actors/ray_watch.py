@@ -140,6 +140,9 @@ def silence() -> None:
     A dump of a raylet's state, a line for every actor that was killed: all of it is in Ray's logs.
     """
     if os.environ.get("RL_EDIT_DEBUG", "0") in ("", "0"):
+        # Of several calls that fail together the first is handled, and Ray would print the others:
+        # a traceback for each, when a learner rank is lost.
+        os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
         # These come although log_to_driver is False. Ray has no setting for them.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
 

@@ -42,7 +42,6 @@ STATUS = {
     129: {"stopped"},
     131: {"stopped"},
     -9: {"running", "done"},
-    -3: {"running", "done"},
 }
 """What ``run.json`` says after an exit code, unless a kind names other words."""
 

@@ -430,3 +430,26 @@ def test_a_gcs_elsewhere_may_come_back_within_its_grace_and_is_missed_after_it(
     until(watch.problem, 10)
     assert f"127.0.0.1:{port} has not answered for 2 s" in watch.problem()
     watch.close()
+
+
+@pytest.mark.parametrize(("debug", "printed"), [("", False), ("1", True)])
+def test_failures_of_calls_that_failed_together_are_printed_for_debugging_only(
+    debug: str, printed: bool
+) -> None:
+    program = (
+        "from ray._private import worker\n"
+        "from actors import ray_watch\n"
+        "ray_watch.silence()\n"
+        "class Lost:\n"
+        "    def deserialize_objects(self, objects, refs): return [OSError('a rank is gone')]\n"
+        "worker.Worker.raise_errors(Lost(), [], [])\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "RL_EDIT_DEBUG": debug},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("Unhandled error" in ended.stderr) is printed, ended.stderr
