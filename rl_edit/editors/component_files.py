@@ -114,6 +114,7 @@ def pipeline_files(place: Location, *, dtype: str) -> PipelineFiles:
         place,
         [
             *_unnamed(components),
+            *_unread(components),
             *(problem for part in components for problem in _missing(part)),
         ],
     )
@@ -231,6 +232,21 @@ def _unnamed(components: Collection[_Component]) -> Iterator[str]:
         )
 
 
+def _unread(components: Collection[_Component]) -> Iterator[str]:
+    """Says which processor lacks the vocabulary, where no tokenizer lies beside it."""
+    if any("Tokenizer" in part.kind for part in components):
+        return
+    for part in components:
+        if "Processor" in part.kind and part.files:
+            # transformers would make a tokenizer of special tokens alone, without a word.
+            yield from _without_vocabulary(part)
+
+
+def _without_vocabulary(part: _Component) -> Iterator[str]:
+    if not any(part.files >= set(files) for files in _VOCABULARIES):
+        yield f"{part.place} has no vocabulary (tokenizer.json)"
+
+
 def _missing(part: _Component) -> Iterator[str]:
     """Says which files of a component are not there."""
     if not part.files:
@@ -239,8 +255,8 @@ def _missing(part: _Component) -> Iterator[str]:
     expected = "scheduler_config.json" if "Scheduler" in part.kind else "config.json"
     if (part.stem or "Scheduler" in part.kind) and expected not in part.files:
         yield f"{part.path(expected)} is missing"
-    if "Tokenizer" in part.kind and not any(part.files >= set(files) for files in _VOCABULARIES):
-        yield f"{part.place} has no vocabulary (tokenizer.json)"
+    if "Tokenizer" in part.kind:
+        yield from _without_vocabulary(part)
     if part.stem and not part.variants():
         yield f"{part.place} has no weights: {_instead_of_weights(part)}"
 

@@ -55,3 +55,13 @@ def test_an_index_without_a_vae_or_with_another_scheduler_is_refused_before_weig
     file.write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
     with pytest.raises(InputError, match="its scheduler is a DDIMScheduler"):
         inspect_editor(config)
+
+
+def test_an_editor_without_the_vocabulary_of_its_tokenizer_is_refused_before_weights(
+    family: Family, copied: Path
+) -> None:
+    for name in ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt"):
+        for file in copied.rglob(name):
+            file.unlink()
+    with pytest.raises(InputError, match=r"has no vocabulary \(tokenizer\.json\)"):
+        inspect_editor(editor_config({"path": str(copied), **family.settings}))
