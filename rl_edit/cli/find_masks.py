@@ -32,7 +32,7 @@ from rl_edit.data.folder import FoundMasks
 from rl_edit.data.images import read_rgb
 from rl_edit.data.mask_finding import MaskFinder, NotFound, agreement
 from rl_edit.data.rows import Request, Row
-from rl_edit.editors import Editor, editor_identity, load_editor
+from rl_edit.editors import Editor, editor_config, editor_identity, load_editor
 from rl_edit.errors import InputError
 from rl_edit.evaluation.found_masks import (
     MEASURES,
@@ -108,7 +108,7 @@ def find_masks_command(
     # As JSON, which is YAML: a path may hold characters that YAML would read.
     places = [f"data.path={json.dumps(data)}"]
     if editor:
-        places.append(f"editor.path={json.dumps(editor)}")
+        places.append(_editor_override(preset, editor))
     run_changes = [change for change in changes if not change.startswith(PREFIX)]
     config = load_config(preset=preset, overrides=[*places, *run_changes])
     _require_attention(finder, config)
@@ -135,6 +135,14 @@ def find_masks_command(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _editor_override(preset: str, editor: str) -> str:
+    """Puts an editor in the place of the preset's, whose settings fit its own family alone."""
+    path = json.dumps(editor)
+    ours, preset_editor = editor_config({"path": editor}), load_config(preset=preset).editor
+    same = type(ours) is type(preset_editor)
+    return f"editor.path={path}" if same else f"editor={{path: {path}}}"
 
 
 def _require_attention(finder: MaskFinder, config: RunConfig) -> None:
