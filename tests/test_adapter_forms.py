@@ -605,7 +605,7 @@ def test_edit_uses_each_form_and_says_what_it_took(
     out = tmp_path / "edited.png"
     code, said, errors = command(monkeypatch, capsys, *edit, "--adapter", place, "--output", out)
     assert code == 0 and out.is_file() and not errors
-    assert "note pytorch_lora_weights.safetensors has no settings" in said
+    assert "note: pytorch_lora_weights.safetensors has no settings" in said
 
 
 @pytest.mark.parametrize("form", ["lokr", "folder-no-json", "metadata-other-rank", "width"])

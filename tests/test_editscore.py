@@ -563,8 +563,9 @@ def test_parsed_scores_are_the_two_numbers_of_the_answer_and_in_range(scores: li
         parsed = pair(json.dumps({"reasoning": "", "score": scores}))
     except Unreadable:
         return
+    # A quoted number counts as one.
     assert (
-        parsed == tuple(scores)
+        parsed == tuple(map(float, scores))
         and all(0 <= score <= 25 for score in parsed)
         and not any(isinstance(s, bool) for s in scores)
     )
