@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl_edit.editors.chat_text import ChatText
-from rl_edit.editors.chunks import Prediction, velocity_in_chunks
+from rl_edit.editors.chunks import Prediction
 from rl_edit.editors.component_files import pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorFamily
 from rl_edit.editors.flux2_latents import (
@@ -25,14 +25,8 @@ from rl_edit.editors.flux2_latents import (
     flux2_forward,
     flux2_sigmas,
 )
-from rl_edit.editors.frozen import device_of, dtype_named, freeze
-from rl_edit.editors.guidance import (
-    NEGATIVE,
-    ClassifierFree,
-    guided_prediction,
-    is_guided,
-    require_guidance,
-)
+from rl_edit.editors.frozen import FrozenEditor
+from rl_edit.editors.guidance import NEGATIVE, ClassifierFree, guided_velocity, is_guided
 from rl_edit.editors.location import locate
 from rl_edit.editors.pixels import decoded_in_chunks
 from rl_edit.editors.skeleton import last_layers, read_settings, require_layers
@@ -79,34 +73,20 @@ class Flux2Settings(EditorFamily, Protocol):
         ...
 
 
-class Flux2Editor:
+class Flux2Editor(FrozenEditor[Flux2Settings]):
     """A frozen pipeline of FLUX.2 as an :class:`~rl_edit.editors.family.Editor`."""
 
     def __init__(self, pipeline: Any, config: Flux2Settings) -> None:
-        self.config = config
+        modules = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
+        super().__init__(config, pipeline.transformer, modules)
         self.pipeline = pipeline
-        self.transformer: nn.Module = pipeline.transformer
         # Packing joins 2 x 2 latent pixels into a token.
         self.pixels_per_token: int = pipeline.vae_scale_factor * 2
-        freeze((pipeline.transformer, pipeline.vae, pipeline.text_encoder))
-        # Blocks are recomputed in the backward pass, with the same bits.
-        if config.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
         blocks = [
             *pipeline.transformer.transformer_blocks,
             *pipeline.transformer.single_transformer_blocks,
         ]
         self._watched = [block.get_submodule("attn") for block in last_layers(config, blocks)]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the transformer."""
-        return device_of(self.transformer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the frozen base."""
-        return dtype_named(self.config.dtype)
 
     @torch.no_grad()
     def encode(self, task: EditTask) -> Conditioning:
@@ -142,11 +122,6 @@ class Flux2Editor:
         states: Tensor = embeds[0].cpu()
         return states
 
-    def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
-        """Returns (token, channel); target and source have the same grid."""
-        tokens, channels = conditioning.source_latents.shape
-        return tokens, channels
-
     def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
         """Returns the stock pipeline's grid."""
         return flux2_sigmas(self.pipeline.scheduler, num_steps, conditioning)
@@ -163,26 +138,19 @@ class Flux2Editor:
         Raises:
             ValueError: a conditioning whose negative branch the guidance needs or leaves unread.
         """
-        scale = self.config.true_cfg
-        require_guidance(conditioning, guided=self.config.guided, setting=f"true_cfg {scale:g}")
-        return velocity_in_chunks(
+        return guided_velocity(
             latents,
             sigma,
             conditioning,
             tally,
-            size=self.config.micro_batch,
+            config=self.config,
+            guidance=ClassifierFree(self.config.true_cfg),
             pack=self._branches,
-            predict=lambda x, s, branches, record: guided_prediction(
-                lambda inputs, record: self._forward(x, s, inputs, record=record),
-                branches,
-                ClassifierFree(scale),
-                record=record,
-                detach=self.config.detach_negative,
-            ),
+            forward=self._forward,
         )
 
     def _forward(
-        self, latents: Tensor, sigma: Tensor, inputs: Flux2Inputs, *, record: bool
+        self, latents: Tensor, sigma: Tensor, inputs: Flux2Inputs, record: bool
     ) -> Prediction:
         # Hooks cost time, so they are there only where the mass is asked for.
         watched = self._watched if record else []

@@ -22,18 +22,12 @@ from torch import Tensor, nn
 
 from rl_edit.data.editor_text import TextReading
 from rl_edit.editors.attention_capture import captured
-from rl_edit.editors.chunks import Prediction, shared_grid, stacked, velocity_in_chunks
+from rl_edit.editors.chunks import Prediction, shared_grid, stacked
 from rl_edit.editors.component_files import pipeline_bytes, pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorSettings
 from rl_edit.editors.flux_defaults import builtin_misfit, flux_defaults
-from rl_edit.editors.frozen import chosen_device, device_of, dtype_named, freeze
-from rl_edit.editors.guidance import (
-    NEGATIVE,
-    ClassifierFree,
-    guided_prediction,
-    is_guided,
-    require_guidance,
-)
+from rl_edit.editors.frozen import FrozenEditor, chosen_device
+from rl_edit.editors.guidance import NEGATIVE, ClassifierFree, guided_velocity, is_guided
 from rl_edit.editors.location import BUILTIN, locate
 from rl_edit.editors.pixels import decoded_in_chunks, source_image
 from rl_edit.editors.skeleton import (
@@ -158,19 +152,15 @@ class FluxKontextConfig(EditorSettings):
         return FluxKontextEditor(pipeline.to(chosen_device(self.device)), self)
 
 
-class FluxKontextEditor:
+class FluxKontextEditor(FrozenEditor[FluxKontextConfig]):
     """A frozen FluxKontextPipeline as an :class:`~rl_edit.editors.family.Editor`."""
 
     def __init__(self, pipeline: FluxKontextPipeline, config: FluxKontextConfig) -> None:
-        self.config = config
+        modules = [getattr(pipeline, name) for name in MODELS]
+        super().__init__(config, pipeline.transformer, modules)
         self.pipeline = pipeline
-        self.transformer: nn.Module = pipeline.transformer
         # Packing joins 2 x 2 latent pixels into a token.
         self.pixels_per_token: int = pipeline.vae_scale_factor * 2
-        freeze(getattr(pipeline, name) for name in MODELS)
-        # Blocks are recomputed in the backward pass, with the same bits (tests/test_editor.py).
-        if config.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
         joint = [
             *pipeline.transformer.transformer_blocks,
             *pipeline.transformer.single_transformer_blocks,
@@ -178,16 +168,6 @@ class FluxKontextEditor:
         self._attention_modules = [
             block.get_submodule("attn") for block in last_layers(config, joint)
         ]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the transformer."""
-        return device_of(self.transformer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the frozen base."""
-        return dtype_named(self.config.dtype)
 
     @torch.no_grad()
     def encode(self, task: EditTask) -> Conditioning:
@@ -241,11 +221,6 @@ class FluxKontextEditor:
         rows: Tensor = tokens.attention_mask[0].bool() & ~special
         return rows if bool(rows.any()) else torch.ones(length, dtype=torch.bool)
 
-    def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
-        """Returns (token, channel); target and source have the same grid."""
-        tokens, channels = conditioning.source_latents.shape
-        return tokens, channels
-
     def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
         """Returns the stock pipeline's grid, shifted by the number of tokens."""
         from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
@@ -283,27 +258,18 @@ class FluxKontextEditor:
         Raises:
             ValueError: a conditioning whose negative branch the guidance needs or leaves unread.
         """
-        scale = self.config.true_cfg
-        require_guidance(conditioning, guided=self.config.guided, setting=f"true_cfg {scale:g}")
-        return velocity_in_chunks(
+        return guided_velocity(
             latents,
             sigma,
             conditioning,
             tally,
-            size=self.config.micro_batch,
+            config=self.config,
+            guidance=ClassifierFree(self.config.true_cfg),
             pack=self._packed,
-            predict=lambda x, s, branches, record: guided_prediction(
-                lambda packed, record: self._forward(x, s, packed, record=record),
-                branches,
-                ClassifierFree(scale),
-                record=record,
-                detach=self.config.detach_negative,
-            ),
+            forward=self._forward,
         )
 
-    def _forward(
-        self, latents: Tensor, sigma: Tensor, packed: _Packed, *, record: bool
-    ) -> Prediction:
+    def _forward(self, latents: Tensor, sigma: Tensor, packed: _Packed, record: bool) -> Prediction:
         tokens = latents.shape[1]
         guidance = None
         # FLUX.1-schnell and its like have no guidance embedding.

@@ -6,14 +6,17 @@ A conditioning holds the encodings of every forward beyond the first under names
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from rl_edit.editors.chunks import Prediction
+from rl_edit.editors.chunks import Prediction, velocity_in_chunks
+from rl_edit.method.attention import MassTally
 from rl_edit.types import Conditioning
 
 P = TypeVar("P")
@@ -109,3 +112,76 @@ def require_guidance(
         raise ValueError(
             f"a conditioning was encoded for other guidance than {setting}: encode the task anew"
         )
+
+
+class GuidedSettings(Protocol):
+    """Settings of an editor, as far as its guidance goes."""
+
+    @property
+    def micro_batch(self) -> int: ...
+
+    @property
+    def guided(self) -> bool: ...
+
+    @property
+    def true_cfg(self) -> float: ...
+
+    @property
+    def detach_negative(self) -> bool: ...
+
+
+def guided_velocity(
+    latents: Float[Tensor, "batch token channel"],
+    sigma: Float[Tensor, " batch"],
+    conditioning: Conditioning | Sequence[Conditioning],
+    tally: MassTally | None,
+    *,
+    config: GuidedSettings,
+    guidance: Guidance,
+    pack: Callable[[Sequence[Conditioning]], Sequence[P]],
+    forward: Callable[[Tensor, Tensor, P, bool], Prediction],
+    alike: Callable[[Conditioning], Hashable] = lambda _: None,
+) -> Float[Tensor, "batch token channel"]:
+    """Predicts the guided velocity of all rows, in chunks of ``micro_batch``.
+
+    Args:
+        tally, alike: as in :func:`~rl_edit.editors.chunks.velocity_in_chunks`.
+        pack: batches conditionings on the device, once for each forward.
+        forward: runs one forward of one chunk; its last argument asks for the attention mass.
+
+    Raises:
+        ValueError: a conditioning whose further encodings the guidance needs or leaves unread, or
+            that is of another canvas.
+    """
+    setting = f"true_cfg {config.true_cfg:g}"
+    require_guidance(conditioning, guided=config.guided, setting=setting)
+
+    def predict(latents: Tensor, sigma: Tensor, branches: Sequence[P], record: bool) -> Prediction:
+        return guided_prediction(
+            partial(forward, latents, sigma),
+            branches,
+            guidance,
+            record=record,
+            detach=config.detach_negative,
+        )
+
+    return velocity_in_chunks(
+        latents,
+        sigma,
+        conditioning,
+        tally,
+        size=config.micro_batch,
+        pack=pack,
+        predict=predict,
+        alike=alike,
+    )
+
+
+def text_lengths(conditioning: Conditioning, name: str) -> tuple[int, ...]:
+    """Returns the lengths of a conditioning's texts: of the instruction's and the negative one's.
+
+    Args:
+        name: of the tensor that has a row for each token.
+    """
+    names = (name, NEGATIVE + name)
+    return tuple(len(conditioning.tensors[n]) for n in names if n in conditioning.tensors)

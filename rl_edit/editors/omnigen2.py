@@ -18,11 +18,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rl_edit.data.editor_text import TextReading
-from rl_edit.editors.chunks import Prediction, shared_grid, stacked, velocity_in_chunks
+from rl_edit.editors.chunks import Prediction, shared_grid, stacked
 from rl_edit.editors.component_files import pipeline_bytes, pipeline_files
 from rl_edit.editors.family import EditorFacts, EditorSettings
-from rl_edit.editors.frozen import chosen_device, device_of, dtype_named, freeze
-from rl_edit.editors.guidance import NEGATIVE, guided_prediction, is_guided, require_guidance
+from rl_edit.editors.frozen import FrozenEditor, chosen_device
+from rl_edit.editors.guidance import NEGATIVE, guided_velocity, is_guided, text_lengths
 from rl_edit.editors.local_defaults import local_defaults
 from rl_edit.editors.location import locate
 from rl_edit.editors.pixels import decoded_in_chunks
@@ -199,41 +199,18 @@ class _Inputs:
     grid: tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Share:
-    """Rows of a chunk whose instructions have one length, and their forwards."""
-
-    rows: list[int]
-    branches: tuple[_Inputs, ...]
-
-
-class OmniGen2Editor:
+class OmniGen2Editor(FrozenEditor[OmniGen2Config]):
     """A frozen OmniGen2 as an :class:`~rl_edit.editors.family.Editor`."""
 
     def __init__(self, pipeline: OmniGen2Parts, config: OmniGen2Config) -> None:
-        self.config = config
+        super().__init__(config, pipeline.transformer, pipeline.models)
         self.pipeline = pipeline
-        self.transformer: nn.Module = pipeline.transformer
         shrunk: int = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.pixels_per_token: int = shrunk * pipeline.transformer.config.patch_size
-        freeze(pipeline.models)
-        # Blocks are recomputed in the backward pass, with the same bits.
-        if config.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
         self._watched = [
             block.get_submodule("attn.rotation")
             for block in last_layers(config, list(pipeline.transformer.layers))
         ]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the transformer."""
-        return device_of(self.transformer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the frozen base."""
-        return dtype_named(self.config.dtype)
 
     @torch.no_grad()
     def encode(self, task: EditTask) -> Conditioning:
@@ -256,11 +233,6 @@ class OmniGen2Editor:
             encodings[NEGATIVE + "text_states"] = negative
         return Conditioning(source_latents=source, grid=grid, tensors=encodings)
 
-    def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
-        """Returns (token, channel); target and source have the same grid."""
-        tokens, channels = conditioning.source_latents.shape
-        return tokens, channels
-
     def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
         """Returns the stock grid, turned: from noise at 1 to clean at 0."""
         from rl_edit.editors.omnigen2_parts import noise_levels
@@ -276,48 +248,22 @@ class OmniGen2Editor:
     ) -> Float[Tensor, "batch token channel"]:
         """Predicts the guided velocity in chunks of ``micro_batch`` rows.
 
-        Rows of a chunk with instructions of other lengths take a forward of their own, filled up
-        with copies. Nothing is padded, so a row's bits do not depend on its neighbours' words.
+        Texts are not padded, so the rows of a chunk have texts of one length, and a row's bits do
+        not depend on its neighbours' words.
 
         Raises:
             ValueError: a conditioning whose further encodings the guidance needs or leaves unread.
         """
-        scale = self.config.true_cfg
-        require_guidance(conditioning, guided=self.config.guided, setting=f"true_cfg {scale:g}")
-        return velocity_in_chunks(
+        return guided_velocity(
             latents,
             sigma,
             conditioning,
             tally,
-            size=self.config.micro_batch,
-            pack=self._shares,
-            predict=self._predicted,
-        )
-
-    def _predicted(
-        self, latents: Tensor, sigma: Tensor, shares: Sequence[_Share], record: bool
-    ) -> Prediction:
-        """Predicts a chunk, a length of text at a time, in the order of its rows."""
-        # By row of the chunk.
-        velocities: dict[int, Tensor] = {}
-        masses: dict[int, Tensor] = {}
-        for share in shares:
-            index = _filled(share.rows, len(latents))
-            part = guided_prediction(
-                partial(self._forward, latents[index], sigma[index]),
-                share.branches,
-                TwoScales(self.config.true_cfg, self.config.image_cfg),
-                record=record,
-                detach=self.config.detach_negative,
-            )
-            # Copies beyond the last row fall away.
-            velocities |= dict(zip(share.rows, part.velocity, strict=False))
-            if part.mass is not None:
-                masses |= dict(zip(share.rows, part.mass, strict=False))
-        order = range(len(latents))
-        return Prediction(
-            velocity=torch.stack([velocities[row] for row in order]),
-            mass=torch.stack([masses[row] for row in order]) if masses else None,
+            config=self.config,
+            guidance=TwoScales(self.config.true_cfg, self.config.image_cfg),
+            pack=self._branches,
+            forward=self._forward,
+            alike=partial(text_lengths, name="text_states"),
         )
 
     def _forward(self, latents: Tensor, sigma: Tensor, inputs: _Inputs, record: bool) -> Prediction:
@@ -337,20 +283,6 @@ class OmniGen2Editor:
         mass = torch.stack(masses).mean(dim=0) if masses else None
         # Its velocity is clean - noise.
         return Prediction(velocity=-out.to(latents.device, torch.float32), mass=mass)
-
-    def _shares(self, many: Sequence[Conditioning]) -> tuple[_Share, ...]:
-        """Batches conditionings on the device, those with texts of one length together."""
-        shared_grid(many)
-        lengths: dict[int, list[int]] = {}
-        for row, conditioning in enumerate(many):
-            lengths.setdefault(len(conditioning.tensors["text_states"]), []).append(row)
-        return tuple(
-            _Share(
-                rows=rows,
-                branches=self._branches([many[row] for row in _filled(rows, len(many))]),
-            )
-            for rows in lengths.values()
-        )
 
     def _branches(self, many: Sequence[Conditioning]) -> tuple[_Inputs, ...]:
         """Lists the forwards: all, with guidance the source alone, and nothing."""
@@ -382,11 +314,6 @@ class OmniGen2Editor:
             lambda part: decoded_pixels(self.pipeline, part, conditioning.grid),
             size=self.config.micro_batch,
         )
-
-
-def _filled(rows: list[int], size: int) -> list[int]:
-    """Repeats the last row up to a size: every forward then has the same shape."""
-    return [rows[min(i, len(rows) - 1)] for i in range(size)]
 
 
 @contextmanager

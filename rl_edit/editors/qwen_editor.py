@@ -8,97 +8,57 @@ the result is bitwise the stock pipeline's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from rl_edit.editors.chunks import Prediction, shared_grid, velocity_in_chunks
-from rl_edit.editors.component_files import pipeline_files
-from rl_edit.editors.family import Dtype, EditorFacts, EditorFamily
-from rl_edit.editors.frozen import device_of, dtype_named, freeze
+from rl_edit.editors.chunks import Prediction
+from rl_edit.editors.family import Dtype
+from rl_edit.editors.frozen import FrozenEditor
 from rl_edit.editors.guidance import (
     NEGATIVE,
     NormRescaled,
-    guided_prediction,
+    guided_velocity,
     is_guided,
-    require_guidance,
+    text_lengths,
 )
-from rl_edit.editors.location import Location, locate
+from rl_edit.editors.location import Location
 from rl_edit.editors.pixels import decoded_in_chunks, source_image
 from rl_edit.editors.qwen_latents import (
     PROMPT,
     QwenInputs,
     batched_inputs,
-    by_text_length,
     decoded_pixels,
     encoded_source,
     qwen_forward,
     qwen_sigmas,
 )
 from rl_edit.editors.qwen_text import QwenText
-from rl_edit.editors.skeleton import last_layers, read_settings, require_layers
+from rl_edit.editors.skeleton import last_layers
 from rl_edit.editors.stock_pipeline import stock_pipeline
-from rl_edit.method.attention import HeadAverage, MassTally
+from rl_edit.method.attention import MassTally
 from rl_edit.types import Conditioning, EditTask
 
-
-class QwenSettings(EditorFamily, Protocol):
-    """Settings of a family of Qwen-Image-Edit editors, as their editor reads them."""
-
-    @property
-    def attention_average(self) -> HeadAverage: ...
-
-    @property
-    def gradient_checkpointing(self) -> bool: ...
-
-    @property
-    def true_cfg(self) -> float:
-        """Scale of norm-rescaled classifier-free guidance; 1 is off."""
-        ...
-
-    @property
-    def negative_prompt(self) -> str: ...
-
-    @property
-    def detach_negative(self) -> bool: ...
-
-    @property
-    def max_text_tokens(self) -> int: ...
-
-    def prompt_images(self, pipeline: Any, source: Image.Image) -> Any:
-        """Returns the images that the text encoder sees, as the stock pipeline passes them."""
-        ...
+if TYPE_CHECKING:
+    from rl_edit.editors.qwen_settings import QwenSettings
 
 
-class QwenEditor:
+class QwenEditor(FrozenEditor["QwenSettings"]):
     """A frozen pipeline of Qwen-Image-Edit as an :class:`~rl_edit.editors.family.Editor`."""
 
     def __init__(self, pipeline: Any, config: QwenSettings) -> None:
-        self.config = config
+        modules = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
+        super().__init__(config, pipeline.transformer, modules)
         self.pipeline = pipeline
-        self.transformer: nn.Module = pipeline.transformer
         # Packing joins 2 x 2 latent pixels into a token.
         self.pixels_per_token: int = pipeline.vae_scale_factor * 2
-        freeze((pipeline.transformer, pipeline.vae, pipeline.text_encoder))
-        # Blocks are recomputed in the backward pass, with the same bits.
-        if config.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
         blocks = last_layers(config, list(pipeline.transformer.transformer_blocks))
         self._watched = [block.get_submodule("attn") for block in blocks]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the transformer."""
-        return device_of(self.transformer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the frozen base."""
-        return dtype_named(self.config.dtype)
 
     @torch.no_grad()
     def encode(self, task: EditTask) -> Conditioning:
@@ -135,11 +95,6 @@ class QwenEditor:
         states: Tensor = embeds[0].cpu()
         return states
 
-    def latent_shape(self, conditioning: Conditioning) -> tuple[int, int]:
-        """Returns (token, channel); target and source have the same grid."""
-        tokens, channels = conditioning.source_latents.shape
-        return tokens, channels
-
     def sigmas(self, num_steps: int, conditioning: Conditioning) -> Float[Tensor, " step_plus_1"]:
         """Returns the stock pipeline's grid, shifted by the number of tokens."""
         return qwen_sigmas(self.pipeline.scheduler, num_steps, conditioning)
@@ -156,50 +111,20 @@ class QwenEditor:
         Raises:
             ValueError: a conditioning whose negative branch the guidance needs or leaves unread.
         """
-        scale = self.config.true_cfg
-        require_guidance(conditioning, guided=self.config.guided, setting=f"true_cfg {scale:g}")
-        if isinstance(conditioning, Conditioning):
-            return self._predicted(latents, sigma, conditioning, tally)
-        # Refused as a whole, before a part of it runs.
-        shared_grid(conditioning)
-        parts = by_text_length(conditioning)
-        tallies = [MassTally() if tally is not None else None for _ in parts]
-        velocities = [
-            self._predicted(latents[part], sigma[part], [conditioning[i] for i in part], counted)
-            for part, counted in zip(parts, tallies, strict=True)
-        ]
-        # Back in the order of the batch.
-        order = torch.tensor([i for part in parts for i in part]).argsort()
-        if tally is not None:
-            masses = torch.cat([counted.mean() for counted in tallies if counted is not None])
-            tally.add(masses[order])
-        return torch.cat(velocities)[order.to(latents.device)]
-
-    def _predicted(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        tally: MassTally | None,
-    ) -> Tensor:
-        return velocity_in_chunks(
+        return guided_velocity(
             latents,
             sigma,
             conditioning,
             tally,
-            size=self.config.micro_batch,
+            config=self.config,
+            guidance=NormRescaled(self.config.true_cfg),
             pack=self._branches,
-            predict=lambda x, s, branches, record: guided_prediction(
-                lambda inputs, record: self._forward(x, s, inputs, record=record),
-                branches,
-                NormRescaled(self.config.true_cfg),
-                record=record,
-                detach=self.config.detach_negative,
-            ),
+            forward=self._forward,
+            alike=partial(text_lengths, name=PROMPT),
         )
 
     def _forward(
-        self, latents: Tensor, sigma: Tensor, inputs: QwenInputs, *, record: bool
+        self, latents: Tensor, sigma: Tensor, inputs: QwenInputs, record: bool
     ) -> Prediction:
         # Hooks cost time, so they are there only where the mass is asked for.
         watched = self._watched if record else []
@@ -226,29 +151,6 @@ class QwenEditor:
             return decoded_pixels(self.pipeline, part.to(self.device, self.dtype), height, width)
 
         return decoded_in_chunks(latents, pixels, size=self.config.micro_batch)
-
-
-def qwen_facts(config: QwenSettings, pipeline: str, revision: str | None) -> EditorFacts:
-    """Checks all files, and reads the VAE's and the transformer's configuration.
-
-    Args:
-        pipeline: name of the pipeline's class.
-
-    Raises:
-        InputError: as in the seam.
-    """
-    place = locate(config.path, revision)
-    files = pipeline_files(place, dtype=config.dtype)
-    halvings, layers = read_settings(
-        place,
-        pipeline,
-        lambda vae, transformer: (
-            len(vae["temperal_downsample"]),
-            int(transformer["num_layers"]),
-        ),
-    )
-    require_layers(config, layers)
-    return EditorFacts(pixels_per_token=2 * 2**halvings, notes=files.notes)
 
 
 def load_qwen(place: Location, kind: str, dtype: Dtype) -> Any:

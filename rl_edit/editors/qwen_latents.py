@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rl_edit.editors.attention_capture import captured
 from rl_edit.editors.chunks import Prediction, shared_grid, stacked
-from rl_edit.editors.guidance import NEGATIVE
 from rl_edit.errors import InputError
 from rl_edit.method import flow
 from rl_edit.method.attention import HeadAverage
@@ -49,19 +48,6 @@ def encoded_source(
     _, channels, _, height, width = clean.shape
     packed: Tensor = pipeline._pack_latents(clean, 1, channels, height, width)[0]
     return packed.float().cpu()
-
-
-def by_text_length(many: Sequence[Conditioning]) -> list[list[int]]:
-    """Groups the rows of a batch by the lengths of their texts, first come first."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, conditioning in enumerate(many):
-        lengths = (
-            len(conditioning.tensors[name])
-            for name in (PROMPT, NEGATIVE + PROMPT)
-            if name in conditioning.tensors
-        )
-        groups.setdefault(tuple(lengths), []).append(i)
-    return list(groups.values())
 
 
 def batched_inputs(
