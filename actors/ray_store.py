@@ -13,7 +13,7 @@ import array
 import contextlib
 import fcntl
 import os
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -122,26 +122,31 @@ def pass_on(source: socket.socket, target: socket.socket) -> bool:
 
 def main() -> None:
     """Passes messages between the pairs of descriptors given, until the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     parent, *numbers = map(int, sys.argv[1:])
     ends = [socket.socket(fileno=number) for number in numbers]
-    others: dict[socket.socket, socket.socket] = {}
+    # Not select(), which takes no number above 1023: these are those of a driver with many files.
+    waiting = selectors.DefaultSelector()
     for store, driver in zip(ends[::2], ends[1::2], strict=True):
         # Ray may have made its connection one that never waits.
         store.setblocking(True)
-        others |= {store: driver, driver: store}
+        waiting.register(store, selectors.EVENT_READ, driver)
+        waiting.register(driver, selectors.EVENT_READ, store)
     while os.getppid() == parent:
-        for source in select.select(list(others), [], [], PARENT_POLL_S)[0]:
-            if source not in others:
+        for key, _ in waiting.select(PARENT_POLL_S):
+            source, target = key.fileobj, key.data
+            # Its pair may have ended a moment ago.
+            if not isinstance(source, socket.socket) or source not in waiting.get_map():
                 continue
             try:
-                alive = pass_on(source, others[source])
+                alive = pass_on(source, target)
             except OSError:
                 alive = False
             if not alive:
                 # Nothing is closed: the other side reads silence, not an end.
-                del others[others.pop(source)]
+                waiting.unregister(source)
+                waiting.unregister(target)
 
 
 if __name__ == "__main__":

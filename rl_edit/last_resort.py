@@ -66,19 +66,19 @@ class LastResort:
     def _recorded(self, reason: str) -> tuple[str, int]:
         """Records the end, unless it is recorded already; returns its line and exit code."""
         attempt = self._attempt
-        if attempt.saved:
-            return f"the run is done, and everything is saved. It could not leave Ray: {reason}", 0
-        error = attempt.failure
-        if error is None:
-            updates = attempt.loop.commits.updates_done if attempt.loop is not None else 0
-            error = ClusterLost(
-                f"{reason}, and this process has waited for it for {LIMIT_S:.0f} s. Continue with "
-                f"--resume from update {updates}."
-            )
-            try:
-                attempt.record_failure(error)
-            except Fenced as fenced:
-                error = fenced
-            except OSError:
-                pass  # what cannot be written stays as it is; the line says why the run ended
+        if (end := attempt.recorded_end()) is not None:
+            line, code = end
+            # A failure is the loss itself, or came before it; a good end needs the reason.
+            return (f"could not leave Ray ({reason}); {line}" if attempt.saved else line), code
+        updates = attempt.loop.commits.updates_done if attempt.loop is not None else 0
+        error: Exception = ClusterLost(
+            f"{reason}, and this process has waited for it for {LIMIT_S:.0f} s. Continue with "
+            f"--resume from update {updates}."
+        )
+        try:
+            attempt.record_failure(error)
+        except Fenced as fenced:
+            error = fenced
+        except OSError:
+            pass  # what cannot be written stays as it is; the line says why the run ended
         return " ".join(str(error).split()), getattr(error, "exit_code", FAILED)

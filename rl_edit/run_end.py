@@ -25,6 +25,7 @@ from learner.controller.stop import Signals
 from rl_edit.config import RunConfig
 from rl_edit.editors import lora
 from rl_edit.errors import (
+    FAILED,
     Fenced,
     InputError,
     Interrupted,
@@ -97,6 +98,18 @@ class Attempt:
             f"stopped after update {done}; {extent}. Continue with: "
             f"rl-edit train --run-dir {self.run.directory} --resume"
         )
+
+    def recorded_end(self) -> tuple[str, int] | None:
+        """Returns line and exit code of the end in ``run.json``; None before it."""
+        if self.failure is not None:
+            code: int = getattr(self.failure, "exit_code", FAILED)
+            return " ".join(str(self.failure).split()), code
+        if not self.saved:
+            return None
+        assert self.outcome is not None
+        if status_of(self.outcome, self.run.config) == "stopped":
+            return self.stopped_line(), Interrupted(self.signals.received).exit_code
+        return "the run is done, and everything is saved", 0
 
     def save(self) -> None:
         """Writes the adapters, the last event and the final ``run.json`` of a run that ended well.

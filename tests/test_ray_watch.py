@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -272,7 +273,14 @@ def test_messages_and_descriptors_pass_and_a_store_that_ended_is_silent(tmp_path
         far,
     ):
         store.connect(path)
-        relay = StoreRelay(path)
+        # As in a driver with many open files: a number that select() does not take.
+        number = fcntl.fcntl(store.fileno(), fcntl.F_DUPFD, 2000)
+        os.close(store.detach())
+        store = socket.socket(fileno=number)
+        with contextlib.ExitStack() as many:
+            for _ in range(1100):
+                many.enter_context(open(os.devnull))
+            relay = StoreRelay(path)
         assert relay.connections == 1
         for order in (b"one", b"two" * 3000):
             store.sendall(order)
@@ -300,6 +308,7 @@ def test_messages_and_descriptors_pass_and_a_store_that_ended_is_silent(tmp_path
         far.sendall(b"as before")
         assert kept.recv(9) == b"as before"
         relay.close()
+        store.close()
 
 
 @linux
@@ -324,7 +333,7 @@ def test_the_relay_ends_with_the_process_that_it_serves(tmp_path: Path) -> None:
 
 
 STUCK = """
-import sys, threading, types
+import os, signal, sys, threading
 from pathlib import Path
 import actors.local_executor
 from rl_edit import last_resort, training
@@ -339,12 +348,14 @@ class Holding(actors.local_executor.LocalExecutor):
     def problem(self):
         applied = directory / "events.jsonl"
         text = applied.read_text() if applied.is_file() else ""
+        if kind == "after a signal" and "update_applied" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
         if kind == "in the run" and "update_applied" in text:
             lost.set()
             threading.Lock().acquire() and threading.Event().wait()  # no signal, no exception
         return ""
     async def close(self):
-        if kind == "after it":
+        if kind in ("after it", "after a signal"):
             lost.set()
             threading.Event().wait()
         await super().close()
@@ -370,7 +381,13 @@ training.train(small_config(editor, "actors.runtime=thread"), directory)
             "after it",
             0,
             "done",
-            r"rl-edit: the run is done, .*not leave Ray: Ray's raylet ended",
+            r"rl-edit: could not leave Ray \(Ray's raylet ended\); the run is done",
+        ),
+        (
+            "after a signal",
+            143,
+            "stopped",
+            r"rl-edit: could not leave Ray \(Ray's raylet ended\); stopped after .*--resume$",
         ),
     ],
 )
