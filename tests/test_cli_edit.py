@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 
 from commands import Command, assert_refused
+from rl_edit.cli.edit_files import Source, Targets, adapter_names
 from rl_edit.editors import editor_config, load_editor, lora
 from rl_edit.editors.lora import LoraConfig
+from rl_edit.errors import InputError
 
 WORDS = ("--instruction", "remove the red circle", "--steps", "2")
 
@@ -159,3 +162,33 @@ def test_what_cannot_be_named_or_placed_is_refused_before_the_editor_loads(
     before = sorted(tmp_path.rglob("*"))
     assert_refused(rl_edit("edit", *arguments, *WORDS), None, *words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_adapter_is_taken_for_the_base_or_writes_over_another_result(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("base", "strip", "a", "x/a", "a-2", "y/a")]
+    for run in runs:
+        (run / "adapter").mkdir(parents=True)
+    names = adapter_names([run / "adapter" for run in runs])
+    assert names == ["base-2", "strip-2", "a", "a-2", "a-2-2", "a-3"]
+    sources = [Source(path=Path(stem), stem=stem, size=(8, 8)) for stem in ("one", "one_b")]
+    with pytest.raises(InputError, match=r"one and one_b would have one result"):
+        Targets.of(sources, ["b_c", "c"], tmp_path / "out", strip=False)
+
+
+def test_a_run_called_base_edits_by_its_adapter(
+    rl_edit: Command,
+    small_editor: str,
+    adapters: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "a.png")
+    shutil.copytree(adapters[0], tmp_path / "base" / "adapter")
+    images = []
+    for number, place in enumerate(("base/adapter", adapters[0], None)):
+        more = () if place is None else ("--adapter", place)
+        output = f"{number}.png"
+        rl_edit("edit", "a.png", "--editor", small_editor, *WORDS, "--output", output, *more)
+        images.append(pixels(Path(output)))
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])

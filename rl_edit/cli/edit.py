@@ -14,6 +14,9 @@ from rich.console import Console
 from torch import Tensor
 
 from rl_edit.cli.edit_files import (
+    BASE,
+    SOURCE,
+    STRIP,
     Source,
     Targets,
     adapter_names,
@@ -21,7 +24,7 @@ from rl_edit.cli.edit_files import (
     strip,
     write_image,
 )
-from rl_edit.data.canvas import canvas_size, resize
+from rl_edit.data.canvas import canvas_size, task_without_mask
 from rl_edit.data.editor_text import text_notices
 from rl_edit.data.images import read_rgb
 from rl_edit.data.notices import Notice
@@ -36,13 +39,10 @@ from rl_edit.editors import (
     read_adapter,
     require_adapter,
 )
+from rl_edit.editors.editing import edited
 from rl_edit.errors import InputError
 from rl_edit.method.exploration import NoiseSource
-from rl_edit.method.rollout import denoise
 from rl_edit.types import EditTask
-
-BASE = "base"
-"""Name of the editor without an adapter, among adapters."""
 
 
 def edit_command(
@@ -90,29 +90,27 @@ def edit_command(
         raise InputError("--instruction is empty: say what to change, e.g. 'remove the red circle'")
     if not adapters and (adapter_scale != 1 or base):
         option = "--base" if base else f"--adapter-scale {adapter_scale:g}"
-        raise InputError(
-            f"{option} is about adapters, and there is none: add --adapter RUN/adapter"
-        )
+        raise InputError(f"{option} is about adapters: add --adapter RUN/adapter")
     config = _editor_config(editor, adapters, resolution)
     sources, notices = find_sources(images)
-    names = adapter_names(adapters)
-    variants = [*([BASE] if base or not adapters else []), *names]
+    by_name = dict(zip(adapter_names(adapters), adapters, strict=True))
+    variants = [*([BASE] if base or not adapters else []), *by_name]
     work = _Work(
         config=config,
         instruction=instruction,
         targets=Targets.of(sources, variants, output, strip=side_by_side),
+        adapters=by_name,
         steps=steps or config.edit_steps,
         seed=seed,
         strip=side_by_side,
     )
-    _edit(work, sources, notices, dict(zip(names, adapters, strict=True)), scale=adapter_scale)
+    _edit(work, sources, notices, scale=adapter_scale)
 
 
 def _edit(
     work: _Work,
     sources: Sequence[Source],
     notices: Sequence[Notice],
-    adapters: Mapping[str, Path],
     *,
     scale: float,
 ) -> None:
@@ -125,7 +123,7 @@ def _edit(
     # Everything that can be refused is refused before the editor is loaded.
     notes = [*inspect_editor(config).notes, *map(str, notices)]
     notes += _notes(config, sources, work.instruction)
-    stored = {name: read_adapter(config, place) for name, place in adapters.items()}
+    stored = {name: read_adapter(config, place) for name, place in work.adapters.items()}
     for weights, settings in stored.values():
         notes += settings.notes
         require_adapter(config, weights)
@@ -176,6 +174,7 @@ class _Work:
     config: EditorFamily
     instruction: str
     targets: Targets
+    adapters: Mapping[str, Path]
     steps: int
     seed: int
     strip: bool
@@ -205,26 +204,19 @@ class _Work:
                 yield _line(path, task, source)
         if self.strip:
             for source, task, of_source in zip(batch, tasks, edits, strict=True):
-                path = self.targets.path(source, "strip")
-                first = ("source", Image.fromarray(task.source.numpy()))
+                path = self.targets.path(source, STRIP)
+                first = (SOURCE, Image.fromarray(task.source.numpy()))
                 write_image(path, strip([first, *of_source]))
                 yield str(path)
 
     def _task(self, editor: Editor, source: Source) -> EditTask:
-        """Makes a task of an image that came without a mask, on its canvas."""
         pixels = torch.from_numpy(read_rgb(source.path, where=str(source.path)).copy())
-        canvas = self._canvas(editor, source)
-        if canvas != source.size:
-            pixels = resize(pixels, canvas)
-        # A task needs a mask that is neither empty nor full. Without a reward nothing reads it.
-        mask = torch.zeros(canvas, dtype=torch.bool)
-        mask[0, 0] = True
-        return EditTask(
+        return task_without_mask(
+            pixels,
+            self.instruction,
             task_id=source.path.name,
-            task_type="edit",
-            source=pixels,
-            instruction=self.instruction,
-            edit_mask=mask,
+            resolution=self.config.resolution,
+            multiple=editor.pixels_per_token,
         )
 
     def _canvas(self, editor: Editor, source: Source) -> tuple[int, int]:
@@ -232,19 +224,13 @@ class _Work:
 
     def _edited(self, editor: Editor, tasks: Sequence[EditTask], variant: str) -> Tensor:
         """Returns the edits ``[batch, height, width, 3]``, from the noise of the seed."""
-        if len(self.targets.variants) > 1 or variant != BASE:
-            lora.set_active(editor.transformer, variant != BASE, adapter_name=_inner(variant))
-        conditionings = [editor.encode(task) for task in tasks]
-        # Keyed, and the same for every image and variant: the same seed gives the same edit, alone
-        # and in a folder, on any machine that rounds alike.
-        shape = editor.latent_shape(conditionings[0])
-        noise = NoiseSource(self.seed, "edit", 0).normal("edit", 0, shape)
-        final = denoise(
-            lambda latents, sigma: editor.velocity(latents, sigma, conditionings),
-            noise[None].expand(len(tasks), *shape).clone(),
-            editor.sigmas(self.steps, conditionings[0]),
-        ).final
-        return editor.decode(final, conditionings[0])
+        if self.adapters:
+            lora.set_active(
+                editor.transformer, variant in self.adapters, adapter_name=_inner(variant)
+            )
+        # Keyed by the seed alone, so it is the same on any machine that rounds alike.
+        noise = NoiseSource(self.seed, "edit", 0)
+        return edited(editor, tasks, num_steps=self.steps, noise=noise)
 
 
 def _line(path: Path, task: EditTask, source: Source) -> str:

@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +22,9 @@ from rl_edit.files import replace_file
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 MANY = Path("edited")
 """Folder of several results, unless another one is asked for."""
+
+BASE, SOURCE, STRIP = "base", "source", "strip"
+"""Names that no adapter gets: of the editor without one, of the image, and of all in a row."""
 
 GAP, LABEL = 4, 16
 """Pixels between the images of a strip, and above each for its name."""
@@ -64,7 +68,9 @@ def find_sources(places: Sequence[Path]) -> tuple[list[Source], list[Notice]]:
         raise InputError(
             f"no image in {', '.join(map(str, places))}: give files, or folders that hold some"
         )
-    _require_distinct(named)
+    paths = Counter(path for path, _ in named)
+    if twice := [path for path, times in paths.items() if times > 1]:
+        raise InputError(f"{twice[0]} is given twice: give it once")
     facts = [(path, examine_image(path, where=str(path))) for path, _ in named]
     notices = [
         *counted(
@@ -82,34 +88,21 @@ def find_sources(places: Sequence[Path]) -> tuple[list[Source], list[Notice]]:
     return sources, notices
 
 
-def _require_distinct(named: Sequence[tuple[Path, str]]) -> None:
-    by_stem: dict[str, Path] = {}
-    for path, stem in named:
-        # Where case makes no difference, one file would replace the other.
-        other = by_stem.setdefault(stem.lower(), path)
-        if other != path:
-            raise InputError(
-                f"{other} and {path} would have one result: edit them by two commands, with "
-                "another --output"
-            )
-        if [p for p, _ in named].count(path) > 1:
-            raise InputError(f"{path} is given twice: give it once")
-
-
 def adapter_names(adapters: Sequence[Path]) -> list[str]:
     """Names adapters by their run, or by their file; equal names get a number."""
-    names = []
+    names: list[str] = []
     for place in adapters:
         folder = place if place.is_dir() else place.parent
         in_run = folder.name in ("adapter", "adapter_best")
-        name = folder.resolve().parent.name if in_run else place.resolve().stem
-        names.append(f"{name}-best" if folder.name == "adapter_best" else name)
-    # Numbers only where they are needed: one run's name stays as it is.
-    counts, seen = Counter(names), Counter[str]()
-    for number, name in enumerate(names):
-        seen[name] += 1
-        if counts[name] > 1:
-            names[number] = f"{name}-{seen[name]}"
+        file = place.resolve()
+        name = (
+            folder.resolve().parent.name if in_run else file.name if place.is_dir() else file.stem
+        )
+        name += "-best" * (folder.name == "adapter_best")
+        taken = {BASE, SOURCE, STRIP, *names}
+        # The first keeps its name, unless that means something else here.
+        numbered = (f"{name}-{number}" for number in count(2))
+        names.append(name if name not in taken else next(n for n in numbered if n not in taken))
     return names
 
 
@@ -149,13 +142,27 @@ class Targets:
             raise InputError(
                 f"{folder} is one file, and there are several results: give --output a folder"
             )
-        return cls(file=None, folder=folder, variants=tuple(variants))
+        targets = cls(file=None, folder=folder, variants=tuple(variants))
+        targets._require_distinct(sources, [*variants, *([STRIP] if strip else [])])
+        return targets
+
+    def _require_distinct(self, sources: Sequence[Source], kinds: Sequence[str]) -> None:
+        by_file: dict[str, Source] = {}
+        for source in sources:
+            for kind in kinds:
+                # Where case makes no difference, one file would replace the other.
+                other = by_file.setdefault(str(self.path(source, kind)).lower(), source)
+                if other is not source:
+                    raise InputError(
+                        f"{other.path} and {source.path} would have one result: edit them by two "
+                        "commands, with another --output"
+                    )
 
     def path(self, source: Source, variant: str) -> Path:
         """Returns the file of a result."""
         if self.file is not None:
             return self.file
-        name = "edited" if len(self.variants) == 1 and variant != "strip" else variant
+        name = "edited" if len(self.variants) == 1 and variant != STRIP else variant
         return self.folder / f"{source.stem}_{name}.png"
 
 

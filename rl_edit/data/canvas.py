@@ -118,9 +118,9 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
             f"nothing would be left to keep. Raise the resolution({resolution}) or draw a smaller "
             "region."
         )
-    changes: dict[str, Any] = {"edit_mask": mask, "source": resize(task.source, size)}
+    changes: dict[str, Any] = {"edit_mask": mask, "source": _resize(task.source, size)}
     if isinstance(task, PairedTask):
-        target = resize(task.target, size)
+        target = _resize(task.target, size)
         if torch.equal(task.source[~task.edit_mask], task.target[~task.edit_mask]):
             # Lanczos carries the edit a few pixels across the mask's edge, so the source's pixels
             # are put back there.
@@ -129,6 +129,34 @@ def fit(task: EditTask, *, resolution: int, multiple: int) -> EditTask:
     if isinstance(task, RegionsTask):
         changes["regions"] = torch.stack([_cover(region, size) for region in task.regions])
     return dataclasses.replace(task, **changes)
+
+
+def task_without_mask(
+    source: UInt8[Tensor, "height width 3"],
+    instruction: str,
+    *,
+    task_id: str,
+    resolution: int,
+    multiple: int,
+    task_type: str = "edit",
+) -> EditTask:
+    """Makes a task on its canvas of an image that has no mask.
+
+    A task needs a mask that is neither empty nor full, so one pixel is marked. It is marked on the
+    canvas: an image of one pixel has one too.
+    """
+    height, width, _ = source.shape
+    size = canvas_size(height, width, resolution, multiple)
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[0, 0] = True
+    return EditTask(
+        task_id=task_id,
+        task_type=task_type,
+        # Resizing to the same size would still filter the image and change its bytes.
+        source=source if size == (height, width) else _resize(source, size),
+        instruction=instruction,
+        edit_mask=mask,
+    )
 
 
 def leaves_no_token(mask: Bool[Tensor, "height width"], *, resolution: int, multiple: int) -> bool:
@@ -144,10 +172,9 @@ def leaves_no_token(mask: Bool[Tensor, "height width"], *, resolution: int, mult
     return bool(tokens.all())
 
 
-def resize(
+def _resize(
     image: UInt8[Tensor, "height width 3"], size: tuple[int, int]
 ) -> UInt8[Tensor, "new_height new_width 3"]:
-    """Resizes an image with Lanczos."""
     height, width = size
     resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized, dtype=np.uint8))

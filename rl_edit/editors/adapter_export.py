@@ -7,20 +7,21 @@ takes a scale of 1 where no alpha stands beside the matrices, so the scale is fo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rl_edit.data.canvas import task_without_mask
 from rl_edit.editors import lora
 from rl_edit.editors.adapter_config import AdapterConfig
 from rl_edit.editors.adapter_forms import PEFT_FILE, PEFT_PREFIX, PREFIX, WEIGHTS_FILE
+from rl_edit.editors.editing import edited
 from rl_edit.editors.family import Editor
 from rl_edit.errors import InputError
 from rl_edit.method.exploration import NoiseSource
-from rl_edit.method.rollout import denoise
-from rl_edit.types import AdapterWeights, EditTask
+from rl_edit.types import AdapterWeights
 
 Form = Literal["diffusers", "comfyui", "peft"]
 
@@ -116,30 +117,16 @@ def largest_difference(
     return int((images[0] - images[1]).abs().max())
 
 
-@torch.no_grad()
 def _edited(editor: Editor) -> Tensor:
     """Edits a ramp of 8 x 8 tokens in two solver steps, always from the same noise."""
     # Small, so that a real editor takes seconds; its own canvas would show no more.
     side = 8 * editor.pixels_per_token
-    ramp = torch.linspace(0, 255, side).byte()
-    mask = torch.zeros(side, side, dtype=torch.bool)
-    # A mask is neither empty nor full; nothing reads it here.
-    mask[0] = True
-    task = EditTask(
+    ramp = torch.linspace(0, 255, side).byte().expand(side, side)
+    task = task_without_mask(
+        torch.stack([ramp, ramp.T, ramp], dim=-1),
+        "make it red",
         task_id="check",
-        task_type="edit",
-        source=torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side)] * 2, -1)[
-            ..., :3
-        ].contiguous(),
-        instruction="make it red",
-        edit_mask=mask,
+        resolution=side,
+        multiple=editor.pixels_per_token,
     )
-    conditioning = editor.encode(task)
-    noise = NoiseSource(0, "check", 0).normal("edit", 0, editor.latent_shape(conditioning))
-    velocity: Any = editor.velocity
-    final = denoise(
-        lambda latents, sigma: velocity(latents, sigma, conditioning),
-        noise[None],
-        editor.sigmas(2, conditioning),
-    ).final
-    return editor.decode(final, conditioning)[0]
+    return edited(editor, [task], num_steps=2, noise=NoiseSource(0, "check", 0))[0]

@@ -1,4 +1,4 @@
-"""What every editor does with its frozen modules, whatever its family."""
+"""Holds an editor's frozen modules, whatever its family."""
 
 from __future__ import annotations
 

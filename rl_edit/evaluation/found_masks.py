@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from rl_edit.data.canvas import fit
+from rl_edit.data.canvas import task_without_mask
 from rl_edit.data.mask_finding import Agreement, FoundRegions, NotFound
 from rl_edit.data.rows import Request, Row
 from rl_edit.editors import Editor
@@ -101,17 +101,14 @@ def task_on_canvas(
     request: Request, source: UInt8[Tensor, "height width 3"], editor: Editor
 ) -> EditTask:
     """Makes a task of a request that has no mask, fitted to the editor's canvas."""
-    # A task needs a mask that is neither empty nor full. Only rewards read it, and none runs here.
-    mask = torch.zeros(source.shape[:2], dtype=torch.bool)
-    mask[0, 0] = True
-    task = EditTask(
+    return task_without_mask(
+        source,
+        request.instruction,
         task_id=request.task_id,
         task_type=request.task_type,
-        source=source,
-        instruction=request.instruction,
-        edit_mask=mask,
+        resolution=editor.config.resolution,
+        multiple=editor.pixels_per_token,
     )
-    return fit(task, resolution=editor.config.resolution, multiple=editor.pixels_per_token)
 
 
 def regions_at_size(
