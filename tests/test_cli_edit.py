@@ -94,9 +94,15 @@ def test_a_folder_is_edited_in_batches_to_the_same_images_and_what_is_left_out_i
         draw(tmp_path / "in" / f"{number}.png", (64, 64 + number // 3))
     draw(tmp_path / "in" / "below" / "0.jpg", (96, 48))
     (tmp_path / "in" / "letter.txt").write_text("dear reader")
+    (tmp_path / "in" / "raw.nef").write_bytes(b"raw")
+    # A folder to train on: the masks are no images to edit.
+    draw(tmp_path / "in" / "0_mask.png", mode="L")
+    draw(tmp_path / "in" / "masks" / "1.png", mode="L")
     code, out, err = rl_edit("edit", "in", "--editor", small_editor, *WORDS, "--output", "out")
     assert (code, list(err)) == (0, [])
-    assert "1 file of the folder is no image and is left out" in out
+    assert "1 file of a folder is no image and is left out. (first: in/letter.txt)" in out
+    assert "2 files of a folder are masks or targets and are left out" in out
+    assert "is an image that cannot be read and is left out. (first: in/raw.nef: .nef is a" in out
     assert "6 of 6 images" in out and "below/0_edited.png (88x48, from 96x48)" in out, out
     written = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*.png"))
     assert written == [*[f"{n}_edited.png" for n in range(5)], "below/0_edited.png"]

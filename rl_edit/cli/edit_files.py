@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rl_edit.data.file_kinds import is_image
+from rl_edit.data.folder_files import FolderFiles, sort_files
 from rl_edit.data.images import examine_image
-from rl_edit.data.listing import counted, files_below
+from rl_edit.data.listing import counted
 from rl_edit.data.notices import Notice
 from rl_edit.data.pixels import conversion_notices
 from rl_edit.errors import InputError
@@ -47,6 +47,8 @@ class Source:
 def find_sources(places: Sequence[Path]) -> tuple[list[Source], list[Notice]]:
     """Finds the images of files and folders, in the order given.
 
+    Of a folder these are the images that training would edit: masks and targets are left out.
+
     Returns:
         the images, and what was left out or will be converted.
 
@@ -54,12 +56,13 @@ def find_sources(places: Sequence[Path]) -> tuple[list[Source], list[Notice]]:
         InputError: none is there, one cannot be read, or two would have one result.
     """
     named: list[tuple[Path, str]] = []
-    others: list[str] = []
+    notices: list[Notice] = []
     for place in places:
         if place.is_dir():
-            files = list(files_below(place))
-            named += [(place / f, str(f.with_suffix(""))) for f in files if is_image(f)]
-            others += [str(place / f) for f in files if not is_image(f)]
+            files = sort_files(place)
+            images = sorted(path for paths in files.sources.values() for path in paths)
+            named += [(place / path, str(path.with_suffix(""))) for path in images]
+            notices += _left_out(files)
         elif place.is_file():
             named.append((place, place.stem))
         else:
@@ -72,20 +75,36 @@ def find_sources(places: Sequence[Path]) -> tuple[list[Source], list[Notice]]:
     if twice := [path for path, times in paths.items() if times > 1]:
         raise InputError(f"{twice[0]} is given twice: give it once")
     facts = [(path, examine_image(path, where=str(path))) for path, _ in named]
-    notices = [
-        *counted(
-            "others",
-            others,
-            "1 file of the folder is no image and is left out.",
-            "{count} files of the folders are no images and are left out.",
-        ),
-        *conversion_notices([(path, fact.conversions) for path, fact in facts]),
-    ]
+    notices += conversion_notices([(path, fact.conversions) for path, fact in facts])
     sources = [
         Source(path=path, stem=stem, size=fact.size)
         for (path, stem), (_, fact) in zip(named, facts, strict=True)
     ]
     return sources, notices
+
+
+def _left_out(files: FolderFiles) -> list[Notice]:
+    """Counts the files of a folder that are not edited."""
+    root, parts, tables = files.root, files.parts.values(), files.tables.values()
+    masks = [*(path for paths in parts for path in paths), *files.outside]
+    others = [*files.texts.values(), *(path for paths in tables for path in paths), *files.other]
+    unread = [f"{root / path}: {reason}" for path, reason in files.unread.items()]
+    unread += [f"{root / path}: a link to nothing" for path in files.dead]
+    shown = {
+        ("a mask or target", "masks or targets"): [str(root / path) for path in masks],
+        ("no image", "no images"): [str(root / path) for path in others],
+        ("an image that cannot be read", "images that cannot be read"): unread,
+    }
+    return [
+        notice
+        for (one, many), paths in shown.items()
+        for notice in counted(
+            "left-out",
+            paths,
+            f"1 file of a folder is {one} and is left out.",
+            f"{{count}} files of a folder are {many} and are left out.",
+        )
+    ]
 
 
 def adapter_names(adapters: Sequence[Path]) -> list[str]:

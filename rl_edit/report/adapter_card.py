@@ -33,7 +33,12 @@ def adapter_card(
     # The card is of this file: an evaluation of another adapter is named and not shown.
     updates = adapter.split(":")[0]
     method = METHODS.get(config.algorithm.name)
-    rewards = ", ".join(f"{name} {term.weight:g}" for name, term in config.rewards.items())
+    # Those that the data could not feed never acted.
+    left_out = [reason.split(":")[0] for reason in run.run.left_out_rewards]
+    rewards = ", ".join(
+        f"{name} {term.weight:g}" for name, term in config.rewards.items() if name not in left_out
+    )
+    missing = f" Left out for want of data: {', '.join(left_out)}." if left_out else ""
     compared = (
         "Not compared with the run's own adapter."
         if difference is None
@@ -54,7 +59,7 @@ def adapter_card(
         f"- **Adapter** `{adapter}`: {updates} updates; rank {config.lora.rank}, alpha "
         f"{config.lora.alpha:g}.",
         f"- **Method** {config.algorithm.name}" + (f" ({method.citation})." if method else "."),
-        f"- **Rewards** and their weights: {rewards}.",
+        f"- **Rewards** and their weights: {rewards}.{missing}",
         f"- **Data** `{config.data.path}`, fingerprint `{run.run.data_fingerprint or 'unknown'}`.",
         f"- **Seed** {config.seed}. One run: its spread over seeds is not known from it.",
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_conformance import attached, edited, run_of
 
 from commands import Command, assert_refused
+from rl_edit.config import load_config
 from rl_edit.editors import lora
 from rl_edit.editors.adapter_export import acts_alike
 
@@ -124,6 +126,23 @@ def test_the_card_names_base_method_data_seed_and_intervals_of_this_adapter(
         assert shown == (place == 0)
         assert ("of adapter `9:other`, not of this one" in card) == (place == 1)
     (run / "evaluation.json").unlink()
+
+
+def test_the_card_names_only_rewards_that_acted(
+    rl_edit: Command, run: Path, tmp_path: Path
+) -> None:
+    trained = tmp_path / "run"
+    shutil.copytree(run, trained)
+    config = load_config(trained / "config.yaml")
+    missing, *others = config.rewards
+    record = {"left_out_rewards": [f"{missing}: the data has no target"]}
+    (trained / "run.json").write_text(json.dumps(record))
+    assert rl_edit("export", trained, "--out", tmp_path / "out", "--no-check")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("- **Rewards**")]
+    acted, _, left_out = line.partition(" Left out for want of data: ")
+    assert left_out == f"{missing}." and f" {missing} " not in acted
+    assert all(f" {name} " in acted for name in others)
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
